@@ -1,0 +1,39 @@
+"""What can go wrong, by who has to act.
+
+An error message has three parts: what is wrong with the actual value, what is allowed, what to do.
+"""
+
+
+class UserError(ValueError):
+    """The request cannot be carried out as it stands: a flag, a file or a record is wrong (exit status 2)."""
+
+
+class BadSampleError(UserError):
+    """One record of the data cannot be used.
+
+    Attributes:
+        index: Position of the record in its data set, counted from 0.
+        sample_id: The record's own `id`, or "" when it has none.
+        reason: The message without the "Sample N" prefix.
+        kind: Short, stable name of what is wrong, such as "placeholder-mismatch"; counted in reports.
+    """
+
+    def __init__(self, index: int, sample_id: str, kind: str, reason: str):
+        name = f"Sample {index}" + (f" (id {sample_id!r})" if sample_id else "")
+        super().__init__(f"{name}: {reason}")
+        self.index = index
+        self.sample_id = sample_id
+        self.kind = kind
+        self.reason = reason
+
+    def __reduce__(self):
+        """Keep the fields when the error travels from a data-loading worker."""
+        return (type(self), (self.index, self.sample_id, self.kind, self.reason))
+
+
+class CheckpointError(UserError):
+    """A checkpoint, model directory or weight file is incomplete, damaged or does not fit."""
+
+
+class RunError(RuntimeError):
+    """The run itself failed, for example with a non-finite loss (exit status 1)."""
