@@ -1,0 +1,235 @@
+"""The model a run or a conversation starts from: base, vision tower and projector, found and checked, then loaded.
+
+`find_base` answers everything that can be known without reading weights, so that a wrong request is refused at once;
+`load_base` then reads them.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_ft.checkpoint.directory import ModelDirectory, identify, resolve_model_path
+from llava_ft.checkpoint.load import Ledger, WeightSource, load_weights
+from llava_ft.checkpoint.names import (
+    CONFIG,
+    EMBEDDINGS,
+    PREPROCESSOR_CONFIG,
+    clip_to_native_name,
+    is_projector,
+    is_vision,
+    native_name,
+)
+from llava_ft.checkpoint.weights import WeightFiles, read_json
+from llava_ft.errors import CheckpointError
+from llava_ft.models.builder import build_skeleton, is_llava_config, settle_config, vision_fields
+from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.models.llava import LlavaLlamaForCausalLM
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """What a model is made of, known before any weight is read.
+
+    Attributes:
+        directory: The base model: a language model or a LLaVA checkpoint.
+        config: The settled configuration.
+        sources: Where the weights lie, later ones winning.
+        projector_is_new: Whether no file holds the projector, so that it starts from random weights.
+        vision_directory: The directory that describes how images are prepared; None for a text-only model.
+        token_rows: File with embedding rows that projector pretraining trained for added tokens, if any.
+    """
+
+    directory: ModelDirectory
+    config: LlavaLlamaConfig
+    sources: tuple[WeightSource, ...]
+    projector_is_new: bool
+    vision_directory: Path | None
+    token_rows: WeightFiles | None = None
+
+
+def find_base(
+    model_name_or_path: str,
+    *,
+    vision_tower: str | None = None,
+    projector_file: str | None = None,
+    wishes: Mapping[str, Any] | None = None,
+    extra_sources: Sequence[WeightSource] = (),
+    cache_dir: str | None = None,
+) -> BaseModel:
+    """Find the files of a model and settle its configuration.
+
+    Args:
+        model_name_or_path: A language model or a LLaVA checkpoint, by directory or hub name.
+        vision_tower: CLIP directory or hub name. When absent, the one that a LLaVA checkpoint names; a language model
+            then stays text-only.
+        projector_file: A file with a projector (`mm_projector.bin`), which wins over the checkpoint's own.
+        wishes: Configuration fields the user set; see `settle_config`.
+        extra_sources: Further weights that win over all others, such as what was trained beside an adapter.
+        cache_dir: Where downloads are kept.
+
+    Raises:
+        UserError: Something is missing, damaged or does not fit together.
+    """
+    directory = identify(resolve_model_path(model_name_or_path, cache_dir=cache_dir))
+    if directory.kind not in ("llava", "language model"):
+        raise CheckpointError(_not_a_base(directory))
+    files = WeightFiles.open(directory.path)
+    base_source = WeightSource.of("base model", files, native_name)
+    has_tower = any(is_vision(name) for name in base_source.names.values())
+    has_projector = any(is_projector(name) for name in base_source.names.values())
+    tower_name = vision_tower or directory.config.get("mm_vision_tower")
+    vision, tower_directory = _find_vision(directory, tower_name, vision_tower is not None, has_tower, cache_dir)
+    config = settle_config(
+        directory.config,
+        str(directory.path),
+        wishes=wishes or {},
+        vision_tower=tower_name,
+        vision=vision,
+        projector_is_replaced=projector_file is not None,
+    )
+    sources = [base_source]
+    if vision is not None and not has_tower:
+        assert tower_directory is not None
+        tower_files = WeightFiles.open(tower_directory)
+        sources.append(WeightSource.of("vision tower", tower_files, clip_to_native_name))
+    token_rows = None
+    if projector_file is not None:
+        projector, token_rows = _open_projector(Path(projector_file), vision is not None)
+        sources = [_without_projector(source) for source in sources] + [projector]
+    sources += extra_sources
+    extra_has_projector = any(is_projector(name) for source in extra_sources for name in source.names.values())
+    return BaseModel(
+        directory=directory,
+        config=config,
+        sources=tuple(sources),
+        projector_is_new=vision is not None and not (has_projector or projector_file or extra_has_projector),
+        vision_directory=_image_settings_directory(directory, tower_directory) if vision is not None else None,
+        token_rows=token_rows,
+    )
+
+
+def load_base(
+    base: BaseModel,
+    *,
+    num_new_rows: int = 0,
+    dtype_of: Callable[[str], torch.dtype],
+    device: torch.device | str = "cpu",
+    attn_implementation: str = "sdpa",
+) -> tuple[LlavaLlamaForCausalLM, Ledger]:
+    """Build the model and read its weights.
+
+    Args:
+        base: What `find_base` found.
+        num_new_rows: Entries that the tokenizer has beyond the model's vocabulary.
+        dtype_of: The dtype in memory for a parameter name.
+        device: Where the parameters are put.
+        attn_implementation: Attention of the language model.
+
+    Returns:
+        The model, all of it frozen, and the ledger of what came from where.
+
+    Raises:
+        CheckpointError: A weight is missing, damaged or of another shape.
+    """
+    config = base.config
+    config.vocab_size += num_new_rows
+    model = build_skeleton(config, attn_implementation=attn_implementation)
+    ledger = load_weights(
+        model,
+        base.sources,
+        dtype_of=dtype_of,
+        new_modules=("model.mm_projector",) if base.projector_is_new else (),
+        num_new_rows=num_new_rows,
+        device=device,
+    )
+    if base.token_rows is not None:
+        _load_token_rows(model, base.token_rows, num_new_rows)
+    return model, ledger
+
+
+def _find_vision(
+    directory: ModelDirectory, tower_name: str | None, was_asked: bool, has_tower: bool, cache_dir: str | None
+) -> tuple[dict[str, Any] | None, Path | None]:
+    """Return the tower's architecture and directory; the directory may be absent if the checkpoint holds the tower."""
+    if tower_name is None:
+        if is_llava_config(directory.config):
+            raise CheckpointError(
+                f"{directory.path} is a LLaVA checkpoint that does not name its vision tower. Give it with --vision_tower."
+            )
+        return None, None
+    inside = directory.config.get("mm_vision_config")
+    if inside and has_tower and not was_asked:
+        return vision_fields(inside, str(directory.path)), None
+    tower = resolve_model_path(tower_name, cache_dir=cache_dir, relative_to=directory.path)
+    vision = vision_fields(read_json(tower / CONFIG), str(tower))
+    if inside and has_tower and vision != vision_fields(inside, str(directory.path)):
+        raise CheckpointError(
+            f"The vision tower {tower_name} has another architecture than the one whose weights are in "
+            f"{directory.path}. Leave --vision_tower out to use the checkpoint's."
+        )
+    if has_tower:
+        logger.info("The vision tower's weights are taken from %s, not from %s.", directory.path, tower)
+    return vision, tower
+
+
+def _open_projector(path: Path, has_vision: bool) -> tuple[WeightSource, WeightFiles | None]:
+    if not path.is_file():
+        raise CheckpointError(f"The projector file {path} does not exist.")
+    if not has_vision:
+        raise CheckpointError(f"The projector file {path} is of no use to a text-only model. Add --vision_tower.")
+    files = WeightFiles.open(path)
+    names = {key: native_name(key) for key in files.tensors}
+    projector = {key: name for key, name in names.items() if is_projector(name)}
+    if not projector:
+        raise CheckpointError(
+            f"{path} holds no projector: none of its {len(names)} tensors is named mm_projector. "
+            f"The first are {', '.join(list(names)[:3])}."
+        )
+    has_rows = EMBEDDINGS in names.values()
+    return WeightSource("projector", files, projector, must_fit=True), files if has_rows else None
+
+
+def _without_projector(source: WeightSource) -> WeightSource:
+    names = {key: name for key, name in source.names.items() if not is_projector(name)}
+    return WeightSource(source.label, source.files, names, source.must_fit)
+
+
+def _load_token_rows(model: LlavaLlamaForCausalLM, files: WeightFiles, num_new_rows: int) -> None:
+    """Take the rows of added tokens from a projector file, which holds them alone or, in old files, all rows."""
+    key = next(key for key in files.tensors if native_name(key) == EMBEDDINGS)
+    rows = files.read([key])[key]
+    weight = model.get_input_embeddings().weight
+    if rows.shape != weight.shape and rows.shape[0] != num_new_rows:
+        raise CheckpointError(
+            f"{files.path} holds {rows.shape[0]} embedding rows, but {num_new_rows} tokens were added. Were "
+            "mm_use_im_start_end and mm_use_im_patch_token the same when the projector was pretrained?"
+        )
+    if num_new_rows:
+        weight.data[-num_new_rows:] = rows[-num_new_rows:].to(weight.dtype)
+
+
+def _image_settings_directory(directory: ModelDirectory, tower: Path | None) -> Path:
+    candidates = [path for path in (directory.path, tower) if path is not None]
+    for path in candidates:
+        if (path / PREPROCESSOR_CONFIG).is_file():
+            return path
+    raise CheckpointError(
+        f"{PREPROCESSOR_CONFIG}, which says how images are prepared, is missing from "
+        f"{' and '.join(map(str, candidates))}. Copy it from the vision tower's repository."
+    )
+
+
+def _not_a_base(directory: ModelDirectory) -> str:
+    advice = {
+        "lora": "Give its base model, and the adapter with --lora_weight_path (training) or as the model path (use).",
+        "projector": "Give its language model, and the projector with --pretrain_mm_mlp_adapter.",
+        "vision tower": "Give it with --vision_tower, and a language model here.",
+    }[directory.kind]
+    names = {"lora": "a LoRA adapter", "projector": "a projector", "vision tower": "a vision tower"}
+    return f"{directory.path} holds {names[directory.kind]} and no language model. {advice}"

@@ -1,0 +1,123 @@
+"""What a directory holds, read from the files in it and never from its name."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from llava_ft.checkpoint.names import (
+    ADAPTER_BIN,
+    ADAPTER_CONFIG,
+    ADAPTER_SAFETENSORS,
+    CONFIG,
+    NON_LORA_BIN,
+    NON_LORA_SAFETENSORS,
+    PROJECTOR_BIN,
+    PROJECTOR_SAFETENSORS,
+)
+from llava_ft.checkpoint.weights import has_model_weights, read_json
+from llava_ft.errors import CheckpointError
+from llava_ft.models.builder import is_llava_config
+
+Kind = Literal["lora", "projector", "llava", "language model", "vision tower"]
+
+
+@dataclass(frozen=True)
+class ModelDirectory:
+    """A model on disk.
+
+    Attributes:
+        path: The directory.
+        kind: What it holds: `lora` is an adapter with what was trained beside it, `projector` a projector alone.
+        config: Content of `config.json`; empty if there is none.
+    """
+
+    path: Path
+    kind: Kind
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def adapter_file(self) -> Path | None:
+        """The file with the LoRA weights."""
+        return _first(self.path, ADAPTER_BIN, ADAPTER_SAFETENSORS)
+
+    @property
+    def non_lora_file(self) -> Path | None:
+        """The file with what was trained beside the LoRA weights."""
+        return _first(self.path, NON_LORA_BIN, NON_LORA_SAFETENSORS)
+
+    @property
+    def projector_file(self) -> Path | None:
+        """The file with a projector alone."""
+        return _first(self.path, PROJECTOR_BIN, PROJECTOR_SAFETENSORS)
+
+
+def identify(path: Path) -> ModelDirectory:
+    """Say what a directory holds.
+
+    Raises:
+        CheckpointError: It does not exist, or holds nothing known.
+    """
+    if not path.is_dir():
+        reason = "is a file" if path.is_file() else "does not exist"
+        raise CheckpointError(f"{path} {reason}; the directory of a model is needed.")
+    config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    if (path / ADAPTER_CONFIG).is_file():
+        return ModelDirectory(path, "lora", config)
+    if not config:
+        names = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+        raise CheckpointError(
+            f"{path} is not a model directory: it has neither {CONFIG} nor {ADAPTER_CONFIG}. It holds {names}."
+        )
+    if has_model_weights(path):
+        if "vision_config" in config and "text_config" in config and config.get("model_type") == "clip":
+            return ModelDirectory(path, "vision tower", config)
+        if config.get("model_type") == "clip_vision_model":
+            return ModelDirectory(path, "vision tower", config)
+        return ModelDirectory(path, "llava" if is_llava_config(config) else "language model", config)
+    if _first(path, PROJECTOR_BIN, PROJECTOR_SAFETENSORS):
+        return ModelDirectory(path, "projector", config)
+    raise CheckpointError(
+        f"{path} has a {CONFIG} but no weights: neither a model's, nor an adapter's, nor a projector's. Is the copy "
+        "or download complete?"
+    )
+
+
+def resolve_model_path(name: str, *, cache_dir: str | None = None, relative_to: Path | None = None) -> Path:
+    """Find the directory of a model given by path or by its name on the Hugging Face hub.
+
+    Args:
+        name: A directory, or `owner/name`.
+        cache_dir: Where downloads are kept; the hub's own default when absent.
+        relative_to: Another directory that a relative path may start from.
+
+    Raises:
+        CheckpointError: There is no such directory and it cannot be downloaded.
+    """
+    for candidate in (Path(name), *([relative_to / name] if relative_to else [])):
+        if candidate.is_dir():
+            return candidate
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"The model directory {name} does not exist.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                cache_dir=cache_dir,
+                ignore_patterns=["*.h5", "*.msgpack", "*.onnx", "*.ot", "*.gguf", "flax_*", "tf_*", "*.md"],
+                tqdm_class=None,
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        hint = " (offline mode is on)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+        raise CheckpointError(
+            f"{name} is no directory here and could not be fetched from the Hugging Face hub{hint}: "
+            f"{str(error).splitlines()[0]}. Give the path of a local copy."
+        ) from None
+
+
+def _first(directory: Path, *names: str) -> Path | None:
+    return next((directory / name for name in names if (directory / name).is_file()), None)

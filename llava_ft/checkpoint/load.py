@@ -1,0 +1,224 @@
+"""Filling a model from its files: one pass, tensor by tensor, with a ledger of what came from where.
+
+A model's weights may lie in several places: a language model, a CLIP directory, a projector file. Each is a
+`WeightSource`; where two hold the same parameter the later one wins. What each parameter needs is settled from names
+and shapes before any data is read, so a file that does not fit is refused at once. Memory holds the weights that are
+kept and little else.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from llava_ft.checkpoint.names import EMBEDDINGS, HEAD, is_derived
+from llava_ft.checkpoint.weights import TensorInfo, WeightFiles
+from llava_ft.errors import CheckpointError
+from llava_ft.models.llava import part_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSource:
+    """Weights for some parameters of a model.
+
+    Attributes:
+        label: What the source is, for the ledger and for messages, such as "vision tower".
+        files: The tensors.
+        names: Parameter name in the model, for each tensor name on disk. A tensor that is not listed is not used.
+        must_fit: Whether a tensor that the model has no place for is an error and not only noted.
+    """
+
+    label: str
+    files: WeightFiles
+    names: Mapping[str, str]
+    must_fit: bool = False
+
+    @classmethod
+    def of(
+        cls, label: str, files: WeightFiles, rename: Callable[[str], str | None], *, must_fit: bool = False
+    ) -> "WeightSource":
+        """Make a source from a function that gives the parameter name for a name on disk, or None to leave it out."""
+        names = {key: name for key in files.tensors if (name := rename(key)) is not None and not is_derived(name)}
+        return cls(label, files, names, must_fit)
+
+
+@dataclass
+class Ledger:
+    """Where each weight of a model came from.
+
+    Attributes:
+        loaded: Number of tensors and of bytes in memory, by part of the model and source.
+        initialised: Parameters that no file held and that were declared new.
+        grown: Parameters of which some rows are new, with the number of new rows.
+        unexpected: Tensors that the model has no place for, by source.
+    """
+
+    loaded: Counter[tuple[str, str]] = field(default_factory=Counter)
+    num_bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    initialised: list[str] = field(default_factory=list)
+    grown: dict[str, int] = field(default_factory=dict)
+    unexpected: dict[str, list[str]] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        """Return the ledger as lines for the log."""
+        lines = [
+            f"{part}: {count} tensors, {self.num_bytes[part, source] / 2**20:,.1f} MiB from {source}"
+            for (part, source), count in self.loaded.items()
+        ]
+        if self.initialised:
+            lines.append(f"newly initialised: {_some(self.initialised)}")
+        lines += [f"{name}: {count} new rows" for name, count in self.grown.items()]
+        lines += [f"not used from {source}: {_some(names)}" for source, names in self.unexpected.items()]
+        return lines
+
+    def log(self) -> None:
+        """Write the ledger to the log."""
+        for line in self.lines():
+            logger.info("Weights: %s", line)
+
+
+def load_weights(
+    model: nn.Module,
+    sources: Sequence[WeightSource],
+    *,
+    dtype_of: Callable[[str], torch.dtype],
+    new_modules: Collection[str] = (),
+    num_new_rows: int = 0,
+    device: torch.device | str = "cpu",
+) -> Ledger:
+    """Give every parameter of a model that was built without memory its value.
+
+    Args:
+        model: The model; its parameters are on the meta device.
+        sources: Where the weights lie. A later source wins over an earlier one.
+        dtype_of: The dtype in memory for a parameter name.
+        new_modules: Names of modules that start from their random initialisation when no source holds them.
+        num_new_rows: Rows by which embeddings and head may be larger than on disk; they start from the mean of the
+            other rows, as in LLaVA's `initialize_vision_tokenizer`.
+        device: Where the parameters are put.
+
+    Returns:
+        What came from where.
+
+    Raises:
+        CheckpointError: A parameter is missing or has another shape, or a source that must fit does not.
+    """
+    parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    ledger = Ledger()
+    plan = _plan(parameters, sources, ledger)
+    _check_shapes(parameters, sources, plan, num_new_rows)
+    missing = [name for name in parameters if name not in plan]
+    if _head_is_tied(model) and HEAD in missing:
+        missing.remove(HEAD)
+    declared = [name for name in missing if any(name.startswith(module + ".") for module in new_modules)]
+    undeclared = [name for name in missing if name not in declared]
+    if undeclared:
+        places = ", ".join(f"{source.label} ({source.files.path})" for source in sources)
+        raise CheckpointError(
+            f"{len(undeclared)} weights of the model are in none of its files: {_some(undeclared)}. Looked in {places}. "
+            "Is this the right directory, and is it complete?"
+        )
+    _initialise(model, declared, dtype_of, device)
+    ledger.initialised = declared
+    for index, source in enumerate(sources):
+        wanted = {key: name for key, name in source.names.items() if plan.get(name) == (index, key)}
+        for key, tensor in source.files.stream(wanted):
+            name = wanted[key]
+            rows = parameters[name][0] - tensor.shape[0] if tensor.dim() else 0
+            value = _to_memory(tensor, parameters[name], dtype_of(name), device)
+            _assign(model, name, value)
+            if rows:
+                ledger.grown[name] = rows
+            ledger.loaded[part_of(name), f"{source.label} {source.files.path}"] += 1
+            ledger.num_bytes[part_of(name), f"{source.label} {source.files.path}"] += value.nbytes
+    if _head_is_tied(model):
+        model.lm_head.weight = model.model.embed_tokens.weight  # type: ignore[union-attr]
+    return ledger
+
+
+def _plan(
+    parameters: Mapping[str, tuple[int, ...]], sources: Sequence[WeightSource], ledger: Ledger
+) -> dict[str, tuple[int, str]]:
+    """Choose for each parameter the source, by its position, and the name on disk."""
+    plan: dict[str, tuple[int, str]] = {}
+    for index, source in enumerate(sources):
+        unexpected: list[str] = []
+        for key, name in source.names.items():
+            if name in parameters:
+                plan[name] = (index, key)
+            else:
+                unexpected.append(key)
+        if unexpected and source.must_fit:
+            raise CheckpointError(
+                f"The {source.label} {source.files.path} holds {_some(unexpected)}, for which the model has no place. "
+                "Does the configuration, such as mm_projector_type, belong to this file?"
+            )
+        if unexpected:
+            ledger.unexpected[f"{source.label} {source.files.path}"] = unexpected
+    return plan
+
+
+def _check_shapes(
+    parameters: Mapping[str, tuple[int, ...]],
+    sources: Sequence[WeightSource],
+    plan: Mapping[str, tuple[int, str]],
+    num_new_rows: int,
+) -> None:
+    for name, (index, key) in plan.items():
+        info: TensorInfo = sources[index].files.tensors[key]
+        shape, needed = info.shape, parameters[name]
+        may_grow = name in (EMBEDDINGS, HEAD) and shape[1:] == needed[1:] and needed[0] - shape[0] == num_new_rows
+        if shape != needed and not may_grow:
+            raise CheckpointError(
+                f"{key} in {info.file} is {_size(shape)}, but the model needs {_size(needed)} for {name}. "
+                f"The {sources[index].label} belongs to another model or configuration."
+            )
+
+
+def _initialise(
+    model: nn.Module, names: Sequence[str], dtype_of: Callable[[str], torch.dtype], device: torch.device | str
+) -> None:
+    """Give parameters PyTorch's own initialisation, drawn in float32 on the CPU whatever the dtype and device."""
+    for module_name in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        module = model.get_submodule(module_name)
+        module.to_empty(device="cpu", recurse=False)
+        module.float()
+        module.reset_parameters()  # type: ignore[operator]
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = f"{module_name}.{leaf}"
+            _assign(model, name, parameter.detach().to(device=device, dtype=dtype_of(name)))
+
+
+def _to_memory(
+    tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+) -> torch.Tensor:
+    """Copy a tensor out of its file, adding rows that hold the mean of the others if it is too short."""
+    if tuple(tensor.shape) == shape:
+        return tensor.to(device=device, dtype=dtype, copy=True)
+    grown = torch.empty(shape, dtype=dtype, device=device)
+    grown[: tensor.shape[0]] = tensor
+    grown[tensor.shape[0] :] = tensor.float().mean(dim=0)
+    return grown
+
+
+def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    module_name, _, leaf = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def _head_is_tied(model: nn.Module) -> bool:
+    return bool(model.config.tie_word_embeddings)  # type: ignore[union-attr]
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "a scalar"
+
+
+def _some(names: Sequence[str], limit: int = 4) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,81 @@
+"""The names of tensors and files: the one place that knows how a parameter is called on disk.
+
+In memory and in a full checkpoint a parameter has its native LLaVA name, `model.mm_projector.0.weight`. Files of LoRA
+runs put PEFT's prefix before it, `base_model.model.model.mm_projector.0.weight`; data-parallel wrappers put `module.`
+before that; a CLIP directory knows nothing of `model.vision_tower`. `native_name` undoes all of it.
+"""
+
+import re
+from typing import Final
+
+ADAPTER_BIN: Final = "adapter_model.bin"
+ADAPTER_SAFETENSORS: Final = "adapter_model.safetensors"
+ADAPTER_CONFIG: Final = "adapter_config.json"
+NON_LORA_BIN: Final = "non_lora_trainables.bin"
+NON_LORA_SAFETENSORS: Final = "non_lora_trainables.safetensors"
+PROJECTOR_BIN: Final = "mm_projector.bin"
+PROJECTOR_SAFETENSORS: Final = "mm_projector.safetensors"
+CONFIG: Final = "config.json"
+PREPROCESSOR_CONFIG: Final = "preprocessor_config.json"
+RUN_CONFIG: Final = "run_config.yaml"
+TRAINABLE_TABLE: Final = "trainable_parameters.json"
+MANIFEST: Final = "llava_ft.json"
+
+PEFT_PREFIX: Final = "base_model.model."
+VISION_PREFIX: Final = "model.vision_tower.vision_tower.vision_model."
+PROJECTOR_PREFIX: Final = "model.mm_projector."
+EMBEDDINGS: Final = "model.embed_tokens.weight"
+HEAD: Final = "lm_head.weight"
+NEW_ROWS_SUFFIX: Final = ".new_rows"
+
+_WRAPPERS = re.compile(r"^(?:module\.|base_model\.model\.|_fsdp_wrapped_module\.|_orig_mod\.)+")
+_DERIVED = re.compile(r"(?:rotary_emb\.inv_freq|embeddings\.position_ids)$")
+_CLIP_TEXT = re.compile(r"^(?:text_model\.|text_projection\.|visual_projection\.|logit_scale$)")
+
+
+def native_name(key: str) -> str:
+    """Return the native LLaVA name of a key from a model, adapter or projector file.
+
+    `base_model.model.model.mm_projector.0.weight`, `module.model.mm_projector.0.weight` and `mm_projector.0.weight`
+    are all `model.mm_projector.0.weight`.
+    """
+    name = _WRAPPERS.sub("", key)
+    name = re.sub(r"^(?:model\.)+", "model.", name)
+    if name.startswith(("mm_projector.", "vision_tower.", "embed_tokens.", "layers.", "image_newline")):
+        name = "model." + name
+    flat_vision = "model.vision_tower.vision_tower."
+    if name.startswith(flat_vision) and not name.startswith(VISION_PREFIX):
+        name = VISION_PREFIX + name.removeprefix(flat_vision)
+    return name
+
+
+def clip_to_native_name(key: str) -> str | None:
+    """Return the native LLaVA name of a key from a CLIP directory, or None for what belongs to CLIP's text half."""
+    if _CLIP_TEXT.search(key):
+        return None
+    return VISION_PREFIX + key.removeprefix("vision_model.")
+
+
+def is_derived(name: str) -> bool:
+    """Whether a tensor follows from the configuration and is not a weight, such as rotary frequencies."""
+    return _DERIVED.search(name) is not None
+
+
+def is_vision(name: str) -> bool:
+    """Whether a native name belongs to the vision tower."""
+    return name.startswith("model.vision_tower.")
+
+
+def is_projector(name: str) -> bool:
+    """Whether a native name belongs to the projector."""
+    return name.startswith(PROJECTOR_PREFIX)
+
+
+def is_language_model(name: str) -> bool:
+    """Whether a native name belongs to the language model: what an adapter is trained on."""
+    return not (is_vision(name) or is_projector(name) or name == "model.image_newline")
+
+
+def adapter_name(name: str) -> str:
+    """Return the key of a LoRA parameter in an adapter file, given its name in a PEFT model."""
+    return re.sub(r"\.default(?=\.|$)", "", name)

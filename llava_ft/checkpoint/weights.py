@@ -1,0 +1,239 @@
+"""Reading weight files one tensor at a time.
+
+A `WeightFiles` stands for the weights of one model: a single `.safetensors` or `.bin` file, or shards with an index.
+Names, shapes and dtypes are known without reading data, so that a request can be refused before anything is
+allocated. While streaming, a file is mapped for a limited number of bytes and then mapped anew: pages that were read
+do not pile up in the process's memory.
+
+Pickle files are read with `weights_only=True`: nothing in them is executed.
+"""
+
+import json
+import pickle
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from llava_ft.errors import CheckpointError
+
+_MODEL_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+_BYTES_PER_MAPPING = 128 * 2**20
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What is known of a tensor without reading it.
+
+    Attributes:
+        file: The file that holds it.
+        shape: Its size in each dimension.
+        dtype: Its type on disk.
+    """
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on disk in bytes."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+class WeightFiles:
+    """The tensors of one model, read lazily.
+
+    Attributes:
+        path: The directory or file that was opened.
+        tensors: What is known of each tensor, by its name on disk.
+    """
+
+    def __init__(self, path: Path, tensors: dict[str, TensorInfo]):
+        self.path = path
+        self.tensors = tensors
+
+    @classmethod
+    def open(cls, path: Path) -> "WeightFiles":
+        """Open a weight file, an index file, or a directory that holds a model's weights.
+
+        Raises:
+            CheckpointError: There are no weights, a shard is missing, or a file is damaged.
+        """
+        source = _find_model_file(path) if path.is_dir() else path
+        if source.name.endswith(".index.json"):
+            return cls(path, _open_shards(source))
+        return cls(path, _inspect_file(source))
+
+    def stream(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield names and tensors, file by file. A tensor is only valid until the next one is asked for.
+
+        Args:
+            names: The tensors wanted, by their names on disk; all when absent.
+        """
+        by_file: dict[Path, list[str]] = {}
+        for name in self.tensors if names is None else names:
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        for file, wanted in by_file.items():
+            for group in self._split_by_bytes(wanted):
+                yield from _read(file, group)
+
+    def read(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+        """Return tensors in memory of their own. For small files, such as adapters."""
+        return {name: tensor.clone() for name, tensor in self.stream(names)}
+
+    def _split_by_bytes(self, names: list[str]) -> Iterator[list[str]]:
+        group: list[str] = []
+        num_bytes = 0
+        for name in names:
+            group.append(name)
+            num_bytes += self.tensors[name].num_bytes
+            if num_bytes >= _BYTES_PER_MAPPING:
+                yield group
+                group, num_bytes = [], 0
+        if group:
+            yield group
+
+
+def has_model_weights(directory: Path) -> bool:
+    """Whether a directory holds a model's weights under one of their usual names."""
+    return any((directory / name).is_file() for name in _MODEL_FILES)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: The file is missing, is not JSON, or is not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}). Is the file complete?") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}; an object is needed.")
+    return content
+
+
+def _find_model_file(directory: Path) -> Path:
+    for name in _MODEL_FILES:
+        if (directory / name).is_file():
+            return directory / name
+    raise CheckpointError(
+        f"{directory} holds no model weights. Looked for {', '.join(_MODEL_FILES)}; "
+        f"it holds {_listing(directory)}."
+    )
+
+
+def _listing(directory: Path) -> str:
+    names = sorted(entry.name for entry in directory.iterdir())
+    return (", ".join(names[:12]) + (", ..." if len(names) > 12 else "")) or "nothing"
+
+
+def _open_shards(index: Path) -> dict[str, TensorInfo]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no 'weight_map'. The index is damaged.")
+    shards: dict[str, dict[str, TensorInfo]] = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index} names the shard {shard!r}, which is not in its own directory.")
+        shards[shard] = _inspect_file(index.parent / shard)
+    tensors: dict[str, TensorInfo] = {}
+    for name, shard in weight_map.items():
+        if name not in shards[shard]:
+            raise CheckpointError(f"{index} says that {shard} holds {name}, but it does not. The shard is damaged.")
+        tensors[name] = shards[shard][name]
+    return tensors
+
+
+def _inspect_file(file: Path) -> dict[str, TensorInfo]:
+    if not file.is_file():
+        raise CheckpointError(f"The weight file {file} does not exist.")
+    if file.suffix == ".safetensors":
+        return _inspect_safetensors(file)
+    return {
+        name: TensorInfo(file, tuple(tensor.shape), tensor.dtype) for name, tensor in _load_pickle(file).items()
+    }
+
+
+def _inspect_safetensors(file: Path) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a dict
+                view = opened.get_slice(name)
+                dtype = _SAFETENSORS_DTYPES.get(view.get_dtype())
+                if dtype is None:
+                    raise CheckpointError(f"{file}: {name} has the type {view.get_dtype()}, which is not supported.")
+                tensors[name] = TensorInfo(file, tuple(view.get_shape()), dtype)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(_damaged(file, error)) from None
+    return tensors
+
+
+def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
+    """Map a pickle of tensors; files in PyTorch's old format cannot be mapped and are read whole."""
+    try:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{file} is damaged, or holds more than tensors: nothing but tensors is loaded from it, since a pickle "
+            f"can run any program. ({str(error).splitlines()[0]})"
+        ) from None
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        raise CheckpointError(_damaged(file, error)) from None
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise CheckpointError(f"{file} is not a dictionary of tensors, so it is not a weight file.")
+    return content
+
+
+def _damaged(file: Path, error: Exception) -> str:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (
+        f"{file} cannot be read: it is damaged or incomplete ({file.stat().st_size} bytes; {reason}). "
+        "Copy or download it again."
+    )
+
+
+def _read(file: Path, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as opened:
+            for name in names:
+                yield name, opened.get_tensor(name)
+        return
+    content = _load_pickle(file)
+    for name in names:
+        yield name, content.pop(name)

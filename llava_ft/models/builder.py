@@ -1,0 +1,160 @@
+"""Building a LLaVA model without memory, and settling its configuration from a directory and the user's wishes."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate import init_empty_weights
+from transformers import CLIPVisionConfig
+
+from llava_ft.errors import UserError
+from llava_ft.models.config import SELECT_FEATURES, LlavaLlamaConfig, hidden_state_index, projector_depth
+from llava_ft.models.llava import LlavaLlamaForCausalLM
+
+logger = logging.getLogger(__name__)
+
+ORIGINAL_DEFAULTS: Mapping[str, Any] = {
+    "mm_projector_type": "linear",
+    "mm_vision_select_layer": -1,
+    "mm_vision_select_feature": "patch",
+    "mm_patch_merge_type": "flat",
+    "mm_use_im_start_end": False,
+    "mm_use_im_patch_token": False,
+    "image_aspect_ratio": "square",
+}
+"""What holds when neither the user nor the checkpoint says otherwise; original LLaVA's values but for
+`mm_use_im_patch_token`, which there is True and which every published command switches off."""
+
+_LANGUAGE_MODELS = ("llama", "llava_llama", "llava")
+_VISION_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_channels",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
+    "projection_dim",
+)
+
+
+def is_llava_config(fields: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` describes a LLaVA model in the native layout."""
+    return "mm_projector_type" in fields or "mm_hidden_size" in fields or fields.get("model_type") == "llava_llama"
+
+
+def vision_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the architecture of a vision tower from the `config.json` of a CLIP directory.
+
+    Args:
+        fields: The file's content: a CLIP vision model's, or that of a whole CLIP.
+        where: The directory, for messages.
+
+    Raises:
+        UserError: It is not a CLIP.
+    """
+    fields = fields.get("vision_config") or fields
+    if fields.get("model_type", "clip_vision_model") not in ("clip_vision_model", "clip"):
+        raise UserError(
+            f"The vision tower {where} is a {fields.get('model_type')!r} model. Supported are CLIP models, such as "
+            "openai/clip-vit-large-patch14-336."
+        )
+    full = CLIPVisionConfig(**{key: fields[key] for key in _VISION_FIELDS if key in fields})
+    return {key: getattr(full, key) for key in _VISION_FIELDS}
+
+
+def settle_config(
+    base: Mapping[str, Any],
+    where: str,
+    *,
+    wishes: Mapping[str, Any],
+    vision_tower: str | None,
+    vision: Mapping[str, Any] | None,
+    projector_is_replaced: bool = False,
+) -> LlavaLlamaConfig:
+    """Settle the configuration of the model to build.
+
+    What the user asks for comes first, then what a LLaVA checkpoint says, then `ORIGINAL_DEFAULTS`.
+
+    Args:
+        base: Content of the base model's `config.json`: a language model's or a LLaVA checkpoint's.
+        where: The base model's directory, for messages.
+        wishes: Fields the user set, by name; None is "not set".
+        vision_tower: Name of the vision tower, or None for a text-only model.
+        vision: Architecture of the tower, as `vision_fields` gives it.
+        projector_is_replaced: Whether the projector's weights come from a file of their own, so that the type may
+            differ from the checkpoint's.
+
+    Raises:
+        UserError: The base is no LLaMA, a wish is impossible, or it contradicts the checkpoint's weights.
+    """
+    if base.get("model_type") not in _LANGUAGE_MODELS or "text_config" in base:
+        raise UserError(_unsupported_base(base, where))
+    fields = {key: value for key, value in base.items() if key not in ("model_type", "architectures", "torch_dtype")}
+    was_llava = is_llava_config(base)
+    for key, default in ORIGINAL_DEFAULTS.items():
+        wish = wishes.get(key)
+        known = base.get(key) if was_llava else None
+        if wish is not None and known is not None and wish != known:
+            if key == "mm_projector_type" and not projector_is_replaced:
+                raise UserError(
+                    f"mm_projector_type is {wish!r}, but the projector in {where} is {known!r}. Leave the flag out, or "
+                    "give a projector file of that type with --pretrain_mm_mlp_adapter."
+                )
+            logger.warning("%s: %s instead of %s, which %s was trained with.", key, wish, known, where)
+        fields[key] = wish if wish is not None else known if known is not None else default
+    fields["mm_vision_tower"] = vision_tower if vision else None
+    fields["mm_vision_config"] = dict(vision) if vision else None
+    fields["mm_hidden_size"] = vision["hidden_size"] if vision else None
+    fields["use_mm_proj"] = vision is not None
+    config = LlavaLlamaConfig(**fields)
+    config.architectures = [LlavaLlamaForCausalLM.__name__]
+    _check(config)
+    return config
+
+
+def build_skeleton(config: LlavaLlamaConfig, *, attn_implementation: str = "sdpa") -> LlavaLlamaForCausalLM:
+    """Build the model with its parameters on the meta device and its buffers in memory.
+
+    Args:
+        config: The model's configuration.
+        attn_implementation: Attention of the language model, by transformers' name.
+    """
+    config._attn_implementation = attn_implementation
+    with init_empty_weights(include_buffers=False):
+        model = LlavaLlamaForCausalLM(config)
+    model.requires_grad_(False)
+    return model
+
+
+def _check(config: LlavaLlamaConfig) -> None:
+    if config.mm_vision_select_feature not in SELECT_FEATURES:
+        raise UserError(
+            f"mm_vision_select_feature is {config.mm_vision_select_feature!r}; allowed are "
+            f"{' and '.join(SELECT_FEATURES)}."
+        )
+    depth = projector_depth(config.mm_projector_type)
+    vision = config.vision_config
+    if vision is None:
+        return
+    hidden_state_index(config.mm_vision_select_layer, vision.num_hidden_layers)
+    if depth == 0 and vision.hidden_size != config.hidden_size:
+        raise UserError(
+            f"mm_projector_type is identity, but the vision tower is {vision.hidden_size} wide and the language model "
+            f"{config.hidden_size}. Use linear or mlp2x_gelu."
+        )
+
+
+def _unsupported_base(base: Mapping[str, Any], where: str) -> str:
+    kind = base.get("model_type")
+    if "text_config" in base:
+        return (
+            f"{where} is a {kind!r} model in transformers' own layout. Supported are models in LLaVA's native layout, "
+            "such as liuhaotian/llava-v1.5-7b, and LLaMA language models."
+        )
+    return (
+        f"{where} is a {kind!r} model. Supported language models are those of LLaMA's architecture (model_type 'llama'), "
+        "such as lmsys/vicuna-7b-v1.5, and LLaVA models built on them."
+    )

@@ -1,0 +1,101 @@
+"""Configuration of a LLaVA model: the language model's fields and, beside them, LLaVA's `mm_*` fields.
+
+The file written by `save_pretrained` is read by original LLaVA (transformers 4.37) as well as by transformers 5:
+fields that transformers 5 renamed are written under both names.
+"""
+
+import re
+from typing import Any
+
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from llava_ft.errors import UserError
+
+PROJECTOR_TYPE_PATTERN = re.compile(r"linear|identity|mlp([1-9]\d*)x_gelu")
+SELECT_FEATURES = ("patch", "cls_patch")
+
+
+class LlavaLlamaConfig(LlamaConfig):
+    """LLaMA configuration with LLaVA's fields, named as in `llava/model/llava_arch.py`.
+
+    Attributes:
+        mm_vision_tower: Name or path of the vision tower; None is a text-only model.
+        mm_vision_config: Architecture of the tower (the fields of `CLIPVisionConfig`), so that a checkpoint that
+            holds the tower's weights needs no second directory. Original LLaVA ignores it.
+        mm_hidden_size: Width of the tower's features.
+        mm_projector_type: `linear`, `mlpNx_gelu` or `identity`.
+        mm_vision_select_layer: Which hidden state is taken; 0 is the embedding, -1 the last layer's output.
+        mm_vision_select_feature: `patch` drops the class token, `cls_patch` keeps it.
+        conversation_template: Template the model was trained with. Original LLaVA ignores it.
+    """
+
+    model_type = "llava_llama"
+
+    mm_vision_tower: str | None = None
+    mm_vision_config: dict[str, Any] | None = None
+    mm_hidden_size: int | None = None
+    mm_projector_type: str = "linear"
+    mm_vision_select_layer: int = -1
+    mm_vision_select_feature: str = "patch"
+    mm_patch_merge_type: str = "flat"
+    mm_use_im_start_end: bool = False
+    mm_use_im_patch_token: bool = False
+    image_aspect_ratio: str = "square"
+    conversation_template: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, with the names transformers 4 used added for what transformers 5 renamed."""
+        fields = super().to_dict()
+        rope = fields.get("rope_parameters") or {}
+        if "rope_theta" in rope:
+            fields["rope_theta"] = rope["rope_theta"]
+            scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+            fields["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+        if fields.get("dtype") is not None:
+            fields["torch_dtype"] = fields["dtype"]
+        return fields
+
+    @property
+    def vision_config(self) -> CLIPVisionConfig | None:
+        """Architecture of the vision tower, or None for a text-only model."""
+        return None if self.mm_vision_config is None else CLIPVisionConfig(**self.mm_vision_config)
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Number of tokens that one image takes; 0 for a text-only model."""
+        from llava_ft.geometry import num_image_tokens
+
+        vision = self.vision_config
+        if vision is None:
+            return 0
+        return num_image_tokens(vision.image_size, vision.patch_size, self.mm_vision_select_feature)
+
+
+def projector_depth(projector_type: str) -> int:
+    """Number of linear layers of a projector: 0 for `identity`, 1 for `linear`, N for `mlpNx_gelu`.
+
+    Raises:
+        UserError: The type is none of these.
+    """
+    match = PROJECTOR_TYPE_PATTERN.fullmatch(projector_type)
+    if match is None:
+        raise UserError(
+            f"mm_projector_type is {projector_type!r}. Known types are linear, identity and mlpNx_gelu with N >= 1, "
+            "such as mlp2x_gelu."
+        )
+    return {"identity": 0, "linear": 1}.get(projector_type) or int(match.group(1) or 0)
+
+
+def hidden_state_index(select_layer: int, num_layers: int) -> int:
+    """Number of encoder layers to run to get hidden state `select_layer` of a tower with `num_layers` layers.
+
+    Raises:
+        UserError: The tower has no such hidden state.
+    """
+    index = select_layer if select_layer >= 0 else num_layers + 1 + select_layer
+    if not 0 <= index <= num_layers:
+        raise UserError(
+            f"mm_vision_select_layer is {select_layer}, but the vision tower has {num_layers} layers: "
+            f"allowed are {-num_layers - 1} to {num_layers}."
+        )
+    return index

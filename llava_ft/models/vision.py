@@ -1,0 +1,59 @@
+"""The vision tower: CLIP's image encoder up to the layer whose features LLaVA uses.
+
+Source: LLaVA 1.5 (arXiv:2310.03744), section 3, and `llava/model/multimodal_encoder/clip_encoder.py`. Differs from
+LLaVA: layers behind the selected one are not run, no other hidden state is kept, and a tower that is to be trained is
+trained (the original always runs it without gradients).
+"""
+
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from llava_ft.models.config import hidden_state_index
+
+
+class _NamedVisionModel(nn.Module):
+    """Keeps `vision_model.` in the parameter names, which `CLIPVisionModel` dropped in transformers 5.6."""
+
+    def __init__(self, config: CLIPVisionConfig):
+        super().__init__()
+        self.vision_model = CLIPVisionModel(config)
+
+
+class CLIPVisionTower(nn.Module):
+    """CLIP image encoder that returns the features of one hidden state.
+
+    Args:
+        config: Architecture of the encoder.
+        select_layer: Hidden state to return; negative counts from the last one.
+        select_feature: `patch` drops the class token, `cls_patch` keeps it.
+    """
+
+    def __init__(self, config: CLIPVisionConfig, select_layer: int, select_feature: str):
+        super().__init__()
+        self.num_layers_run = hidden_state_index(select_layer, config.num_hidden_layers)
+        self.drop_class_token = select_feature == "patch"
+        self.image_size = config.image_size
+        self.vision_tower = _NamedVisionModel(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the encoder's weights."""
+        return self.vision_tower.vision_model.embeddings.patch_embedding.weight.dtype
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Encode images.
+
+        Args:
+            pixel_values: `(M, 3, H, W)` normalised pixels, H and W equal to the tower's image size.
+
+        Returns:
+            `(M, N, C)` features in the tower's dtype: N tokens an image in reading order, width C.
+        """
+        encoder = self.vision_tower.vision_model
+        trained = any(parameter.requires_grad for parameter in encoder.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            hidden_MNC = encoder.pre_layrnorm(encoder.embeddings(pixel_values.to(self.dtype)))
+            for layer in encoder.encoder.layers[: self.num_layers_run]:
+                hidden_MNC = layer(hidden_MNC, None)
+        return hidden_MNC[:, 1:] if self.drop_class_token else hidden_MNC
