@@ -1,0 +1,165 @@
+"""`llava_ft.json`: what a directory is, what it was made from, and the proof that it is complete.
+
+It is written last. A directory whose manifest is there and whose files have the sizes in it is complete; resuming takes
+no other. The weights of one run are tied together by their SHA-256, so an adapter cannot be paired by accident with
+another run's projector.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llava_ft.checkpoint.names import (
+    ADAPTER_BIN,
+    ADAPTER_SAFETENSORS,
+    MANIFEST,
+    NON_LORA_BIN,
+    NON_LORA_SAFETENSORS,
+    PROJECTOR_BIN,
+    PROJECTOR_SAFETENSORS,
+)
+from llava_ft.checkpoint.weights import read_json
+from llava_ft.errors import CheckpointError
+from llava_ft.version import __version__
+
+_HASHED = frozenset(
+    (ADAPTER_BIN, ADAPTER_SAFETENSORS, NON_LORA_BIN, NON_LORA_SAFETENSORS, PROJECTOR_BIN, PROJECTOR_SAFETENSORS)
+)
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "pillow", "tokenizers")
+
+
+@dataclass
+class Manifest:
+    """Content of `llava_ft.json`.
+
+    Attributes:
+        kind: `lora`, `projector` or `full`.
+        base: Path of the base model.
+        base_fingerprint: See `language_model_fingerprint`.
+        step: Optimizer steps done.
+        template: Conversation template.
+        files: Size in bytes of each file, and its SHA-256 where it holds trained weights beside frozen ones.
+        versions: Versions of Python and of the packages that made the directory.
+    """
+
+    kind: str
+    base: str = ""
+    base_fingerprint: str = ""
+    step: int = 0
+    template: str = ""
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def write(self, directory: Path) -> None:
+        """List the directory's files, without sub-checkpoints, and write the manifest, in place at once."""
+        self.files = {
+            str(path.relative_to(directory)): _describe(path)
+            for path in sorted(_files(directory))
+            if path.name != MANIFEST
+        }
+        self.versions = installed_versions()
+        staged = directory / f".{MANIFEST}.incomplete"
+        staged.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        sync_file(staged)
+        os.replace(staged, directory / MANIFEST)
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """Return the manifest of a directory, or None if it has none, as in checkpoints of the original.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    if not (directory / MANIFEST).is_file():
+        return None
+    fields = read_json(directory / MANIFEST)
+    known = {key: value for key, value in fields.items() if key in Manifest.__dataclass_fields__}
+    if "kind" not in known or not isinstance(known.get("files"), dict):
+        raise CheckpointError(f"{directory / MANIFEST} is damaged: it does not list the directory's files.")
+    return Manifest(**known)
+
+
+def what_is_incomplete(directory: Path) -> str | None:
+    """Say why a checkpoint of this program is incomplete; None if it is complete."""
+    try:
+        manifest = read_manifest(directory)
+    except CheckpointError as error:
+        return str(error)
+    if manifest is None:
+        return f"it has no {MANIFEST}, which is written last"
+    for name, described in manifest.files.items():
+        path = directory / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != described["size"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {described['size']}"
+    return None
+
+
+def check_pairing(directory: Path) -> None:
+    """Check that the trained weights in a directory are those that were written together.
+
+    Raises:
+        CheckpointError: One of them is missing, damaged or of another run.
+    """
+    manifest = read_manifest(directory)
+    if manifest is None:
+        return
+    for name, described in manifest.files.items():
+        if "sha256" not in described:
+            continue
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing, though it was written with this checkpoint. Copy it again.")
+        if file_sha256(path) != described["sha256"]:
+            raise CheckpointError(
+                f"{path} is not the file that was written with this checkpoint: it is damaged or of another run. "
+                f"Put the right file back, or delete {MANIFEST} to use the files as they are."
+            )
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of this program, Python and the packages whose version can change a result."""
+    versions = {"llava_ft": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file as hexadecimal digits."""
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file or directory is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    described: dict[str, Any] = {"size": path.stat().st_size}
+    if path.name in _HASHED:
+        described["sha256"] = file_sha256(path)
+    return described
+
+
+def _files(directory: Path) -> list[Path]:
+    found: list[Path] = []
+    for entry in directory.iterdir():
+        if entry.name.startswith((".", "checkpoint-", "runs")):
+            continue
+        found += [path for path in entry.rglob("*") if path.is_file()] if entry.is_dir() else [entry]
+    return found

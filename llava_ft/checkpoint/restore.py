@@ -1,0 +1,172 @@
+"""Putting trained weights back: what a resumed run, a run that starts from an adapter, and inference have in common.
+
+Every trained tensor has to be restored and every tensor in the files has to find its place; anything else is an error
+that lists the difference. A projector that silently starts anew is the mistake this module exists to prevent.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from llava_ft.checkpoint.directory import ModelDirectory, identify
+from llava_ft.checkpoint.manifest import check_pairing, read_manifest
+from llava_ft.checkpoint.names import (
+    ADAPTER_CONFIG,
+    EMBEDDINGS,
+    HEAD,
+    NEW_ROWS_SUFFIX,
+    NON_LORA_BIN,
+    is_derived,
+    native_name,
+)
+from llava_ft.checkpoint.weights import WeightFiles, read_json
+from llava_ft.errors import CheckpointError
+
+
+def trained_files(directory: ModelDirectory) -> list[WeightFiles]:
+    """Return the weight files of a directory that a run wrote.
+
+    Raises:
+        CheckpointError: One that belongs there is missing or damaged.
+    """
+    check_pairing(directory.path)
+    if directory.kind == "lora":
+        if directory.adapter_file is None:
+            raise CheckpointError(f"{directory.path} has {ADAPTER_CONFIG} but no adapter_model.bin or .safetensors.")
+        if directory.non_lora_file is None:
+            raise CheckpointError(
+                f"{directory.path} has an adapter but no {NON_LORA_BIN}: the projector that was trained with it is "
+                "missing, and without it the adapter gives wrong answers. Original LLaVA leaves the file out of its "
+                "intermediate checkpoints; use the output directory of the finished run."
+            )
+        return [WeightFiles.open(directory.adapter_file), WeightFiles.open(directory.non_lora_file)]
+    if directory.kind == "projector":
+        assert directory.projector_file is not None
+        return [WeightFiles.open(directory.projector_file)]
+    return [WeightFiles.open(directory.path)]
+
+
+def restore_trained(model: nn.Module, path: Path) -> None:
+    """Copy the trained weights of a directory into a model with the same trainable parameters.
+
+    Args:
+        model: The model of the run; a PEFT model for LoRA.
+        path: A checkpoint or the output directory of a run.
+
+    Raises:
+        CheckpointError: A trainable parameter is not in the files, or the files hold something else.
+    """
+    directory = identify(path)
+    trainable = {
+        plain_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    _check_lora_config(model, directory)
+    frozen = {plain_name(name) for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    restored: set[str] = set()
+    unexpected: list[str] = []
+    for files in trained_files(directory):
+        names = _target_names(files, trainable, directory.kind)
+        unexpected += [key for key, name in names.items() if name not in trainable and name not in frozen]
+        wanted = {key: name for key, name in names.items() if name in trainable}
+        _check_shapes(files, wanted, trainable)
+        for key, tensor in files.stream(wanted):
+            with torch.no_grad():
+                trainable[wanted[key]].copy_(tensor)
+            restored.add(wanted[key])
+    missing = [name for name in trainable if name not in restored]
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{path} does not fit this run. "
+            + (f"Trained here but not in it: {_some(missing)}. " if missing else "")
+            + (f"In it but not in this model: {_some(unexpected)}. " if unexpected else "")
+            + "Was it made with another model, another adapter or other flags for what is trained?"
+        )
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's native name without the adapter's name: the name it has in every kind of file."""
+    return native_name(name).replace(".default.", ".").replace(".base_layer.", ".")
+
+
+def check_base(path: Path, fingerprint: str, base: str, *, allow_mismatch: bool) -> str | None:
+    """Check that trained weights are put on the language model they were trained on.
+
+    Args:
+        path: Directory of the trained weights.
+        fingerprint: Fingerprint of the language model at hand.
+        base: Its path, for messages.
+        allow_mismatch: Return the message instead of raising it.
+
+    Returns:
+        A message if they do not fit and that was allowed.
+
+    Raises:
+        CheckpointError: They do not fit.
+    """
+    manifest = read_manifest(path)
+    if manifest is None or not manifest.base_fingerprint or manifest.base_fingerprint == fingerprint:
+        return None
+    message = (
+        f"{path} was trained on {manifest.base} ({manifest.base_fingerprint}), but the model given is {base} "
+        f"({fingerprint}), whose weights differ."
+    )
+    if allow_mismatch:
+        return message
+    raise CheckpointError(
+        message + " Give the original base model, or pass --allow_base_mismatch true if you know that it fits."
+    )
+
+
+def _target_names(files: WeightFiles, trainable: Mapping[str, nn.Parameter], kind: str) -> dict[str, str]:
+    """Give each tensor of a file the name it has in the model, leaving out whole matrices kept for other programs."""
+    names: dict[str, str] = {}
+    for key in files.tensors:
+        name = plain_name(key)
+        if is_derived(name):
+            continue
+        rows_name = name.removesuffix(".weight") + NEW_ROWS_SUFFIX
+        if name in (EMBEDDINGS, HEAD) and rows_name in trainable:
+            if kind == "projector":
+                names[key] = rows_name
+            continue
+        names[key] = name
+    return names
+
+
+def _check_shapes(files: WeightFiles, wanted: Mapping[str, str], trainable: Mapping[str, nn.Parameter]) -> None:
+    wrong = [
+        f"{name} is {tuple(files.tensors[key].shape)} in the file and {tuple(trainable[name].shape)} here"
+        for key, name in wanted.items()
+        if tuple(files.tensors[key].shape) != tuple(trainable[name].shape)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{files.path} does not fit this run: {_some(wrong, 2)}. Was it made with another rank or another model?"
+        )
+
+
+def _check_lora_config(model: nn.Module, directory: ModelDirectory) -> None:
+    peft_config = getattr(model, "peft_config", None)
+    if peft_config is None:
+        if directory.kind == "lora":
+            raise CheckpointError(f"{directory.path} holds a LoRA adapter, but this run trains no LoRA.")
+        return
+    if directory.kind != "lora":
+        raise CheckpointError(f"{directory.path} holds no LoRA adapter, but this run trains one (lora_enable).")
+    on_disk = read_json(directory.path / ADAPTER_CONFIG)
+    here = peft_config["default"]
+    different = [
+        f"{key} is {on_disk.get(key)} in it and {getattr(here, key)} here"
+        for key in ("r", "lora_alpha", "use_rslora", "use_dora")
+        if key in on_disk and on_disk[key] != getattr(here, key)
+    ]
+    if different:
+        raise CheckpointError(
+            f"The adapter in {directory.path} was made with other settings: {', '.join(different)}. Use the same."
+        )
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

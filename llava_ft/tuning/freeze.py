@@ -1,0 +1,102 @@
+"""Which parts of the model a run trains, and in which dtype each parameter is held.
+
+| run | trained |
+| --- | --- |
+| projector pretraining (`tune_mm_mlp_adapter`) | projector, input rows of added tokens |
+| LoRA (`lora_enable`) | LoRA weights, projector, input and output rows of added tokens |
+| full | language model, projector |
+
+`freeze_mm_mlp_adapter` takes the projector out, `freeze_backbone` the language model with its head. The vision tower is
+frozen. Trained parameters are float32, the master weights of a mixed-precision run; frozen ones are in the compute
+dtype.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from llava_ft.errors import UserError
+from llava_ft.models.llava import part_of
+from llava_ft.models.token_rows import add_new_rows
+
+Method = Literal["full", "lora", "projector"]
+
+
+@dataclass(frozen=True)
+class TuningPlan:
+    """What a run trains.
+
+    Attributes:
+        method: Which of the three kinds of run it is.
+        train_projector: Whether the projector is trained.
+        train_language_model: Whether the language model's own weights are trained.
+    """
+
+    method: Method
+    train_projector: bool
+    train_language_model: bool
+
+    @classmethod
+    def from_flags(
+        cls,
+        *,
+        lora_enable: bool,
+        tune_mm_mlp_adapter: bool,
+        freeze_mm_mlp_adapter: bool,
+        freeze_backbone: bool,
+        has_vision: bool,
+    ) -> "TuningPlan":
+        """Settle the plan from the original's flags.
+
+        Raises:
+            UserError: Nothing would be trained.
+        """
+        method: Method = "lora" if lora_enable else "projector" if tune_mm_mlp_adapter else "full"
+        plan = cls(
+            method=method,
+            train_projector=has_vision and not freeze_mm_mlp_adapter,
+            train_language_model=method == "full" and not freeze_backbone,
+        )
+        if method == "projector" and not has_vision:
+            raise UserError(
+                "tune_mm_mlp_adapter trains the projector, but the model is text-only. Add --vision_tower."
+            )
+        if method == "full" and not (plan.train_projector or plan.train_language_model):
+            raise UserError("freeze_backbone leaves nothing to train in this run. Leave the flag out.")
+        return plan
+
+    def trains(self, name: str) -> bool:
+        """Whether the parameter with this name is trained. LoRA parameters always are."""
+        part = part_of(name)
+        if part in ("LoRA", "new token rows"):
+            return True
+        if part == "projector":
+            return self.train_projector
+        return part != "vision tower" and self.train_language_model
+
+    def dtype_of(self, name: str, compute_dtype: torch.dtype) -> torch.dtype:
+        """The dtype in memory of the parameter with this name."""
+        return torch.float32 if self.trains(name) else compute_dtype
+
+    def apply(self, model: nn.Module) -> None:
+        """Set `requires_grad` of every parameter."""
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self.trains(name))
+
+    def separate_new_rows(self, model: nn.Module, num_new: int) -> None:
+        """Make the rows of added tokens trainable on their own where the matrices around them are frozen.
+
+        Pretraining trains the input rows alone, as the original does; LoRA runs train input and output rows.
+        """
+        if num_new == 0 or self.train_language_model or self.method == "full":
+            return
+        rows = add_new_rows(model.get_input_embeddings(), num_new)  # type: ignore[operator]
+        if self.method != "lora":
+            return
+        head: nn.Linear = model.lm_head  # type: ignore[assignment]
+        output_rows = add_new_rows(head, num_new)
+        if model.config.tie_word_embeddings:  # type: ignore[union-attr]
+            head.new_rows = rows  # type: ignore[assignment]
+            del output_rows

@@ -1,0 +1,92 @@
+"""LoRA on the language model: which modules get an adapter, and how that is written down.
+
+Source: LoRA (arXiv:2106.09685), through PEFT. Differs from LLaVA: targets are matched by their full names inside the
+language model. A list of leaf names such as `q_proj` also matches CLIP's attention, and then an adapter appears in the
+vision tower when the list is applied to a model whose tower is already loaded.
+"""
+
+import re
+from collections.abc import Sequence
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from llava_ft.errors import UserError
+from llava_ft.models.llava import part_of
+
+_LAYER = r"model\.layers\.\d+\."
+
+
+def language_model_linears(model: nn.Module) -> list[str]:
+    """Names of the linear layers of the decoder, without the head, in model order."""
+    pattern = re.compile(_LAYER)
+    return [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and pattern.match(name)
+    ]
+
+
+def target_pattern(model: nn.Module, leaf_names: Sequence[str] | None = None) -> str:
+    """Write the LoRA targets as one regular expression over full module names.
+
+    PEFT, in every version, compares such an expression with the whole name, so nothing outside the decoder's layers
+    can match: it is the exclusion of the vision tower, and it is short enough to read in `adapter_config.json`.
+
+    Args:
+        model: The model before adapters are added.
+        leaf_names: Last parts of the names wanted, such as `q_proj`; all linear layers when absent.
+
+    Raises:
+        UserError: A name is no linear layer of the decoder.
+    """
+    known = {re.sub(_LAYER, "", name, count=1) for name in language_model_linears(model)}
+    leaves = {name.rpartition(".")[2]: name for name in sorted(known)}
+    unknown = sorted(set(leaf_names or ()) - set(leaves))
+    if unknown:
+        raise UserError(
+            f"lora_target_modules names {', '.join(unknown)}, which the language model does not have. "
+            f"Its linear layers are {', '.join(leaves)}."
+        )
+    wanted = sorted(leaves[leaf] for leaf in (leaf_names or leaves))
+    return _LAYER + "(?:" + "|".join(re.escape(name) for name in wanted) + ")"
+
+
+def add_lora(
+    model: nn.Module,
+    *,
+    r: int,
+    alpha: int,
+    dropout: float,
+    bias: str = "none",
+    leaf_names: Sequence[str] | None = None,
+    base_model_name: str | None = None,
+) -> PeftModel:
+    """Wrap a model with LoRA adapters on its language model. LoRA weights are float32.
+
+    Args:
+        model: The model.
+        r: Rank.
+        alpha: Scale times rank.
+        dropout: Probability with which an adapter's input is dropped.
+        bias: Which biases of the language model are trained: `none`, `all` or `lora_only`.
+        leaf_names: Layers to adapt; see `target_pattern`.
+        base_model_name: Written into `adapter_config.json`.
+
+    Raises:
+        UserError: A layer name is unknown.
+    """
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        bias=bias,  # type: ignore[arg-type]
+        target_modules=target_pattern(model, leaf_names),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_model_name,
+    )
+    peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+    assert isinstance(peft_model, PeftModel)
+    peft_model.peft_config["default"].base_model_name_or_path = base_model_name
+    for name, parameter in peft_model.named_parameters():
+        if name.endswith("bias") and part_of(name) == "vision tower":
+            parameter.requires_grad_(False)
+    return peft_model
