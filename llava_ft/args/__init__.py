@@ -1,0 +1,45 @@
+"""Arguments: dataclasses, YAML and command line, checks across fields.
+
+    parsed = parse_args(["--config", "lora.yaml", "--lora_r", "64"])
+    parsed.model, parsed.data, parsed.flags      # plain and checked; nothing has been opened
+    parsed.training                              # transformers.TrainingArguments; initialises devices
+
+`TrainingArguments` is imported at its first use, because transformers takes seconds to import.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from llava_ft.args.data import DataArguments
+from llava_ft.args.model import (
+    ORIGINAL_DEFAULTS,
+    ModelArguments,
+    MultimodalSettings,
+    resolve_multimodal,
+)
+from llava_ft.args.parse import ParsedArgs, parse_args, resolved_config, to_yaml
+from llava_ft.args.training import TrainingFlags
+
+if TYPE_CHECKING:
+    from llava_ft.args.build import TrainingArguments
+
+__all__ = [
+    "ORIGINAL_DEFAULTS",
+    "DataArguments",
+    "ModelArguments",
+    "MultimodalSettings",
+    "ParsedArgs",
+    "TrainingArguments",
+    "TrainingFlags",
+    "parse_args",
+    "resolve_multimodal",
+    "resolved_config",
+    "to_yaml",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "TrainingArguments":
+        from llava_ft.args.build import TrainingArguments
+
+        return TrainingArguments
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

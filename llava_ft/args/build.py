@@ -1,0 +1,185 @@
+"""`TrainingArguments` itself, and what becomes of a request on a machine that lacks what it asks for.
+
+Importing this module imports transformers and torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+
+from llava_ft.args.sources import config_folders, known_configs
+from llava_ft.args.training import TrainingFlags
+from llava_ft.errors import UserError
+
+_GPU_OPTIMIZERS: Final = frozenset({"adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused"})
+_REPORTERS: Final[Mapping[str, tuple[str, ...]]] = {
+    "clearml": ("clearml",),
+    "comet_ml": ("comet_ml",),
+    "mlflow": ("mlflow",),
+    "swanlab": ("swanlab",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}
+"""Packages that each place to report to needs; any one of them will do."""
+
+
+@dataclass
+class TrainingArguments(  # pyright: ignore[reportIncompatibleVariableOverride]  # narrower types
+    TrainingFlags, transformers.TrainingArguments
+):
+    """Every training flag: those of `TrainingFlags` and those of `transformers.TrainingArguments`.
+
+    `gradient_checkpointing` is the name used here whatever the installed transformers calls it.
+    """
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where checkpoints and the result are written. Required to train."}
+    )
+
+    def __post_init__(self) -> None:
+        """Hand checkpointing over under its new name where there is one; the old one warns."""
+        names = {f.name for f in dataclasses.fields(self)}
+        for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+            new = old.replace("gradient_", "activation_")
+            if new in names and getattr(self, new) is None:
+                setattr(self, new, getattr(self, old))
+        super().__post_init__()
+
+
+def build_training_arguments(
+    flags: TrainingFlags, inherited: Mapping[str, object], notes: list[str]
+) -> TrainingArguments:
+    """Build the training arguments for this machine.
+
+    Args:
+        flags: Own flags as parsed.
+        inherited: Given fields of `transformers.TrainingArguments`, plain.
+        notes: Receives one sentence for each thing this machine cannot do and what is done instead.
+
+    Raises:
+        UserError: If transformers refuses the combination, or the DeepSpeed file does not exist.
+    """
+    values: dict[str, Any] = {f.name: getattr(flags, f.name) for f in dataclasses.fields(flags)} | dict(
+        inherited
+    )
+    values, device_notes = adapt_to_device(values, has_cuda=torch.cuda.is_available())
+    notes.extend(device_notes)
+    values["report_to"], reporter_notes = _available_reporters(values["report_to"])
+    notes.extend(reporter_notes)
+    if isinstance(values.get("deepspeed"), str):
+        values["deepspeed"] = find_deepspeed_config(values["deepspeed"], notes)
+    try:
+        return TrainingArguments(**values)
+    except ValueError as error:
+        raise UserError(f"transformers refuses these training arguments: {error}") from error
+
+
+def adapt_to_device(values: Mapping[str, Any], *, has_cuda: bool) -> tuple[dict[str, Any], list[str]]:
+    """Replace what needs a GPU where there is none.
+
+    Args:
+        values: Keyword arguments of `TrainingArguments`.
+        has_cuda: Whether this machine has a CUDA device.
+
+    Returns:
+        The values to use, and a sentence for each replacement.
+    """
+    adapted = dict(values)
+    if has_cuda and not adapted.get("use_cpu"):
+        return adapted, []
+    notes: list[str] = []
+    reason = "the CPU is used" if adapted.get("use_cpu") else "there is no GPU"
+    adapted["use_cpu"] = True
+    if adapted.get("tf32"):
+        adapted["tf32"] = None
+        notes.append(f"tf32 is ignored: {reason}.")
+    for name in ("fp16", "fp16_full_eval"):
+        if adapted.get(name):
+            adapted[name] = False
+            notes.append(f"{name} is replaced by float32: {reason}.")
+    if adapted.get("optim") in _GPU_OPTIMIZERS:
+        notes.append(f"optim={adapted['optim']} is replaced by adamw_torch: {reason}.")
+        adapted["optim"] = "adamw_torch"
+    if adapted.get("ddp_backend") == "nccl":
+        adapted["ddp_backend"] = "gloo"
+        notes.append(f"ddp_backend=nccl is replaced by gloo: {reason}.")
+    return adapted, notes
+
+
+def choose_attention(requested: str, training: TrainingArguments, notes: list[str]) -> str:
+    """Choose the attention kernel.
+
+    Args:
+        requested: "auto" or the name of a kernel.
+        training: Says whether a GPU and half precision are used.
+        notes: Receives a sentence if the requested kernel cannot run.
+
+    Returns:
+        "eager", "sdpa" or "flash_attention_2".
+    """
+    if requested in ("eager", "sdpa"):
+        return requested
+    if training.use_cpu:
+        obstacle = "it needs a GPU"
+    elif not (training.bf16 or training.fp16):
+        obstacle = "it needs bf16 or fp16"
+    elif not _is_installed("flash_attn"):
+        obstacle = "flash-attn is not installed"
+    else:
+        return "flash_attention_2"
+    if requested == "flash_attention_2":
+        notes.append(f"attn_implementation=flash_attention_2 is replaced by sdpa: {obstacle}.")
+    return "sdpa"
+
+
+def find_deepspeed_config(name: str, notes: list[str]) -> str:
+    """Return the path of a DeepSpeed configuration; JSON text is returned as it is.
+
+    A path that does not exist is looked up in `configs` by its file name, because published command lines say
+    `./scripts/zero3.json`.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if name.lstrip().startswith("{"):
+        return name
+    path = Path(name).expanduser()
+    if path.is_file():
+        return str(path)
+    for folder in config_folders():
+        candidate = folder / path.name
+        if candidate.is_file():
+            notes.append(f"deepspeed={name} does not exist; {candidate} is used.")
+            return str(candidate)
+    known = ", ".join(known_configs(".json")) or "none found"
+    raise UserError(
+        f"deepspeed={name}: there is no such file. Give the path of a DeepSpeed JSON file or one of the "
+        f"names in configs: {known}."
+    )
+
+
+def _available_reporters(report_to: str | list[str]) -> tuple[str | list[str], list[str]]:
+    """Drop what is not installed: the published command lines ask for wandb, which training does not need."""
+    wanted = [report_to] if isinstance(report_to, str) else list(report_to)
+    missing = [name for name in wanted if not any(map(_is_installed, _REPORTERS.get(name, ("torch",))))]
+    left = [name for name in wanted if name not in missing]
+    notes = [
+        f"report_to={name} is left out: it is not installed. To report there: pip install {_REPORTERS[name][0]}."
+        for name in missing
+    ]
+    return left or "none", notes
+
+
+def _is_installed(package: str) -> bool:
+    """Whether a package can be imported; a mere folder of that name, such as ./wandb, does not count."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None

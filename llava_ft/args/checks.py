@@ -1,0 +1,243 @@
+"""Contradictions between flags, found before any file is opened.
+
+Each message has three parts: what is wrong, what is allowed, what to do.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+
+from llava_ft.args.data import DataArguments
+from llava_ft.args.model import PROJECTOR_TYPE_PATTERN, ModelArguments
+from llava_ft.args.training import TrainingFlags
+from llava_ft.errors import UserError
+
+
+def check_arguments(
+    model: ModelArguments, data: DataArguments, training: TrainingFlags, inherited: Mapping[str, object]
+) -> None:
+    """Refuse what cannot be meant.
+
+    Args:
+        model: As parsed.
+        data: As parsed.
+        training: Own training flags as parsed.
+        inherited: Those fields of `transformers.TrainingArguments` that were given.
+
+    Raises:
+        UserError: For the first contradiction found.
+    """
+    _check_version(model.version)
+    checks = (
+        _vision_problems(model),
+        _data_problems(data),
+        _tuning_problems(model, training),
+        _lora_problems(training),
+        _number_problems(training, inherited),
+        _precision_problems(inherited),
+        _sampling_problems(training, inherited),
+        _evaluation_problems(data, inherited),
+    )
+    for problems in checks:
+        for problem in problems:
+            raise UserError(problem)
+
+
+def find_idle_flags(model: ModelArguments, training: TrainingFlags, given: frozenset[str]) -> list[str]:
+    """Return a note for each flag that was given and changes nothing in this combination."""
+    notes: list[str] = []
+    if training.lora_enable and model.freeze_backbone:
+        notes.append(
+            "freeze_backbone has no effect with lora_enable: LoRA keeps the language model fixed anyway."
+        )
+    if not training.lora_enable:
+        idle = sorted(given & {"lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lora_target_modules"})
+        notes.extend(f"{name} has no effect without lora_enable." for name in idle)
+    if training.bits == 16:
+        idle = sorted(given & {"quant_type", "double_quant"})
+        notes.extend(f"{name} has no effect with bits=16." for name in idle)
+    if training.mpt_attn_impl != "triton":
+        notes.append("mpt_attn_impl has no effect: use attn_implementation.")
+    return notes
+
+
+def _check_version(version: str) -> None:
+    if importlib.util.find_spec("llava_ft.conversation") is None:
+        return
+    from llava_ft.conversation import get_template
+
+    get_template(version)
+
+
+def _vision_problems(model: ModelArguments) -> Iterator[str]:
+    projector = model.mm_projector_type
+    if projector is not None and not PROJECTOR_TYPE_PATTERN.fullmatch(projector):
+        yield (
+            f"mm_projector_type={projector}: unknown projector. Allowed: linear, identity, mlpNx_gelu with "
+            "N from 1. LLaVA v1.5 uses mlp2x_gelu."
+        )
+    if model.pretrain_mm_mlp_adapter == "":
+        yield (
+            "pretrain_mm_mlp_adapter is empty. Give the mm_projector.bin of a pretraining run, or leave the "
+            "flag out to start from the base's or a new projector."
+        )
+
+
+def _data_problems(data: DataArguments) -> Iterator[str]:
+    if not 0.0 <= data.validation_fraction < 1.0:
+        yield (
+            f"validation_fraction={data.validation_fraction}: allowed is at least 0 and below 1. Give the "
+            "share of data_path to hold out, such as 0.02."
+        )
+    if data.validation_fraction > 0 and data.validation_data_path is not None:
+        yield (
+            f"validation_fraction={data.validation_fraction} and "
+            f"validation_data_path={data.validation_data_path} exclude each other. Give either a file of "
+            "its own or a share of data_path."
+        )
+
+
+def _tuning_problems(model: ModelArguments, training: TrainingFlags) -> Iterator[str]:
+    if training.lora_enable and model.tune_mm_mlp_adapter:
+        yield (
+            "lora_enable and tune_mm_mlp_adapter exclude each other: tune_mm_mlp_adapter trains the "
+            "projector alone. LoRA trains the projector beside it anyway, so leave out tune_mm_mlp_adapter."
+        )
+    if training.freeze_mm_mlp_adapter and model.tune_mm_mlp_adapter:
+        yield (
+            "freeze_mm_mlp_adapter and tune_mm_mlp_adapter exclude each other: one keeps the projector "
+            "fixed, the other trains nothing else. Give one of the two."
+        )
+    frozen = model.freeze_backbone and training.freeze_mm_mlp_adapter and not training.lora_enable
+    if frozen and not model.mm_use_im_start_end:
+        yield (
+            "freeze_backbone and freeze_mm_mlp_adapter leave nothing to train. Leave out one of them, or add "
+            "lora_enable."
+        )
+    trains_backbone = not (training.lora_enable or model.tune_mm_mlp_adapter or model.freeze_backbone)
+    if training.bits != 16 and trains_backbone:
+        yield (
+            f"bits={training.bits}: quantised weights cannot be trained themselves. Add lora_enable "
+            "(QLoRA), train the projector alone with tune_mm_mlp_adapter, or use bits=16."
+        )
+
+
+def _lora_problems(training: TrainingFlags) -> Iterator[str]:
+    if training.lora_r <= 0:
+        yield f"lora_r={training.lora_r}: the rank must be at least 1. Usual values are 8 to 128."
+    if training.lora_alpha <= 0:
+        yield f"lora_alpha={training.lora_alpha}: must be at least 1. Twice lora_r is usual."
+    if not 0.0 <= training.lora_dropout < 1.0:
+        yield f"lora_dropout={training.lora_dropout}: allowed is at least 0 and below 1. The default is 0.05."
+    if training.lora_weight_path and not training.lora_enable:
+        yield (
+            f"lora_weight_path={training.lora_weight_path} needs lora_enable, which is off. Add "
+            "lora_enable, or leave out lora_weight_path."
+        )
+    if training.lora_target_modules is not None and not training.lora_target_modules:
+        yield (
+            "lora_target_modules is empty. Name layers such as q_proj v_proj, or leave it out for all "
+            "linear layers."
+        )
+    for name in training.lora_target_modules or ():
+        if "." in name or not name.isidentifier():
+            yield (
+                f"lora_target_modules={name}: allowed are plain layer names inside the language model, "
+                "without a path or pattern, such as q_proj v_proj."
+            )
+
+
+def _number_problems(training: TrainingFlags, inherited: Mapping[str, object]) -> Iterator[str]:
+    if training.model_max_length < 1:
+        yield f"model_max_length={training.model_max_length}: must be at least 1 token. LLaVA v1.5 uses 2048."
+    if not 0.0 <= training.bad_sample_limit <= 1.0:
+        yield (
+            f"bad_sample_limit={training.bad_sample_limit}: a share between 0 and 1 is allowed. The default "
+            "is 0.05."
+        )
+    if training.mm_projector_lr is not None and training.mm_projector_lr < 0:
+        yield (
+            f"mm_projector_lr={training.mm_projector_lr}: must not be negative. Leave it out to use "
+            "learning_rate."
+        )
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers"):
+        value = _number(inherited, name, 0.0)
+        if value < 0:
+            yield f"{name}={value:g}: must not be negative. Give 0 or more."
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        value = _number(inherited, name, 1.0)
+        if value < 1:
+            yield f"{name}={value:g}: must be at least 1. Give a whole number from 1."
+    max_steps = _number(inherited, "max_steps", -1.0)
+    if max_steps < 1 and max_steps != -1:
+        yield (
+            f"max_steps={max_steps:g}: allowed are 1 and more, or -1 to let num_train_epochs decide. Give "
+            "one of these."
+        )
+    epochs = _number(inherited, "num_train_epochs", 3.0)
+    if epochs <= 0 and max_steps == -1:
+        yield f"num_train_epochs={epochs:g}: must be above 0 unless max_steps is given. Give either."
+    for name in ("save_steps", "logging_steps", "eval_steps"):
+        value = _number(inherited, name, 1.0)
+        if value <= 0 or (value > 1 and value != int(value)):
+            yield (
+                f"{name}={value:g}: allowed is a whole number from 1, or a share of all steps between 0 and "
+                "1. Correct it."
+            )
+
+
+def _precision_problems(inherited: Mapping[str, object]) -> Iterator[str]:
+    for suffix in ("", "_full_eval"):
+        if inherited.get(f"bf16{suffix}") and inherited.get(f"fp16{suffix}"):
+            yield (
+                f"bf16{suffix} and fp16{suffix} exclude each other. Give one of the two; bf16 where the GPU "
+                "has it."
+            )
+
+
+def _sampling_problems(training: TrainingFlags, inherited: Mapping[str, object]) -> Iterator[str]:
+    strategy = inherited.get("train_sampling_strategy", "random")
+    if training.group_by_modality_length and strategy != "random":
+        yield (
+            f"group_by_modality_length and train_sampling_strategy={strategy} exclude each other: both set "
+            "the order of the records. Give one of the two."
+        )
+
+
+def _evaluation_problems(data: DataArguments, inherited: Mapping[str, object]) -> Iterator[str]:
+    evaluation = inherited.get("eval_strategy", "no")
+    saving = inherited.get("save_strategy", "steps")
+    has_validation = data.validation_data_path is not None or data.validation_fraction > 0
+    hint = "Add validation_data_path or validation_fraction"
+    if evaluation != "no" and not has_validation:
+        yield f"eval_strategy={evaluation} needs records to evaluate on. {hint}, or set eval_strategy=no."
+    if saving == "best" and evaluation == "no":
+        yield f"save_strategy=best needs an evaluation to tell what is best. {hint} and an eval_strategy."
+    if not inherited.get("load_best_model_at_end"):
+        return
+    if evaluation == "no":
+        yield f"load_best_model_at_end needs an evaluation to tell what is best. {hint} and an eval_strategy."
+    elif saving not in ("best", evaluation):
+        yield (
+            f"load_best_model_at_end: save_strategy={saving} and eval_strategy={evaluation} differ, so the "
+            "best model may never have been saved. Give both the same value."
+        )
+    elif saving == "steps":
+        yield from _step_problems(inherited)
+
+
+def _step_problems(inherited: Mapping[str, object]) -> Iterator[str]:
+    save_steps = _number(inherited, "save_steps", 500.0)
+    eval_steps = _number(inherited, "eval_steps", _number(inherited, "logging_steps", 500.0))
+    ratio = save_steps / eval_steps
+    if (save_steps < 1) != (eval_steps < 1) or abs(ratio - round(ratio)) > 1e-6 or round(ratio) < 1:
+        yield (
+            f"load_best_model_at_end: save_steps={save_steps:g} is no multiple of "
+            f"eval_steps={eval_steps:g}, so the best model may never have been saved. Give a multiple."
+        )
+
+
+def _number(inherited: Mapping[str, object], name: str, default: float) -> float:
+    value = inherited.get(name)
+    return float(value) if isinstance(value, int | float) else default

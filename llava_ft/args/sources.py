@@ -1,0 +1,176 @@
+"""Where values come from: the command line and a YAML file. Both give text, so that both are read alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import yaml
+
+from llava_ft.args.convert import Raw
+from llava_ft.errors import UserError
+
+_Node: TypeAlias = "Any"
+"""A node of a YAML document; PyYAML has no types."""
+
+_FLOAT_WITHOUT_POINT = re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One value as written, and where.
+
+    Attributes:
+        key: Name without dashes, with underscores.
+        value: As written.
+        where: For messages: `--lora_r` or `lora.yaml, line 12: lora_r`.
+        is_bare: Whether a flag stands on the command line without a value; `value` is None then.
+    """
+
+    key: str
+    value: Raw
+    where: str
+    is_bare: bool = False
+
+
+def read_command_line(argv: Sequence[str]) -> list[Entry]:
+    """Split a command line into entries.
+
+    A word that starts with two dashes is a flag; what follows up to the next one is its value, which may
+    therefore be negative. `--key value`, `--key=value` and, for a switch, `--key` alone are understood, with
+    dashes or underscores in the name.
+
+    Raises:
+        UserError: If there is a word before the first flag.
+    """
+    groups: list[tuple[str, list[str]]] = []
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word.partition("=")
+            groups.append((name, [value] if equals else []))
+        elif groups:
+            groups[-1][1].append(word)
+        else:
+            raise UserError(
+                f"Unexpected argument {word!r}. Every value belongs to a flag, as in --model_name_or_path "
+                f"VALUE; for a configuration file write --config {word}."
+            )
+    return [
+        Entry(
+            key=name[2:].replace("-", "_"),
+            value=None if not values else values[0] if len(values) == 1 else values,
+            where=name,
+            is_bare=not values,
+        )
+        for name, values in groups
+    ]
+
+
+def read_yaml(path: Path) -> list[Entry]:
+    """Read a flat YAML mapping; scalars keep their text, so `2e-5` and `no` are whatever the flag needs.
+
+    Raises:
+        UserError: If the file cannot be read, is no mapping, or holds a key twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"Cannot read the configuration {path}: {error.strerror}. Give an existing YAML file."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}. Give a YAML file."
+        ) from error
+    loader: Any = _Loader(text)
+    try:
+        root = loader.get_single_node()
+        return _mapping_entries(path, root, loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f", line {mark.line + 1}"
+        problem = getattr(error, "problem", None) or str(error)
+        raise UserError(
+            f"{path}{line}: not valid YAML: {problem}. Write one `key: value` per line."
+        ) from error
+    finally:
+        loader.dispose()
+
+
+def find_config(name: str, suffixes: Iterable[str] = (".yaml", ".yml")) -> Path | None:
+    """Look up a configuration: as a path, in `./configs`, then in the source tree's `configs`.
+
+    Args:
+        name: A path, or a bare file name with or without suffix.
+        suffixes: What may be added to a bare name.
+
+    Returns:
+        The file, or None if there is none.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if path.name != name:
+        return None
+    candidates = [name, *(name + suffix for suffix in suffixes)]
+    for folder in config_folders():
+        for candidate in candidates:
+            if (folder / candidate).is_file():
+                return folder / candidate
+    return None
+
+
+def config_folders() -> list[Path]:
+    """Return the folders in which a bare configuration name is looked up, in that order."""
+    return [Path("configs"), Path(__file__).resolve().parents[2] / "configs"]
+
+
+def known_configs(suffix: str) -> list[str]:
+    """Return the names of the configuration files that can be asked for by name."""
+    return sorted({path.name for folder in config_folders() for path in folder.glob(f"*{suffix}")})
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that also takes `2e-5` for a number inside nested mappings (YAML 1.1 wants `2.0e-5`)."""
+
+
+_Loader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]
+    "tag:yaml.org,2002:float", _FLOAT_WITHOUT_POINT, list("-+0123456789")
+)
+
+
+def _mapping_entries(path: Path, root: Any, loader: Any) -> list[Entry]:
+    if root is None:
+        return []
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{path} is a {root.id}, not a mapping. Write one `key: value` per line.")
+    first_lines: dict[str, int] = {}
+    entries: list[Entry] = []
+    for key_node, value_node in root.value:
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise UserError(
+                f"{path}, line {line}: the key is a {key_node.id}. Keys are flag names, such as lora_r."
+            )
+        key = str(key_node.value)
+        if key in first_lines:
+            raise UserError(
+                f"{path}, line {line}: {key} was given in line {first_lines[key]} already. Each key may "
+                "occur once; remove one of the two."
+            )
+        first_lines[key] = line
+        entries.append(Entry(key, _node_value(path, value_node, loader), f"{path}, line {line}: {key}"))
+    return entries
+
+
+def _node_value(path: Path, node: Any, loader: Any) -> Raw:
+    if isinstance(node, yaml.ScalarNode):
+        return None if node.tag == "tag:yaml.org,2002:null" else str(node.value)
+    if isinstance(node, yaml.SequenceNode):
+        if not all(isinstance(item, yaml.ScalarNode) for item in node.value):
+            raise UserError(f"{path}, line {node.start_mark.line + 1}: a list may hold single values only.")
+        return [str(item.value) for item in node.value]
+    return dict(loader.construct_document(node))

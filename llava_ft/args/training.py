@@ -1,0 +1,141 @@
+"""Flags of the training run that are this program's own, and inherited ones with another default.
+
+This module does not import transformers, which takes seconds; `llava_ft.args.build.TrainingArguments` joins
+these fields with those of `transformers.TrainingArguments`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+INHERITED_WITH_OWN_DEFAULT: Final = frozenset(
+    {
+        "optim",
+        "remove_unused_columns",
+        "logging_nan_inf_filter",
+        "report_to",
+        "prediction_loss_only",
+        "gradient_checkpointing",
+        "gradient_checkpointing_kwargs",
+    }
+)
+"""Fields of `TrainingFlags` that belong to `transformers.TrainingArguments`."""
+
+
+def _reentrant_off() -> dict[str, Any]:
+    return {"use_reentrant": False}
+
+
+@dataclass
+class TrainingFlags:
+    """Own training flags, then inherited ones whose default differs.
+
+    - `optim`: the plain AdamW of torch, as in the original; the fused one rounds differently.
+    - `remove_unused_columns`: the collator needs what `forward` does not take, such as the record numbers.
+    - `logging_nan_inf_filter`: a loss of NaN must never be logged as a number.
+    - `report_to`: nothing leaves the machine unless asked for.
+    - `prediction_loss_only`: logits are computed only where a label is supervised, so they cannot be
+    gathered.
+    - `gradient_checkpointing`: false instead of "unset", so that the resolved configuration states it.
+    - `gradient_checkpointing_kwargs`: re-entrant checkpointing loses the gradient when the inputs of a block
+      need none, which is the case under LoRA.
+    """
+
+    cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where models named rather than given as a directory are downloaded to."},
+    )
+    freeze_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Keep the projector fixed."})
+    mpt_attn_impl: str = field(
+        default="triton", metadata={"help": "Accepted for old command lines; only MPT models used it."}
+    )
+    model_max_length: int = field(
+        default=512,
+        metadata={"help": "Longest sequence in tokens, image tokens included; longer ones lose their end."},
+    )
+    double_quant: bool = field(default=True, metadata={"help": "With bits 4: quantise the scales as well."})
+    quant_type: Literal["nf4", "fp4"] = field(default="nf4", metadata={"help": "With bits 4: the data type."})
+    bits: Literal[4, 8, 16] = field(
+        default=16, metadata={"help": "Bits in which the frozen weights of the language model are held."}
+    )
+    lora_enable: bool = field(default=False, metadata={"help": "Train LoRA adapters in the language model."})
+    lora_r: int = field(default=64, metadata={"help": "Rank of the LoRA matrices."})
+    lora_alpha: int = field(
+        default=16, metadata={"help": "LoRA scale; the update is multiplied by alpha / r."}
+    )
+    lora_dropout: float = field(
+        default=0.05, metadata={"help": "Dropout before LoRA A, at least 0 and below 1."}
+    )
+    lora_weight_path: str = field(
+        default="",
+        metadata={"help": "Directory of a LoRA run whose adapter and projector are the starting point."},
+    )
+    lora_bias: Literal["none", "all", "lora_only"] = field(
+        default="none", metadata={"help": "Which biases of the language model are trained beside LoRA."}
+    )
+    mm_projector_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the projector. Unset: learning_rate."}
+    )
+    group_by_modality_length: bool = field(
+        default=False,
+        metadata={"help": "Batches of similar length that are all with images or all without."},
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the linear layers inside the language model that get LoRA, such as q_proj "
+            "v_proj. "
+            "Unset: all of them but the output layer."
+        },
+    )
+    save_vision_tower: bool = field(
+        default=False, metadata={"help": "Write the vision tower's weights into full checkpoints too."}
+    )
+    weights_format: Literal["auto", "bin", "safetensors", "both"] = field(
+        default="auto",
+        metadata={
+            "help": "File format of saved weights. auto: .bin for LoRA and projector, safetensors for full."
+        },
+    )
+    loss_normalization: Literal["tokens", "micro_batch"] = field(
+        default="tokens",
+        metadata={
+            "help": "tokens: the mean over all supervised tokens of an optimizer step; micro_batch: the "
+            "mean of the "
+            "means of its micro-batches, as in the original."
+        },
+    )
+    allow_base_mismatch: bool = field(
+        default=False, metadata={"help": "Load an adapter on another base than the one it was trained on."}
+    )
+    bad_sample_limit: float = field(
+        default=0.05,
+        metadata={
+            "help": "Share of the samples that may turn out unreadable during the run before it stops."
+        },
+    )
+
+    optim: str = field(
+        default="adamw_torch", metadata={"help": "Optimizer; the names are those of transformers."}
+    )
+    remove_unused_columns: bool = field(
+        default=False,
+        metadata={"help": "Must stay false: the collator needs columns that forward does not take."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide a non-finite loss in the logs."}
+    )
+    report_to: str | list[str] = field(
+        default="none",
+        metadata={"help": "Where to report besides the terminal, such as wandb or tensorboard."},
+    )
+    prediction_loss_only: bool = field(
+        default=True, metadata={"help": "Evaluation returns the loss alone, not the logits."}
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations in the backward pass to save memory."}
+    )
+    gradient_checkpointing_kwargs: dict[str, Any] | None = field(
+        default_factory=_reentrant_off, metadata={"help": "Options of torch.utils.checkpoint."}
+    )
