@@ -10,6 +10,7 @@
 from typing import TYPE_CHECKING, Any
 
 from llava_ft.args.data import DataArguments
+from llava_ft.args.help import format_help
 from llava_ft.args.model import (
     ORIGINAL_DEFAULTS,
     ModelArguments,
@@ -30,6 +31,7 @@ __all__ = [
     "ParsedArgs",
     "TrainingArguments",
     "TrainingFlags",
+    "format_help",
     "parse_args",
     "resolve_multimodal",
     "resolved_config",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Final
 
 import torch
 import transformers
+from transformers.utils.import_utils import is_torch_tf32_available
 
 from llava_ft.args.sources import config_folders, known_configs
 from llava_ft.args.training import TrainingFlags
@@ -32,13 +34,14 @@ _REPORTERS: Final[Mapping[str, tuple[str, ...]]] = {
 """Packages that each place to report to needs; any one of them will do."""
 
 
-@dataclass
+@dataclass(repr=False)
 class TrainingArguments(  # pyright: ignore[reportIncompatibleVariableOverride]  # narrower types
     TrainingFlags, transformers.TrainingArguments
 ):
     """Every training flag: those of `TrainingFlags` and those of `transformers.TrainingArguments`.
 
-    `gradient_checkpointing` is the name used here whatever the installed transformers calls it.
+    `gradient_checkpointing` is the name used here whatever the installed transformers calls it. The
+    representation is inherited because it hides hub_token.
     """
 
     output_dir: str | None = field(
@@ -71,10 +74,17 @@ def build_training_arguments(
     values: dict[str, Any] = {f.name: getattr(flags, f.name) for f in dataclasses.fields(flags)} | dict(
         inherited
     )
-    values, device_notes = adapt_to_device(values, has_cuda=torch.cuda.is_available())
+    values, device_notes = adapt_to_device(
+        values, has_cuda=torch.cuda.is_available(), has_tf32=is_torch_tf32_available()
+    )
     notes.extend(device_notes)
     values["report_to"], reporter_notes = _available_reporters(values["report_to"])
     notes.extend(reporter_notes)
+    if values.get("deepspeed") and not _is_installed("deepspeed"):
+        raise UserError(
+            f"deepspeed={values['deepspeed']}: DeepSpeed is not installed. Install it with pip install "
+            "deepspeed, or leave out the flag."
+        )
     if isinstance(values.get("deepspeed"), str):
         values["deepspeed"] = find_deepspeed_config(values["deepspeed"], notes)
     try:
@@ -83,25 +93,29 @@ def build_training_arguments(
         raise UserError(f"transformers refuses these training arguments: {error}") from error
 
 
-def adapt_to_device(values: Mapping[str, Any], *, has_cuda: bool) -> tuple[dict[str, Any], list[str]]:
+def adapt_to_device(
+    values: Mapping[str, Any], *, has_cuda: bool, has_tf32: bool
+) -> tuple[dict[str, Any], list[str]]:
     """Replace what needs a GPU where there is none.
 
     Args:
         values: Keyword arguments of `TrainingArguments`.
         has_cuda: Whether this machine has a CUDA device.
+        has_tf32: Whether its GPU computes in TF32 (Ampere or newer).
 
     Returns:
         The values to use, and a sentence for each replacement.
     """
     adapted = dict(values)
-    if has_cuda and not adapted.get("use_cpu"):
-        return adapted, []
     notes: list[str] = []
-    reason = "the CPU is used" if adapted.get("use_cpu") else "there is no GPU"
-    adapted["use_cpu"] = True
-    if adapted.get("tf32"):
+    uses_cpu = not has_cuda or bool(adapted.get("use_cpu"))
+    reason = "the GPU has none" if not uses_cpu else "the CPU is used" if has_cuda else "there is no GPU"
+    if adapted.get("tf32") and (uses_cpu or not has_tf32):
         adapted["tf32"] = None
         notes.append(f"tf32 is ignored: {reason}.")
+    if not uses_cpu:
+        return adapted, notes
+    adapted["use_cpu"] = True
     for name in ("fp16", "fp16_full_eval"):
         if adapted.get(name):
             adapted[name] = False
@@ -142,29 +156,32 @@ def choose_attention(requested: str, training: TrainingArguments, notes: list[st
 
 
 def find_deepspeed_config(name: str, notes: list[str]) -> str:
-    """Return the path of a DeepSpeed configuration; JSON text is returned as it is.
+    """Return the path of a DeepSpeed configuration.
 
     A path that does not exist is looked up in `configs` by its file name, because published command lines say
     `./scripts/zero3.json`.
 
     Raises:
-        UserError: If there is none.
+        UserError: If there is none, or it is no JSON object.
     """
-    if name.lstrip().startswith("{"):
-        return name
     path = Path(name).expanduser()
-    if path.is_file():
-        return str(path)
-    for folder in config_folders():
-        candidate = folder / path.name
-        if candidate.is_file():
-            notes.append(f"deepspeed={name} does not exist; {candidate} is used.")
-            return str(candidate)
-    known = ", ".join(known_configs(".json")) or "none found"
-    raise UserError(
-        f"deepspeed={name}: there is no such file. Give the path of a DeepSpeed JSON file or one of the "
-        f"names in configs: {known}."
-    )
+    candidates = [path, *(folder / path.name for folder in config_folders())]
+    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if found is None:
+        known = ", ".join(known_configs(".json")) or "none found"
+        raise UserError(
+            f"deepspeed={name}: there is no such file. Give the path of a DeepSpeed JSON file or one of the "
+            f"names in configs: {known}."
+        )
+    try:
+        is_object = isinstance(json.loads(found.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError) as error:
+        raise UserError(f"deepspeed={found} cannot be read: {error}. Give a DeepSpeed JSON file.") from error
+    if not is_object:
+        raise UserError(f"deepspeed={found} holds no JSON object. Give a DeepSpeed JSON file.")
+    if found != path:
+        notes.append(f"deepspeed={name} is taken from {found}.")
+    return str(found)
 
 
 def _available_reporters(report_to: str | list[str]) -> tuple[str | list[str], list[str]]:
@@ -172,11 +189,8 @@ def _available_reporters(report_to: str | list[str]) -> tuple[str | list[str], l
     wanted = [report_to] if isinstance(report_to, str) else list(report_to)
     missing = [name for name in wanted if not any(map(_is_installed, _REPORTERS.get(name, ("torch",))))]
     left = [name for name in wanted if name not in missing]
-    notes = [
-        f"report_to={name} is left out: it is not installed. To report there: pip install {_REPORTERS[name][0]}."
-        for name in missing
-    ]
-    return left or "none", notes
+    hint = "is left out: it is not installed. To report there: pip install"
+    return left or "none", [f"report_to={name} {hint} {_REPORTERS[name][0]}." for name in missing]
 
 
 def _is_installed(package: str) -> bool:

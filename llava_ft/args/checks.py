@@ -149,6 +149,11 @@ def _lora_problems(training: TrainingFlags) -> Iterator[str]:
 
 
 def _number_problems(training: TrainingFlags, inherited: Mapping[str, object]) -> Iterator[str]:
+    if training.remove_unused_columns:
+        yield (
+            "remove_unused_columns=True would take from the records what the collator needs. Only False is allowed; "
+            "leave the flag out."
+        )
     if training.model_max_length < 1:
         yield f"model_max_length={training.model_max_length}: must be at least 1 token. LLaVA v1.5 uses 2048."
     if not 0.0 <= training.bad_sample_limit <= 1.0:

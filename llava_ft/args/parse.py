@@ -223,6 +223,10 @@ def _nearest(word: str, known: Sequence[str]) -> str:
 
 
 def _unknown(entry: Entry, flags: Mapping[str, Flag]) -> UserError:
+    if entry.key in ("config", "print_config"):
+        return UserError(
+            f"{entry.where} belongs on the command line, as --{entry.key}. Remove it from the file."
+        )
     known = [*flags, *legacy.SPELLINGS, "config", "print_config"]
     hint = _nearest(entry.key, known) or " Flags are those of LLaVA and of transformers.TrainingArguments."
     value = "" if entry.is_bare else f"={_shown(entry.value)}"

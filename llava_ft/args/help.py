@@ -1,0 +1,39 @@
+"""The text of `--help`."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+
+from llava_ft.args.data import DataArguments
+from llava_ft.args.fields import all_flags
+from llava_ft.args.model import ModelArguments
+from llava_ft.args.training import TrainingFlags
+
+
+def format_help(program: str) -> str:
+    """Return the usage of a training command: every own flag with its values, default and meaning.
+
+    Args:
+        program: How the command is called, such as "train.py".
+    """
+    lines = [
+        f"usage: {program} [--config FILE.yaml] [--print-config] [--FLAG VALUE ...]",
+        "",
+        "Flags override the file. Every field of transformers.TrainingArguments is a flag too.",
+    ]
+    flags = all_flags()
+    for title, owner in (("Model", ModelArguments), ("Data", DataArguments), ("Training", TrainingFlags)):
+        lines += ["", f"{title}:"]
+        for field in dataclasses.fields(owner):
+            lines.append(f"  --{field.name}  {flags[field.name].value_type.describe()}{_default(field)}")
+            lines += textwrap.wrap(
+                field.metadata["help"], width=96, initial_indent=" " * 6, subsequent_indent=" " * 6
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _default(field: dataclasses.Field[object]) -> str:
+    if field.default is not dataclasses.MISSING and field.default is not None:
+        return f"  (default: {field.default!r})"
+    return ""
