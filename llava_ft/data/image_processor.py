@@ -1,0 +1,181 @@
+"""The settings of a CLIP image processor: preprocessor_config.json in each form that was ever written."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final, cast
+
+from PIL import Image
+
+from llava_ft.errors import UserError
+
+PREPROCESSOR_CONFIG: Final = "preprocessor_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageProcessorSettings:
+    """The settings of a CLIP image processor, under their names in preprocessor_config.json.
+
+    Attributes:
+        size: `{"shortest_edge": N}` or `{"height": H, "width": W}`, in pixels.
+        crop_size: `{"height": H, "width": W}`, in pixels.
+        resample: Pillow's number of the filter; 3 is bicubic.
+    """
+
+    size: dict[str, int] = field(default_factory=lambda: {"shortest_edge": 224})
+    crop_size: dict[str, int] = field(default_factory=lambda: {"height": 224, "width": 224})
+    do_resize: bool = True
+    do_center_crop: bool = True
+    do_rescale: bool = True
+    do_normalize: bool = True
+    resample: int = 3
+    rescale_factor: float = 1 / 255
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    @classmethod
+    def from_dict(
+        cls, values: Mapping[str, Any], source: str = PREPROCESSOR_CONFIG
+    ) -> "ImageProcessorSettings":
+        """Read the content of a preprocessor_config.json; a missing key has CLIP's default.
+
+        Args:
+            values: The content. Sizes are a number or a mapping, as the versions of transformers wrote them.
+            source: Where it comes from, for messages.
+
+        Raises:
+            UserError: It describes another kind of processor, or a value is not usable.
+        """
+        processor = values.get("image_processor_type") or values.get("feature_extractor_type") or "CLIP"
+        if not str(processor).startswith("CLIP"):
+            raise UserError(
+                f"{source} describes a {processor}; only CLIP's are known. Use a CLIP vision tower."
+            )
+        read = _Reader(values, source)
+        settings = cls(
+            size=read.size("size", lambda side: {"shortest_edge": side}),
+            crop_size=read.size("crop_size", lambda side: {"height": side, "width": side}),
+            do_resize=read.switch("do_resize"),
+            do_center_crop=read.switch("do_center_crop"),
+            do_rescale=read.switch("do_rescale"),
+            do_normalize=read.switch("do_normalize"),
+            resample=read.filter("resample"),
+            rescale_factor=read.number("rescale_factor"),
+            image_mean=read.channels("image_mean"),
+            image_std=read.channels("image_std"),
+        )
+        if 0.0 in settings.image_std:
+            raise UserError(f"{source}: image_std is {list(settings.image_std)}; no channel can have 0.")
+        return settings
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> "ImageProcessorSettings":
+        """Read preprocessor_config.json of a vision tower.
+
+        Args:
+            path: A directory, the file itself, or the name of a model on the Hugging Face hub.
+
+        Raises:
+            UserError: There is no such file, or it is not usable.
+        """
+        file = _find_preprocessor_config(path)
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be read as JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise UserError(f"{file} holds a {type(values).__name__}; it must hold a JSON object.")
+        return cls.from_dict(cast("dict[str, Any]", values), str(file))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the content of a preprocessor_config.json that transformers and LLaVA read back."""
+        values = asdict(self)
+        values["image_mean"], values["image_std"] = list(self.image_mean), list(self.image_std)
+        return {"image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, **values}
+
+
+class _Reader:
+    """Reads single values of a preprocessor_config.json; a missing or null one is CLIP's default."""
+
+    def __init__(self, values: Mapping[str, Any], source: str):
+        self._values = {key: value for key, value in values.items() if value is not None}
+        self._defaults = ImageProcessorSettings()
+        self._source = source
+
+    def _get(self, name: str) -> Any:
+        return self._values.get(name, getattr(self._defaults, name))
+
+    def _refuse(self, name: str, expected: str) -> UserError:
+        return UserError(f"{self._source}: {name} is {self._get(name)!r}; it must be {expected}.")
+
+    def size(self, name: str, of_number: Callable[[int], dict[str, int]]) -> dict[str, int]:
+        value = self._get(name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = of_number(value)
+        known = ({"shortest_edge"}, {"height", "width"}) if name == "size" else ({"height", "width"},)
+        sides = cast("dict[str, Any]", value if isinstance(value, dict) else {})
+        if set(sides) in known and all(map(_is_positive_int, sides.values())):
+            return dict(sides)
+        shapes = " or ".join(f"a mapping with {' and '.join(sorted(keys))}" for keys in known)
+        raise self._refuse(name, f"a number of pixels or {shapes}")
+
+    def switch(self, name: str) -> bool:
+        if isinstance(value := self._get(name), bool):
+            return value
+        raise self._refuse(name, "true or false")
+
+    def filter(self, name: str) -> int:
+        value = self._get(name)
+        if value in [int(known) for known in Image.Resampling] and not isinstance(value, bool):
+            return int(value)
+        raise self._refuse(name, "the number of a Pillow filter, 0 to 5")
+
+    def number(self, name: str) -> float:
+        if _is_finite(value := self._get(name)):
+            return float(value)
+        raise self._refuse(name, "a number")
+
+    def channels(self, name: str) -> tuple[float, float, float]:
+        value = self._get(name)
+        entries = cast("list[Any]", value if isinstance(value, (list, tuple)) else [])
+        if len(entries) == 3 and all(map(_is_finite, entries)):
+            return float(entries[0]), float(entries[1]), float(entries[2])
+        raise self._refuse(name, "a list of three numbers: red, green, blue")
+
+
+def _is_positive_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _find_preprocessor_config(path: str | os.PathLike[str]) -> Path:
+    local = Path(path)
+    if local.is_dir():
+        local = local / PREPROCESSOR_CONFIG
+        if not local.is_file():
+            raise UserError(
+                f"{os.fspath(path)} holds no {PREPROCESSOR_CONFIG}, which says how images are prepared. "
+                "Copy it from the vision tower that the model was trained with."
+            )
+        return local
+    if local.is_file():
+        return local
+    import transformers.utils.hub as hub  # a second of importing, needed for names on the hub only
+
+    try:
+        found = hub.cached_file(os.fspath(path), PREPROCESSOR_CONFIG)  # pyright: ignore[reportUnknownMemberType]
+    except (OSError, ValueError) as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"{os.fspath(path)!r} is neither a local directory with a {PREPROCESSOR_CONFIG} nor a model that "
+            f"can be reached on the Hugging Face hub: {first_line}"
+        ) from None
+    if found is None:
+        raise UserError(f"{os.fspath(path)!r} on the Hugging Face hub has no {PREPROCESSOR_CONFIG}.")
+    return Path(found)

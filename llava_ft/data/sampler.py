@@ -1,0 +1,226 @@
+"""The order in which an epoch visits the samples, the same on every rank.
+
+An order is a permutation of all samples. The data loader cuts it into batches, and the ranks take the batches
+in turn, so a group of `world_size` successive batches is one step. The functions below are pure: lengths and
+a generator in, a list of positions out. `EpochSampler` calls them with a generator of its own, so that
+neither another consumer of random numbers nor a resumed run changes the order.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import torch
+from torch.utils.data import Sampler
+
+from llava_ft.errors import UserError
+
+STRATEGIES: Final = ("random", "sequential", "length", "modality_length")
+"""Known orders of an epoch; see `EpochSampler`."""
+
+SORTED_BATCHES: Final = 50
+"""Batches that the "length" strategy sorts together, as transformers does."""
+
+
+def even_chunks(positions: Sequence[int], lengths: Sequence[int], num_chunks: int) -> list[list[int]]:
+    """Deal `positions` into chunks of equal size and similar total length.
+
+    Each position in turn goes to the chunk that is shortest so far and not yet full. When the chunks cannot
+    have the same size, the positions are dealt like cards instead.
+
+    Args:
+        positions: What to deal, usually from the longest to the shortest.
+        lengths: Length in tokens of each position of the data set.
+        num_chunks: Number of chunks, at least 1.
+    """
+    if len(positions) % num_chunks:
+        return [list(positions[first::num_chunks]) for first in range(num_chunks)]
+    capacity = len(positions) // num_chunks
+    chunks: list[list[int]] = [[] for _ in range(num_chunks)]
+    totals = [0] * num_chunks
+    is_open = list(range(num_chunks))
+    for position in positions:
+        shortest = min(is_open, key=totals.__getitem__)
+        chunks[shortest].append(position)
+        totals[shortest] += lengths[position]
+        if len(chunks[shortest]) == capacity:
+            is_open.remove(shortest)
+    return chunks
+
+
+def balanced_order(
+    lengths: Sequence[int], batch_size: int, world_size: int, generator: torch.Generator | None = None
+) -> list[int]:
+    """Draw a random order whose steps have batches of similar total length on every rank.
+
+    Args:
+        lengths: Length in tokens of each sample.
+        batch_size: Samples of one rank in one step.
+        world_size: Batches of one step: ranks times gradient accumulation.
+        generator: Source of randomness; None is torch's global one.
+    """
+    shuffled = _permutation(len(lengths), generator)
+    order: list[int] = []
+    for step in _cut(shuffled, batch_size * world_size):
+        step.sort(key=lengths.__getitem__, reverse=True)
+        for batch in even_chunks(step, lengths, world_size):
+            order.extend(batch)
+    return order
+
+
+def sorted_order(
+    lengths: Sequence[int], batch_size: int, world_size: int, generator: torch.Generator | None = None
+) -> list[int]:
+    """Draw a random order in which neighbours have similar lengths, so that little is padded.
+
+    The samples are shuffled, cut into groups of up to 50 steps, and each group is sorted from long to short.
+    The longest sample comes first of all: what does not fit into memory fails at once.
+
+    Args:
+        lengths: Length in tokens of each sample.
+        batch_size: Samples of one rank in one step.
+        world_size: Batches of one step: ranks times gradient accumulation.
+        generator: Source of randomness; None is torch's global one.
+    """
+    step_size = batch_size * world_size
+    num_steps = max(1, min(len(lengths) // (step_size * 4), SORTED_BATCHES))
+    groups = list(_cut(_permutation(len(lengths), generator), num_steps * step_size))
+    for group in groups:
+        group.sort(key=lengths.__getitem__, reverse=True)
+    if groups:
+        longest = max(groups, key=lambda group: lengths[group[0]])
+        groups[0][0], longest[0] = longest[0], groups[0][0]
+    return [position for group in groups for position in group]
+
+
+def modality_order(
+    signed_lengths: Sequence[int], batch_size: int, world_size: int, generator: torch.Generator | None = None
+) -> list[int]:
+    """Draw a random order whose steps are all with images or all without, balanced over the ranks.
+
+    What is left over of the two kinds makes one mixed step at the end.
+
+    Args:
+        signed_lengths: Length in tokens of each sample, negative for a sample without images. 0 counts as one
+            without images (the original fails on it).
+        batch_size: Samples of one rank in one step.
+        world_size: Batches of one step: ranks times gradient accumulation.
+        generator: Source of randomness; None is torch's global one.
+    """
+    kinds = [
+        [i for i, n in enumerate(signed_lengths) if (n > 0) == has_images] for has_images in (True, False)
+    ]
+    if not all(kinds):
+        # With text alone the lengths stay negative, as in the original, whose order this has to be.
+        return balanced_order(signed_lengths, batch_size, world_size, generator)
+    orders: list[list[int]] = []
+    for members in kinds:
+        lengths = [abs(signed_lengths[position]) for position in members]
+        orders.append([members[i] for i in balanced_order(lengths, batch_size, world_size, generator)])
+    return mixed_steps(orders, batch_size * world_size, generator)
+
+
+def mixed_steps(
+    orders: Sequence[Sequence[int]], step_size: int, generator: torch.Generator | None = None
+) -> list[int]:
+    """Cut each order into steps, shuffle the steps, and put the last step of every order together at the end.
+
+    Args:
+        orders: One order for each kind of sample; none of them empty.
+        step_size: Samples of one step on all ranks.
+        generator: Source of randomness; None is torch's global one.
+    """
+    steps: list[list[int]] = []
+    leftover: list[int] = []
+    for order in orders:
+        *whole, last = _cut(order, step_size)
+        steps.extend(whole)
+        leftover.extend(last)
+    shuffled = [position for i in _permutation(len(steps), generator) for position in steps[i]]
+    return shuffled + sorted(leftover)
+
+
+def _permutation(size: int, generator: torch.Generator | None) -> list[int]:
+    return [int(position) for position in torch.randperm(size, generator=generator).numpy()]
+
+
+def _cut(positions: Sequence[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(positions), size):
+        yield list(positions[start : start + size])
+
+
+class EpochSampler(Sampler[int]):
+    """Visits every sample once an epoch, in an order that depends on `(seed, epoch)` alone.
+
+    Strategies: "random"; "sequential", the order of the records; "length", little padding (transformers'
+    `group_by_length`); "modality_length", steps with images or without (LLaVA's `group_by_modality_length`).
+
+    Args:
+        num_samples: Number of samples.
+        strategy: One of the above.
+        lengths: Length in tokens of each sample, for "length"; negative for samples without images for
+            "modality_length". Not used otherwise.
+        batch_size: Samples of one rank in one step.
+        world_size: Batches of one step: ranks times gradient accumulation.
+        seed: Seed of the run.
+
+    Raises:
+        UserError: The strategy is unknown, or it needs lengths and has none, or not one for each sample.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        strategy: str = "random",
+        lengths: Sequence[int] | None = None,
+        batch_size: int = 1,
+        world_size: int = 1,
+        seed: int = 0,
+    ):
+        if strategy not in STRATEGIES:
+            raise UserError(f"The sampling strategy is {strategy!r}; it can be {', '.join(STRATEGIES)}.")
+        if strategy.endswith("length") and (lengths is None or len(lengths) != num_samples):
+            found = "none" if lengths is None else len(lengths)
+            raise UserError(
+                f"The sampling strategy {strategy!r} needs the length of each of {num_samples} samples; "
+                f"got {found}."
+            )
+        if batch_size < 1 or world_size < 1:
+            raise UserError(
+                f"batch_size is {batch_size} and world_size {world_size}; both must be at least 1."
+            )
+        self.num_samples = num_samples
+        self.strategy = strategy
+        self.lengths: Sequence[int] = lengths if lengths is not None else ()
+        self.batch_size = batch_size
+        self.world_size = world_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, counted from 0, that the next iteration visits."""
+        self.epoch = epoch
+
+    def order(self) -> list[int]:
+        """Give the positions of the current epoch in the order of the visit."""
+        if self.strategy == "sequential":
+            return list(range(self.num_samples))
+        generator = torch.Generator()
+        generator.manual_seed(_epoch_seed(self.seed, self.epoch))
+        if self.strategy == "random":
+            return _permutation(self.num_samples, generator)
+        if self.strategy == "length":
+            lengths = [abs(length) for length in self.lengths]
+            return sorted_order(lengths, self.batch_size, self.world_size, generator)
+        return modality_order(self.lengths, self.batch_size, self.world_size, generator)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order())
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    """Mix both numbers, so that epoch 1 of seed 0 is not epoch 0 of seed 1."""
+    return (seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9 + 1) % 2**63
