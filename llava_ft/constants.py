@@ -1,6 +1,7 @@
 """Names and sentinel values shared by data and models. Spelled as in LLaVA (`llava/constants.py`)."""
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 IGNORE_INDEX: Final = -100
 """Label of a position that the loss does not count."""
@@ -17,3 +18,18 @@ IM_END_TOKEN: Final = "<im_end>"
 
 IM_PATCH_TOKEN: Final = "<im_patch>"
 """Vocabulary entry that `mm_use_im_patch_token` adds. It is never put into a prompt; old checkpoints have its row."""
+
+ORIGINAL_DEFAULTS: Final[Mapping[str, Any]] = {
+    "mm_projector_type": "linear",
+    "mm_vision_select_layer": -1,
+    "mm_vision_select_feature": "patch",
+    "mm_patch_merge_type": "flat",
+    "mm_use_im_start_end": False,
+    "mm_use_im_patch_token": False,
+    "image_aspect_ratio": "square",
+}
+"""What holds when neither the user nor a LLaVA checkpoint says otherwise.
+
+The values are original LLaVA's but for `mm_use_im_patch_token`: true there, and switched off in every published command
+since v1, because the entry it adds to the vocabulary is never used.
+"""

@@ -8,7 +8,7 @@ kept and little else.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,9 @@ from llava_ft.errors import CheckpointError
 from llava_ft.models.llava import part_of
 
 logger = logging.getLogger(__name__)
+
+Plan = dict[str, tuple[int, str]]
+"""For each parameter: position of its source, name on disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,50 +111,53 @@ def load_weights(
     Raises:
         CheckpointError: A parameter is missing or has another shape, or a source that must fit does not.
     """
-    parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     ledger = Ledger()
-    plan = _plan(parameters, sources, ledger)
-    _check_shapes(parameters, sources, plan, num_new_rows)
-    missing = [name for name in parameters if name not in plan]
-    if _head_is_tied(model) and HEAD in missing:
-        missing.remove(HEAD)
-    declared = [name for name in missing if any(name.startswith(module + ".") for module in new_modules)]
-    undeclared = [name for name in missing if name not in declared]
-    if undeclared:
-        places = ", ".join(f"{source.label} ({source.files.path})" for source in sources)
-        raise CheckpointError(
-            f"{len(undeclared)} weights of the model are in none of its files: {_some(undeclared)}. Looked in {places}. "
-            "Is this the right directory, and is it complete?"
-        )
-    _initialise(model, declared, dtype_of, device)
-    ledger.initialised = declared
-    for index, source in enumerate(sources):
-        wanted = {key: name for key, name in source.names.items() if plan.get(name) == (index, key)}
-        for key, tensor in source.files.stream(wanted):
-            name = wanted[key]
-            rows = parameters[name][0] - tensor.shape[0] if tensor.dim() else 0
-            value = _to_memory(tensor, parameters[name], dtype_of(name), device)
-            _assign(model, name, value)
-            if rows:
-                ledger.grown[name] = rows
-            ledger.loaded[part_of(name), f"{source.label} {source.files.path}"] += 1
-            ledger.num_bytes[part_of(name), f"{source.label} {source.files.path}"] += value.nbytes
+    plan = plan_sources(model, sources, ledger, num_new_rows=num_new_rows, new_modules=new_modules)
+    _initialise(model, ledger.initialised, dtype_of, device)
+    for name, source, tensor in stream_planned(sources, plan):
+        shape = tuple(model.get_parameter(name).shape)
+        value = fit_rows(tensor.to(device=device, dtype=dtype_of(name), copy=True), shape)
+        if value.shape[:1] != tensor.shape[:1]:
+            ledger.grown[name] = value.shape[0] - tensor.shape[0]
+        _assign(model, name, value)
+        ledger.loaded[part_of(name), f"{source.label} {source.files.path}"] += 1
+        ledger.num_bytes[part_of(name), f"{source.label} {source.files.path}"] += value.nbytes
     if _head_is_tied(model):
         model.lm_head.weight = model.model.embed_tokens.weight  # type: ignore[union-attr]
     return ledger
 
 
-def _plan(
-    parameters: Mapping[str, tuple[int, ...]], sources: Sequence[WeightSource], ledger: Ledger
-) -> dict[str, tuple[int, str]]:
-    """Choose for each parameter the source, by its position, and the name on disk."""
-    plan: dict[str, tuple[int, str]] = {}
+def plan_sources(
+    model: nn.Module,
+    sources: Sequence[WeightSource],
+    ledger: Ledger,
+    *,
+    num_new_rows: int = 0,
+    new_modules: Collection[str] = (),
+) -> Plan:
+    """Choose where each parameter is read from, and check that everything is there and fits.
+
+    Args:
+        model: The model, with or without memory.
+        sources: Where the weights lie; a later one wins.
+        ledger: Gets what is unexpected and what is to be initialised.
+        num_new_rows: Rows by which embeddings and head may be larger than on disk.
+        new_modules: Names of modules that no source need hold.
+
+    Returns:
+        For each parameter the position of its source and the name on disk.
+
+    Raises:
+        CheckpointError: A parameter is missing or has another shape, or a source that must fit does not.
+    """
+    parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    plan: Plan = {}
     for index, source in enumerate(sources):
         unexpected: list[str] = []
         for key, name in source.names.items():
             if name in parameters:
                 plan[name] = (index, key)
-            else:
+            elif not (name == HEAD and _head_is_tied(model)):
                 unexpected.append(key)
         if unexpected and source.must_fit:
             raise CheckpointError(
@@ -160,7 +166,37 @@ def _plan(
             )
         if unexpected:
             ledger.unexpected[f"{source.label} {source.files.path}"] = unexpected
+    _check_shapes(parameters, sources, plan, num_new_rows)
+    missing = [name for name in parameters if name not in plan]
+    ledger.initialised = [name for name in missing if any(name.startswith(f"{module}.") for module in new_modules)]
+    undeclared = [name for name in missing if name not in ledger.initialised]
+    if undeclared:
+        places = ", ".join(f"{source.label} ({source.files.path})" for source in sources)
+        raise CheckpointError(
+            f"{len(undeclared)} weights of the model are in none of its files: {_some(undeclared)}. Looked in {places}. "
+            "Is this the right directory, and is it complete?"
+        )
     return plan
+
+
+def stream_planned(
+    sources: Sequence[WeightSource], plan: Plan
+) -> Iterator[tuple[str, WeightSource, torch.Tensor]]:
+    """Yield each planned parameter's name, source and value as it is on disk. A value is valid until the next one."""
+    for index, source in enumerate(sources):
+        wanted = {key: name for key, name in source.names.items() if plan.get(name) == (index, key)}
+        for key, tensor in source.files.stream(wanted):
+            yield wanted[key], source, tensor
+
+
+def fit_rows(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return a matrix with rows added to reach `shape`; they hold the mean of the others, as in LLaVA."""
+    if tuple(tensor.shape) == shape:
+        return tensor
+    grown = tensor.new_empty(shape)
+    grown[: tensor.shape[0]] = tensor
+    grown[tensor.shape[0] :] = tensor.float().mean(dim=0)
+    return grown
 
 
 def _check_shapes(
@@ -192,18 +228,6 @@ def _initialise(
         for leaf, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{leaf}"
             _assign(model, name, parameter.detach().to(device=device, dtype=dtype_of(name)))
-
-
-def _to_memory(
-    tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
-) -> torch.Tensor:
-    """Copy a tensor out of its file, adding rows that hold the mean of the others if it is too short."""
-    if tuple(tensor.shape) == shape:
-        return tensor.to(device=device, dtype=dtype, copy=True)
-    grown = torch.empty(shape, dtype=dtype, device=device)
-    grown[: tensor.shape[0]] = tensor
-    grown[tensor.shape[0] :] = tensor.float().mean(dim=0)
-    return grown
 
 
 def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:

@@ -36,6 +36,7 @@ from llava_ft.checkpoint.names import (
     is_language_model,
     native_name,
 )
+from llava_ft.models.config import LlavaLlamaConfig
 
 WeightsFormat = Literal["bin", "safetensors", "both"]
 
@@ -177,6 +178,25 @@ class ShardWriter:
         self._pending, self._pending_bytes = {}, 0
 
 
+def config_fields(config: LlavaLlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the content of `config.json`: what differs from the defaults, and every field that LLaVA reads.
+
+    Args:
+        config: The configuration.
+        dtype: Type of the weights, which loaders take as their own default.
+    """
+    every = config.to_dict()
+    fields = config.to_diff_dict()
+    read_by_llava = [key for key in every if key.startswith(("mm_", "image_", "tokenizer_"))]
+    for key in (*read_by_llava, "rope_theta", "rope_scaling", "tie_word_embeddings", "conversation_template"):
+        if key in every:
+            fields[key] = every[key]
+    fields["architectures"] = list(config.architectures or [])
+    fields["model_type"] = config.model_type
+    fields["dtype"] = fields["torch_dtype"] = str(dtype).removeprefix("torch.")
+    return dict(sorted(fields.items()))
+
+
 def parse_size(text: str) -> int:
     """Return the number of bytes of a size such as `5GB` (10^9) or `512MiB` (2^20).
 
@@ -205,18 +225,21 @@ def staged_directory(final: Path) -> Iterator[Path]:
     staging.mkdir()
     try:
         yield staging
-        sync_tree(staging)
+        publish_directory(staging, final)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def publish_directory(staging: Path, final: Path) -> None:
+    """Force a staged directory to disk and give it its name, replacing an older directory of that name."""
+    sync_tree(staging)
+    outdated = final.parent / f".{final.name}.outdated"
     if final.exists():
-        outdated = final.parent / f".{final.name}.outdated"
         shutil.rmtree(outdated, ignore_errors=True)
         os.replace(final, outdated)
-        os.replace(staging, final)
-        shutil.rmtree(outdated, ignore_errors=True)
-    else:
-        os.replace(staging, final)
+    os.replace(staging, final)
+    shutil.rmtree(outdated, ignore_errors=True)
     sync_file(final.parent)
 
 

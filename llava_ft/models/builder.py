@@ -7,23 +7,12 @@ from typing import Any
 from accelerate import init_empty_weights
 from transformers import CLIPVisionConfig
 
+from llava_ft.constants import ORIGINAL_DEFAULTS
 from llava_ft.errors import UserError
 from llava_ft.models.config import SELECT_FEATURES, LlavaLlamaConfig, hidden_state_index, projector_depth
 from llava_ft.models.llava import LlavaLlamaForCausalLM
 
 logger = logging.getLogger(__name__)
-
-ORIGINAL_DEFAULTS: Mapping[str, Any] = {
-    "mm_projector_type": "linear",
-    "mm_vision_select_layer": -1,
-    "mm_vision_select_feature": "patch",
-    "mm_patch_merge_type": "flat",
-    "mm_use_im_start_end": False,
-    "mm_use_im_patch_token": False,
-    "image_aspect_ratio": "square",
-}
-"""What holds when neither the user nor the checkpoint says otherwise; original LLaVA's values but for
-`mm_use_im_patch_token`, which there is True and which every published command switches off."""
 
 _LANGUAGE_MODELS = ("llama", "llava_llama", "llava")
 _VISION_FIELDS = (

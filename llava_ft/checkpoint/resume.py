@@ -1,0 +1,57 @@
+"""Finding the checkpoint that a run continues from."""
+
+import logging
+import re
+import shutil
+from pathlib import Path
+
+from llava_ft.checkpoint.manifest import read_manifest, what_is_incomplete
+from llava_ft.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def newest_complete_checkpoint(output_dir: Path) -> Path | None:
+    """Return the newest complete checkpoint in an output directory, or None if there is none.
+
+    Incomplete ones are named in the log and left alone.
+    """
+    for path in _by_step(output_dir):
+        reason = what_is_incomplete(path)
+        if reason is None:
+            return path
+        logger.warning("%s is not resumed from: %s.", path, reason)
+    return None
+
+
+def check_checkpoint(path: Path) -> None:
+    """Check a checkpoint that the user named.
+
+    Raises:
+        CheckpointError: It does not exist, or is an incomplete one of this program.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"The checkpoint {path} does not exist. Give one of the checkpoint-N directories of a run.")
+    if not (path / "trainer_state.json").is_file():
+        raise CheckpointError(
+            f"{path} has no trainer_state.json, so it is no checkpoint to resume from. To start from its weights with a "
+            "new optimizer, use --lora_weight_path or --pretrain_mm_mlp_adapter."
+        )
+    if read_manifest(path) is not None and (reason := what_is_incomplete(path)) is not None:
+        raise CheckpointError(f"{path} is incomplete: {reason}. Resume from another one.")
+
+
+def remove_staging(output_dir: Path) -> None:
+    """Remove what a killed run left half-written."""
+    for path in output_dir.glob(".*.incomplete"):
+        logger.info("Removing %s, which a run was writing when it was killed.", path)
+        shutil.rmtree(path, ignore_errors=True)
+    for path in output_dir.glob(".checkpoint-*.outdated"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _by_step(output_dir: Path) -> list[Path]:
+    found = [(int(match.group(1)), path) for path in output_dir.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]

@@ -1,0 +1,81 @@
+"""What was trained, together with the base it belongs to: the reading counterpart of `save.py`."""
+
+import logging
+from typing import Any
+
+import torch
+
+from llava_ft.checkpoint.adapter import LoraAdapter
+from llava_ft.checkpoint.base import BaseModel, find_base
+from llava_ft.checkpoint.directory import ModelDirectory
+from llava_ft.checkpoint.load import WeightSource
+from llava_ft.checkpoint.names import ADAPTER_CONFIG, EMBEDDINGS, HEAD, NEW_ROWS_SUFFIX
+from llava_ft.checkpoint.restore import plain_name
+from llava_ft.checkpoint.weights import WeightFiles, read_json
+from llava_ft.constants import ORIGINAL_DEFAULTS
+from llava_ft.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+def find_trained(
+    directory: ModelDirectory, model_base: str | None, *, vision_tower: str | None = None
+) -> tuple[BaseModel, LoraAdapter | None]:
+    """Find the base of a directory and what was trained on it.
+
+    Args:
+        directory: A LLaVA model, a LoRA directory or a projector directory.
+        model_base: The base; when absent, the one that an adapter names.
+        vision_tower: The vision tower, if it is not where the model says.
+
+    Returns:
+        The base, with what was trained beside an adapter among its sources, and the adapter.
+
+    Raises:
+        UserError: Something is missing or does not fit.
+    """
+    if directory.kind in ("llava", "language model"):
+        if model_base is not None:
+            logger.warning("%s is a whole model; the base %s is not used.", directory.path, model_base)
+        return find_base(str(directory.path), vision_tower=vision_tower), None
+    wishes = _configuration_wishes(directory)
+    tower = vision_tower or directory.config.get("mm_vision_tower")
+    if directory.kind == "projector":
+        if model_base is None:
+            raise CheckpointError(f"{directory.path} holds a projector alone. Give its language model with --model-base.")
+        projector = str(directory.projector_file)
+        return find_base(model_base, vision_tower=tower, projector_file=projector, wishes=wishes), None
+    if directory.kind != "lora":
+        raise CheckpointError(f"{directory.path} holds a {directory.kind}, which cannot answer by itself.")
+    base_name = model_base or read_json(directory.path / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not base_name:
+        raise CheckpointError(f"The adapter {directory.path} does not name its base model. Give it with --model-base.")
+    lora = LoraAdapter.read(directory)
+    beside = WeightSource("what was trained beside the adapter", lora.replaced, _replacements(lora.replaced))
+    base = find_base(base_name, vision_tower=tower, wishes=wishes, extra_sources=[beside])
+    base.config.conversation_template = directory.config.get("conversation_template")
+    return base, lora
+
+
+def new_rows(lora: LoraAdapter | None) -> dict[str, torch.Tensor]:
+    """Return the trained rows of added tokens, by the native name of the matrix whose last rows they are."""
+    if lora is None:
+        return {}
+    keys = {plain_name(key): key for key in lora.replaced.tensors}
+    found: dict[str, torch.Tensor] = {}
+    for name in (EMBEDDINGS, HEAD):
+        key = keys.get(name.removesuffix(".weight") + NEW_ROWS_SUFFIX)
+        if key is not None:
+            found[name] = lora.replaced.read([key])[key]
+    return found
+
+
+def _replacements(files: WeightFiles) -> dict[str, str]:
+    """Names of the whole tensors in `non_lora_trainables.bin`; rows of added tokens are put in afterwards."""
+    names = {key: plain_name(key) for key in files.tensors}
+    rows = {name.removesuffix(NEW_ROWS_SUFFIX) + ".weight" for name in names.values() if name.endswith(NEW_ROWS_SUFFIX)}
+    return {key: name for key, name in names.items() if not name.endswith(NEW_ROWS_SUFFIX) and name not in rows}
+
+
+def _configuration_wishes(directory: ModelDirectory) -> dict[str, Any]:
+    return {key: directory.config.get(key) for key in ORIGINAL_DEFAULTS}

@@ -1,0 +1,131 @@
+"""Answering a question about images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from llava_ft.constants import IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava_ft.conversation import Template
+from llava_ft.data.images import load_image
+from llava_ft.data.tokenize import tokenize_prompt
+from llava_ft.errors import UserError
+from llava_ft.inference.load import LoadedModel
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 takes the most likely token; above it tokens are drawn.
+        top_p: Share of probability from which tokens are drawn.
+        num_beams: Number of beams.
+        max_new_tokens: Longest answer in tokens.
+    """
+
+    temperature: float = 0.0
+    top_p: float | None = None
+    num_beams: int = 1
+    max_new_tokens: int = 512
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of `generate`."""
+        options: dict[str, Any] = {
+            "do_sample": self.temperature > 0,
+            "num_beams": self.num_beams,
+            "max_new_tokens": self.max_new_tokens,
+        }
+        if self.temperature > 0:
+            options |= {"temperature": self.temperature, "top_p": self.top_p}
+        return options
+
+
+def build_prompt(query: str, num_images: int, template: Template, *, mm_use_im_start_end: bool = False) -> str:
+    """Write the prompt for one question.
+
+    A query without `<image>` gets one for each image in front, as original LLaVA does.
+
+    Raises:
+        UserError: The query has another number of `<image>` than there are images.
+    """
+    present = query.count(IMAGE_TOKEN)
+    if present == 0:
+        query = f"{IMAGE_TOKEN}\n" * num_images + query
+    elif present != num_images:
+        raise UserError(
+            f"The query has {present} {IMAGE_TOKEN} but {num_images} images are given. Each needs one; leave them out "
+            "of the query to have the images put in front."
+        )
+    if mm_use_im_start_end:
+        query = query.replace(IMAGE_TOKEN, f"{IM_START_TOKEN}{IMAGE_TOKEN}{IM_END_TOKEN}")
+    return template.prompt([("human", query)])
+
+
+def prepare_inputs(
+    loaded: LoadedModel, prompt: str, image_files: Sequence[str | Path]
+) -> dict[str, torch.Tensor]:
+    """Turn a prompt and images into what the model takes.
+
+    Returns:
+        `input_ids` `(1, T)`, expanded, and with images `pixel_values` `(M, 3, H, W)`, on the model's device.
+
+    Raises:
+        UserError: An image cannot be read, there is no vision tower, or the prompt is longer than the model's context.
+    """
+    device = next(loaded.model.parameters()).device
+    if image_files and loaded.image_transform is None:
+        raise UserError("Images are given, but the model is text-only.")
+    per_image = loaded.model.config.tokens_per_image
+    ids: list[int] = []
+    for token in tokenize_prompt(prompt, loaded.tokenizer):
+        ids += [IMAGE_TOKEN_INDEX] * per_image if token == IMAGE_TOKEN_INDEX else [token]
+    if len(ids) >= loaded.context_len:
+        raise UserError(
+            f"The prompt is {len(ids)} tokens long, but the model's context is {loaded.context_len}. Shorten the query "
+            "or give fewer images."
+        )
+    inputs = {"input_ids": torch.tensor([ids], device=device)}
+    if image_files:
+        assert loaded.image_transform is not None
+        pixels = [loaded.image_transform(load_image(file)) for file in image_files]
+        inputs["pixel_values"] = torch.stack(pixels).to(device)
+    return inputs
+
+
+def generate_answer(
+    loaded: LoadedModel,
+    prompt: str,
+    image_files: Sequence[str | Path],
+    template: Template,
+    sampling: Sampling,
+    streamer: BaseStreamer | None = None,
+) -> str:
+    """Generate the answer to a prompt.
+
+    Args:
+        loaded: The model.
+        prompt: The whole prompt, as `build_prompt` writes it.
+        image_files: One file for each `<image>` in it.
+        template: Says where an answer ends.
+        sampling: How tokens are chosen.
+        streamer: Gets the tokens as they come.
+
+    Returns:
+        The answer, without the template's end mark.
+    """
+    inputs = prepare_inputs(loaded, prompt, image_files)
+    stops = list(template.stop_strings)
+    options = sampling.options()
+    if stops:
+        options |= {"stop_strings": stops, "tokenizer": loaded.tokenizer}
+    pad = loaded.tokenizer.pad_token_id
+    ids = loaded.model.generate(**inputs, **options, pad_token_id=pad, streamer=streamer)  # type: ignore[operator]
+    text = loaded.tokenizer.decode(ids[0], skip_special_tokens=True).strip()
+    assert isinstance(text, str)
+    for stop in stops:
+        text = text.removesuffix(stop).strip()
+    return text

@@ -1,0 +1,179 @@
+"""Loading any LLaVA model for use, by what its directory holds."""
+
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedTokenizerBase
+
+from llava_ft.checkpoint.adapter import LoraAdapter
+from llava_ft.checkpoint.base import load_base
+from llava_ft.checkpoint.directory import ModelDirectory, identify, resolve_model_path
+from llava_ft.checkpoint.fingerprint import language_model_fingerprint
+from llava_ft.checkpoint.names import PEFT_PREFIX
+from llava_ft.checkpoint.restore import check_base
+from llava_ft.checkpoint.trained import find_trained, new_rows
+from llava_ft.data.images import ImageTransform
+from llava_ft.data.tokenizer import load_tokenizer
+from llava_ft.errors import CheckpointError
+from llava_ft.models.llava import LlavaLlamaForCausalLM
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TEMPLATE = "v1"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to answer.
+
+    Attributes:
+        tokenizer: Its tokenizer.
+        model: The model, in evaluation mode.
+        image_transform: How an image becomes pixels; None for a text-only model.
+        template: Name of the conversation template it was trained with.
+        context_len: Longest sequence in tokens.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    model: LlavaLlamaForCausalLM | PeftModel
+    image_transform: ImageTransform | None
+    template: str
+    context_len: int
+
+
+def load_pretrained_model(
+    model_path: str,
+    model_base: str | None = None,
+    *,
+    vision_tower: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    attn_implementation: str = "sdpa",
+    allow_base_mismatch: bool = False,
+) -> tuple[PreTrainedTokenizerBase, LlavaLlamaForCausalLM, ImageTransform | None, int]:
+    """Load a model for use, with an adapter added into the weights if there is one.
+
+    Args:
+        model_path: A LLaVA model, a LoRA directory or a projector directory; what it is, is read from its files.
+        model_base: Base of an adapter or projector; when absent, the one that the directory names.
+        vision_tower: The vision tower, if it is not where the model says.
+        dtype: Type of the weights; bfloat16 on a GPU and float32 on a CPU when absent.
+        device: Where the model is put; a GPU if there is one.
+        attn_implementation: Attention of the language model.
+        allow_base_mismatch: Use an adapter on a base other than the one it was trained on.
+
+    Returns:
+        `(tokenizer, model, image_processor, context_len)`, as in original LLaVA.
+
+    Raises:
+        UserError: A file is missing, damaged, or does not fit the others.
+    """
+    loaded = load_model(
+        model_path,
+        model_base,
+        vision_tower=vision_tower,
+        dtype=dtype,
+        device=device,
+        attn_implementation=attn_implementation,
+        allow_base_mismatch=allow_base_mismatch,
+    )
+    assert isinstance(loaded.model, LlavaLlamaForCausalLM)
+    return loaded.tokenizer, loaded.model, loaded.image_transform, loaded.context_len
+
+
+def load_model(
+    model_path: str,
+    model_base: str | None = None,
+    *,
+    vision_tower: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    attn_implementation: str = "sdpa",
+    allow_base_mismatch: bool = False,
+    adapter: Literal["added", "beside"] = "added",
+) -> LoadedModel:
+    """Load a model for use; see `load_pretrained_model`.
+
+    Args:
+        model_path: The model.
+        model_base: Its base, for an adapter or projector.
+        vision_tower: The vision tower.
+        dtype: Type of the weights.
+        device: Where the model is put.
+        attn_implementation: Attention of the language model.
+        allow_base_mismatch: Use an adapter on another base.
+        adapter: `added` puts an adapter's part into the weights; `beside` keeps it as a PEFT model.
+    """
+    on = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.bfloat16 if on.type == "cuda" else torch.float32)
+    directory = identify(resolve_model_path(model_path))
+    base, lora = find_trained(directory, model_base, vision_tower=vision_tower)
+    if directory.kind in ("lora", "projector"):
+        fingerprint = language_model_fingerprint(base.sources[:1])
+        warning = check_base(directory.path, fingerprint, str(base.directory.path), allow_mismatch=allow_base_mismatch)
+        if warning:
+            logger.warning("%s", warning)
+    has_own_tokenizer = any((directory.path / name).is_file() for name in ("tokenizer_config.json", "tokenizer.model"))
+    tokenizer = load_tokenizer(directory.path if has_own_tokenizer else base.directory.path)
+    num_new_rows = max(0, len(tokenizer) - base.config.vocab_size)
+    model, ledger = load_base(
+        base,
+        num_new_rows=num_new_rows,
+        dtype_of=lambda name: dtype,
+        device=on,
+        attn_implementation=attn_implementation,
+    )
+    ledger.log()
+    for name, rows in new_rows(lora).items():
+        weight = model.get_parameter(name)
+        weight.data[-rows.shape[0] :] = rows.to(weight.dtype)
+    result: LlavaLlamaForCausalLM | PeftModel = model
+    if lora is not None:
+        result = _add(model, lora) if adapter == "added" else _wrap(model, lora, directory)
+    transform = None
+    if base.vision_directory is not None:
+        transform = ImageTransform.from_pretrained(base.vision_directory, base.config.image_aspect_ratio)
+    return LoadedModel(
+        tokenizer=tokenizer,
+        model=result.eval(),  # type: ignore[arg-type]
+        image_transform=transform,
+        template=base.config.conversation_template or DEFAULT_TEMPLATE,
+        context_len=getattr(base.config, "tokenizer_model_max_length", None) or base.config.max_position_embeddings,
+    )
+
+
+def _add(model: LlavaLlamaForCausalLM, lora: LoraAdapter) -> LlavaLlamaForCausalLM:
+    parameters = dict(model.named_parameters())
+    unknown = [name for name in lora.factors if name not in parameters]
+    if unknown:
+        raise CheckpointError(f"The adapter {lora.path} changes {unknown[0]}, which the model does not have.")
+    for name in lora.factors:
+        weight = parameters[name]
+        weight.data = lora.apply(name, weight.data.cpu()).to(device=weight.device, dtype=weight.dtype)
+    return model
+
+
+def _wrap(model: LlavaLlamaForCausalLM, lora: LoraAdapter, directory: ModelDirectory) -> PeftModel:
+    """Put the adapter beside the weights, on exactly the modules it has matrices for."""
+    modules = [name.removesuffix(".weight") for name in lora.factors]
+    ranks = {name: lora.factors[name + ".weight"][0].shape[0] for name in modules}
+    scales = {name: lora.scales[name + ".weight"] for name in modules}
+    config = LoraConfig(
+        r=max(ranks.values()),
+        target_modules=modules,
+        exclude_modules=None,
+        rank_pattern={f"^{name}$": rank for name, rank in ranks.items()},
+        alpha_pattern={f"^{name}$": scales[name] * ranks[name] for name in modules},
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+    wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)  # type: ignore[arg-type]
+    parameters = dict(wrapped.named_parameters())
+    for name in modules:
+        a, b = lora.factors[name + ".weight"]
+        parameters[f"{PEFT_PREFIX}{name}.lora_A.default.weight"].data.copy_(a)
+        parameters[f"{PEFT_PREFIX}{name}.lora_B.default.weight"].data.copy_(b)
+    return wrapped  # type: ignore[return-value]

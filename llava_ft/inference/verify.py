@@ -1,0 +1,99 @@
+"""Comparing two models that ought to say the same: the proof at the end of a merge."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llava_ft.constants import IMAGE_TOKEN_INDEX
+from llava_ft.errors import RunError
+from llava_ft.inference.load import LoadedModel, load_model
+
+logger = logging.getLogger(__name__)
+
+RELATIVE_BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+"""Largest allowed difference of logits, as a share of the largest logit, by the dtype the merged weights are rounded
+to. float16 rounds a weight by 2^-11 of its size and bfloat16 by 2^-8; a sum over layers of such errors stays well below
+these bounds, and any forgotten or doubled tensor is far above them."""
+
+
+@dataclass(frozen=True)
+class LogitComparison:
+    """Difference of two models on fixed input.
+
+    Attributes:
+        max_difference: Largest absolute difference of logits.
+        scale: Largest absolute logit.
+        bound: Largest allowed difference.
+    """
+
+    max_difference: float
+    scale: float
+    bound: float
+
+    def __str__(self) -> str:
+        """Return one line for a report."""
+        return f"max |difference of logits| {self.max_difference:.3g} (bound {self.bound:.3g}, largest logit {self.scale:.3g})"
+
+
+def fixed_inputs(loaded: LoadedModel) -> list[dict[str, torch.Tensor]]:
+    """Return a text input and, if the model sees, one with an image: both the same on every machine."""
+    vocab_size = loaded.model.config.vocab_size
+    words = [1 + (index * 7919) % (vocab_size - 1) for index in range(24)]
+    inputs = [{"input_ids": torch.tensor([words])}]
+    vision = loaded.model.config.vision_config
+    if vision is not None:
+        size = vision.image_size
+        row = torch.linspace(-1.5, 1.5, size)
+        pixels = torch.stack([row.expand(size, size), row.expand(size, size).T, row.outer(row)])
+        ids = [*words[:8], *[IMAGE_TOKEN_INDEX] * loaded.model.config.tokens_per_image, *words[8:]]
+        inputs.append({"input_ids": torch.tensor([ids]), "pixel_values": pixels.unsqueeze(0)})
+    return inputs
+
+
+@torch.no_grad()
+def fixed_logits(loaded: LoadedModel) -> list[torch.Tensor]:
+    """Return the float32 logits on `fixed_inputs`, on the CPU."""
+    device = next(loaded.model.parameters()).device
+    return [
+        loaded.model(**{name: value.to(device) for name, value in inputs.items()}).logits.float().cpu()
+        for inputs in fixed_inputs(loaded)
+    ]
+
+
+def compare_merged(
+    merged: Path,
+    model_path: str,
+    model_base: str | None,
+    *,
+    vision_tower: str | None = None,
+    merged_dtype: torch.dtype = torch.float32,
+    allow_base_mismatch: bool = False,
+) -> LogitComparison:
+    """Compare a merged model with the adapter beside its base. Both are computed in float32.
+
+    The two models are in memory one after the other.
+
+    Raises:
+        RunError: They differ by more than rounding explains.
+    """
+    loaded = load_model(
+        model_path,
+        model_base,
+        vision_tower=vision_tower,
+        dtype=torch.float32,
+        device="cpu",
+        allow_base_mismatch=allow_base_mismatch,
+        adapter="beside",
+    )
+    expected = fixed_logits(loaded)
+    tower = vision_tower or loaded.model.config.mm_vision_tower
+    del loaded
+    got = fixed_logits(load_model(str(merged), vision_tower=tower, dtype=torch.float32, device="cpu"))
+    scale = max(float(logits.abs().max()) for logits in expected)
+    difference = max(float((a - b).abs().max()) for a, b in zip(expected, got, strict=True))
+    comparison = LogitComparison(difference, scale, RELATIVE_BOUNDS.get(merged_dtype, 1e-4) * scale)
+    if not difference <= comparison.bound:
+        raise RunError(f"The merged model is not the adapter on its base: {comparison}. Nothing was written.")
+    return comparison

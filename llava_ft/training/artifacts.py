@@ -1,0 +1,138 @@
+"""What a run leaves on disk besides optimizer state: the same set of files at every save.
+
+| method | weights |
+| --- | --- |
+| lora | `adapter_model.bin`, `non_lora_trainables.bin`, `adapter_config.json` |
+| projector | `mm_projector.bin` |
+| full | `model.safetensors`, or shards with an index |
+
+Beside them: `config.json`, the tokenizer, `preprocessor_config.json`, `run_config.yaml` (can be fed back through
+`--config`), `trainable_parameters.json` and, last, `llava_ft.json` (see `checkpoint/manifest.py`).
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from llava_ft.checkpoint.manifest import Manifest
+from llava_ft.checkpoint.names import (
+    CONFIG,
+    MANIFEST,
+    PREPROCESSOR_CONFIG,
+    RUN_CONFIG,
+    TRAINABLE_TABLE,
+    is_vision,
+    native_name,
+)
+from llava_ft.checkpoint.save import (
+    ShardWriter,
+    WeightsFormat,
+    config_fields,
+    vocabulary_matrices,
+    write_json,
+    write_lora,
+    write_projector,
+)
+from llava_ft.data.tokenizer import save_tokenizer
+from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.tuning.freeze import Method
+
+_MAX_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass
+class RunArtifacts:
+    """What every save of a run writes.
+
+    Attributes:
+        method: Kind of run.
+        config: Configuration of the model.
+        tokenizer: Its tokenizer.
+        vision_directory: Where `preprocessor_config.json` is copied from; None for a text-only model.
+        run_config: The resolved configuration of the run, as YAML.
+        base: Path of the base model.
+        base_fingerprint: See `language_model_fingerprint`.
+        template: Name of the conversation template.
+        weights_format: Kind of weight files; `auto` is .bin, and .safetensors for a whole model.
+        compute_dtype: Type of the weights of a finished full run. Its checkpoints keep the float32 master weights.
+        save_vision_tower: Whether a whole model is written with its vision tower although that was not trained.
+        lora_config: Configuration of the adapter, for LoRA.
+        table: What is trained, for `trainable_parameters.json`.
+    """
+
+    method: Method
+    config: LlavaLlamaConfig
+    tokenizer: PreTrainedTokenizerBase
+    vision_directory: Path | None
+    run_config: str
+    base: str
+    base_fingerprint: str
+    template: str
+    weights_format: Literal["auto", "bin", "safetensors", "both"]
+    compute_dtype: torch.dtype
+    save_vision_tower: bool = False
+    lora_config: LoraConfig | None = None
+    table: list[dict[str, Any]] = field(default_factory=list)
+
+    def write(self, directory: Path, model: nn.Module, *, is_final: bool) -> None:
+        """Write weights, configuration and everything needed to use them, but not yet the manifest.
+
+        Args:
+            directory: Where to.
+            model: The run's model; the PEFT model for LoRA.
+            is_final: Whether this is the result of the run and not a checkpoint to resume from.
+        """
+        trained = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+        small_format: WeightsFormat = "bin" if self.weights_format == "auto" else self.weights_format
+        dtype = torch.float32
+        if self.method == "lora":
+            assert self.lora_config is not None
+            native = {native_name(name): value for name, value in model.named_parameters()}
+            whole = vocabulary_matrices(native)
+            write_lora(directory, trained, self.lora_config, small_format, whole_matrices=whole)
+            dtype = self.compute_dtype
+        elif self.method == "projector":
+            write_projector(directory, trained, small_format)
+            dtype = self.compute_dtype
+        else:
+            dtype = self.compute_dtype if is_final else torch.float32
+            self._write_whole_model(directory, model, dtype if is_final else None)
+        self._write_surroundings(directory, dtype)
+
+    def write_manifest(self, directory: Path, step: int) -> None:
+        """Write `llava_ft.json`, after which the directory counts as complete."""
+        Manifest(self.method, self.base, self.base_fingerprint, step, self.template).write(directory)
+
+    def _write_whole_model(self, directory: Path, model: nn.Module, dtype: torch.dtype | None) -> None:
+        kinds: Mapping[str, tuple[Literal["bin", "safetensors"], ...]] = {
+            "auto": ("safetensors",),
+            "safetensors": ("safetensors",),
+            "bin": ("bin",),
+            "both": ("safetensors", "bin"),
+        }
+        for kind in kinds[self.weights_format]:
+            writer = ShardWriter(directory, max_shard_bytes=_MAX_SHARD_BYTES, weights_format=kind)
+            for name, value in model.named_parameters():
+                if not is_vision(name) or self.save_vision_tower or value.requires_grad:
+                    writer.add(name, value.detach() if dtype is None else value.detach().to(dtype))
+            writer.finish()
+
+    def _write_surroundings(self, directory: Path, dtype: torch.dtype) -> None:
+        write_json(directory / CONFIG, config_fields(self.config, dtype))
+        save_tokenizer(self.tokenizer, directory)
+        if self.vision_directory is not None:
+            shutil.copyfile(self.vision_directory / PREPROCESSOR_CONFIG, directory / PREPROCESSOR_CONFIG)
+        (directory / RUN_CONFIG).write_text(self.run_config, encoding="utf-8")
+        write_json(directory / TRAINABLE_TABLE, self.table)
+
+
+def forget_manifest(directory: Path) -> None:
+    """Remove a manifest, so that a directory whose files are being replaced does not count as complete."""
+    (directory / MANIFEST).unlink(missing_ok=True)

@@ -1,0 +1,97 @@
+"""Reactions to events of a run: stop signals, epochs, and the log on the terminal."""
+
+import logging
+import signal
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from llava_ft.data.sampler import EpochSampler
+
+logger = logging.getLogger(__name__)
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopOnSignal(TrainerCallback):
+    """Saves a complete checkpoint and ends the run when SIGTERM or SIGINT arrives.
+
+    The step under way is finished first. A second signal ends the process at once. With several ranks the wish is
+    shared after each step, so that all of them stop at the same one.
+
+    Attributes:
+        received: Name of the signal that ended the run, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Take over the signals."""
+        for number in _SIGNALS:
+            self._previous[number] = signal.signal(number, self._remember)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Ask for a save and the end of the run."""
+        if self._is_wished(args):
+            self.received = self.received or "a signal to another rank"
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Give the signals back."""
+        self.release()
+
+    def release(self) -> None:
+        """Give the signals back to whoever had them; for a run that ends in an error."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+        logger.warning("%s received: finishing this step, then saving. A second signal stops at once.", self.received)
+        self.release()
+
+    def _is_wished(self, args: TrainingArguments) -> bool:
+        if args.world_size == 1:
+            return self.received is not None
+        wish = torch.tensor(int(self.received is not None), device=args.device)
+        torch.distributed.all_reduce(wish, op=torch.distributed.ReduceOp.MAX)
+        return bool(wish)
+
+
+class SetSamplerEpoch(TrainerCallback):
+    """Tells the sampler which epoch begins.
+
+    Accelerate does so too, but does not reach a sampler behind the wrappers it adds when a run is resumed.
+    """
+
+    def __init__(self, sampler: EpochSampler):
+        self._sampler = sampler
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Set the epoch, counted from 0."""
+        self._sampler.set_epoch(int(state.epoch or 0))
+
+
+class LogLines(TrainerCallback):
+    """Writes each log entry of the run as one line."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        """Write the entry; rates keep four significant digits."""
+        if not state.is_world_process_zero or not logs:
+            return
+        text = "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in logs.items())
+        logger.info("step %d/%d  %s", state.global_step, state.max_steps, text)

@@ -1,0 +1,298 @@
+"""From a checked request to a trainer: everything that can be wrong is found before the first weight is read."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from llava_ft.args import ParsedArgs, to_yaml
+from llava_ft.checkpoint.base import BaseModel, find_base, load_base
+from llava_ft.checkpoint.directory import identify
+from llava_ft.checkpoint.fingerprint import language_model_fingerprint
+from llava_ft.checkpoint.load import WeightSource
+from llava_ft.checkpoint.names import is_projector
+from llava_ft.checkpoint.restore import check_base, plain_name, restore_trained, trained_files
+from llava_ft.checkpoint.resume import check_checkpoint, newest_complete_checkpoint, remove_staging
+from llava_ft.constants import ORIGINAL_DEFAULTS
+from llava_ft.conversation import get_template
+from llava_ft.data.collator import PaddingCollator
+from llava_ft.data.dataset import BuiltDatasets, build_datasets
+from llava_ft.data.images import ImageTransform
+from llava_ft.data.sampler import EpochSampler
+from llava_ft.data.tokenize import SampleTokenizer
+from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
+from llava_ft.errors import UserError
+from llava_ft.training.artifacts import RunArtifacts
+from llava_ft.training.callbacks import LogLines, SetSamplerEpoch, StopOnSignal
+from llava_ft.training.trainer import LlavaTrainer
+from llava_ft.tuning.freeze import TuningPlan
+from llava_ft.tuning.lora import add_lora
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """A run that is ready to start.
+
+    Attributes:
+        trainer: The trainer.
+        stop: The callback that ends the run on a signal.
+        checkpoint: The checkpoint to resume from, or None to start from the beginning.
+        datasets: What is trained on, with the report of what was left out.
+    """
+
+    trainer: LlavaTrainer
+    stop: StopOnSignal
+    checkpoint: Path | None
+    datasets: BuiltDatasets
+
+
+def prepare_run(args: ParsedArgs) -> Run:
+    """Find, check, load and connect everything a run needs.
+
+    Raises:
+        UserError: The request cannot be carried out.
+    """
+    set_seed(args.training.seed)
+    _refuse_what_is_not_there_yet(args)
+    checkpoint = choose_checkpoint(args)
+    base = find_model(args)
+    tokenizer = load_tokenizer(base.directory.path, model_max_length=args.flags.model_max_length)
+    add_image_tokens(
+        tokenizer,
+        mm_use_im_start_end=base.config.mm_use_im_start_end,
+        mm_use_im_patch_token=base.config.mm_use_im_patch_token,
+    )
+    datasets = prepare_datasets(args, base, tokenizer)
+    plan = TuningPlan.from_flags(
+        lora_enable=args.flags.lora_enable,
+        tune_mm_mlp_adapter=args.model.tune_mm_mlp_adapter,
+        freeze_mm_mlp_adapter=args.flags.freeze_mm_mlp_adapter,
+        freeze_backbone=args.model.freeze_backbone,
+        has_vision=base.config.mm_vision_config is not None,
+    )
+    fingerprint = language_model_fingerprint(base.sources[:1])
+    _check_starting_adapter(args, fingerprint, base)
+    _complete_config(args, base)
+    model = load_model_to_train(args, base, plan, num_new_rows=max(0, len(tokenizer) - base.config.vocab_size))
+    if args.flags.lora_weight_path:
+        restore_trained(model, Path(args.flags.lora_weight_path))
+        logger.info("Starting from the adapter and projector in %s.", args.flags.lora_weight_path)
+    peft_config = getattr(model, "peft_config", None)
+    artifacts = RunArtifacts(
+        method=plan.method,
+        config=base.config,
+        tokenizer=tokenizer,
+        vision_directory=base.vision_directory,
+        run_config=to_yaml(args),
+        base=str(base.directory.path),
+        base_fingerprint=fingerprint,
+        template=args.model.version,
+        weights_format=args.flags.weights_format,
+        compute_dtype=compute_dtype(args),
+        save_vision_tower=args.flags.save_vision_tower,
+        lora_config=peft_config["default"] if peft_config else None,
+    )
+    trainer, stop = _build_trainer(args, model, artifacts, tokenizer, datasets)
+    return Run(trainer, stop, checkpoint, datasets)
+
+
+def find_model(args: ParsedArgs) -> BaseModel:
+    """Find the model's files and settle its configuration, from the request and an adapter to start from."""
+    wishes: dict[str, Any] = {key: getattr(args.model, key, None) for key in ORIGINAL_DEFAULTS}
+    wishes["image_aspect_ratio"] = args.data.image_aspect_ratio
+    vision_tower = args.model.vision_tower
+    extra: list[WeightSource] = []
+    if args.flags.lora_weight_path:
+        start = identify(Path(args.flags.lora_weight_path))
+        if start.kind != "lora":
+            raise UserError(f"lora_weight_path {start.path} holds a {start.kind}, not a LoRA adapter.")
+        for key, wish in wishes.items():
+            if wish is None:
+                wishes[key] = start.config.get(key)
+        vision_tower = vision_tower or start.config.get("mm_vision_tower")
+        beside = trained_files(start)[1]
+        names = {key: plain_name(key) for key in beside.tensors}
+        projector = {key: name for key, name in names.items() if is_projector(name)}
+        extra.append(WeightSource("projector of the adapter", beside, projector, must_fit=True))
+    return find_base(
+        args.model.model_name_or_path,
+        vision_tower=vision_tower,
+        projector_file=args.model.pretrain_mm_mlp_adapter,
+        wishes=wishes,
+        extra_sources=extra,
+        cache_dir=args.flags.cache_dir,
+    )
+
+
+def prepare_datasets(args: ParsedArgs, base: BaseModel, tokenizer: PreTrainedTokenizerBase) -> BuiltDatasets:
+    """Read and check the records."""
+    transform = None
+    if base.vision_directory is not None:
+        transform = ImageTransform.from_pretrained(base.vision_directory, base.config.image_aspect_ratio)
+        _check_image_size(base, transform)
+    template = get_template(args.model.version)
+    logger.info("Conversation template: %s.", template.name)
+    assert args.data.data_path is not None
+    return build_datasets(
+        args.data.data_path,
+        tokenize=SampleTokenizer(tokenizer, template, mm_use_im_start_end=base.config.mm_use_im_start_end),
+        image_transform=transform,
+        image_folder=args.data.image_folder,
+        tokens_per_image=base.config.tokens_per_image,
+        model_max_length=args.flags.model_max_length,
+        on_bad_sample=args.data.on_bad_sample,
+        check_images=args.data.check_images,
+        exif_transpose=args.data.image_exif_transpose,
+        validation_path=args.data.validation_data_path,
+        validation_fraction=args.data.validation_fraction,
+        seed=args.training.data_seed if args.training.data_seed is not None else args.training.seed,
+    )
+
+
+def load_model_to_train(args: ParsedArgs, base: BaseModel, plan: TuningPlan, *, num_new_rows: int) -> nn.Module:
+    """Load the weights and make trainable what the plan says."""
+    dtype = compute_dtype(args)
+    model, ledger = load_base(
+        base,
+        num_new_rows=num_new_rows,
+        dtype_of=lambda name: plan.dtype_of(name, dtype),
+        device=args.training.device,
+        attn_implementation=args.attn_implementation,
+    )
+    ledger.log()
+    plan.separate_new_rows(model, num_new_rows)
+    result: nn.Module = model
+    if plan.method == "lora":
+        result = add_lora(
+            model,
+            r=args.flags.lora_r,
+            alpha=args.flags.lora_alpha,
+            dropout=args.flags.lora_dropout,
+            bias=args.flags.lora_bias,
+            leaf_names=args.flags.lora_target_modules,
+            base_model_name=str(base.directory.path),
+        )
+    plan.apply(result)
+    model.config.use_cache = False
+    return result
+
+
+def compute_dtype(args: ParsedArgs) -> torch.dtype:
+    """The type in which frozen weights are held and matrix products computed."""
+    return torch.bfloat16 if args.training.bf16 else torch.float16 if args.training.fp16 else torch.float32
+
+
+def choose_checkpoint(args: ParsedArgs) -> Path | None:
+    """Choose what to resume from: what the user names, else the newest complete checkpoint of the output directory.
+
+    Raises:
+        UserError: The checkpoint named cannot be resumed from.
+    """
+    output_dir = Path(args.training.output_dir or ".")
+    if args.training.process_index == 0:
+        remove_staging(output_dir)
+    wish = args.training.resume_from_checkpoint
+    if wish is not None and str(wish).lower() not in ("true", "false"):
+        check_checkpoint(Path(wish))
+        return Path(wish)
+    if str(wish).lower() == "false":
+        return None
+    found = newest_complete_checkpoint(output_dir)
+    if found is None and str(wish).lower() == "true":
+        raise UserError(f"resume_from_checkpoint is true, but {output_dir} holds no complete checkpoint.")
+    return found
+
+
+def _build_trainer(
+    args: ParsedArgs,
+    model: nn.Module,
+    artifacts: RunArtifacts,
+    tokenizer: PreTrainedTokenizerBase,
+    datasets: BuiltDatasets,
+) -> tuple[LlavaTrainer, StopOnSignal]:
+    training = args.training
+    strategy = "modality_length" if args.flags.group_by_modality_length else _strategy(args)
+    sampler = EpochSampler(
+        datasets.train,
+        strategy=strategy,
+        batch_size=training.per_device_train_batch_size * training.gradient_accumulation_steps,
+        world_size=training.world_size,
+        seed=training.data_seed if training.data_seed is not None else training.seed,
+    )
+    stop = StopOnSignal()
+    pad = tokenizer.pad_token_id
+    assert isinstance(pad, int)
+    trainer = LlavaTrainer(
+        model=model,
+        args=training,
+        artifacts=artifacts,
+        train_sampler=sampler,
+        describe_record=datasets.train.describe,
+        loss_normalization=args.flags.loss_normalization,
+        mm_projector_lr=args.flags.mm_projector_lr,
+        bad_sample_limit=args.flags.bad_sample_limit,
+        train_dataset=datasets.train,
+        eval_dataset=datasets.validation,
+        data_collator=PaddingCollator(pad),
+        callbacks=[stop, SetSamplerEpoch(sampler), LogLines()],
+    )
+    return trainer, stop
+
+
+def _strategy(args: ParsedArgs) -> str:
+    names = {"random": "random", "sequential": "sequential", "group_by_length": "length"}
+    return names[str(getattr(args.training.train_sampling_strategy, "value", args.training.train_sampling_strategy))]
+
+
+def _complete_config(args: ParsedArgs, base: BaseModel) -> None:
+    """Note in config.json what original LLaVA notes there, and the template."""
+    config = base.config
+    config.tune_mm_mlp_adapter = args.model.tune_mm_mlp_adapter
+    config.freeze_mm_mlp_adapter = args.flags.freeze_mm_mlp_adapter
+    config.mm_projector_lr = args.flags.mm_projector_lr
+    config.tokenizer_model_max_length = args.flags.model_max_length
+    config.tokenizer_padding_side = "right"
+    config.conversation_template = args.model.version
+    if args.flags.model_max_length > config.max_position_embeddings:
+        logger.warning(
+            "model_max_length is %d, but the model was trained with at most %d positions.",
+            args.flags.model_max_length,
+            config.max_position_embeddings,
+        )
+
+
+def _check_starting_adapter(args: ParsedArgs, fingerprint: str, base: BaseModel) -> None:
+    if not args.flags.lora_weight_path:
+        return
+    warning = check_base(
+        Path(args.flags.lora_weight_path),
+        fingerprint,
+        str(base.directory.path),
+        allow_mismatch=args.flags.allow_base_mismatch,
+    )
+    if warning:
+        logger.warning("%s", warning)
+
+
+def _check_image_size(base: BaseModel, transform: ImageTransform) -> None:
+    vision = base.config.vision_config
+    assert vision is not None
+    height, width = transform.output_size
+    if (height, width) != (vision.image_size, vision.image_size):
+        raise UserError(
+            f"preprocessor_config.json in {base.vision_directory} makes images of {height} x {width} pixels, but the "
+            f"vision tower takes {vision.image_size} x {vision.image_size}. It belongs to another tower."
+        )
+
+
+def _refuse_what_is_not_there_yet(args: ParsedArgs) -> None:
+    if args.flags.bits != 16:
+        raise UserError(
+            f"bits is {args.flags.bits}: training on quantised weights is not supported by this version. Use --bits 16."
+        )

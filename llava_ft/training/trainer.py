@@ -1,0 +1,284 @@
+"""The training loop: transformers' `Trainer` with LLaVA's parameter groups, sampler and complete checkpoints.
+
+Only hooks are overridden. What is notable: every save holds everything trained, appears under its name only when it is
+complete, and restoring it is strict; the evaluation loss is a mean over tokens; a non-finite loss or gradient ends the
+run before the optimizer uses it, naming the records.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import Trainer
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+
+from llava_ft.checkpoint.restore import restore_trained
+from llava_ft.checkpoint.save import move_files, publish_directory
+from llava_ft.constants import IGNORE_INDEX
+from llava_ft.errors import BadSampleError, RunError
+from llava_ft.training.artifacts import RunArtifacts, forget_manifest
+from llava_ft.training.metrics import Throughput
+from llava_ft.training.optim import format_table, parameter_groups, table_as_json, trainable_table
+
+logger = logging.getLogger(__name__)
+
+_STAGING = ".incomplete"
+
+
+class LlavaTrainer(Trainer):
+    """Trains a LLaVA model.
+
+    Args:
+        artifacts: What every save writes.
+        train_sampler: Order of the training records.
+        describe_record: Names the record with an index of the training data, for messages.
+        loss_normalization: `tokens` divides the summed loss of an optimizer step by its supervised tokens;
+            `micro_batch` averages the means of the micro-batches, as original LLaVA does.
+        mm_projector_lr: Learning rate of the projector, if it has its own.
+        bad_sample_limit: Share of the samples seen that may turn out unreadable before the run is ended.
+        **kwargs: For `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        artifacts: RunArtifacts,
+        train_sampler: Sampler[int],
+        describe_record: Callable[[int], str],
+        loss_normalization: Literal["tokens", "micro_batch"] = "tokens",
+        mm_projector_lr: float | None = None,
+        bad_sample_limit: float = 0.05,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.artifacts = artifacts
+        self.bad_samples: list[BadSampleError] = []
+        self._train_sampler = train_sampler
+        self._describe_record = describe_record
+        self._mm_projector_lr = mm_projector_lr
+        self._bad_sample_limit = bad_sample_limit
+        self._throughput = Throughput()
+        self._records_in_step: list[int] = []
+        self._num_samples_seen = 0
+        if loss_normalization == "micro_batch":
+            self.model_accepts_loss_kwargs = False
+
+    # Data
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
+        return self._train_sampler
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Keep what the model takes; note the records and what could not be read."""
+        inputs = dict(inputs)
+        indices = inputs.pop("sample_indices", [])
+        bad = inputs.pop("bad_samples", [])
+        if self.model.training:
+            self._records_in_step += indices
+            self._num_samples_seen += len(indices)
+            self._note_bad_samples(bad)
+            self._throughput.add(inputs)
+        return super()._prepare_inputs(inputs)
+
+    def _note_bad_samples(self, bad: list[BadSampleError]) -> None:
+        for error in bad:
+            logger.warning("Not trained on: %s", error)
+        self.bad_samples += bad
+        allowed = max(10.0, self._bad_sample_limit * self._num_samples_seen)
+        if len(self.bad_samples) > allowed:
+            raise RunError(
+                f"{len(self.bad_samples)} of {self._num_samples_seen} samples could not be read, more than "
+                f"bad_sample_limit allows ({self._bad_sample_limit:g}). The last one: {self.bad_samples[-1]} "
+                "Is the image folder still there?"
+            )
+
+    # Optimizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make the optimizer with LLaVA's parameter groups, and log what is trained."""
+        if self.optimizer is not None:
+            return self.optimizer
+        model = self.model if model is None else model
+        groups = parameter_groups(
+            model,
+            learning_rate=self.args.learning_rate,
+            weight_decay=self.args.weight_decay,
+            mm_projector_lr=self._mm_projector_lr,
+        )
+        rows = trainable_table(groups)
+        self.artifacts.table = table_as_json(rows)
+        if self.is_world_process_zero():
+            num_parameters = sum(parameter.numel() for parameter in model.parameters())
+            logger.info("What is trained:\n%s", format_table(rows, num_parameters))
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        for group in groups:
+            del group["names"]
+        self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    # Steps
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Run forward and backward on a micro-batch.
+
+        Raises:
+            RunError: The loss is not finite.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise RunError(self._not_finite("loss", loss.item()))
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the gradient norm of a whole step; not finite is an error unless float16 scaling expects it."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not self.args.fp16 and not torch.isfinite(torch.as_tensor(norm)):
+            raise RunError(self._not_finite("gradient norm", float(norm)))
+        self._records_in_step = []
+        return norm
+
+    def _not_finite(self, what: str, value: float) -> str:
+        records = ", ".join(self._describe_record(index) for index in self._records_in_step[:16])
+        return (
+            f"The {what} is {value} in step {self.state.global_step + 1}. Records of this step: {records}. The weights "
+            f"were not changed by it. Look at these records with `llava-ft inspect data`; if they are in order, lower "
+            "learning_rate, or use bf16 instead of fp16. The last complete checkpoint can be resumed."
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add each group's learning rate and what was processed per second to a training entry."""
+        if "loss" in logs and "learning_rate" in logs:
+            logs.update(self._throughput.pop(self.args.device, self.args.world_size))
+            rates = sorted({group["lr"] for group in self.optimizer.param_groups}, reverse=True)
+            if len(rates) > 1:
+                logs["mm_projector_lr"] = self.optimizer.param_groups[-1]["lr"]
+            if self.bad_samples:
+                logs["bad_samples"] = len(self.bad_samples)
+        super().log(logs, start_time)
+
+    # Evaluation
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Compute the mean loss per supervised token over a data set."""
+        was_training = self.model.training
+        self.model.eval()
+        totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        for batch in dataloader:
+            for error in batch.get("bad_samples", []):
+                logger.warning("Not evaluated on: %s", error)
+            inputs = self._prepare_inputs(batch)
+            supervised = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
+            with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
+                loss = self.model(**inputs, num_items_in_batch=1).loss
+            totals += torch.stack([loss.double(), supervised.double(), supervised.new_tensor(len(inputs["labels"])).double()])
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(totals)
+        self.model.train(was_training)
+        total, tokens, samples = totals.tolist()
+        if tokens == 0:
+            raise RunError("The validation data has no supervised token, so there is no loss to compute.")
+        metrics = {f"{metric_key_prefix}_loss": total / tokens, f"{metric_key_prefix}_supervised_tokens": tokens}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(samples))  # type: ignore[arg-type]
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write `checkpoint-N`: staged beside its place, and renamed when every rank has written its part."""
+        self.store_flos()
+        run_directory = Path(self._get_output_dir(trial=trial))
+        final = run_directory / f"checkpoint-{self.state.global_step}"
+        staging = run_directory / f".{final.name}{_STAGING}"
+        if self.state.best_global_step:
+            best = run_directory / f"checkpoint-{self.state.best_global_step}"
+            if best == final or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+        try:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir(parents=True)
+                self.artifacts.write(staging, self.model, is_final=False)
+            self.accelerator.wait_for_everyone()
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(str(staging))
+                self._save_scaler(str(staging))
+                self._save_rng_state(str(staging))
+            if self.args.should_save:
+                self._save_trainer_state(staging)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.artifacts.write_manifest(staging, self.state.global_step)
+                publish_directory(staging, final)
+        except (OSError, RuntimeError) as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise RunError(
+                f"{final} could not be written: {error}. Checkpoints written earlier are untouched. Free some space, or "
+                "keep fewer with --save_total_limit, and start the same command again to resume."
+            ) from error
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run_directory),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _save_trainer_state(self, directory: Path) -> None:
+        states = self.state.stateful_callbacks
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if not isinstance(callback, ExportableState):
+                continue
+            name = callback.__class__.__name__
+            if isinstance(states.get(name), list):
+                states[name].append(callback.state())
+            else:
+                states[name] = callback.state()
+        self.state.save_to_json(str(directory / "trainer_state.json"))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the result of the run into the output directory, complete, with its manifest."""
+        if not self.args.should_save:
+            return
+        target = Path(output_dir or self.args.output_dir or ".")
+        staging = target / f".result{_STAGING}"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        try:
+            self.artifacts.write(staging, self.model, is_final=True)
+            self.state.save_to_json(str(staging / "trainer_state.json"))
+            forget_manifest(target)
+            move_files(staging, target)
+            staging.rmdir()
+            self.artifacts.write_manifest(target, self.state.global_step)
+        except (OSError, RuntimeError) as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise RunError(
+                f"The result could not be written to {target}: {error}. The checkpoints in it are untouched; free some "
+                "space and start the same command again."
+            ) from error
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Restore everything trained; what is missing or left over is an error."""
+        restore_trained(self.model if model is None else model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """Restore everything trained from the best checkpoint, the projector too."""
+        best = self.state.best_model_checkpoint
+        assert best is not None
+        logger.info("The best checkpoint is %s (%s); its weights are the result.", best, self.state.best_metric)
+        restore_trained(self.model, Path(best))
