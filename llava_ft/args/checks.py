@@ -5,12 +5,12 @@ Each message has three parts: what is wrong, what is allowed, what to do.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Mapping
 
 from llava_ft.args.data import DataArguments
 from llava_ft.args.model import PROJECTOR_TYPE_PATTERN, ModelArguments
 from llava_ft.args.training import TrainingFlags
+from llava_ft.conversation import get_template
 from llava_ft.errors import UserError
 
 
@@ -28,13 +28,14 @@ def check_arguments(
     Raises:
         UserError: For the first contradiction found.
     """
-    _check_version(model.version)
+    get_template(model.version)
     checks = (
         _vision_problems(model),
         _data_problems(data),
         _tuning_problems(model, training),
         _lora_problems(training),
-        _number_problems(training, inherited),
+        _limit_problems(training),
+        _schedule_problems(inherited),
         _precision_problems(inherited),
         _sampling_problems(training, inherited),
         _evaluation_problems(data, inherited),
@@ -44,30 +45,26 @@ def check_arguments(
             raise UserError(problem)
 
 
-def find_idle_flags(model: ModelArguments, training: TrainingFlags, given: frozenset[str]) -> list[str]:
-    """Return a note for each flag that was given and changes nothing in this combination."""
+def find_idle_flags(model: ModelArguments, training: TrainingFlags) -> list[str]:
+    """Return a note for each flag that differs from its default and changes nothing in this combination."""
     notes: list[str] = []
     if training.lora_enable and model.freeze_backbone:
         notes.append(
             "freeze_backbone has no effect with lora_enable: LoRA keeps the language model fixed anyway."
         )
+    defaults = TrainingFlags()
+    idle: dict[str, str] = {}
     if not training.lora_enable:
-        idle = sorted(given & {"lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lora_target_modules"})
-        notes.extend(f"{name} has no effect without lora_enable." for name in idle)
-    if training.bits == 16:
-        idle = sorted(given & {"quant_type", "double_quant"})
-        notes.extend(f"{name} has no effect with bits=16." for name in idle)
-    if training.mpt_attn_impl != "triton":
+        names = ("lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lora_target_modules")
+        idle |= dict.fromkeys(names, "without lora_enable")
+    if training.bits != 4:
+        idle |= dict.fromkeys(("quant_type", "double_quant"), f"with bits={training.bits}")
+    for name, condition in idle.items():
+        if getattr(training, name) != getattr(defaults, name):
+            notes.append(f"{name} has no effect {condition}.")
+    if training.mpt_attn_impl != defaults.mpt_attn_impl:
         notes.append("mpt_attn_impl has no effect: use attn_implementation.")
     return notes
-
-
-def _check_version(version: str) -> None:
-    if importlib.util.find_spec("llava_ft.conversation") is None:
-        return
-    from llava_ft.conversation import get_template
-
-    get_template(version)
 
 
 def _vision_problems(model: ModelArguments) -> Iterator[str]:
@@ -148,24 +145,23 @@ def _lora_problems(training: TrainingFlags) -> Iterator[str]:
             )
 
 
-def _number_problems(training: TrainingFlags, inherited: Mapping[str, object]) -> Iterator[str]:
+def _limit_problems(training: TrainingFlags) -> Iterator[str]:
     if training.remove_unused_columns:
         yield (
-            "remove_unused_columns=True would take from the records what the collator needs. Only False is allowed; "
-            "leave the flag out."
+            "remove_unused_columns=True would take from the records what the collator needs. Only False is "
+            "allowed; leave the flag out."
         )
     if training.model_max_length < 1:
         yield f"model_max_length={training.model_max_length}: must be at least 1 token. LLaVA v1.5 uses 2048."
-    if not 0.0 <= training.bad_sample_limit <= 1.0:
-        yield (
-            f"bad_sample_limit={training.bad_sample_limit}: a share between 0 and 1 is allowed. The default "
-            "is 0.05."
-        )
-    if training.mm_projector_lr is not None and training.mm_projector_lr < 0:
-        yield (
-            f"mm_projector_lr={training.mm_projector_lr}: must not be negative. Leave it out to use "
-            "learning_rate."
-        )
+    limit = training.bad_sample_limit
+    if not 0.0 <= limit <= 1.0:
+        yield f"bad_sample_limit={limit}: a share between 0 and 1 is allowed. The default is 0.05."
+    rate = training.mm_projector_lr
+    if rate is not None and rate < 0:
+        yield f"mm_projector_lr={rate}: must not be negative. Leave it out to use learning_rate."
+
+
+def _schedule_problems(inherited: Mapping[str, object]) -> Iterator[str]:
     for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers"):
         value = _number(inherited, name, 0.0)
         if value < 0:
@@ -176,20 +172,14 @@ def _number_problems(training: TrainingFlags, inherited: Mapping[str, object]) -
             yield f"{name}={value:g}: must be at least 1. Give a whole number from 1."
     max_steps = _number(inherited, "max_steps", -1.0)
     if max_steps < 1 and max_steps != -1:
-        yield (
-            f"max_steps={max_steps:g}: allowed are 1 and more, or -1 to let num_train_epochs decide. Give "
-            "one of these."
-        )
+        yield f"max_steps={max_steps:g}: must be at least 1, or -1 to let num_train_epochs decide."
     epochs = _number(inherited, "num_train_epochs", 3.0)
     if epochs <= 0 and max_steps == -1:
         yield f"num_train_epochs={epochs:g}: must be above 0 unless max_steps is given. Give either."
     for name in ("save_steps", "logging_steps", "eval_steps"):
         value = _number(inherited, name, 1.0)
         if value <= 0 or (value > 1 and value != int(value)):
-            yield (
-                f"{name}={value:g}: allowed is a whole number from 1, or a share of all steps between 0 and "
-                "1. Correct it."
-            )
+            yield f"{name}={value:g}: give a whole number from 1, or a share of all steps between 0 and 1."
 
 
 def _precision_problems(inherited: Mapping[str, object]) -> Iterator[str]:

@@ -26,10 +26,10 @@ def format_help(program: str) -> str:
     for title, owner in (("Model", ModelArguments), ("Data", DataArguments), ("Training", TrainingFlags)):
         lines += ["", f"{title}:"]
         for field in dataclasses.fields(owner):
-            lines.append(f"  --{field.name}  {flags[field.name].value_type.describe()}{_default(field)}")
-            lines += textwrap.wrap(
-                field.metadata["help"], width=96, initial_indent=" " * 6, subsequent_indent=" " * 6
-            )
+            value_type = flags[field.name].value_type
+            allowed = "a name" if len(value_type.choices) > 8 else value_type.describe()
+            lines.append(f"  --{field.name}  {allowed}{_default(field)}")
+            lines.append(textwrap.indent(textwrap.fill(field.metadata["help"], width=90), " " * 6))
     return "\n".join(lines) + "\n"
 
 

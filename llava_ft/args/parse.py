@@ -9,15 +9,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-import yaml
-
 from llava_ft.args import legacy
 from llava_ft.args.checks import check_arguments, find_idle_flags
 from llava_ft.args.convert import ConversionError, convert
 from llava_ft.args.data import DataArguments
 from llava_ft.args.fields import Flag, ValueType, all_flags, inherited_annotations, parse_annotation
 from llava_ft.args.model import ModelArguments
-from llava_ft.args.sources import Entry, find_config, known_configs, read_command_line, read_yaml
+from llava_ft.args.sources import Entry, find_config, known_configs, read_command_line, read_yaml, write_yaml
 from llava_ft.args.training import INHERITED_WITH_OWN_DEFAULT, TrainingFlags
 from llava_ft.errors import UserError
 
@@ -123,7 +121,7 @@ def resolved_config(parsed: ParsedArgs) -> dict[str, Any]:
 
 def to_yaml(parsed: ParsedArgs) -> str:
     """Return `resolved_config` as YAML text."""
-    return yaml.safe_dump(resolved_config(parsed), sort_keys=False, allow_unicode=True, width=1000)
+    return write_yaml(resolved_config(parsed))
 
 
 def _read_config(entry: Entry) -> list[Entry]:
@@ -253,7 +251,7 @@ def _assemble(values: _Values, required: Sequence[str], notes: list[str], print_
     plain = {k: v for k, v in values.items() if k in inherited and k not in INHERITED_WITH_OWN_DEFAULT}
     notes.extend(_default_evaluation(data, plain))
     check_arguments(model, data, training, plain)
-    notes.extend(find_idle_flags(model, training, frozenset(values)))
+    notes.extend(find_idle_flags(model, training))
     return ParsedArgs(model, data, training, plain, notes, print_config)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -100,6 +100,11 @@ def read_yaml(path: Path) -> list[Entry]:
         loader.dispose()
 
 
+def write_yaml(values: Mapping[str, object]) -> str:
+    """Return a flat mapping as YAML that `read_yaml` reads back unchanged."""
+    return str(yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000))
+
+
 def find_config(name: str, suffixes: Iterable[str] = (".yaml", ".yml")) -> Path | None:
     """Look up a configuration: as a path, in `./configs`, then in the source tree's `configs`.
 
@@ -133,13 +138,22 @@ def known_configs(suffix: str) -> list[str]:
     return sorted({path.name for folder in config_folders() for path in folder.glob(f"*{suffix}")})
 
 
+def _with_point_free_floats(resolvers: dict[str, Any]) -> dict[str, Any]:
+    """Add `2e-5` to what YAML takes for a number; YAML 1.1 itself wants `2.0e-5`."""
+    rule = ("tag:yaml.org,2002:float", _FLOAT_WITHOUT_POINT)
+    return resolvers | {first: [rule, *resolvers.get(first, [])] for first in "-+0123456789"}
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that also takes `2e-5` for a number inside nested mappings (YAML 1.1 wants `2.0e-5`)."""
+    """Reads nested mappings; the values of flags are converted from their text instead."""
+
+    yaml_implicit_resolvers = _with_point_free_floats(yaml.SafeLoader.yaml_implicit_resolvers)
 
 
-_Loader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]
-    "tag:yaml.org,2002:float", _FLOAT_WITHOUT_POINT, list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """The counterpart of `_Loader`: puts quotes around a text that it would take for a number."""
+
+    yaml_implicit_resolvers = _with_point_free_floats(yaml.SafeDumper.yaml_implicit_resolvers)
 
 
 def _mapping_entries(path: Path, root: Any, loader: Any) -> list[Entry]:
