@@ -1,0 +1,205 @@
+"""The command line: `llava-ft train | merge | generate | inspect`.
+
+Exit status: 0 done, 1 the run failed, 2 the request was wrong. Messages go to standard error; standard output holds
+what was asked for and nothing else.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from llava_ft.errors import RunError, UserError
+from llava_ft.version import __version__
+
+logger = logging.getLogger("llava_ft")
+
+DONE, FAILED, WRONG_REQUEST = 0, 1, 2
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands = _commands()
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())  # noqa: T201 - the answer to the request
+        return DONE if arguments else WRONG_REQUEST
+    if arguments[0] == "--version":
+        print(__version__)  # noqa: T201 - the answer to the request
+        return DONE
+    _configure_logging()
+    try:
+        if arguments[0] not in commands:
+            raise UserError(f"There is no command {arguments[0]!r}. Commands are {', '.join(commands)}.")
+        return commands[arguments[0]][0](arguments[1:])
+    except UserError as error:
+        logger.error("%s", error)
+        return WRONG_REQUEST
+    except RunError as error:
+        logger.error("%s", error)
+        return FAILED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except KeyboardInterrupt:
+        logger.error("Interrupted.")
+        return FAILED
+
+
+def _commands() -> dict[str, tuple[Callable[[Sequence[str]], int], str]]:
+    return {
+        "train": (train, "fine-tune a model: LoRA, full or projector only; the same command resumes"),
+        "merge": (merge, "put an adapter, or a projector, into its base model and verify the result"),
+        "generate": (generate, "answer one question about images"),
+        "inspect": (inspect, "inspect data: what the model will see of each record"),
+    }
+
+
+def train(argv: Sequence[str]) -> int:
+    """Fine-tune a model."""
+    from llava_ft.args import parse_args, to_yaml
+
+    if _wants_help(argv):
+        print(_train_help())  # noqa: T201 - the answer to the request
+        return DONE
+    args = parse_args(argv)
+    if args.print_config:
+        print(to_yaml(args), end="")  # noqa: T201 - the answer to the request
+        return DONE
+    from llava_ft.training.setup import prepare_run
+
+    _ = args.training  # settles the device and the process group
+    _quiet_other_ranks(args.training.process_index)
+    run = prepare_run(args)
+    for note in args.notes:
+        logger.info("%s", note)
+    if run.checkpoint is not None:
+        logger.info("Resuming from %s.", run.checkpoint)
+    try:
+        run.trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    finally:
+        run.stop.release()
+        _leave_process_group()
+    if run.trainer.bad_samples:
+        names = ", ".join(str(error) for error in run.trainer.bad_samples[:5])
+        logger.warning("%d samples could not be read and were not trained on: %s", len(run.trainer.bad_samples), names)
+    if run.stop.received is not None:
+        step, last = run.trainer.state.global_step, run.trainer.state.max_steps
+        logger.error(
+            "Stopped by %s at step %d of %d. checkpoint-%d in %s is complete; start the same command again to resume "
+            "from it.", run.stop.received, step, last, step, args.training.output_dir,
+        )
+        return FAILED
+    run.trainer.save_model()
+    logger.info("Done. The result is in %s.", args.training.output_dir)
+    return DONE
+
+
+def merge(argv: Sequence[str]) -> int:
+    """Merge what was trained into its base model."""
+    parser = _Parser("llava-ft merge", "Put a LoRA adapter, or a projector, into its base model and verify the result.")
+    parser.add_argument("--model-path", required=True, help="the adapter's (or projector's) directory")
+    parser.add_argument("--model-base", help="its base model; when absent, the one that the adapter names")
+    parser.add_argument("--save-model-path", required=True, help="where the merged model is written")
+    parser.add_argument("--vision-tower", help="the vision tower, if it is not where the model says")
+    parser.add_argument("--dtype", choices=["auto", *_DTYPES], default="auto", help="auto: that of the base's files")
+    parser.add_argument("--max-shard-size", default="5GB", help="such as 5GB or 512MiB")
+    parser.add_argument("--format", choices=["safetensors", "bin"], default="safetensors")
+    parser.add_argument("--save-vision-tower", action="store_true", help="write the tower although the base has none")
+    parser.add_argument("--allow-base-mismatch", action="store_true", help="merge into another base than the adapter's")
+    parser.add_argument("--no-verify", action="store_true", help="skip the comparison of logits, which loads both models")
+    options = parser.parse_args(argv)
+    from llava_ft.inference.merge_command import run_merge
+
+    run_merge(options)
+    return DONE
+
+
+def generate(argv: Sequence[str]) -> int:
+    """Answer one question; the answer alone goes to standard output."""
+    parser = _Parser("llava-ft generate", "Answer one question about images; the answer alone is on standard output.")
+    parser.add_argument("--model-path", required=True, help="a LLaVA model, a LoRA directory or a projector directory")
+    parser.add_argument("--model-base", help="base of an adapter or projector")
+    parser.add_argument("--image-file", action="append", default=[], help="an image; give it several times for several")
+    parser.add_argument("--query", required=True)
+    parser.add_argument("--conv-mode", help="conversation template; when absent, the one the model was trained with")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-p", "--top_p", type=float)
+    parser.add_argument("--num-beams", "--num_beams", type=int, default=1)
+    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0, help="for temperatures above 0")
+    parser.add_argument("--dtype", choices=_DTYPES, help="bfloat16 on a GPU, float32 on a CPU when absent")
+    parser.add_argument("--device", help="such as cuda or cpu")
+    parser.add_argument("--vision-tower", help="the vision tower, if it is not where the model says")
+    parser.add_argument("--allow-base-mismatch", action="store_true")
+    options = parser.parse_args(argv)
+    from llava_ft.inference.generate_command import run_generate
+
+    run_generate(options, sys.stdout)
+    return DONE
+
+
+def inspect(argv: Sequence[str]) -> int:
+    """Show what the model will see."""
+    if not argv or argv[0] != "data":
+        raise UserError("`llava-ft inspect` needs to know what to inspect. Known is: data.")
+    from llava_ft.args import parse_args
+    from llava_ft.training.inspect_command import run_inspect_data
+
+    rest = [argument for argument in argv[1:] if argument != "--json"]
+    args = parse_args(rest, required=("model_name_or_path", "data_path"))
+    all_usable = run_inspect_data(args, sys.stdout, as_json="--json" in argv)
+    return DONE if all_usable else FAILED
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are ours."""
+
+    def __init__(self, prog: str, description: str):
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. See `{self.prog} --help`.")
+
+
+def _configure_logging() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logger.setLevel(logging.INFO)
+
+
+def _quiet_other_ranks(rank: int) -> None:
+    """Let the first rank speak; the others name themselves and only warn."""
+    if rank == 0:
+        return
+    logger.setLevel(logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(logging.Formatter(f"[rank {rank}] %(message)s"))
+
+
+def _leave_process_group() -> None:
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def _wants_help(argv: Sequence[str]) -> bool:
+    return any(argument in ("-h", "--help") for argument in argv)
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10}{text}" for name, (_, text) in _commands().items()]
+    return "llava-ft COMMAND ...\n\n" + "\n".join(lines) + "\n\n`llava-ft COMMAND --help` lists a command's flags."
+
+
+def _train_help() -> str:
+    return (
+        "llava-ft train [--config FILE.yaml] [--FLAG VALUE ...] [--print-config]\n\n"
+        "Flags are those of LLaVA and of transformers.TrainingArguments; docs/arguments.md lists them. They override "
+        "the file.\n--print-config prints the resolved configuration as YAML and does nothing else."
+    )

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Installs what the tests need into .venv and runs them; arguments go to pytest: ./scripts/test.sh -k merge
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+./scripts/setup.sh dev
+source .venv/bin/activate
+export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.venv/torch_extensions}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+exec python -m pytest "$@"
