@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from pathlib import Path
 from typing import Final, Literal
 
 from llava_ft.data.images import ImageError, check_image_file, check_image_header, load_image
@@ -18,7 +17,7 @@ _FILES_PER_TASK: Final = 128
 _MAX_THREADS: Final = 32
 
 
-def resolve_image_path(image: str, image_folder: str | os.PathLike[str] | None) -> Path:
+def resolve_image_path(image: str, image_folder: str | os.PathLike[str] | None) -> str:
     """Find the file that a record names.
 
     Args:
@@ -32,7 +31,7 @@ def resolve_image_path(image: str, image_folder: str | os.PathLike[str] | None) 
     if image.startswith(("http://", "https://")):
         raise ImageError(image, "image-is-url", "is an address; download it and give the path of the file")
     if os.path.isabs(image):
-        return Path(image)
+        return image
     if image_folder is None:
         raise ImageError(image, "image-without-folder", "is a relative path, but there is no image_folder")
     if os.path.normpath(image).split(os.sep)[0] == os.pardir:
@@ -41,7 +40,7 @@ def resolve_image_path(image: str, image_folder: str | os.PathLike[str] | None) 
             "image-outside-folder",
             f"leaves the image folder {os.fspath(image_folder)!r}; give an absolute path if that is meant",
         )
-    return Path(image_folder, image)
+    return os.path.join(image_folder, image)
 
 
 def check_image(path: str | os.PathLike[str], level: ImageCheck) -> None:
@@ -58,7 +57,7 @@ def check_image(path: str | os.PathLike[str], level: ImageCheck) -> None:
         load_image(path)
 
 
-def find_bad_images(paths: Iterable[Path], level: ImageCheck) -> dict[Path, ImageError]:
+def find_bad_images(paths: Iterable[str], level: ImageCheck) -> dict[str, ImageError]:
     """Check many files at once, each of them once, in threads.
 
     Args:
@@ -71,8 +70,8 @@ def find_bad_images(paths: Iterable[Path], level: ImageCheck) -> dict[Path, Imag
     if level == "none":
         return {}
 
-    def check_some(some: list[Path]) -> dict[Path, ImageError]:
-        found: dict[Path, ImageError] = {}
+    def check_some(some: list[str]) -> dict[str, ImageError]:
+        found: dict[str, ImageError] = {}
         for path in some:
             try:
                 check_image(path, level)
@@ -80,14 +79,14 @@ def find_bad_images(paths: Iterable[Path], level: ImageCheck) -> dict[Path, Imag
                 found[path] = error
         return found
 
-    bad: dict[Path, ImageError] = {}
+    bad: dict[str, ImageError] = {}
     with ThreadPoolExecutor(min(_MAX_THREADS, 4 * (os.cpu_count() or 1))) as pool:
         for found in pool.map(check_some, list(_in_groups(dict.fromkeys(paths), _FILES_PER_TASK))):
             bad.update(found)
     return bad
 
 
-def _in_groups(paths: Iterable[Path], size: int) -> Iterator[list[Path]]:
+def _in_groups(paths: Iterable[str], size: int) -> Iterator[list[str]]:
     remaining = iter(paths)
     while group := list(islice(remaining, size)):
         yield group

@@ -162,6 +162,9 @@ class ImageTransform:
         settings: Sizes, filter and normalisation.
         aspect_ratio: "square" or "pad"; None means "square".
 
+    Attributes:
+        output_size: Height and width of what comes out, in pixels.
+
     Raises:
         UserError: `aspect_ratio` is unknown, or `settings` would give pictures of different sizes.
     """
@@ -173,7 +176,7 @@ class ImageTransform:
             )
         self.settings = settings
         self.aspect_ratio = aspect_ratio or "square"
-        self.image_size_hw = _output_size(settings)
+        self.output_size = _output_size(settings)
         self._fill = tuple(int(mean * 255) for mean in settings.image_mean)
         self._resample = Image.Resampling(settings.resample)
         self._table = _value_table(settings)
@@ -211,7 +214,7 @@ class ImageTransform:
 
     def blank(self, num_images: int) -> torch.Tensor:
         """Give `(num_images, 3, H, W)` zeros: what stands for pictures that could not be read."""
-        return torch.zeros(num_images, 3, *self.image_size_hw)
+        return torch.zeros(num_images, 3, *self.output_size)
 
     def _resize(self, picture: Image.Image) -> Image.Image:
         """Resize and crop, never holding more than `MAX_CANVAS_PIXELS` at a time."""
@@ -219,7 +222,7 @@ class ImageTransform:
         if width * height <= MAX_CANVAS_PIXELS:
             return self._crop(self._two_passes(picture, width, height))
         # Only the part that the crop keeps: equal up to rounding, for pictures of extreme shape.
-        out_height, out_width = self.image_size_hw
+        out_height, out_width = self.output_size
         left, top = (width - out_width) // 2, (height - out_height) // 2
         rows_per_pixel, columns_per_pixel = picture.height / height, picture.width / width
         columns = (left * columns_per_pixel, 0, (left + out_width) * columns_per_pixel, picture.height)
@@ -269,7 +272,7 @@ class ImageTransform:
         """Cut out the centre; where the picture is too small, black surrounds it, as in CLIP."""
         if not self.settings.do_center_crop:
             return picture
-        height, width = self.image_size_hw
+        height, width = self.output_size
         left, top = (picture.width - width) // 2, (picture.height - height) // 2
         return picture.crop((left, top, left + width, top + height))
 

@@ -5,7 +5,8 @@ Python lists of numbers would take ten times as much, and forked workers would c
 
 import logging
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -17,74 +18,145 @@ from llava_ft.errors import BadSampleError
 
 logger = logging.getLogger(__name__)
 
-_SAMPLES_PER_NOTE: Final = 100_000
+_SAMPLES_PER_NOTE: Final = 50_000
 
-IntArray = np.ndarray[Any, np.dtype[np.int32]]
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
+@dataclass(frozen=True, slots=True)
 class PreparedSamples:
     """Samples after tokenisation, with their exact lengths; images are still paths.
 
+    Attributes:
+        tokens_per_image: Positions that one image takes.
+        max_length: Tokens after which a sample is cut off.
+        token_ids: `(N,)` int32, the ids of all samples in a row, one `IMAGE_TOKEN_INDEX` per image.
+        is_target: `(N,)` bool, whether the token is supervised.
+        ends: `(S + 1,)` int64, where each sample starts and ends in `token_ids`.
+        lengths: `(S,)` int32, tokens of each sample after expansion and truncation.
+        num_supervised: `(S,)` int32, how many of these tokens have to be predicted.
+        num_images: `(S,)` int32, images of each sample that truncation leaves.
+        was_truncated: `(S,)` bool.
+        record_indices: `(S,)` int64, position of each sample's record in its file, ascending.
+        sample_ids: The records' own ids, "" where there is none.
+        images: Paths as written in the records.
+    """
+
+    tokens_per_image: int
+    max_length: int
+    token_ids: Array
+    is_target: Array
+    ends: Array
+    lengths: Array
+    num_supervised: Array
+    num_images: Array
+    was_truncated: Array
+    record_indices: Array
+    sample_ids: list[str]
+    images: list[tuple[str, ...]]
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def expanded(self, row: int) -> ExpandedSample:
+        """Give one sample as the model sees it."""
+        span = slice(int(self.ends[row]), int(self.ends[row + 1]))
+        ids = self.token_ids[span]
+        tokens = TokenizedSample(
+            input_ids=ids.tolist(),
+            labels=np.where(self.is_target[span], ids, IGNORE_INDEX).tolist(),
+            num_images=len(self.images[row]),
+        )
+        return _expand(tokens, self.tokens_per_image, self.max_length)
+
+    def bad_sample(self, row: int, kind: str, reason: str) -> BadSampleError:
+        """Make the error that says why a sample cannot be used."""
+        return BadSampleError(int(self.record_indices[row]), self.sample_ids[row], kind, reason)
+
+
+def prepare_samples(
+    samples: Iterable[Sample],
+    tokenize: Callable[[Sample], TokenizedSample],
+    *,
+    tokens_per_image: int,
+    max_length: int,
+) -> tuple[PreparedSamples, list[BadSampleError]]:
+    """Tokenise samples and measure them; no image is opened.
+
     Args:
+        samples: In the order of their records. They are not kept, so they can come from a generator.
+        tokenize: Usually a `SampleTokenizer`.
         tokens_per_image: Positions that one image takes.
         max_length: Tokens after which a sample is cut off.
 
-    Attributes:
-        lengths: `(S,)` int32, tokens of each sample after expansion and truncation.
-        num_images: `(S,)` int32, images of each sample that truncation leaves.
-        record_indices: `(S,)` int64, position of each sample's record in its file.
-        num_truncated: Samples that are cut off.
-        num_supervised: Supervised tokens of all samples, after truncation.
+    Returns:
+        The samples that can be used, and an error for each that cannot.
     """
+    token_ids, is_target, ends = array("i"), bytearray(), array("q", [0])
+    columns = {
+        name: array("q") for name in ("lengths", "num_supervised", "num_images", "truncated", "records")
+    }
+    sample_ids: list[str] = []
+    images: list[tuple[str, ...]] = []
+    errors: list[BadSampleError] = []
+    for sample in samples:
+        try:
+            tokens = tokenize(sample)
+            expanded = _expand(tokens, tokens_per_image, max_length)
+            num_supervised = _count_supervised(sample, expanded, max_length)
+        except BadSampleError as error:
+            errors.append(error)
+            continue
+        token_ids.extend(tokens.input_ids)
+        is_target.extend(label != IGNORE_INDEX for label in tokens.labels)
+        ends.append(len(token_ids))
+        columns["lengths"].append(len(expanded.input_ids))
+        columns["num_supervised"].append(num_supervised)
+        columns["num_images"].append(expanded.num_images_kept)
+        columns["truncated"].append(expanded.was_truncated)
+        columns["records"].append(sample.index)
+        sample_ids.append(sample.id)
+        images.append(sample.images)
+        if len(sample_ids) % _SAMPLES_PER_NOTE == 0:
+            logger.info("Tokenised %d samples.", len(sample_ids))
+    prepared = PreparedSamples(
+        tokens_per_image=tokens_per_image,
+        max_length=max_length,
+        token_ids=np.array(token_ids, dtype=np.int32),
+        is_target=np.array(is_target, dtype=np.bool_),
+        ends=np.array(ends, dtype=np.int64),
+        lengths=np.array(columns["lengths"], dtype=np.int32),
+        num_supervised=np.array(columns["num_supervised"], dtype=np.int32),
+        num_images=np.array(columns["num_images"], dtype=np.int32),
+        was_truncated=np.array(columns["truncated"], dtype=np.bool_),
+        record_indices=np.array(columns["records"], dtype=np.int64),
+        sample_ids=sample_ids,
+        images=images,
+    )
+    return prepared, errors
 
-    def __init__(self, tokens_per_image: int, max_length: int):
-        self.tokens_per_image = tokens_per_image
-        self.max_length = max_length
-        self.num_truncated = 0
-        self.num_supervised = 0
-        self._token_ids = array("i")
-        self._is_target = bytearray()
-        self._ends = array("q", [0])
-        self._lengths = array("i")
-        self._num_images = array("i")
-        self._record_indices = array("q")
-        self._sample_ids: list[str] = []
-        self._images: list[tuple[str, ...]] = []
 
-    def append(self, sample: Sample, tokens: TokenizedSample) -> None:
-        """Add one sample.
+def _expand(tokens: TokenizedSample, tokens_per_image: int, max_length: int) -> ExpandedSample:
+    return expand_and_truncate(tokens, [tokens_per_image] * tokens.num_images, max_length)
 
-        Raises:
-            BadSampleError: Truncation leaves no supervised token.
-        """
-        expanded = self._expand(tokens)
-        num_supervised = len(expanded.labels) - expanded.labels.count(IGNORE_INDEX)
-        if num_supervised == 0:
-            raise BadSampleError(
-                sample.index,
-                sample.id,
-                "truncated-answer",
-                f"its first {len(expanded.labels)} tokens hold no part of an answer, and the rest is cut off because "
-                f"model_max_length is {self.max_length}. Raise model_max_length or shorten the record.",
-            )
-        self._token_ids.extend(tokens.input_ids)
-        self._is_target.extend(label != IGNORE_INDEX for label in tokens.labels)
-        self._ends.append(len(self._token_ids))
-        self._lengths.append(len(expanded.input_ids))
-        self._num_images.append(expanded.num_images_kept)
-        self._record_indices.append(sample.index)
-        self._sample_ids.append(sample.id)
-        self._images.append(sample.images)
-        self.num_truncated += expanded.was_truncated
-        self.num_supervised += num_supervised
 
-    def __len__(self) -> int:
-        return len(self._sample_ids)
-
-    @property
-    def lengths(self) -> IntArray:
-        return np.frombuffer(self._lengths, dtype=np.int32) if self._lengths else np.empty(0, np.int32)
-
-    @property
-    def num_images(self) -> IntArray:
-        return np.frombuffer(self._num_images, dtype=np.int32) if self._num_images else np.empty(0, np.int32)
+def _count_supervised(sample: Sample, expanded: ExpandedSample, max_length: int) -> int:
+    """Count the tokens that have to be predicted; the first position has nothing to be predicted from."""
+    count = max(0, len(expanded.labels) - 1) - expanded.labels[1:].count(IGNORE_INDEX)
+    if count == 0 and expanded.was_truncated:
+        raise BadSampleError(
+            sample.index,
+            sample.id,
+            "truncated-answer",
+            f"the {len(expanded.labels)} tokens that model_max_length = {max_length} leaves hold no part of "
+            "an answer. Raise model_max_length, shorten the record or pass --on_bad_sample skip.",
+        )
+    if count == 0:
+        raise BadSampleError(
+            sample.index,
+            sample.id,
+            "no-supervised-token",
+            "no token of it is supervised, so there is nothing to learn. "
+            "Fix the record or pass --on_bad_sample skip.",
+        )
+    return count

@@ -7,7 +7,7 @@ neither another consumer of random numbers nor a resumed run changes the order.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 from torch.utils.data import Sampler
@@ -148,6 +148,22 @@ def _cut(positions: Sequence[int], size: int) -> Iterator[list[int]]:
         yield list(positions[start : start + size])
 
 
+class SamplesWithLengths(Protocol):
+    """What `EpochSampler` has to know of a data set."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each sample."""
+        ...
+
+    @property
+    def modality_lengths(self) -> Sequence[int]:
+        """Tokens of each sample, negative for a sample without images."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
 class EpochSampler(Sampler[int]):
     """Visits every sample once an epoch, in an order that depends on `(seed, epoch)` alone.
 
@@ -155,47 +171,42 @@ class EpochSampler(Sampler[int]):
     `group_by_length`); "modality_length", steps with images or without (LLaVA's `group_by_modality_length`).
 
     Args:
-        num_samples: Number of samples.
+        dataset: What is visited.
         strategy: One of the above.
-        lengths: Length in tokens of each sample, for "length"; negative for samples without images for
-            "modality_length". Not used otherwise.
         batch_size: Samples of one rank in one step.
-        world_size: Batches of one step: ranks times gradient accumulation.
+        world_size: Batches of one step: ranks times gradient accumulation, as in LLaVA.
         seed: Seed of the run.
 
     Raises:
-        UserError: The strategy is unknown, or it needs lengths and has none, or not one for each sample.
+        UserError: The strategy is unknown, or a size is not positive.
     """
 
     def __init__(
         self,
-        num_samples: int,
+        dataset: SamplesWithLengths,
         *,
         strategy: str = "random",
-        lengths: Sequence[int] | None = None,
         batch_size: int = 1,
         world_size: int = 1,
         seed: int = 0,
     ):
         if strategy not in STRATEGIES:
             raise UserError(f"The sampling strategy is {strategy!r}; it can be {', '.join(STRATEGIES)}.")
-        if strategy.endswith("length") and (lengths is None or len(lengths) != num_samples):
-            found = "none" if lengths is None else len(lengths)
-            raise UserError(
-                f"The sampling strategy {strategy!r} needs the length of each of {num_samples} samples; "
-                f"got {found}."
-            )
         if batch_size < 1 or world_size < 1:
             raise UserError(
                 f"batch_size is {batch_size} and world_size {world_size}; both must be at least 1."
             )
-        self.num_samples = num_samples
+        self.num_samples = len(dataset)
         self.strategy = strategy
-        self.lengths: Sequence[int] = lengths if lengths is not None else ()
         self.batch_size = batch_size
         self.world_size = world_size
         self.seed = seed
         self.epoch = 0
+        self._lengths: Sequence[int] = ()
+        if strategy == "length":
+            self._lengths = dataset.lengths
+        elif strategy == "modality_length":
+            self._lengths = dataset.modality_lengths
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, counted from 0, that the next iteration visits."""
@@ -210,9 +221,8 @@ class EpochSampler(Sampler[int]):
         if self.strategy == "random":
             return _permutation(self.num_samples, generator)
         if self.strategy == "length":
-            lengths = [abs(length) for length in self.lengths]
-            return sorted_order(lengths, self.batch_size, self.world_size, generator)
-        return modality_order(self.lengths, self.batch_size, self.world_size, generator)
+            return sorted_order(self._lengths, self.batch_size, self.world_size, generator)
+        return modality_order(self._lengths, self.batch_size, self.world_size, generator)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.order())

@@ -259,7 +259,7 @@ class TestSettings:
         )
         assert settings.size == {"shortest_edge": 336}
         assert settings.crop_size == {"height": 336, "width": 336}
-        assert ImageTransform(settings).image_size_hw == (336, 336)
+        assert ImageTransform(settings).output_size == (336, 336)
 
     def test_height_and_width(self):
         settings = ImageProcessorSettings.from_dict(
