@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import pickle
 import subprocess
 import sys
 import typing
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from llava_ft.args import (
     ORIGINAL_DEFAULTS,
@@ -31,6 +34,9 @@ from llava_ft.errors import UserError
 CLI = json.loads((Path(__file__).parent / "golden" / "cli.json").read_text())
 REPO = Path(__file__).parents[1]
 BASE = ["--model_name_or_path", "m", "--data_path", "d.json", "--output_dir", "o"]
+
+TEXTS = st.text(max_size=12).filter(lambda text: not text.startswith("--"))
+"""What can stand as a value on a command line."""
 
 OWN_FLAGS = {
     "allow_base_mismatch",
@@ -653,6 +659,20 @@ class TestPrintConfig:
         assert again == parsed
         assert resolved_config(again) == resolved_config(parsed)
 
+    @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        folder=TEXTS,
+        run_name=TEXTS,
+        rate=st.floats(0, 1e3),
+        labels=st.lists(TEXTS.filter(bool), min_size=2, max_size=3),
+    )
+    def test_round_trip_of_any_text(self, tmp_path, folder, run_name, rate, labels):
+        argv = ["--image_folder", folder, "--run_name", run_name, "--learning_rate", repr(rate)]
+        parsed = parse(*argv, "--label_names", *labels)
+        path = tmp_path / "resolved.yaml"
+        path.write_text(to_yaml(parsed), encoding="utf-8", newline="")
+        assert parse_args(["--config", str(path)]) == parsed
+
     def test_states_every_own_flag_and_no_secret(self):
         resolved = resolved_config(parse("--hub_token", "secret"))
         assert set(resolved) >= OWN_FLAGS
@@ -782,6 +802,16 @@ class TestBuild:
             UserError, match=r"transformers refuses these training arguments: --dataloader_prefetch"
         ):
             _ = parsed.training
+
+    def test_an_unknown_key_inside_a_mapping_is_a_user_error(self, tmp_path):
+        parsed = parse("--output_dir", str(tmp_path), "--use_cpu", "--accelerator_config", '{"x": 1}')
+        with pytest.raises(UserError, match=r"transformers refuses these training arguments: .*'x'"):
+            _ = parsed.training
+
+    def test_is_saved_and_loaded_whole(self, tmp_path):
+        training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, lora_target_modules=["q_proj"])
+        assert pickle.loads(pickle.dumps(training)).lora_target_modules == ["q_proj"]
+        assert json.loads(training.to_json_string())["lora_r"] == 64
 
     def test_flash_attention_falls_back(self, tmp_path):
         training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)

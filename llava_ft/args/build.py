@@ -89,7 +89,7 @@ def build_training_arguments(
         values["deepspeed"] = find_deepspeed_config(values["deepspeed"], notes)
     try:
         return TrainingArguments(**values)
-    except ValueError as error:
+    except (ImportError, OSError, TypeError, ValueError) as error:
         raise UserError(f"transformers refuses these training arguments: {error}") from error
 
 

@@ -150,9 +150,16 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = _with_point_free_floats(yaml.SafeLoader.yaml_implicit_resolvers)
 
 
+def _represent_text(dumper: Any, text: str) -> Any:
+    """Escape line breaks of every kind; YAML would fold them."""
+    style = '"' if len(text.splitlines()) > 1 or text.strip(" ") != text.strip() else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
 class _Dumper(yaml.SafeDumper):
     """The counterpart of `_Loader`: puts quotes around a text that it would take for a number."""
 
+    yaml_representers = yaml.SafeDumper.yaml_representers | {str: _represent_text}
     yaml_implicit_resolvers = _with_point_free_floats(yaml.SafeDumper.yaml_implicit_resolvers)
 
 
