@@ -102,8 +102,7 @@ def prepare_samples(
     for sample in samples:
         try:
             tokens = tokenize(sample)
-            expanded = _expand(tokens, tokens_per_image, max_length)
-            num_supervised = _count_supervised(sample, expanded, max_length)
+            expanded, num_supervised = expand_checked(sample, tokens, tokens_per_image, max_length)
         except BadSampleError as error:
             errors.append(error)
             continue
@@ -140,23 +139,34 @@ def _expand(tokens: TokenizedSample, tokens_per_image: int, max_length: int) -> 
     return expand_and_truncate(tokens, [tokens_per_image] * tokens.num_images, max_length)
 
 
-def _count_supervised(sample: Sample, expanded: ExpandedSample, max_length: int) -> int:
-    """Count the tokens that have to be predicted; the first position has nothing to be predicted from."""
-    count = max(0, len(expanded.labels) - 1) - expanded.labels[1:].count(IGNORE_INDEX)
-    if count == 0 and expanded.was_truncated:
+def expand_checked(
+    sample: Sample, tokens: TokenizedSample, tokens_per_image: int, max_length: int
+) -> tuple[ExpandedSample, int]:
+    """Expand and truncate one sample, and count the tokens that have to be predicted.
+
+    The first position is not counted: it has nothing to be predicted from.
+
+    Raises:
+        BadSampleError: There is no such token, because of truncation ("truncated-answer") or in the first
+            place ("no-supervised-token").
+    """
+    expanded = _expand(tokens, tokens_per_image, max_length)
+    num_tokens = len(expanded.labels)
+    num_supervised = max(0, num_tokens - 1) - expanded.labels[1:].count(IGNORE_INDEX)
+    if num_supervised:
+        return expanded, num_supervised
+    if expanded.was_truncated:
         raise BadSampleError(
             sample.index,
             sample.id,
             "truncated-answer",
-            f"the {len(expanded.labels)} tokens that model_max_length = {max_length} leaves hold no part of "
-            "an answer. Raise model_max_length, shorten the record or pass --on_bad_sample skip.",
+            f"the {num_tokens} tokens that model_max_length = {max_length} leaves hold no part of an answer. "
+            "Raise model_max_length, shorten the record or pass --on_bad_sample skip.",
         )
-    if count == 0:
-        raise BadSampleError(
-            sample.index,
-            sample.id,
-            "no-supervised-token",
-            "no token of it is supervised, so there is nothing to learn. "
-            "Fix the record or pass --on_bad_sample skip.",
-        )
-    return count
+    raise BadSampleError(
+        sample.index,
+        sample.id,
+        "no-supervised-token",
+        "no token of it is supervised, so there is nothing to learn. "
+        "Fix the record or pass --on_bad_sample skip.",
+    )
