@@ -85,7 +85,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             return item
         assert self.image_transform is not None, "a sample with images needs an image transform"
         try:
-            item["pixel_values"] = self._load_images(self.prepared.images[row][: expanded.num_images_kept])
+            item["pixel_values"] = self._load_images(self.prepared.images(row)[: expanded.num_images_kept])
         except ImageError as error:
             item["labels"].fill_(IGNORE_INDEX)
             item["pixel_values"] = self.image_transform.blank(expanded.num_images_kept)
@@ -309,9 +309,9 @@ class _Builder:
         """Check every image of every sample; name the first bad one of a sample."""
         errors: dict[int, BadSampleError] = {}
         paths_of: dict[int, list[str]] = {}
-        for row, images in enumerate(prepared.images):
+        for row in range(len(prepared)):
             try:
-                if images:
+                if images := prepared.images(row):
                     paths_of[row] = [resolve_image_path(image, self.image_folder) for image in images]
             except ImageError as error:
                 errors[row] = prepared.bad_sample(row, error.kind, str(error))

@@ -1,13 +1,14 @@
 """Tokenised samples in a few flat arrays: some 5 bytes a token, shared by all data-loading workers.
 
-Python lists of numbers would take ten times as much, and forked workers would copy them page by page.
+Python lists of numbers would take ten times as much, and forked workers would copy them page by page. Strings
+are packed too: one that stays alive keeps the memory of the whole record around it from being given back.
 """
 
 import logging
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, overload
 
 import numpy as np
 
@@ -21,6 +22,36 @@ logger = logging.getLogger(__name__)
 _SAMPLES_PER_NOTE: Final = 50_000
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class PackedStrings(Sequence[str]):
+    """A list of strings in two flat arrays."""
+
+    def __init__(self, strings: Iterable[str] = ()):
+        self._bytes = bytearray()
+        self._ends = array("q", [0])
+        for string in strings:
+            self.append(string)
+
+    def append(self, string: str) -> None:
+        """Add a string at the end."""
+        self._bytes += string.encode()
+        self._ends.append(len(self._bytes))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        position = range(len(self))[index]
+        return self._bytes[self._ends[position] : self._ends[position + 1]].decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +70,8 @@ class PreparedSamples:
         was_truncated: `(S,)` bool.
         record_indices: `(S,)` int64, position of each sample's record in its file, ascending.
         sample_ids: The records' own ids, "" where there is none.
-        images: Paths as written in the records.
+        image_paths: Paths as written in the records, all samples in a row.
+        image_ends: `(S + 1,)` int64, where the paths of each sample start and end in `image_paths`.
     """
 
     tokens_per_image: int
@@ -52,8 +84,9 @@ class PreparedSamples:
     num_images: Array
     was_truncated: Array
     record_indices: Array
-    sample_ids: list[str]
-    images: list[tuple[str, ...]]
+    sample_ids: PackedStrings
+    image_paths: PackedStrings
+    image_ends: Array
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -65,9 +98,13 @@ class PreparedSamples:
         tokens = TokenizedSample(
             input_ids=ids.tolist(),
             labels=np.where(self.is_target[span], ids, IGNORE_INDEX).tolist(),
-            num_images=len(self.images[row]),
+            num_images=int(self.image_ends[row + 1] - self.image_ends[row]),
         )
         return _expand(tokens, self.tokens_per_image, self.max_length)
+
+    def images(self, row: int) -> list[str]:
+        """Give the paths of the images of one sample, as written in its record."""
+        return self.image_paths[int(self.image_ends[row]) : int(self.image_ends[row + 1])]
 
     def bad_sample(self, row: int, kind: str, reason: str) -> BadSampleError:
         """Make the error that says why a sample cannot be used."""
@@ -96,8 +133,7 @@ def prepare_samples(
     columns = {
         name: array("q") for name in ("lengths", "num_supervised", "num_images", "truncated", "records")
     }
-    sample_ids: list[str] = []
-    images: list[tuple[str, ...]] = []
+    sample_ids, image_paths, image_ends = PackedStrings(), PackedStrings(), array("q", [0])
     errors: list[BadSampleError] = []
     for sample in samples:
         try:
@@ -115,14 +151,16 @@ def prepare_samples(
         columns["truncated"].append(expanded.was_truncated)
         columns["records"].append(sample.index)
         sample_ids.append(sample.id)
-        images.append(sample.images)
+        for image in sample.images:
+            image_paths.append(image)
+        image_ends.append(len(image_paths))
         if len(sample_ids) % _SAMPLES_PER_NOTE == 0:
             logger.info("Tokenised %d samples.", len(sample_ids))
     prepared = PreparedSamples(
         tokens_per_image=tokens_per_image,
         max_length=max_length,
-        token_ids=np.array(token_ids, dtype=np.int32),
-        is_target=np.array(is_target, dtype=np.bool_),
+        token_ids=np.asarray(token_ids),
+        is_target=np.asarray(is_target).view(np.bool_),
         ends=np.array(ends, dtype=np.int64),
         lengths=np.array(columns["lengths"], dtype=np.int32),
         num_supervised=np.array(columns["num_supervised"], dtype=np.int32),
@@ -130,7 +168,8 @@ def prepare_samples(
         was_truncated=np.array(columns["truncated"], dtype=np.bool_),
         record_indices=np.array(columns["records"], dtype=np.int64),
         sample_ids=sample_ids,
-        images=images,
+        image_paths=image_paths,
+        image_ends=np.array(image_ends, dtype=np.int64),
     )
     return prepared, errors
 
