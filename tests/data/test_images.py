@@ -1,6 +1,7 @@
 """Prepared pictures equal the original's, and each unusable file has a clear reason."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -44,6 +45,19 @@ class TestRecordings:
         pixel_values = prepare(name, mode)
         assert pixel_values.dtype == torch.float32
         np.testing.assert_allclose(pixel_values.numpy(), ARRAYS[key], rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("size", [56, 336])
+    @pytest.mark.parametrize("name", INDEX["images"])
+    def test_equal_the_original_bit_for_bit(self, name, size, mode):
+        recorded = INDEX["images"][name][f"{size}/{mode}"]
+        if "error" in recorded:
+            return
+        values = {**TINY.to_dict(), "size": size, "crop_size": size}
+        pixel_values = ImageTransform(ImageProcessorSettings.from_dict(values), mode)(
+            load_image(SOURCES / name)
+        )
+        assert hashlib.sha256(pixel_values.numpy().tobytes()).hexdigest() == recorded["sha256"]
 
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize("name", sorted(path.name for path in SOURCES.iterdir()))
