@@ -91,14 +91,14 @@ def _parse_list(text: str, path: Path) -> list[object]:
         hint = ""
         if error.msg == "Extra data" and _is_json(text.splitlines()[0]):
             hint = " If it holds one record a line, name it .jsonl."
-        elif error.pos >= len(text.rstrip()) - 1:
-            hint = " The file ends in the middle: it looks truncated."
+        elif error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip()) - 1:
+            hint = " It looks truncated."
         raise UserError(
-            f"Data file {path} is not valid JSON: {error.msg} at line {error.lineno}, "
-            f"column {error.colno}.{hint}"
+            f"Data file {path} is not valid JSON (line {error.lineno}, column {error.colno}): "
+            f"{error.msg}.{hint}"
         ) from None
-    except RecursionError:
-        raise UserError(f"Data file {path} is nested too deeply to be a list of records.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"Data file {path} cannot be read as JSON: {error}.") from None
     if not isinstance(value, list):
         raise UserError(
             f"Data file {path} holds {_kind_of(value)}, not a list of records. "
@@ -115,21 +115,19 @@ def _parse_lines(text: str, path: Path) -> list[object]:
             continue
         try:
             records.append(json.loads(line))
-        except (JSONDecodeError, RecursionError) as error:
-            reason = (
-                f"{error.msg} at column {error.colno}" if isinstance(error, JSONDecodeError) else "too deep"
-            )
-            hint = (
-                " The file holds one JSON list: name it .json." if number == 1 and line.strip() == "[" else ""
-            )
-            raise UserError(f"Data file {path}, line {number}: not valid JSON: {reason}.{hint}") from None
+        except (ValueError, RecursionError) as error:
+            where = f"{error.msg} at column {error.colno}" if isinstance(error, JSONDecodeError) else error
+            hint = " If it holds one JSON list, name it .json." if line.lstrip().startswith("[") else ""
+            raise UserError(f"Data file {path}, line {number}: not valid JSON: {where}.{hint}") from None
+    if len(records) == 1 and isinstance(records[0], list):
+        raise UserError(f"Data file {path} holds one JSON list, not one record a line. Name it .json.")
     return records
 
 
 def _is_json(line: str) -> bool:
     try:
         json.loads(line)
-    except JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
     return True
 

@@ -135,7 +135,7 @@ class SampleTokenizer:
         """
         segments = self.segments(sample)
         input_ids, labels = self._encoder.encode_segments(segments)
-        if not any(segment.is_target for segment in segments):
+        if labels.count(IGNORE_INDEX) == len(labels):
             raise BadSampleError(
                 sample.index,
                 sample.id,

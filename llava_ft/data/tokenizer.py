@@ -177,6 +177,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
     for name in _NAMED_TOKENS:
         if config.get(name) is not None:
             config[name] = _as_added_token(config[name], directory, special=True)
+    chat_template = directory / "chat_template.jinja"
+    if chat_template.is_file():
+        config["chat_template"] = chat_template.read_text(encoding="utf-8")
     return config
 
 
@@ -249,11 +252,12 @@ def _parse_spm(data: bytes, path: Path) -> Any:
             f"Tokenizer file {path} ({len(data)} bytes) is not a SentencePiece model: damaged, truncated or "
             "of another kind. Copy it again from its origin."
         )
-    normalizer = proto.normalizer_spec
-    if proto.trainer_spec.model_type != _BPE_MODEL or normalizer.precompiled_charsmap:
+    rules = proto.normalizer_spec
+    changes_text = rules.precompiled_charsmap or rules.remove_extra_whitespaces or not rules.add_dummy_prefix
+    if proto.trainer_spec.model_type != _BPE_MODEL or changes_text:
         raise UserError(
-            f"Tokenizer file {path} is a SentencePiece model, but not one of LLaMA's kind (BPE without text "
-            "normalisation). Set its own tokenizer_class in tokenizer_config.json."
+            f"Tokenizer file {path} is a SentencePiece model, but not one of LLaMA's kind (BPE that leaves "
+            "the text as it is). Set its own tokenizer_class in tokenizer_config.json."
         )
     return proto
 
