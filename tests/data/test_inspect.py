@@ -13,23 +13,12 @@ from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ft.conversation import get_template
 from llava_ft.data.inspect import InspectionSummary, has_color, inspect_records, render_colored
 from llava_ft.data.tokenize import SampleTokenizer
-from llava_ft.data.tokenizer import load_tokenizer
 from llava_ft.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MIX = GOLDEN / "data" / "mix.json"
 KEYS = ["index", "id", "input_ids", "labels", "num_images", "num_image_tokens", "error"]
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(GOLDEN / "tokenizers" / "tiny512")
-
-
-@pytest.fixture(scope="module")
-def tokenize(tokenizer):
-    return SampleTokenizer(tokenizer, get_template("v1"))
 
 
 @pytest.fixture
