@@ -1,0 +1,154 @@
+"""Merging: the original's files give the original's result, and every merge proves itself."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llava_ft.checkpoint.directory import identify
+from llava_ft.checkpoint.merge import MergeOptions, merge
+from llava_ft.checkpoint.weights import WeightFiles
+from llava_ft.cli import main
+from llava_ft.errors import CheckpointError, RunError
+from llava_ft.inference.verify import compare_merged
+
+pytestmark = pytest.mark.usefixtures("in_recordings")
+
+LORA = Path("train/lora/llava-tiny-lora")
+
+
+def merge_recorded(save_path: Path, **options):
+    return merge(identify(LORA), "ckpt/base-llm", save_path, MergeOptions(**options))
+
+
+def test_the_original_s_adapter_gives_the_original_s_merged_model(tmp_path: Path):
+    report = merge_recorded(tmp_path / "merged", dtype=torch.float16, save_vision_tower=True)
+    ours = load_file(tmp_path / "merged/model.safetensors")
+    recorded = load_file("merge/llava-tiny-merged/model.safetensors")
+    assert set(ours) == set(recorded)
+    for name, tensor in recorded.items():
+        assert ours[name].dtype == tensor.dtype
+        torch.testing.assert_close(ours[name], tensor, atol=1e-3, rtol=0, msg=name)
+    assert (report.changed, report.replaced) == (14, 4)
+
+
+def test_frozen_tensors_are_the_base_s_bit_for_bit(tmp_path: Path):
+    report = merge_recorded(tmp_path / "merged")
+    assert not report.converted
+    base = load_file("ckpt/base-llm/model.safetensors")
+    merged = load_file(tmp_path / "merged/model.safetensors")
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert len(changed) == report.changed == 14
+    assert not any("vision_tower" in name for name in merged)
+
+
+def test_shards_hold_the_same_tensors(tmp_path: Path):
+    merge_recorded(tmp_path / "one")
+    for kind in ("safetensors", "bin"):
+        merge_recorded(tmp_path / kind, max_shard_bytes=100_000, weights_format=kind)
+        assert len(list((tmp_path / kind).glob(f"*-of-*.{kind}"))) > 2
+        one, many = WeightFiles.open(tmp_path / "one").read(), WeightFiles.open(tmp_path / kind).read()
+        assert set(one) == set(many)
+        assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("float32", 1e-5), ("float16", 1e-2), ("bfloat16", 6e-2)])
+def test_merged_and_adapter_on_base_agree(tmp_path: Path, dtype: str, share: float):
+    merge_recorded(tmp_path / "merged", dtype=getattr(torch, dtype))
+    comparison = compare_merged(
+        tmp_path / "merged", str(LORA), "ckpt/base-llm", merged_dtype=getattr(torch, dtype)
+    )
+    assert 0 < comparison.max_difference <= share * comparison.scale
+
+
+def test_a_wrong_result_is_refused_and_nothing_is_left(tmp_path: Path):
+    def spoil_and_compare(staging: Path) -> None:
+        weights = load_file(staging / "model.safetensors")
+        weights["model.mm_projector.2.bias"] += 0.5
+        save_file(weights, staging / "model.safetensors")
+        compare_merged(staging, str(LORA), "ckpt/base-llm")
+
+    with pytest.raises(RunError, match="is not the adapter on its base"):
+        merge(identify(LORA), "ckpt/base-llm", tmp_path / "merged", MergeOptions(), verify=spoil_and_compare)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    argv = ["merge", "--model-path", str(LORA), "--model-base", "ckpt/base-llm", "--save-model-path"]
+    assert main([*argv, str(tmp_path / "merged"), "--vision-tower", "ckpt/clip-tiny"]) == 0
+    report = capsys.readouterr().err
+    assert "max |difference of logits|" in report
+    assert "bit-identical to the base" in report
+    config = json.loads((tmp_path / "merged/config.json").read_text())
+    assert config["model_type"] == "llava_llama"
+    assert config["architectures"] == ["LlavaLlamaForCausalLM"]
+    assert config["torch_dtype"] == "float32"
+    assert config["rope_theta"] == 10000.0
+    assert (tmp_path / "merged/tokenizer.model").exists()
+    assert (tmp_path / "merged/preprocessor_config.json").exists()
+
+
+def broken_copy(tmp_path: Path, change) -> Path:
+    directory = tmp_path / "adapter"
+    shutil.copytree(LORA, directory, ignore=shutil.ignore_patterns("checkpoint-*"))
+    change(directory)
+    return directory
+
+
+def without_projector(directory: Path) -> None:
+    (directory / "non_lora_trainables.bin").unlink()
+
+
+def half_matrix(directory: Path) -> None:
+    weights = load_file(directory / "adapter_model.safetensors")
+    weights.pop("base_model.model.model.layers.0.mlp.up_proj.lora_B.weight")
+    save_file(weights, directory / "adapter_model.safetensors")
+
+
+def other_shape(directory: Path) -> None:
+    weights = load_file(directory / "adapter_model.safetensors")
+    weights["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"] = torch.ones(100, 8)
+    save_file(weights, directory / "adapter_model.safetensors")
+
+
+def other_layers(directory: Path) -> None:
+    weights = load_file(directory / "adapter_model.safetensors")
+    save_file({key.replace("layers.1.", "layers.7."): value for key, value in weights.items()}, directory / "adapter_model.safetensors")
+
+
+def no_adapter(directory: Path) -> None:
+    (directory / "adapter_model.safetensors").unlink()
+
+
+def dora(directory: Path) -> None:
+    config = json.loads((directory / "adapter_config.json").read_text())
+    (directory / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_projector, r"no non_lora_trainables\.bin: the projector that was trained with it is missing"),
+        (half_matrix, "only one of the two LoRA matrices"),
+        (other_shape, "changes model.layers.0.mlp.up_proj.weight as a 100 x 64 matrix"),
+        (other_layers, "that the base model does not have. It belongs to another base model"),
+        (no_adapter, r"has adapter_config\.json but no adapter_model\.bin"),
+        (dora, "of the kind DoRA"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused(tmp_path: Path, change, message: str):
+    directory = broken_copy(tmp_path, change)
+    with pytest.raises(CheckpointError, match=message):
+        merge(identify(directory), "ckpt/base-llm", tmp_path / "merged", MergeOptions())
+    assert not (tmp_path / "merged").exists()
+
+
+def test_files_that_are_no_model_are_not_replaced(tmp_path: Path):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged/thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="holds files that are no model"):
+        merge_recorded(tmp_path / "merged")
+    assert (tmp_path / "merged/thesis.txt").read_text() == "years of work"
