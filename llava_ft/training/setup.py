@@ -221,8 +221,8 @@ def _build_trainer(
     sampler = EpochSampler(
         datasets.train,
         strategy=strategy,
-        batch_size=training.per_device_train_batch_size * training.gradient_accumulation_steps,
-        world_size=training.world_size,
+        batch_size=training.per_device_train_batch_size,
+        world_size=training.world_size * training.gradient_accumulation_steps,
         seed=training.data_seed if training.data_seed is not None else training.seed,
     )
     stop = StopOnSignal()

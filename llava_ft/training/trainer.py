@@ -66,6 +66,7 @@ class LlavaTrainer(Trainer):
         self._throughput = Throughput()
         self._records_in_step: list[int] = []
         self._num_samples_seen = 0
+        self._rate_of_last_group = 0.0
         if loss_normalization == "micro_batch":
             self.model_accepts_loss_kwargs = False
 
@@ -143,6 +144,7 @@ class LlavaTrainer(Trainer):
         if norm is not None and not self.args.fp16 and not torch.isfinite(torch.as_tensor(norm)):
             raise RunError(self._not_finite("gradient norm", float(norm)))
         self._records_in_step = []
+        self._rate_of_last_group = self.optimizer.param_groups[-1]["lr"]
         return norm
 
     def _not_finite(self, what: str, value: float) -> str:
@@ -157,9 +159,8 @@ class LlavaTrainer(Trainer):
         """Add each group's learning rate and what was processed per second to a training entry."""
         if "loss" in logs and "learning_rate" in logs:
             logs.update(self._throughput.pop(self.args.device, self.args.world_size))
-            rates = sorted({group["lr"] for group in self.optimizer.param_groups}, reverse=True)
-            if len(rates) > 1:
-                logs["mm_projector_lr"] = self.optimizer.param_groups[-1]["lr"]
+            if self._mm_projector_lr is not None:
+                logs["mm_projector_lr"] = self._rate_of_last_group
             if self.bad_samples:
                 logs["bad_samples"] = len(self.bad_samples)
         super().log(logs, start_time)
