@@ -9,7 +9,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from llava_ft.errors import RunError, UserError
@@ -61,10 +60,10 @@ def _commands() -> dict[str, tuple[Callable[[Sequence[str]], int], str]]:
 
 def train(argv: Sequence[str]) -> int:
     """Fine-tune a model."""
-    from llava_ft.args import parse_args, to_yaml
+    from llava_ft.args import format_help, parse_args, to_yaml
 
     if _wants_help(argv):
-        print(_train_help())  # noqa: T201 - the answer to the request
+        print(format_help("llava-ft train"))  # noqa: T201 - the answer to the request
         return DONE
     args = parse_args(argv)
     if args.print_config:
@@ -72,11 +71,11 @@ def train(argv: Sequence[str]) -> int:
         return DONE
     from llava_ft.training.setup import prepare_run
 
-    _ = args.training  # settles the device and the process group
     _quiet_other_ranks(args.training.process_index)
-    run = prepare_run(args)
+    _ = args.attn_implementation
     for note in args.notes:
         logger.info("%s", note)
+    run = prepare_run(args)
     if run.checkpoint is not None:
         logger.info("Resuming from %s.", run.checkpoint)
     try:
@@ -91,7 +90,12 @@ def train(argv: Sequence[str]) -> int:
         step, last = run.trainer.state.global_step, run.trainer.state.max_steps
         logger.error(
             "Stopped by %s at step %d of %d. checkpoint-%d in %s is complete; start the same command again to resume "
-            "from it.", run.stop.received, step, last, step, args.training.output_dir,
+            "from it.",
+            run.stop.received,
+            step,
+            last,
+            step,
+            args.training.output_dir,
         )
         return FAILED
     run.trainer.save_model()
@@ -111,7 +115,9 @@ def merge(argv: Sequence[str]) -> int:
     parser.add_argument("--format", choices=["safetensors", "bin"], default="safetensors")
     parser.add_argument("--save-vision-tower", action="store_true", help="write the tower although the base has none")
     parser.add_argument("--allow-base-mismatch", action="store_true", help="merge into another base than the adapter's")
-    parser.add_argument("--no-verify", action="store_true", help="skip the comparison of logits, which loads both models")
+    parser.add_argument(
+        "--no-verify", action="store_true", help="skip the comparison of logits, which loads both models"
+    )
     options = parser.parse_args(argv)
     from llava_ft.inference.merge_command import run_merge
 
@@ -195,11 +201,3 @@ def _wants_help(argv: Sequence[str]) -> bool:
 def _overview() -> str:
     lines = [f"  {name:<10}{text}" for name, (_, text) in _commands().items()]
     return "llava-ft COMMAND ...\n\n" + "\n".join(lines) + "\n\n`llava-ft COMMAND --help` lists a command's flags."
-
-
-def _train_help() -> str:
-    return (
-        "llava-ft train [--config FILE.yaml] [--FLAG VALUE ...] [--print-config]\n\n"
-        "Flags are those of LLaVA and of transformers.TrainingArguments; docs/arguments.md lists them. They override "
-        "the file.\n--print-config prints the resolved configuration as YAML and does nothing else."
-    )

@@ -1,5 +1,6 @@
 """Names and sentinel values shared by data and models. Spelled as in LLaVA (`llava/constants.py`)."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -33,3 +34,6 @@ ORIGINAL_DEFAULTS: Final[Mapping[str, Any]] = {
 The values are original LLaVA's but for `mm_use_im_patch_token`: true there, and switched off in every published command
 since v1, because the entry it adds to the vocabulary is never used.
 """
+
+PROJECTOR_TYPE_PATTERN: Final = re.compile(r"linear|identity|mlp([1-9]\d*)x_gelu")
+"""Every projector that can be built: one linear layer, none, or N linear layers with GELU between them."""

@@ -133,9 +133,7 @@ class Template:
         if self.style is TemplateStyle.BLOCKS:
             parts = [system, self.stop]
             for role, text in turns:
-                parts.append(
-                    f"{self._name_of(role)}: {text}{self.stop}" if text else f"{self._name_of(role)}:"
-                )
+                parts.append(f"{self._name_of(role)}: {text}{self.stop}" if text else f"{self._name_of(role)}:")
             return "".join(parts)
         if self.style is TemplateStyle.PLAIN:
             return "".join(text + self.stop for _, text in turns if text)
@@ -205,9 +203,7 @@ class Template:
                 continue
             if position == 0:
                 if not text:
-                    raise TurnsError(
-                        "empty-first-question", f"template {self.name!r} needs a first question."
-                    )
+                    raise TurnsError("empty-first-question", f"template {self.name!r} needs a first question.")
                 text = f"<<SYS>>\n{system}\n<</SYS>>\n\n{text}" if system else text
             start = self.turn_start if position else ""
             segments.append(Segment(f"{start}[INST] {text} [/INST]" if text else "", False))
@@ -252,8 +248,7 @@ _LLAVA_LLAMA_2_SYSTEM: Final = (
     "and assist the user with a variety of tasks using natural language."
 )
 _MPT_SYSTEM: Final = (
-    "A conversation between a user and an LLM-based AI assistant. "
-    "The assistant gives helpful and honest answers."
+    "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
 )
 _CHATML_ROLES: Final = ("<|im_start|>user\n", "<|im_start|>assistant\n")
 

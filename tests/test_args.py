@@ -15,20 +15,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llava_ft.args import (
-    ORIGINAL_DEFAULTS,
     DataArguments,
     ModelArguments,
     ParsedArgs,
     TrainingFlags,
     format_help,
     parse_args,
-    resolve_multimodal,
     resolved_config,
     to_yaml,
 )
 from llava_ft.args.build import TrainingArguments, adapt_to_device, choose_attention, find_deepspeed_config
 from llava_ft.args.convert import ConversionError, convert
 from llava_ft.args.fields import ValueType, all_flags, inherited_annotations, parse_annotation
+from llava_ft.constants import ORIGINAL_DEFAULTS
 from llava_ft.errors import UserError
 
 CLI = json.loads((Path(__file__).parent / "golden" / "cli.json").read_text())
@@ -136,7 +135,7 @@ class TestPublicSurface:
             for name, spec in CLI[group].items():
                 if fields[name].default != spec["default"]:
                     differing[name] = spec["default"]
-        assert set(differing) == {"model_name_or_path", "version"} | set(ORIGINAL_DEFAULTS) - {"vision_tower"}
+        assert set(differing) == {"model_name_or_path", "version"} | set(ORIGINAL_DEFAULTS)
         unlike = {name for name, value in ORIGINAL_DEFAULTS.items() if value != differing.get(name)}
         assert unlike == {"mm_use_im_patch_token"}
 
@@ -267,9 +266,7 @@ class TestCommandLine:
     def test_lists(self):
         expected = ["q_proj", "v_proj"]
         for value in (["q_proj", "v_proj"], ["q_proj,v_proj"]):
-            assert (
-                parse("--lora_enable", "--lora_target_modules", *value).flags.lora_target_modules == expected
-            )
+            assert parse("--lora_enable", "--lora_target_modules", *value).flags.lora_target_modules == expected
         assert parse("--lora_target_modules", "q_proj").flags.lora_target_modules == ["q_proj"]
         assert parse("--report_to", "wandb", "tensorboard").flags.report_to == ["wandb", "tensorboard"]
 
@@ -438,9 +435,7 @@ class TestNotes:
 
     def test_validation_records_are_evaluated(self):
         assert parse("--validation_fraction", "0.1").inherited["eval_strategy"] == "epoch"
-        best = parse(
-            "--validation_fraction", "0.1", "--load_best_model_at_end", "--save_steps", "50"
-        ).inherited
+        best = parse("--validation_fraction", "0.1", "--load_best_model_at_end", "--save_steps", "50").inherited
         assert (best["eval_strategy"], best["eval_steps"]) == ("steps", 50)
 
 
@@ -607,12 +602,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("name", ["model_name_or_path", "data_path", "output_dir"])
     def test_missing(self, name):
-        argv = [
-            word
-            for pair in zip(BASE[::2], BASE[1::2], strict=True)
-            if pair[0] != f"--{name}"
-            for word in pair
-        ]
+        argv = [word for pair in zip(BASE[::2], BASE[1::2], strict=True) if pair[0] != f"--{name}" for word in pair]
         with pytest.raises(UserError, match=f"{name} is missing. It has no default; give --{name} VALUE"):
             parse_args(argv)
 
@@ -703,32 +693,6 @@ class TestPrintConfig:
         assert list(tmp_path.iterdir()) == []
 
 
-class TestMultimodalSettings:
-    def test_the_original_defaults(self):
-        settings = resolve_multimodal(ModelArguments("m"), None, None)
-        assert dataclasses.asdict(settings) == dict(ORIGINAL_DEFAULTS)
-
-    def test_the_checkpoint_comes_before_the_defaults_and_flags_before_it(self):
-        config = {
-            "mm_vision_tower": "clip",
-            "mm_projector_type": "mlp2x_gelu",
-            "mm_vision_select_layer": -2,
-            "mm_use_im_start_end": True,
-            "image_aspect_ratio": "pad",
-        }
-        settings = resolve_multimodal(ModelArguments("m", mm_use_im_start_end=False), None, config)
-        assert settings.vision_tower == "clip"
-        assert settings.mm_projector_type == "mlp2x_gelu"
-        assert settings.mm_vision_select_layer == -2
-        assert settings.mm_use_im_start_end is False
-        assert settings.mm_use_im_patch_token is False
-        assert settings.image_aspect_ratio == "pad"
-        other = ModelArguments("m", vision_tower="t", mm_vision_select_layer=-1)
-        settings = resolve_multimodal(other, "square", config)
-        assert (settings.vision_tower, settings.mm_vision_select_layer) == ("t", -1)
-        assert settings.image_aspect_ratio == "square"
-
-
 class TestBuild:
     def test_a_machine_without_a_gpu(self):
         wanted = {
@@ -798,9 +762,7 @@ class TestBuild:
 
     def test_what_transformers_refuses_is_a_user_error(self, tmp_path):
         parsed = parse("--output_dir", str(tmp_path), "--use_cpu", "--dataloader_prefetch_factor", "2")
-        with pytest.raises(
-            UserError, match=r"transformers refuses these training arguments: --dataloader_prefetch"
-        ):
+        with pytest.raises(UserError, match=r"transformers refuses these training arguments: --dataloader_prefetch"):
             _ = parsed.training
 
     def test_an_unknown_key_inside_a_mapping_is_a_user_error(self, tmp_path):
@@ -826,15 +788,11 @@ class TestBuild:
         monkeypatch.setattr("llava_ft.args.build._is_installed", lambda name: name != "wandb")
         parsed = parse("--output_dir", str(tmp_path), "--use_cpu", "--report_to", "wandb")
         assert parsed.training.report_to == []
-        assert any(
-            note.startswith("report_to=wandb is left out: it is not installed.") for note in parsed.notes
-        )
+        assert any(note.startswith("report_to=wandb is left out: it is not installed.") for note in parsed.notes)
 
     def test_deepspeed_that_is_not_installed(self, monkeypatch):
         monkeypatch.setattr("llava_ft.args.build._is_installed", lambda name: name != "deepspeed")
-        with pytest.raises(
-            UserError, match=r"DeepSpeed is not installed. Install it with pip install deepspeed"
-        ):
+        with pytest.raises(UserError, match=r"DeepSpeed is not installed. Install it with pip install deepspeed"):
             _ = parse("--deepspeed", "zero2.json").training
 
     def test_deepspeed_files_are_found_by_name(self, tmp_path, monkeypatch):
@@ -867,9 +825,7 @@ class TestTypes:
     def test_annotations(self):
         assert parse_annotation("Literal['a', 'b'] | None") == ValueType(frozenset({"str"}), ("a", "b"), True)
         assert parse_annotation("E | str", {"E": ("x",)}) == ValueType(frozenset({"str"}), ("x",))
-        assert parse_annotation("str | None | Literal[False]") == ValueType(
-            frozenset({"str", "bool"}), (), True
-        )
+        assert parse_annotation("str | None | Literal[False]") == ValueType(frozenset({"str", "bool"}), (), True)
         with pytest.raises(TypeError, match="contains 'Path'"):
             parse_annotation("Path | None")
 

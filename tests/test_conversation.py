@@ -147,9 +147,7 @@ def test_system_override():
     assert get_template("v1").render(turns, system="S.")[0].text == "S. USER: Q ASSISTANT:"
     assert get_template("v1").prompt(turns[:1], system="S.") == "S. USER: Q ASSISTANT:"
     assert get_template("v0").render(turns, system="S.")[0].text == "S.\n\n### Human: Q\n"
-    assert (
-        get_template("mpt").render(turns, system="S.")[0].text.startswith("<|im_start|>system\nS.<|im_end|>")
-    )
+    assert get_template("mpt").render(turns, system="S.")[0].text.startswith("<|im_start|>system\nS.<|im_end|>")
     assert get_template("mistral_instruct").prompt(turns[:1], system="S.") == (
         "[INST] <<SYS>>\nS.\n<</SYS>>\n\nQ [/INST]"
     )

@@ -27,15 +27,11 @@ def test_patch_is_the_default():
 
 
 def test_refuses_an_unknown_feature():
-    with pytest.raises(
-        UserError, match="mm_vision_select_feature is 'cls'; it can be 'patch' or 'cls_patch'"
-    ):
+    with pytest.raises(UserError, match="mm_vision_select_feature is 'cls'; it can be 'patch' or 'cls_patch'"):
         num_image_tokens(336, 14, "cls")
 
 
 @pytest.mark.parametrize(("image_size", "patch_size"), [(13, 14), (0, 14), (336, 0), (-14, -14)])
 def test_refuses_sizes_without_patches(image_size, patch_size):
-    with pytest.raises(
-        UserError, match=f"image_size {image_size} and patch_size {patch_size} has no patches"
-    ):
+    with pytest.raises(UserError, match=f"image_size {image_size} and patch_size {patch_size} has no patches"):
         num_image_tokens(image_size, patch_size)

@@ -11,12 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_ft.args.data import DataArguments
 from llava_ft.args.help import format_help
-from llava_ft.args.model import (
-    ORIGINAL_DEFAULTS,
-    ModelArguments,
-    MultimodalSettings,
-    resolve_multimodal,
-)
+from llava_ft.args.model import ModelArguments
 from llava_ft.args.parse import ParsedArgs, parse_args, resolved_config, to_yaml
 from llava_ft.args.training import TrainingFlags
 
@@ -24,16 +19,13 @@ if TYPE_CHECKING:
     from llava_ft.args.build import TrainingArguments
 
 __all__ = [
-    "ORIGINAL_DEFAULTS",
     "DataArguments",
     "ModelArguments",
-    "MultimodalSettings",
     "ParsedArgs",
     "TrainingArguments",
     "TrainingFlags",
     "format_help",
     "parse_args",
-    "resolve_multimodal",
     "resolved_config",
     "to_yaml",
 ]

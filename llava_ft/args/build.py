@@ -71,9 +71,7 @@ def build_training_arguments(
     Raises:
         UserError: If transformers refuses the combination, or the DeepSpeed file does not exist.
     """
-    values: dict[str, Any] = {f.name: getattr(flags, f.name) for f in dataclasses.fields(flags)} | dict(
-        inherited
-    )
+    values: dict[str, Any] = {f.name: getattr(flags, f.name) for f in dataclasses.fields(flags)} | dict(inherited)
     values, device_notes = adapt_to_device(
         values, has_cuda=torch.cuda.is_available(), has_tf32=is_torch_tf32_available()
     )
@@ -93,9 +91,7 @@ def build_training_arguments(
         raise UserError(f"transformers refuses these training arguments: {error}") from error
 
 
-def adapt_to_device(
-    values: Mapping[str, Any], *, has_cuda: bool, has_tf32: bool
-) -> tuple[dict[str, Any], list[str]]:
+def adapt_to_device(values: Mapping[str, Any], *, has_cuda: bool, has_tf32: bool) -> tuple[dict[str, Any], list[str]]:
     """Replace what needs a GPU where there is none.
 
     Args:

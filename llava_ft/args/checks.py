@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from llava_ft.args.data import DataArguments
-from llava_ft.args.model import PROJECTOR_TYPE_PATTERN, ModelArguments
+from llava_ft.args.model import ModelArguments
 from llava_ft.args.training import TrainingFlags
+from llava_ft.constants import PROJECTOR_TYPE_PATTERN
 from llava_ft.conversation import get_template
 from llava_ft.errors import UserError
 
@@ -49,9 +50,7 @@ def find_idle_flags(model: ModelArguments, training: TrainingFlags) -> list[str]
     """Return a note for each flag that differs from its default and changes nothing in this combination."""
     notes: list[str] = []
     if training.lora_enable and model.freeze_backbone:
-        notes.append(
-            "freeze_backbone has no effect with lora_enable: LoRA keeps the language model fixed anyway."
-        )
+        notes.append("freeze_backbone has no effect with lora_enable: LoRA keeps the language model fixed anyway.")
     defaults = TrainingFlags()
     idle: dict[str, str] = {}
     if not training.lora_enable:
@@ -134,8 +133,7 @@ def _lora_problems(training: TrainingFlags) -> Iterator[str]:
         )
     if training.lora_target_modules is not None and not training.lora_target_modules:
         yield (
-            "lora_target_modules is empty. Name layers such as q_proj v_proj, or leave it out for all "
-            "linear layers."
+            "lora_target_modules is empty. Name layers such as q_proj v_proj, or leave it out for all linear layers."
         )
     for name in training.lora_target_modules or ():
         if "." in name or not name.isidentifier():
@@ -185,10 +183,7 @@ def _schedule_problems(inherited: Mapping[str, object]) -> Iterator[str]:
 def _precision_problems(inherited: Mapping[str, object]) -> Iterator[str]:
     for suffix in ("", "_full_eval"):
         if inherited.get(f"bf16{suffix}") and inherited.get(f"fp16{suffix}"):
-            yield (
-                f"bf16{suffix} and fp16{suffix} exclude each other. Give one of the two; bf16 where the GPU "
-                "has it."
-            )
+            yield (f"bf16{suffix} and fp16{suffix} exclude each other. Give one of the two; bf16 where the GPU has it.")
 
 
 def _sampling_problems(training: TrainingFlags, inherited: Mapping[str, object]) -> Iterator[str]:

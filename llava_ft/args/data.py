@@ -36,8 +36,7 @@ class DataArguments:
     validation_fraction: float = field(
         default=0.0,
         metadata={
-            "help": "Share of data_path, at least 0 and below 1, held out for evaluation; the seed decides "
-            "which."
+            "help": "Share of data_path, at least 0 and below 1, held out for evaluation; the seed decides which."
         },
     )
     on_bad_sample: Literal["error", "skip"] = field(

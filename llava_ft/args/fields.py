@@ -165,13 +165,9 @@ def _enum_values() -> Mapping[str, tuple[str, ...]]:
     enums: dict[str, tuple[str, ...]] = {}
     for file_name in _ENUM_FILES:
         for node in _transformers_module(file_name).body:
-            if isinstance(node, ast.ClassDef) and any(
-                ast.unparse(base) == "ExplicitEnum" for base in node.bases
-            ):
+            if isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "ExplicitEnum" for base in node.bases):
                 values = [
-                    s.value.value
-                    for s in node.body
-                    if isinstance(s, ast.Assign) and isinstance(s.value, ast.Constant)
+                    s.value.value for s in node.body if isinstance(s, ast.Assign) and isinstance(s.value, ast.Constant)
                 ]
                 enums[node.name] = tuple(str(value) for value in values)
     return enums

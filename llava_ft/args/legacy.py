@@ -61,15 +61,11 @@ def _warmup_ratio(value: object, values: Values) -> str:
     """
     ratio = float(str(value))
     if not 0.0 <= ratio <= 1.0:
-        raise UserError(
-            f"warmup_ratio={ratio}: a share of all steps lies between 0 and 1. For steps use warmup_steps."
-        )
+        raise UserError(f"warmup_ratio={ratio}: a share of all steps lies between 0 and 1. For steps use warmup_steps.")
     if float(str(values.get("warmup_steps", 0))) > 0:
         return f"warmup_ratio={ratio} has no effect beside warmup_steps={values['warmup_steps']}."
     values["warmup_steps"] = min(ratio, math.nextafter(1.0, 0.0)) if ratio else 0
-    return (
-        f"warmup_ratio={ratio} is now warmup_steps={values['warmup_steps']} (below 1: a share of all steps)."
-    )
+    return f"warmup_ratio={ratio} is now warmup_steps={values['warmup_steps']} (below 1: a share of all steps)."
 
 
 def _group_by_length(value: object, values: Values) -> str:
@@ -81,9 +77,7 @@ def _group_by_length(value: object, values: Values) -> str:
 
 def _save_safetensors(value: object, values: Values) -> str:
     if value:
-        return (
-            "save_safetensors=True has no effect: weights_format decides, safetensors for full checkpoints."
-        )
+        return "save_safetensors=True has no effect: weights_format decides, safetensors for full checkpoints."
     _set(values, "save_safetensors", "weights_format", "bin")
     return "save_safetensors=False is now weights_format=bin."
 
@@ -142,7 +136,5 @@ SPELLINGS: Final = frozenset(RENAMED) | frozenset(WITHOUT_EFFECT) | frozenset(TR
 def _set(values: Values, old: str, new: str, value: object) -> None:
     """Set a value unless the same source says otherwise under the new name."""
     if values.get(new, value) != value:
-        raise UserError(
-            f"{old} contradicts {new}={values[new]}: it means {new}={value}. Give one of the two."
-        )
+        raise UserError(f"{old} contradicts {new}={values[new]}: it means {new}={value}. Give one of the two.")
     values[new] = value

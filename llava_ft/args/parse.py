@@ -98,9 +98,7 @@ def parse_args(argv: Sequence[str], *, required: Sequence[str] = REQUIRED_TO_TRA
     for entry in config_entries[:1]:
         values.update(_read_source(_read_config(entry), notes))
     if len(config_entries) > 1:
-        raise UserError(
-            "--config was given twice. One configuration file is allowed; override its values with flags."
-        )
+        raise UserError("--config was given twice. One configuration file is allowed; override its values with flags.")
     values.update(_read_source([e for e in entries if e.key not in ("config", "print_config")], notes))
     print_config = any(_convert_entry(entry, ValueType(frozenset({"bool"})), entry.key) for entry in switches)
     return _assemble(values, required, notes, print_config)
@@ -153,8 +151,7 @@ def _read_source(entries: Sequence[Entry], notes: list[str]) -> _Values:
             value = _convert_entry(entry, flags[new].value_type, entry.key)
             if values.get(new, value) != value:
                 raise UserError(
-                    f"{entry.where}={value} contradicts {new}={values[new]}: they are the same flag. Give "
-                    "one."
+                    f"{entry.where}={value} contradicts {new}={values[new]}: they are the same flag. Give one."
                 )
             values[new] = value
             notes.append(f"{entry.key} is now called {new}.")
@@ -191,8 +188,7 @@ def _convert_entry(entry: Entry, value_type: ValueType, name: str) -> object:
         special = _reserved(name, entry.value)
         nearest = _nearest(str(entry.value), [str(choice) for choice in value_type.choices])
         raise UserError(
-            f"{entry.where}={_shown(entry.value)}: {error}. Allowed: "
-            f"{value_type.describe()}.{special or nearest}"
+            f"{entry.where}={_shown(entry.value)}: {error}. Allowed: {value_type.describe()}.{special or nearest}"
         ) from error
     if name in _STEP_FLAGS and isinstance(value, float) and value.is_integer():
         return int(value)
@@ -204,10 +200,7 @@ def _reserved(name: str, value: object) -> str:
     is_anyres = name == "image_aspect_ratio" and str(value).startswith("anyres")
     is_spatial = name == "mm_patch_merge_type" and str(value).startswith("spatial")
     if is_anyres or is_spatial:
-        return (
-            " Tiled images (anyres) are not supported yet: train with pad or square and mm_patch_merge_type "
-            "flat."
-        )
+        return " Tiled images (anyres) are not supported yet: train with pad or square and mm_patch_merge_type flat."
     return ""
 
 
@@ -222,9 +215,7 @@ def _nearest(word: str, known: Sequence[str]) -> str:
 
 def _unknown(entry: Entry, flags: Mapping[str, Flag]) -> UserError:
     if entry.key in ("config", "print_config"):
-        return UserError(
-            f"{entry.where} belongs on the command line, as --{entry.key}. Remove it from the file."
-        )
+        return UserError(f"{entry.where} belongs on the command line, as --{entry.key}. Remove it from the file.")
     known = [*flags, *legacy.SPELLINGS, "config", "print_config"]
     hint = _nearest(entry.key, known) or " Flags are those of LLaVA and of transformers.TrainingArguments."
     value = "" if entry.is_bare else f"={_shown(entry.value)}"
@@ -235,8 +226,7 @@ def _assemble(values: _Values, required: Sequence[str], notes: list[str], print_
     for name in required:
         if values.get(name) in (None, ""):
             raise UserError(
-                f"{name} is missing. It has no default; give --{name} VALUE or write it into the --config "
-                "file."
+                f"{name} is missing. It has no default; give --{name} VALUE or write it into the --config file."
             )
     flags = all_flags()
     inherited = inherited_annotations()

@@ -82,9 +82,7 @@ def read_yaml(path: Path) -> list[Entry]:
             f"Cannot read the configuration {path}: {error.strerror}. Give an existing YAML file."
         ) from error
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}. Give a YAML file."
-        ) from error
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}. Give a YAML file.") from error
     loader: Any = _Loader(text)
     try:
         root = loader.get_single_node()
@@ -93,9 +91,7 @@ def read_yaml(path: Path) -> list[Entry]:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f", line {mark.line + 1}"
         problem = getattr(error, "problem", None) or str(error)
-        raise UserError(
-            f"{path}{line}: not valid YAML: {problem}. Write one `key: value` per line."
-        ) from error
+        raise UserError(f"{path}{line}: not valid YAML: {problem}. Write one `key: value` per line.") from error
     finally:
         loader.dispose()
 
@@ -173,9 +169,7 @@ def _mapping_entries(path: Path, root: Any, loader: Any) -> list[Entry]:
     for key_node, value_node in root.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
-            raise UserError(
-                f"{path}, line {line}: the key is a {key_node.id}. Keys are flag names, such as lora_r."
-            )
+            raise UserError(f"{path}, line {line}: the key is a {key_node.id}. Keys are flag names, such as lora_r.")
         key = str(key_node.value)
         if key in first_lines:
             raise UserError(

@@ -61,12 +61,8 @@ class TrainingFlags:
     )
     lora_enable: bool = field(default=False, metadata={"help": "Train LoRA adapters in the language model."})
     lora_r: int = field(default=64, metadata={"help": "Rank of the LoRA matrices."})
-    lora_alpha: int = field(
-        default=16, metadata={"help": "LoRA scale; the update is multiplied by alpha / r."}
-    )
-    lora_dropout: float = field(
-        default=0.05, metadata={"help": "Dropout before LoRA A, at least 0 and below 1."}
-    )
+    lora_alpha: int = field(default=16, metadata={"help": "LoRA scale; the update is multiplied by alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before LoRA A, at least 0 and below 1."})
     lora_weight_path: str = field(
         default="",
         metadata={"help": "Directory of a LoRA run whose adapter and projector are the starting point."},
@@ -94,9 +90,7 @@ class TrainingFlags:
     )
     weights_format: Literal["auto", "bin", "safetensors", "both"] = field(
         default="auto",
-        metadata={
-            "help": "File format of saved weights. auto: .bin for LoRA and projector, safetensors for full."
-        },
+        metadata={"help": "File format of saved weights. auto: .bin for LoRA and projector, safetensors for full."},
     )
     loss_normalization: Literal["tokens", "micro_batch"] = field(
         default="tokens",
@@ -111,21 +105,15 @@ class TrainingFlags:
     )
     bad_sample_limit: float = field(
         default=0.05,
-        metadata={
-            "help": "Share of the samples that may turn out unreadable during the run before it stops."
-        },
+        metadata={"help": "Share of the samples that may turn out unreadable during the run before it stops."},
     )
 
-    optim: str = field(
-        default="adamw_torch", metadata={"help": "Optimizer; the names are those of transformers."}
-    )
+    optim: str = field(default="adamw_torch", metadata={"help": "Optimizer; the names are those of transformers."})
     remove_unused_columns: bool = field(
         default=False,
         metadata={"help": "Must stay false: the collator needs columns that forward does not take."},
     )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide a non-finite loss in the logs."}
-    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide a non-finite loss in the logs."})
     report_to: str | list[str] = field(
         default="none",
         metadata={"help": "Where to report besides the terminal, such as wandb or tensorboard."},

@@ -57,7 +57,9 @@ class LoraAdapter:
         if lone or not halves:
             raise CheckpointError(
                 f"{adapter_files.path} is damaged: {len(lone)} of its modules have only one of the two LoRA matrices, "
-                f"such as {lone[0]}." if lone else f"{adapter_files.path} holds no LoRA matrices."
+                f"such as {lone[0]}."
+                if lone
+                else f"{adapter_files.path} holds no LoRA matrices."
             )
         factors = {name: (matrices["A"], matrices["B"]) for name, matrices in halves.items()}
         scales = {name: _scale(config, name, a.shape[0]) for name, (a, _) in factors.items()}

@@ -179,9 +179,7 @@ def plan_sources(
     return plan
 
 
-def stream_planned(
-    sources: Sequence[WeightSource], plan: Plan
-) -> Iterator[tuple[str, WeightSource, torch.Tensor]]:
+def stream_planned(sources: Sequence[WeightSource], plan: Plan) -> Iterator[tuple[str, WeightSource, torch.Tensor]]:
     """Yield each planned parameter's name, source and value as it is on disk. A value is valid until the next one."""
     for index, source in enumerate(sources):
         wanted = {key: name for key, name in source.names.items() if plan.get(name) == (index, key)}

@@ -28,9 +28,25 @@ from llava_ft.errors import CheckpointError
 from llava_ft.version import __version__
 
 _HASHED = frozenset(
-    (ADAPTER_BIN, ADAPTER_SAFETENSORS, NON_LORA_BIN, NON_LORA_SAFETENSORS, PROJECTOR_BIN, PROJECTOR_SAFETENSORS)
+    (
+        ADAPTER_BIN,
+        ADAPTER_SAFETENSORS,
+        NON_LORA_BIN,
+        NON_LORA_SAFETENSORS,
+        PROJECTOR_BIN,
+        PROJECTOR_SAFETENSORS,
+    )
 )
-_PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "pillow", "tokenizers")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "safetensors",
+    "pillow",
+    "tokenizers",
+)
 
 
 @dataclass

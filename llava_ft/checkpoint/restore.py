@@ -59,9 +59,7 @@ def restore_trained(model: nn.Module, path: Path) -> None:
         CheckpointError: A trainable parameter is not in the files, or the files hold something else.
     """
     directory = identify(path)
-    trainable = {
-        plain_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
+    trainable = {plain_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     _check_lora_config(model, directory)
     frozen = {plain_name(name) for name, parameter in model.named_parameters() if not parameter.requires_grad}
     restored: set[str] = set()

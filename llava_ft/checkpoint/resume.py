@@ -33,7 +33,9 @@ def check_checkpoint(path: Path) -> None:
         CheckpointError: It does not exist, or is an incomplete one of this program.
     """
     if not path.is_dir():
-        raise CheckpointError(f"The checkpoint {path} does not exist. Give one of the checkpoint-N directories of a run.")
+        raise CheckpointError(
+            f"The checkpoint {path} does not exist. Give one of the checkpoint-N directories of a run."
+        )
     if not (path / "trainer_state.json").is_file():
         raise CheckpointError(
             f"{path} has no trainer_state.json, so it is no checkpoint to resume from. To start from its weights with a "
@@ -53,5 +55,9 @@ def remove_staging(output_dir: Path) -> None:
 
 
 def _by_step(output_dir: Path) -> list[Path]:
-    found = [(int(match.group(1)), path) for path in output_dir.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))]
+    found = [
+        (int(match.group(1)), path)
+        for path in output_dir.glob("checkpoint-*")
+        if (match := _CHECKPOINT.fullmatch(path.name))
+    ]
     return [path for _, path in sorted(found, reverse=True)]

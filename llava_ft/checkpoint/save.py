@@ -41,11 +41,32 @@ from llava_ft.models.config import LlavaLlamaConfig
 WeightsFormat = Literal["bin", "safetensors", "both"]
 
 _PEFT_0_10_KEYS = frozenset(
-    (
-        "alpha_pattern auto_mapping base_model_name_or_path bias fan_in_fan_out inference_mode init_lora_weights "
-        "layer_replication layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout megatron_config "
-        "megatron_core modules_to_save peft_type r rank_pattern revision target_modules task_type use_dora use_rslora"
-    ).split()
+    [
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "layer_replication",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_alpha",
+        "lora_dropout",
+        "megatron_config",
+        "megatron_core",
+        "modules_to_save",
+        "peft_type",
+        "r",
+        "rank_pattern",
+        "revision",
+        "target_modules",
+        "task_type",
+        "use_dora",
+        "use_rslora",
+    ]
 )
 """What `adapter_config.json` held in PEFT 0.10, which refuses any other key."""
 
@@ -160,7 +181,10 @@ class ShardWriter:
             shard = f"{self._stem}-{index + 1:05d}-of-{len(self._shards):05d}{self._suffix}"
             os.replace(self._unnumbered(index), self._directory / shard)
             weight_map.update(dict.fromkeys(names, shard))
-        content = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        content = {
+            "metadata": {"total_size": self._total_bytes},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
         write_json(self._directory / f"{self._stem}{self._suffix}.index.json", content)
 
     def _unnumbered(self, index: int) -> Path:

@@ -42,7 +42,9 @@ def find_trained(
     tower = vision_tower or directory.config.get("mm_vision_tower")
     if directory.kind == "projector":
         if model_base is None:
-            raise CheckpointError(f"{directory.path} holds a projector alone. Give its language model with --model-base.")
+            raise CheckpointError(
+                f"{directory.path} holds a projector alone. Give its language model with --model-base."
+            )
         projector = str(directory.projector_file)
         return find_base(model_base, vision_tower=tower, projector_file=projector, wishes=wishes), None
     if directory.kind != "lora":

@@ -147,8 +147,7 @@ def _find_model_file(directory: Path) -> Path:
         if (directory / name).is_file():
             return directory / name
     raise CheckpointError(
-        f"{directory} holds no model weights. Looked for {', '.join(_MODEL_FILES)}; "
-        f"it holds {_listing(directory)}."
+        f"{directory} holds no model weights. Looked for {', '.join(_MODEL_FILES)}; it holds {_listing(directory)}."
     )
 
 
@@ -179,9 +178,7 @@ def _inspect_file(file: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(f"The weight file {file} does not exist.")
     if file.suffix == ".safetensors":
         return _inspect_safetensors(file)
-    return {
-        name: TensorInfo(file, tuple(tensor.shape), tensor.dtype) for name, tensor in _load_pickle(file).items()
-    }
+    return {name: TensorInfo(file, tuple(tensor.shape), tensor.dtype) for name, tensor in _load_pickle(file).items()}
 
 
 def _inspect_safetensors(file: Path) -> dict[str, TensorInfo]:

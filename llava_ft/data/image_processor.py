@@ -37,9 +37,7 @@ class ImageProcessorSettings:
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
     @classmethod
-    def from_dict(
-        cls, values: Mapping[str, Any], source: str = PREPROCESSOR_CONFIG
-    ) -> "ImageProcessorSettings":
+    def from_dict(cls, values: Mapping[str, Any], source: str = PREPROCESSOR_CONFIG) -> "ImageProcessorSettings":
         """Read the content of a preprocessor_config.json; a missing key has CLIP's default.
 
         Args:
@@ -51,9 +49,7 @@ class ImageProcessorSettings:
         """
         processor = values.get("image_processor_type") or values.get("feature_extractor_type") or "CLIP"
         if not str(processor).startswith("CLIP"):
-            raise UserError(
-                f"{source} describes a {processor}; only CLIP's are known. Use a CLIP vision tower."
-            )
+            raise UserError(f"{source} describes a {processor}; only CLIP's are known. Use a CLIP vision tower.")
         read = _Reader(values, source)
         settings = cls(
             size=read.size("size", lambda side: {"shortest_edge": side}),

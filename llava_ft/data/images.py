@@ -122,9 +122,7 @@ def _check_size(path: str | os.PathLike[str], image: Image.Image) -> None:
     if min(width, height) < 1:
         raise ImageError(path, "image-corrupt", f"has a size of {width} x {height} pixels")
     if max(width, height) > MAX_SIDE:
-        raise ImageError(
-            path, "image-too-large", f"is {width} x {height} pixels; a side can have {MAX_SIDE} at most"
-        )
+        raise ImageError(path, "image-too-large", f"is {width} x {height} pixels; a side can have {MAX_SIDE} at most")
 
 
 @contextmanager
@@ -182,9 +180,7 @@ class ImageTransform:
         self._table = _value_table(settings)
 
     @classmethod
-    def from_pretrained(
-        cls, path: str | os.PathLike[str], aspect_ratio: str | None = None
-    ) -> "ImageTransform":
+    def from_pretrained(cls, path: str | os.PathLike[str], aspect_ratio: str | None = None) -> "ImageTransform":
         """Read the settings beside a vision tower or model: a directory, a file, or a name on the hub.
 
         Raises:
@@ -239,9 +235,7 @@ class ImageTransform:
             square.paste(picture, (left, top))
             return self._resize(square)
         if not self.settings.do_resize:
-            raise ImageError(
-                "", "image-too-large", f"of {picture.width} x {picture.height} pixels cannot be padded"
-            )
+            raise ImageError("", "image-too-large", f"of {picture.width} x {picture.height} pixels cannot be padded")
         # The pass along the rows in bands: the same arithmetic, without the whole square in memory.
         width, height = self._resized_size(side, side)
         columns = Image.new("RGB", (width, side), self._fill)
@@ -296,8 +290,6 @@ def _value_table(settings: ImageProcessorSettings) -> np.ndarray[Any, np.dtype[n
     values = (levels * settings.rescale_factor if settings.do_rescale else levels).astype(np.float32)
     table = np.tile(values, (3, 1))
     if settings.do_normalize:
-        mean, std = (
-            np.array(v, dtype=np.float32)[:, None] for v in (settings.image_mean, settings.image_std)
-        )
+        mean, std = (np.array(v, dtype=np.float32)[:, None] for v in (settings.image_mean, settings.image_std))
         table = (table - mean) / std
     return table

@@ -168,9 +168,7 @@ def _unusable(error: BadSampleError) -> RecordView:
     }
 
 
-def _check_sample_images(
-    sample: Sample, image_folder: str | os.PathLike[str] | None, check_images: ImageCheck
-) -> None:
+def _check_sample_images(sample: Sample, image_folder: str | os.PathLike[str] | None, check_images: ImageCheck) -> None:
     for image in sample.images:
         if image_folder is None and not os.path.isabs(image):
             continue
@@ -206,9 +204,7 @@ def render_colored(view: RecordView, tokenizer: PreTrainedTokenizerBase, *, colo
         for part, is_target in _decode(view["input_ids"], view["labels"], tokenizer)
     )
     num_text_tokens = len(view["input_ids"]) - view["num_images"]
-    numbers = (
-        f"{num_text_tokens} text tokens ({_num_supervised(view)} supervised), {view['num_images']} images"
-    )
+    numbers = f"{num_text_tokens} text tokens ({_num_supervised(view)} supervised), {view['num_images']} images"
     if view["num_images"] and view["num_image_tokens"] is not None:
         numbers += f" ({view['num_image_tokens']} tokens)"
     return f"{name}: {numbers}\n{text}"
@@ -224,9 +220,7 @@ def _decode(
     pairs = zip(input_ids, (label != IGNORE_INDEX for label in labels), strict=True)
     so_far: list[int] = []
     shown = ""
-    for (is_image, is_target), group in groupby(
-        pairs, key=lambda pair: (pair[0] == IMAGE_TOKEN_INDEX, pair[1])
-    ):
+    for (is_image, is_target), group in groupby(pairs, key=lambda pair: (pair[0] == IMAGE_TOKEN_INDEX, pair[1])):
         ids = [token for token, _ in group]
         if is_image:
             yield IMAGE_TOKEN * len(ids), False

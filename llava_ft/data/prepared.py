@@ -130,9 +130,7 @@ def prepare_samples(
         The samples that can be used, and an error for each that cannot.
     """
     token_ids, is_target, ends = array("i"), bytearray(), array("q", [0])
-    columns = {
-        name: array("q") for name in ("lengths", "num_supervised", "num_images", "truncated", "records")
-    }
+    columns = {name: array("q") for name in ("lengths", "num_supervised", "num_images", "truncated", "records")}
     sample_ids, image_paths, image_ends = PackedStrings(), PackedStrings(), array("q", [0])
     errors: list[BadSampleError] = []
     for sample in samples:
@@ -206,6 +204,5 @@ def expand_checked(
         sample.index,
         sample.id,
         "no-supervised-token",
-        "no token of it is supervised, so there is nothing to learn. "
-        "Fix the record or pass --on_bad_sample skip.",
+        "no token of it is supervised, so there is nothing to learn. Fix the record or pass --on_bad_sample skip.",
     )

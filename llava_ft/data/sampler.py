@@ -106,9 +106,7 @@ def modality_order(
         world_size: Batches of one step: ranks times gradient accumulation.
         generator: Source of randomness; None is torch's global one.
     """
-    kinds = [
-        [i for i, n in enumerate(signed_lengths) if (n > 0) == has_images] for has_images in (True, False)
-    ]
+    kinds = [[i for i, n in enumerate(signed_lengths) if (n > 0) == has_images] for has_images in (True, False)]
     if not all(kinds):
         # With text alone the lengths stay negative, as in the original, whose order this has to be.
         return balanced_order(signed_lengths, batch_size, world_size, generator)
@@ -119,9 +117,7 @@ def modality_order(
     return mixed_steps(orders, batch_size * world_size, generator)
 
 
-def mixed_steps(
-    orders: Sequence[Sequence[int]], step_size: int, generator: torch.Generator | None = None
-) -> list[int]:
+def mixed_steps(orders: Sequence[Sequence[int]], step_size: int, generator: torch.Generator | None = None) -> list[int]:
     """Cut each order into steps, shuffle the steps, and put the last step of every order together at the end.
 
     Args:
@@ -193,9 +189,7 @@ class EpochSampler(Sampler[int]):
         if strategy not in STRATEGIES:
             raise UserError(f"The sampling strategy is {strategy!r}; it can be {', '.join(STRATEGIES)}.")
         if batch_size < 1 or world_size < 1:
-            raise UserError(
-                f"batch_size is {batch_size} and world_size {world_size}; both must be at least 1."
-            )
+            raise UserError(f"batch_size is {batch_size} and world_size {world_size}; both must be at least 1.")
         self.num_samples = len(dataset)
         self.strategy = strategy
         self.batch_size = batch_size

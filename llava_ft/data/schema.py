@@ -69,16 +69,12 @@ def load_records(path: str | Path) -> list[object]:
     except FileNotFoundError:
         raise UserError(f"Data file {path} does not exist. Check --data_path.") from None
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"Data file {path} is not UTF-8 text (byte {error.start}). Save it as UTF-8."
-        ) from None
+        raise UserError(f"Data file {path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
     except OSError as error:
         raise UserError(f"Data file {path} cannot be read: {error.strerror}.") from None
     if not text.strip():
         raise UserError(f"Data file {path} is empty. It needs at least one record.")
-    records = (
-        _parse_lines(text, path) if path.suffix.lower() in (".jsonl", ".ndjson") else _parse_list(text, path)
-    )
+    records = _parse_lines(text, path) if path.suffix.lower() in (".jsonl", ".ndjson") else _parse_list(text, path)
     if not records:
         raise UserError(f"Data file {path} holds no record. It needs at least one.")
     return records
@@ -94,8 +90,7 @@ def _parse_list(text: str, path: Path) -> list[object]:
         elif error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip()) - 1:
             hint = " It looks truncated."
         raise UserError(
-            f"Data file {path} is not valid JSON (line {error.lineno}, column {error.colno}): "
-            f"{error.msg}.{hint}"
+            f"Data file {path} is not valid JSON (line {error.lineno}, column {error.colno}): {error.msg}.{hint}"
         ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"Data file {path} cannot be read as JSON: {error}.") from None
@@ -206,18 +201,14 @@ class _RecordParser:
         if not _is_list(value):
             self.fail("bad-conversations", f"'conversations' is {_kind_of(value)}, not a list of turns.")
         if not value:
-            self.fail(
-                "empty-conversation", "'conversations' is an empty list. It needs at least one question."
-            )
+            self.fail("empty-conversation", "'conversations' is an empty list. It needs at least one question.")
         turns: list[Turn] = []
         system: str | None = None
         for position, item in enumerate(value):
             role, text = self.parse_turn(item, position)
             if role == "system":
                 if position:
-                    self.fail(
-                        "misplaced-system", f"turn {position} is a 'system' turn; only the first may be."
-                    )
+                    self.fail("misplaced-system", f"turn {position} is a 'system' turn; only the first may be.")
                 system = text
                 continue
             if turns and turns[-1].role == role:

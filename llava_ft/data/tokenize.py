@@ -85,9 +85,7 @@ def place_images(text: str, *, wraps_images: bool = False, mm_use_im_start_end: 
 class SampleTokenizer:
     """Turns samples into ids and labels with one tokenizer and one template."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, template: Template, *, mm_use_im_start_end: bool = False
-    ):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, template: Template, *, mm_use_im_start_end: bool = False):
         """Set up for one tokenizer and template.
 
         Args:
@@ -118,8 +116,7 @@ class SampleTokenizer:
         """
         self._check_placeholders(sample)
         turns = [
-            (turn.role, turn.text if turn.role == "gpt" else self._place_images(turn.text))
-            for turn in sample.turns
+            (turn.role, turn.text if turn.role == "gpt" else self._place_images(turn.text)) for turn in sample.turns
         ]
         try:
             return self.template.render(turns, system=sample.system)
@@ -189,9 +186,7 @@ def tokenize_prompt(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return _PieceEncoder(tokenizer).encode_segments([Segment(text, False)])[0]
 
 
-def expand_and_truncate(
-    sample: TokenizedSample, tokens_per_image: Sequence[int], max_length: int
-) -> ExpandedSample:
+def expand_and_truncate(sample: TokenizedSample, tokens_per_image: Sequence[int], max_length: int) -> ExpandedSample:
     """Give each image its tokens, and cut the sample at `max_length`.
 
     An image that does not fit whole is left out, with everything after it.

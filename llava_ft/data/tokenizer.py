@@ -104,16 +104,12 @@ def load_tokenizer(path: str | Path, *, model_max_length: int | None = None) -> 
     directory = Path(path)
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "does not exist"
-        raise UserError(
-            f"Tokenizer directory {directory} {what}. Give a model directory with a tokenizer in it."
-        )
+        raise UserError(f"Tokenizer directory {directory} {what}. Give a model directory with a tokenizer in it.")
     config = _read_config(directory)
     tokenizer_class = config.get("tokenizer_class")
     has_spm = (directory / _SPM_FILE).is_file()
     has_fast = (directory / _FAST_FILE).is_file()
-    if has_spm and (
-        tokenizer_class in _LLAMA_CLASSES or (tokenizer_class in _GENERIC_CLASSES and not has_fast)
-    ):
+    if has_spm and (tokenizer_class in _LLAMA_CLASSES or (tokenizer_class in _GENERIC_CLASSES and not has_fast)):
         tokenizer = _load_from_spm(directory, config)
     elif has_fast and tokenizer_class in _LLAMA_CLASSES:
         tokenizer = _load_llama_from_json(directory, config)
@@ -159,9 +155,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (ValueError, OSError) as error:
-        raise UserError(
-            f"Tokenizer file {path} cannot be read: {error}. Copy it again from its origin."
-        ) from None
+        raise UserError(f"Tokenizer file {path} cannot be read: {error}. Copy it again from its origin.") from None
     if not isinstance(value, dict):
         raise UserError(f"Tokenizer file {path} does not hold a JSON object. Copy it again from its origin.")
     return cast("dict[str, Any]", value)
@@ -335,9 +329,7 @@ def _restore_added_tokens(backend: Tokenizer, directory: Path, config: Mapping[s
     _add_tokens(backend, named + [_as_added_token(token, directory, special=True) for token in additional])
 
 
-def _wrap(
-    backend: Tokenizer, config: Mapping[str, Any], legacy: bool, spm_model: bytes | None
-) -> LlamaSpmTokenizer:
+def _wrap(backend: Tokenizer, config: Mapping[str, Any], legacy: bool, spm_model: bytes | None) -> LlamaSpmTokenizer:
     passed_on = ("model_max_length", "chat_template", "use_default_system_prompt")
     return LlamaSpmTokenizer(
         tokenizer_object=backend,
@@ -359,9 +351,7 @@ def _load_llama_from_json(directory: Path, config: Mapping[str, Any]) -> LlamaSp
     try:
         backend = Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # tokenizers raises plain Exception
-        raise UserError(
-            f"Tokenizer file {path} is damaged: {error}. Copy it again from its origin."
-        ) from None
+        raise UserError(f"Tokenizer file {path} is damaged: {error}. Copy it again from its origin.") from None
     legacy = config.get("legacy")
     if legacy is None:
         legacy = '"prepend_scheme": "first"' not in json.dumps(content.get("pre_tokenizer"))

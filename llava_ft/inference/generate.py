@@ -65,9 +65,7 @@ def build_prompt(query: str, num_images: int, template: Template, *, mm_use_im_s
     return template.prompt([("human", query)])
 
 
-def prepare_inputs(
-    loaded: LoadedModel, prompt: str, image_files: Sequence[str | Path]
-) -> dict[str, torch.Tensor]:
+def prepare_inputs(loaded: LoadedModel, prompt: str, image_files: Sequence[str | Path]) -> dict[str, torch.Tensor]:
     """Turn a prompt and images into what the model takes.
 
     Returns:

@@ -46,7 +46,9 @@ def run_generate(options: argparse.Namespace, output: TextIO) -> str:
 
 def _check(options: argparse.Namespace) -> None:
     if options.temperature < 0:
-        raise UserError(f"--temperature is {options.temperature}; it must be at least 0 (0 takes the most likely token).")
+        raise UserError(
+            f"--temperature is {options.temperature}; it must be at least 0 (0 takes the most likely token)."
+        )
     if options.top_p is not None and not 0 < options.top_p <= 1:
         raise UserError(f"--top-p is {options.top_p}; it must be above 0 and at most 1.")
     for name in ("num_beams", "max_new_tokens"):

@@ -56,6 +56,10 @@ def run_merge(options: argparse.Namespace) -> MergeReport:
     frozen = "converted to another dtype" if report.converted else "bit-identical to the base"
     logger.info(
         "Merged into %s: %d tensors changed by the adapter, %d replaced by trained ones, %d %s.",
-        options.save_model_path, report.changed, report.replaced, report.frozen, frozen,
+        options.save_model_path,
+        report.changed,
+        report.replaced,
+        report.frozen,
+        frozen,
     )
     return report

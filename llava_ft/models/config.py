@@ -4,14 +4,13 @@ The file written by `save_pretrained` is read by original LLaVA (transformers 4.
 fields that transformers 5 renamed are written under both names.
 """
 
-import re
 from typing import Any
 
 from transformers import CLIPVisionConfig, LlamaConfig
 
+from llava_ft.constants import PROJECTOR_TYPE_PATTERN
 from llava_ft.errors import UserError
 
-PROJECTOR_TYPE_PATTERN = re.compile(r"linear|identity|mlp([1-9]\d*)x_gelu")
 SELECT_FEATURES = ("patch", "cls_patch")
 
 

@@ -18,7 +18,7 @@ class EmbeddingWithNewRows(nn.Embedding):
 
     new_rows: nn.Parameter
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Look up `(B, T)` ids; returns `(B, T, D)` in the dtype of the frozen matrix."""
         first_new = self.num_embeddings - self.new_rows.shape[0]
         embeds = F.embedding(input, self.weight)
@@ -31,7 +31,7 @@ class HeadWithNewRows(nn.Linear):
 
     new_rows: nn.Parameter
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map `(..., D)` to logits `(..., V)`."""
         first_new = self.out_features - self.new_rows.shape[0]
         old_logits = F.linear(input, self.weight[:first_new])

@@ -2,11 +2,12 @@
 
 import logging
 import signal
+import sys
 from types import FrameType
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llava_ft.data.sampler import EpochSampler
 
@@ -79,8 +80,8 @@ class SetSamplerEpoch(TrainerCallback):
         self._sampler.set_epoch(int(state.epoch or 0))
 
 
-class LogLines(TrainerCallback):
-    """Writes each log entry of the run as one line."""
+class Progress(ProgressCallback):
+    """The progress bar, with each log entry above it as one line."""
 
     def on_log(
         self,
@@ -91,7 +92,26 @@ class LogLines(TrainerCallback):
         **kwargs: Any,
     ):
         """Write the entry; rates keep four significant digits."""
-        if not state.is_world_process_zero or not logs:
-            return
-        text = "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in logs.items())
-        logger.info("step %d/%d  %s", state.global_step, state.max_steps, text)
+        if state.is_world_process_zero and logs and self.training_bar is not None:
+            self.training_bar.write(_log_line(state, logs), file=sys.stderr)
+
+
+class LogLines(TrainerCallback):
+    """Each log entry as one line, where there is no terminal for a bar."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        """Write the entry."""
+        if state.is_world_process_zero and logs:
+            logger.info("%s", _log_line(state, logs))
+
+
+def _log_line(state: TrainerState, logs: dict[str, Any]) -> str:
+    values = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in logs.items())
+    return f"step {state.global_step}/{state.max_steps}  " + "  ".join(values)

@@ -94,11 +94,20 @@ def format_table(rows: Sequence[TrainableRow], num_parameters: int) -> str:
     """
     header = ("part", "tensors", "parameters", "dtype", "learning rate", "weight decay")
     cells = [
-        (row.part, str(row.tensors), f"{row.parameters:,}", row.dtype, f"{row.learning_rate:g}", f"{row.weight_decay:g}")
+        (
+            row.part,
+            str(row.tensors),
+            f"{row.parameters:,}",
+            row.dtype,
+            f"{row.learning_rate:g}",
+            f"{row.weight_decay:g}",
+        )
         for row in rows
     ]
     widths = [max(len(line[column]) for line in [header, *cells]) for column in range(len(header))]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in [header, *cells]]
+    lines = [
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in [header, *cells]
+    ]
     trained = sum(row.parameters for row in rows)
     share = 100 * trained / max(num_parameters, 1)
     return "\n".join([*lines, f"trained: {trained:,} of {num_parameters:,} parameters ({share:.2f}%)"])

@@ -1,13 +1,14 @@
 """From a checked request to a trainer: everything that can be wrong is found before the first weight is read."""
 
 import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 
 from llava_ft.args import ParsedArgs, to_yaml
 from llava_ft.checkpoint.base import BaseModel, find_base, load_base
@@ -27,7 +28,7 @@ from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.errors import UserError
 from llava_ft.training.artifacts import RunArtifacts
-from llava_ft.training.callbacks import LogLines, SetSamplerEpoch, StopOnSignal
+from llava_ft.training.callbacks import LogLines, Progress, SetSamplerEpoch, StopOnSignal
 from llava_ft.training.trainer import LlavaTrainer
 from llava_ft.tuning.freeze import TuningPlan
 from llava_ft.tuning.lora import add_lora
@@ -240,8 +241,12 @@ def _build_trainer(
         train_dataset=datasets.train,
         eval_dataset=datasets.validation,
         data_collator=PaddingCollator(pad),
-        callbacks=[stop, SetSamplerEpoch(sampler), LogLines()],
+        callbacks=[stop, SetSamplerEpoch(sampler)],
     )
+    for default in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(default)
+    shows_bar = sys.stderr.isatty() and not training.disable_tqdm
+    trainer.add_callback(Progress() if shows_bar else LogLines())
     return trainer, stop
 
 

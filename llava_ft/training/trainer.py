@@ -186,7 +186,9 @@ class LlavaTrainer(Trainer):
             supervised = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
             with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
                 loss = self.model(**inputs, num_items_in_batch=1).loss
-            totals += torch.stack([loss.double(), supervised.double(), supervised.new_tensor(len(inputs["labels"])).double()])
+            totals += torch.stack(
+                [loss.double(), supervised.double(), supervised.new_tensor(len(inputs["labels"])).double()]
+            )
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         if self.args.world_size > 1:
             torch.distributed.all_reduce(totals)
@@ -194,7 +196,10 @@ class LlavaTrainer(Trainer):
         total, tokens, samples = totals.tolist()
         if tokens == 0:
             raise RunError("The validation data has no supervised token, so there is no loss to compute.")
-        metrics = {f"{metric_key_prefix}_loss": total / tokens, f"{metric_key_prefix}_supervised_tokens": tokens}
+        metrics = {
+            f"{metric_key_prefix}_loss": total / tokens,
+            f"{metric_key_prefix}_supervised_tokens": tokens,
+        }
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(samples))  # type: ignore[arg-type]
 
     # Checkpoints

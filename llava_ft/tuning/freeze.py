@@ -60,9 +60,7 @@ class TuningPlan:
             train_language_model=method == "full" and not freeze_backbone,
         )
         if method == "projector" and not has_vision:
-            raise UserError(
-                "tune_mm_mlp_adapter trains the projector, but the model is text-only. Add --vision_tower."
-            )
+            raise UserError("tune_mm_mlp_adapter trains the projector, but the model is text-only. Add --vision_tower.")
         if method == "full" and not (plan.train_projector or plan.train_language_model):
             raise UserError("freeze_backbone leaves nothing to train in this run. Leave the flag out.")
         return plan

@@ -20,9 +20,7 @@ _LAYER = r"model\.layers\.\d+\."
 def language_model_linears(model: nn.Module) -> list[str]:
     """Names of the linear layers of the decoder, without the head, in model order."""
     pattern = re.compile(_LAYER)
-    return [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and pattern.match(name)
-    ]
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and pattern.match(name)]
 
 
 def target_pattern(model: nn.Module, leaf_names: Sequence[str] | None = None) -> str:

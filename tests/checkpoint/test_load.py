@@ -79,7 +79,10 @@ def test_the_whole_clip_directory_may_be_there(tmp_path: Path):
     tower = tmp_path / "clip"
     shutil.copytree("ckpt/clip-tiny", tower)
     weights = load_file(tower / "model.safetensors")
-    save_file(weights | {"text_model.final_layer_norm.bias": torch.ones(4), "logit_scale": torch.ones(1)}, tower / "model.safetensors")
+    save_file(
+        weights | {"text_model.final_layer_norm.bias": torch.ones(4), "logit_scale": torch.ones(1)},
+        tower / "model.safetensors",
+    )
     config = json.loads((tower / "config.json").read_text())
     (tower / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": config, "text_config": {}}))
     model, ledger = load("ckpt/base-llm", vision_tower=str(tower), wishes=WISHES)
@@ -137,19 +140,43 @@ REFUSED = [
     ("train/lora/llava-tiny-lora", {}, "holds a LoRA adapter and no language model"),
     ("train/pretrain_vt32/llava-tiny-pretrain", {}, "holds a projector and no language model"),
     ("data", {}, "is not a model directory"),
-    ("ckpt/base-llm", {"projector_file": "ckpt/mm_projector.bin"}, "no use to a text-only model. Add --vision_tower"),
+    (
+        "ckpt/base-llm",
+        {"projector_file": "ckpt/mm_projector.bin"},
+        "no use to a text-only model. Add --vision_tower",
+    ),
     ("ckpt/base-llm", {"vision_tower": "ckpt/base-llm"}, "is a 'llama' model. Supported are CLIP models"),
-    ("ckpt/base-llm", {"vision_tower": "ckpt/clip-tiny", "projector_file": "none.bin"}, "none.bin does not exist"),
+    (
+        "ckpt/base-llm",
+        {"vision_tower": "ckpt/clip-tiny", "projector_file": "none.bin"},
+        "none.bin does not exist",
+    ),
     (
         "ckpt/base-llm",
         {"vision_tower": "ckpt/clip-tiny", "projector_file": "ckpt/base-llm/model.safetensors"},
         "holds no projector",
     ),
-    ("ckpt/llava15-tiny", {"wishes": {"mm_projector_type": "linear"}}, "but the projector in ckpt/llava15-tiny is 'mlp2x_gelu'"),
-    ("ckpt/llava15-tiny", {"wishes": {"mm_vision_select_layer": -5}}, "the vision tower has 3 layers: allowed are -4 to 3"),
+    (
+        "ckpt/llava15-tiny",
+        {"wishes": {"mm_projector_type": "linear"}},
+        "but the projector in ckpt/llava15-tiny is 'mlp2x_gelu'",
+    ),
+    (
+        "ckpt/llava15-tiny",
+        {"wishes": {"mm_vision_select_layer": -5}},
+        "the vision tower has 3 layers: allowed are -4 to 3",
+    ),
     ("ckpt/llava15-tiny", {"wishes": {"mm_vision_select_feature": "cls"}}, "allowed are patch and cls_patch"),
-    ("ckpt/base-llm", {"vision_tower": "ckpt/clip-tiny", "wishes": {"mm_projector_type": "mlp0x_gelu"}}, "Known types are linear"),
-    ("ckpt/base-llm", {"vision_tower": "ckpt/clip-tiny", "wishes": {"mm_projector_type": "identity"}}, "32 wide and the language model 64"),
+    (
+        "ckpt/base-llm",
+        {"vision_tower": "ckpt/clip-tiny", "wishes": {"mm_projector_type": "mlp0x_gelu"}},
+        "Known types are linear",
+    ),
+    (
+        "ckpt/base-llm",
+        {"vision_tower": "ckpt/clip-tiny", "wishes": {"mm_projector_type": "identity"}},
+        "32 wide and the language model 64",
+    ),
 ]
 
 
@@ -193,7 +220,11 @@ def test_loading_peaks_at_a_quarter_above_the_weights(tmp_path: Path, layout: st
     config |= {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "vocab_size": 4096}
     (tmp_path / "config.json").write_text(json.dumps(config))
     weights = {}
-    shapes = {"self_attn.q_proj": (1024, 1024), "self_attn.k_proj": (1024, 1024), "self_attn.v_proj": (1024, 1024)}
+    shapes = {
+        "self_attn.q_proj": (1024, 1024),
+        "self_attn.k_proj": (1024, 1024),
+        "self_attn.v_proj": (1024, 1024),
+    }
     shapes |= {"self_attn.o_proj": (1024, 1024), "mlp.gate_proj": (4096, 1024), "mlp.up_proj": (4096, 1024)}
     shapes |= {"mlp.down_proj": (1024, 4096)}
     for layer in range(24):
@@ -201,14 +232,16 @@ def test_loading_peaks_at_a_quarter_above_the_weights(tmp_path: Path, layout: st
             weights[f"model.layers.{layer}.{name}.weight"] = torch.zeros(shape, dtype=torch.float16)
         for name in ("input_layernorm", "post_attention_layernorm"):
             weights[f"model.layers.{layer}.{name}.weight"] = torch.ones(1024, dtype=torch.float16)
-    weights |= {name: torch.zeros(4096, 1024, dtype=torch.float16) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    weights |= {
+        name: torch.zeros(4096, 1024, dtype=torch.float16) for name in ("model.embed_tokens.weight", "lm_head.weight")
+    }
     weights["model.norm.weight"] = torch.ones(1024, dtype=torch.float16)
     if layout == "bin":
         torch.save(weights, tmp_path / "pytorch_model.bin")
     else:
         save_file(weights, tmp_path / "model.safetensors")
     del weights
-    ratio = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path), dtype], capture_output=True, text=True, check=True)
+    ratio = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path), dtype], capture_output=True, text=True, check=True
+    )
     assert float(ratio.stdout) <= 1.25
-
-

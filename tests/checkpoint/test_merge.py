@@ -58,9 +58,7 @@ def test_shards_hold_the_same_tensors(tmp_path: Path):
 @pytest.mark.parametrize(("dtype", "share"), [("float32", 1e-5), ("float16", 1e-2), ("bfloat16", 6e-2)])
 def test_merged_and_adapter_on_base_agree(tmp_path: Path, dtype: str, share: float):
     merge_recorded(tmp_path / "merged", dtype=getattr(torch, dtype))
-    comparison = compare_merged(
-        tmp_path / "merged", str(LORA), "ckpt/base-llm", merged_dtype=getattr(torch, dtype)
-    )
+    comparison = compare_merged(tmp_path / "merged", str(LORA), "ckpt/base-llm", merged_dtype=getattr(torch, dtype))
     assert 0 < comparison.max_difference <= share * comparison.scale
 
 
@@ -116,7 +114,10 @@ def other_shape(directory: Path) -> None:
 
 def other_layers(directory: Path) -> None:
     weights = load_file(directory / "adapter_model.safetensors")
-    save_file({key.replace("layers.1.", "layers.7."): value for key, value in weights.items()}, directory / "adapter_model.safetensors")
+    save_file(
+        {key.replace("layers.1.", "layers.7."): value for key, value in weights.items()},
+        directory / "adapter_model.safetensors",
+    )
 
 
 def no_adapter(directory: Path) -> None:
@@ -131,7 +132,10 @@ def dora(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without_projector, r"no non_lora_trainables\.bin: the projector that was trained with it is missing"),
+        (
+            without_projector,
+            r"no non_lora_trainables\.bin: the projector that was trained with it is missing",
+        ),
         (half_matrix, "only one of the two LoRA matrices"),
         (other_shape, "changes model.layers.0.mlp.up_proj.weight as a 100 x 64 matrix"),
         (other_layers, "that the base model does not have. It belongs to another base model"),

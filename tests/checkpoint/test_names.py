@@ -9,7 +9,9 @@ from tests.conftest import read_recording
 
 
 @pytest.mark.usefixtures("in_recordings")
-@pytest.mark.parametrize("checkpoint", ["llava15-tiny", "llava1-tiny-linear", "llava15-tiny-imse", "llava15-tiny-unfreezevt"])
+@pytest.mark.parametrize(
+    "checkpoint", ["llava15-tiny", "llava1-tiny-linear", "llava15-tiny-imse", "llava15-tiny-unfreezevt"]
+)
 def test_parameters_are_called_as_in_the_original_s_checkpoints(checkpoint: str):
     model, _ = load_base(find_base(f"ckpt/{checkpoint}"), dtype_of=lambda name: torch.float32)
     recorded = read_recording("ckpts.json")[checkpoint]["state_dict"]
@@ -53,7 +55,12 @@ def test_the_text_half_of_clip_is_left_out():
     tower = "model.vision_tower.vision_tower.vision_model."
     assert clip_to_native_name("vision_model.pre_layrnorm.bias") == tower + "pre_layrnorm.bias"
     assert clip_to_native_name("pre_layrnorm.bias") == tower + "pre_layrnorm.bias"
-    for key in ("text_model.final_layer_norm.bias", "logit_scale", "visual_projection.weight", "text_projection.weight"):
+    for key in (
+        "text_model.final_layer_norm.bias",
+        "logit_scale",
+        "visual_projection.weight",
+        "text_projection.weight",
+    ):
         assert clip_to_native_name(key) is None
 
 

@@ -54,7 +54,9 @@ def test_a_truncated_file_is_named(tmp_path: Path, layout: str, keep: float):
     victim = max((path for path in directory.iterdir() if path.suffix != ".json"), key=lambda path: path.name)
     content = victim.read_bytes()
     victim.write_bytes(content[: int(len(content) * keep)])
-    with pytest.raises(CheckpointError, match=rf"{victim.name} (cannot be read: it is damaged or incomplete|is damaged)"):
+    with pytest.raises(
+        CheckpointError, match=rf"{victim.name} (cannot be read: it is damaged or incomplete|is damaged)"
+    ):
         WeightFiles.open(directory)
 
 

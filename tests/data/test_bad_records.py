@@ -141,9 +141,7 @@ class TestPolicies:
         (message,) = caplog.messages
         assert "14 of 15 records" in message
         assert "are left out (image-missing: 12, no-supervised-token: 1, not-an-object: 1)" in message
-        assert message.endswith(
-            "'m0', 'm1', 'm2', 'm3', 'm4', 'm5', 'm6', 'm7', 'm8', 'm9', 'm10', 'm11', 13, 14"
-        )
+        assert message.endswith("'m0', 'm1', 'm2', 'm3', 'm4', 'm5', 'm6', 'm7', 'm8', 'm9', 'm10', 'm11', 13, 14")
 
     def test_long_lists_are_shortened_in_the_log(self, build, caplog):
         build([record("fine")] + ["text"] * 150, on_bad_sample="skip")
@@ -199,16 +197,12 @@ class TestRunsWithoutImages:
 
     @pytest.mark.parametrize("policy", ["error", "skip"])
     def test_no_vision_tower(self, build, policy):
-        with pytest.raises(
-            UserError, match=r"Sample 1 \(id 'x'\) has images, but the model has no vision tower"
-        ):
+        with pytest.raises(UserError, match=r"Sample 1 \(id 'x'\) has images, but the model has no vision tower"):
             build([record(), record("x", image="square.png")], image_transform=None, on_bad_sample=policy)
 
     @pytest.mark.parametrize("policy", ["error", "skip"])
     def test_no_image_folder(self, build, policy):
-        with pytest.raises(
-            UserError, match=r"Sample 0 .*'square.png', a relative path, .* Pass --image_folder"
-        ):
+        with pytest.raises(UserError, match=r"Sample 0 .*'square.png', a relative path, .* Pass --image_folder"):
             build([record(image="square.png")], image_folder=None, on_bad_sample=policy)
 
     @pytest.mark.parametrize("policy", ["error", "skip"])

@@ -54,9 +54,7 @@ class TestRecordings:
         if "error" in recorded:
             return
         values = {**TINY.to_dict(), "size": size, "crop_size": size}
-        pixel_values = ImageTransform(ImageProcessorSettings.from_dict(values), mode)(
-            load_image(SOURCES / name)
-        )
+        pixel_values = ImageTransform(ImageProcessorSettings.from_dict(values), mode)(load_image(SOURCES / name))
         assert hashlib.sha256(pixel_values.numpy().tobytes()).hexdigest() == recorded["sha256"]
 
     @pytest.mark.parametrize("mode", MODES)
@@ -244,9 +242,7 @@ class TestUnusableFiles:
 
     def test_side_too_long(self, tmp_path):
         Image.new("1", (70_000, 1)).save(tmp_path / "l.png")
-        self.refuse(
-            tmp_path / "l.png", "image-too-large", "is 70000 x 1 pixels; a side can have 65535 at most"
-        )
+        self.refuse(tmp_path / "l.png", "image-too-large", "is 70000 x 1 pixels; a side can have 65535 at most")
 
     def test_error_survives_pickling(self):
         error = pickle.loads(pickle.dumps(ImageError("a/b.png", "image-missing", "does not exist")))
@@ -316,9 +312,7 @@ class TestSettings:
             {"do_center_crop": False, "size": {"height": 20, "width": 31}},
         ):
             values = {**TINY.to_dict(), **change}
-            theirs = CLIPImageProcessor(**values)(Image.fromarray(noise), return_tensors="pt")[
-                "pixel_values"
-            ][0]
+            theirs = CLIPImageProcessor(**values)(Image.fromarray(noise), return_tensors="pt")["pixel_values"][0]
             ours = ImageTransform(ImageProcessorSettings.from_dict(values))(Image.fromarray(noise))
             torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
 

@@ -178,9 +178,7 @@ class TestRendering:
             assert marked.startswith(f"Record {view['index']}")
 
     @settings(max_examples=40, deadline=None)
-    @given(
-        answer=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=30)
-    )
+    @given(answer=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=30))
     def test_answer_stands_between_the_marks(self, tokenizer, tokenize, tmp_path_factory, answer):
         path = tmp_path_factory.getbasetemp() / "hypothesis.json"
         path.write_text(json.dumps([record(answer=answer)]))

@@ -53,10 +53,7 @@ class TestRecordings:
         # Without a generator of its own the original draws from the global one, which had been seeded.
         seed = case["seed"] if case["gen_seed"] is None else case["gen_seed"]
         lengths = RECORDED["lengths"][case["lengths"]]
-        assert (
-            balanced_order(lengths, case["batch_size"], case["world_size"], generator(seed))
-            == case["indices"]
-        )
+        assert balanced_order(lengths, case["batch_size"], case["world_size"], generator(seed)) == case["indices"]
 
     @pytest.mark.parametrize("case", RECORDED["modality_grouped"], ids=case_id)
     def test_modality_order(self, case):
@@ -104,9 +101,7 @@ STEP = st.integers(1, 9)
 class TestLaws:
     @given(LENGTHS, STEP, STEP, st.sampled_from(STRATEGIES), st.integers(-5, 2**40), st.integers(0, 50))
     def test_every_epoch_visits_every_sample_once(self, lengths, batch, world, strategy, seed, epoch):
-        sampler = EpochSampler(
-            Lengths(lengths), strategy=strategy, batch_size=batch, world_size=world, seed=seed
-        )
+        sampler = EpochSampler(Lengths(lengths), strategy=strategy, batch_size=batch, world_size=world, seed=seed)
         sampler.set_epoch(epoch)
         order = list(sampler)
         assert sorted(order) == list(range(len(lengths)))
@@ -179,9 +174,7 @@ class TestEpochSampler:
         assert sorted(modality_order([-3, -4, 0], 1, 1)) == [0, 1, 2]
 
     def test_refuses_an_unknown_strategy(self):
-        with pytest.raises(
-            UserError, match=r"strategy is 'len'; it can be random, sequential, length, modality"
-        ):
+        with pytest.raises(UserError, match=r"strategy is 'len'; it can be random, sequential, length, modality"):
             EpochSampler(Lengths([1]), strategy="len")
 
     def test_refuses_empty_batches(self):

@@ -68,9 +68,7 @@ chat_templates = st.sampled_from(sorted(name for name in TEMPLATES if name != "p
 
 @given(text=words)
 def test_ids_equal_the_slow_tokenizer(directory, text):
-    wanted = slow_ids(
-        directory, text, legacy=tokenizer_in(directory).legacy, added=("<im_start>", "<im_end>")
-    )
+    wanted = slow_ids(directory, text, legacy=tokenizer_in(directory).legacy, added=("<im_start>", "<im_end>"))
     assert tokenizer_in(directory)(text).input_ids == wanted
 
 
@@ -80,9 +78,7 @@ def test_labels_and_placeholders(directory, sample, template, im_start_end):
     tokenized, error = outcome(make, sample)
     if tokenized is None:
         answers = [turn.text for turn in sample.turns if turn.role == "gpt"]
-        assert error.kind == "empty-first-question" or (
-            error.kind == "no-supervised-token" and not any(answers)
-        )
+        assert error.kind == "empty-first-question" or (error.kind == "no-supervised-token" and not any(answers))
         return
     assert tokenized.input_ids.count(IMAGE_TOKEN_INDEX) == tokenized.num_images == len(sample.images)
     assert len(tokenized.labels) == len(tokenized.input_ids)

@@ -36,9 +36,7 @@ VOCABULARIES = ["tiny512", pytest.param("llama32k", marks=needs_llama)]
 
 @cache
 def recordings(vocabulary):
-    with gzip.open(
-        FOLDERS[vocabulary] / f"conversations_{vocabulary}.json.gz", "rt", encoding="utf-8"
-    ) as file:
+    with gzip.open(FOLDERS[vocabulary] / f"conversations_{vocabulary}.json.gz", "rt", encoding="utf-8") as file:
         return json.load(file)
 
 
@@ -115,10 +113,7 @@ def assert_targets_are_the_answers(tokenizer, run, make, sample, tokenized):
 
 def blocks_lengths(tokenizer, make, sample):
     """Tokenise the header and each block alone, as the original does to find the borders between them."""
-    turns = [
-        (turn.role, turn.text if turn.role == "gpt" else make._place_images(turn.text))
-        for turn in sample.turns
-    ]
+    turns = [(turn.role, turn.text if turn.role == "gpt" else make._place_images(turn.text)) for turn in sample.turns]
     names = {"human": make.template.human, "gpt": make.template.assistant}
     texts = [make.template.system + "\n\n", *(f"### {names[role]}: {text}\n" for role, text in turns)]
     return ["header", *(role for role, _ in turns)], [len(tokenize_prompt(t, tokenizer)) for t in texts]
@@ -202,10 +197,7 @@ def check(tokenizer, run, make, case, result):
     if rule.startswith("blocks"):
         roles, lengths = blocks_lengths(tokenizer, make, sample)
         assert recorded_labels(result) == original_blocks_labels(cut.input_ids, roles, lengths)
-        if (
-            sum(lengths)
-            == len(whole.input_ids) - len(tokenizer("\n### ", add_special_tokens=False).input_ids) + 2
-        ):
+        if sum(lengths) == len(whole.input_ids) - len(tokenizer("\n### ", add_special_tokens=False).input_ids) + 2:
             rule += ", borders right"
             assert cut.labels == corrected_blocks_labels(cut.input_ids, roles, lengths)
     assert_targets_are_the_answers(tokenizer, run, make, sample, whole)

@@ -145,9 +145,7 @@ def test_added_tokens_of_older_layouts(tmp_path):
     (directory / "added_tokens.json").write_text('{"<im_end>": 513, "<im_start>": 512}')
     tokenizer = load_tokenizer(directory)
     assert tokenizer.convert_tokens_to_ids(["<im_start>", "<im_end>"]) == [512, 513]
-    assert tokenizer("a<im_end>").input_ids == slow_ids(
-        TINY, "a<im_end>", legacy=False, added=("x", "<im_end>")
-    )
+    assert tokenizer("a<im_end>").input_ids == slow_ids(TINY, "a<im_end>", legacy=False, added=("x", "<im_end>"))
 
 
 def test_normalized_flag_of_older_layouts_is_ignored(tmp_path):

@@ -17,7 +17,10 @@ LOADS = read_recording("merge/index.json")["loads"]
 @pytest.mark.parametrize("name", list(LOADS))
 def test_recorded_ids_are_generated(name: str):
     facts = LOADS[name]
-    path, base = (facts[key] and facts[key].removeprefix("golden/").replace("train/pretrain/", "train/pretrain_vt32/") for key in ("model_path", "model_base"))
+    path, base = (
+        facts[key] and facts[key].removeprefix("golden/").replace("train/pretrain/", "train/pretrain_vt32/")
+        for key in ("model_path", "model_base")
+    )
     # The recording was made with weights rounded to float16, computed in float32.
     loaded = load_model(path, base, dtype=torch.float16, vision_tower="ckpt/clip-tiny")
     loaded.model.float()

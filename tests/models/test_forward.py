@@ -35,7 +35,9 @@ def pixels(run: str) -> torch.Tensor:
     return torch.stack([transform(load_image(RECORDINGS / "images/src" / name)) for name in IMAGES[run]])
 
 
-def expand(recording: dict[str, torch.Tensor], tokens_per_image: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def expand(
+    recording: dict[str, torch.Tensor], tokens_per_image: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Expand and right-pad ids and labels, as the data side does."""
     rows = []
     for ids, labels, mask in zip(recording["input_ids"], recording["labels"], recording["attention_mask"], strict=True):
@@ -63,7 +65,10 @@ def read(run: str) -> dict[str, torch.Tensor]:
 def test_embeddings_loss_logits_and_gradients_are_the_original_s(run: str, attn_implementation: str):
     recorded, facts = read(run), RUNS[run]
     path = "ckpt/llava1-tiny-linear" if run == "linear" else "ckpt/llava15-tiny"
-    wishes = {"mm_vision_select_layer": facts["select_layer"], "mm_vision_select_feature": facts["select_feature"]}
+    wishes = {
+        "mm_vision_select_layer": facts["select_layer"],
+        "mm_vision_select_feature": facts["select_feature"],
+    }
     model = load(path, attn_implementation, **wishes)
     ids, labels, mask = expand(recorded, model.config.tokens_per_image)
     images = pixels(run) if IMAGES[run] else None
