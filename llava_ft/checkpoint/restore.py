@@ -48,12 +48,13 @@ def trained_files(directory: ModelDirectory) -> list[WeightFiles]:
     return [WeightFiles.open(directory.path)]
 
 
-def restore_trained(model: nn.Module, path: Path) -> None:
+def restore_trained(model: nn.Module, path: Path, *, as_start: bool = False) -> None:
     """Copy the trained weights of a directory into a model with the same trainable parameters.
 
     Args:
         model: The model of the run; a PEFT model for LoRA.
         path: A checkpoint or the output directory of a run.
+        as_start: Whether a new run starts from these weights, so that it may freeze what the earlier one trained.
 
     Raises:
         CheckpointError: A trainable parameter is not in the files, or the files hold something else.
@@ -61,12 +62,13 @@ def restore_trained(model: nn.Module, path: Path) -> None:
     directory = identify(path)
     trainable = {plain_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     _check_lora_config(model, directory)
-    frozen = {plain_name(name) for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    is_whole = directory.kind not in ("lora", "projector")
+    may_be_frozen = {plain_name(name) for name, _ in model.named_parameters()} if is_whole or as_start else set()
     restored: set[str] = set()
     unexpected: list[str] = []
     for files in trained_files(directory):
         names = _target_names(files, trainable, directory.kind)
-        unexpected += [key for key, name in names.items() if name not in trainable and name not in frozen]
+        unexpected += [key for key, name in names.items() if name not in trainable and name not in may_be_frozen]
         wanted = {key: name for key, name in names.items() if name in trainable}
         _check_shapes(files, wanted, trainable)
         for key, tensor in files.stream(wanted):
@@ -78,7 +80,7 @@ def restore_trained(model: nn.Module, path: Path) -> None:
         raise CheckpointError(
             f"{path} does not fit this run. "
             + (f"Trained here but not in it: {_some(missing)}. " if missing else "")
-            + (f"In it but not in this model: {_some(unexpected)}. " if unexpected else "")
+            + (f"In it but not trained here: {_some(unexpected)}. " if unexpected else "")
             + "Was it made with another model, another adapter or other flags for what is trained?"
         )
 

@@ -82,7 +82,7 @@ def prepare_run(args: ParsedArgs) -> Run:
     _complete_config(args, base)
     model = load_model_to_train(args, base, plan, num_new_rows=max(0, len(tokenizer) - base.config.vocab_size))
     if args.flags.lora_weight_path:
-        restore_trained(model, Path(args.flags.lora_weight_path))
+        restore_trained(model, Path(args.flags.lora_weight_path), as_start=True)
         logger.info("Starting from the adapter and projector in %s.", args.flags.lora_weight_path)
     peft_config = getattr(model, "peft_config", None)
     artifacts = RunArtifacts(

@@ -1,0 +1,195 @@
+"""Resuming: bit-equal, complete, and never from something half-written."""
+
+import json
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava_ft.checkpoint.manifest import what_is_incomplete
+from llava_ft.checkpoint.resume import newest_complete_checkpoint
+from llava_ft.errors import CheckpointError, RunError, UserError
+from tests.training.helpers import flags, prepare, start, state_of, train
+
+pytestmark = pytest.mark.usefixtures("in_recordings")
+
+METHODS = ["lora", "projector", "full"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_three_steps_and_three_more_are_six(tmp_path: Path, method: str):
+    straight = train(tmp_path / "straight", method)
+    shutil.copytree(tmp_path / "straight", tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped/checkpoint-6")
+    resumed = train(tmp_path / "stopped", method)
+    assert resumed.checkpoint == tmp_path / "stopped/checkpoint-3"
+    expected, got = state_of(straight), state_of(resumed)
+    assert set(expected) == set(got)
+    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+    losses = [
+        [entry["loss"] for entry in run.trainer.state.log_history if "loss" in entry] for run in (straight, resumed)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_resuming_in_a_later_epoch_continues_with_the_same_records(tmp_path: Path):
+    steps = {"max_steps": 12, "save_steps": 9}
+    straight = train(tmp_path / "straight", **steps)
+    shutil.copytree(tmp_path / "straight", tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped/checkpoint-12")
+    resumed = train(tmp_path / "stopped", **steps)
+    expected, got = state_of(straight), state_of(resumed)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_resuming_with_accumulation_and_workers(tmp_path: Path):
+    changes = {"gradient_accumulation_steps": 2, "dataloader_num_workers": 1, "train_sampling_strategy": "random"}
+    changes["group_by_modality_length"] = "False"
+    straight = train(tmp_path / "straight", **changes)
+    shutil.copytree(tmp_path / "straight", tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped/checkpoint-6")
+    resumed = train(tmp_path / "stopped", **changes)
+    expected, got = state_of(straight), state_of(resumed)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+COMPLETE = {
+    "lora": {"adapter_model.bin", "non_lora_trainables.bin", "adapter_config.json"},
+    "projector": {"mm_projector.bin"},
+    "full": {"model.safetensors"},
+}
+SURROUNDINGS = {
+    "config.json",
+    "llava_ft.json",
+    "preprocessor_config.json",
+    "run_config.yaml",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "trainable_parameters.json",
+    "trainer_state.json",
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_save_is_complete(tmp_path: Path, method: str):
+    train(tmp_path / "out", method)
+    for directory in (tmp_path / "out/checkpoint-3", tmp_path / "out/checkpoint-6", tmp_path / "out"):
+        names = {path.name for path in directory.iterdir()}
+        assert names >= COMPLETE[method] | SURROUNDINGS
+        assert what_is_incomplete(directory) is None
+        if directory.name.startswith("checkpoint"):
+            assert names >= {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_lora_run_that_lost_its_projector_is_not_resumed_silently(tmp_path: Path):
+    train(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/checkpoint-6")
+    (tmp_path / "out/checkpoint-3/non_lora_trainables.bin").unlink()
+    assert newest_complete_checkpoint(tmp_path / "out") is None
+    with pytest.raises(CheckpointError, match=r"incomplete: non_lora_trainables\.bin is missing"):
+        prepare(tmp_path / "out", resume_from_checkpoint=tmp_path / "out/checkpoint-3")
+
+
+def test_a_checkpoint_of_other_settings_is_refused_with_the_difference(tmp_path: Path):
+    train(tmp_path / "out")
+    for change, message in [
+        ({"lora_r": 8}, "r is 4 in it and 8 here"),
+        ({"freeze_mm_mlp_adapter": True, "mm_projector_lr": None}, "In it but not trained here: .*mm_projector"),
+        ({"lora_target_modules": "q_proj"}, "In it but not trained here: .*lora"),
+    ]:
+        with pytest.raises((CheckpointError, UserError), match=message):
+            train(tmp_path / "out", **change)
+
+
+def test_the_newest_complete_checkpoint_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    train(tmp_path / "out")
+    newest = tmp_path / "out/checkpoint-6"
+    (newest / "optimizer.pt").write_bytes((newest / "optimizer.pt").read_bytes()[:-100])
+    assert newest_complete_checkpoint(tmp_path / "out") == tmp_path / "out/checkpoint-3"
+    assert "checkpoint-6 is not resumed from: optimizer.pt has" in caplog.text
+
+
+def test_what_to_resume_from_can_be_named(tmp_path: Path):
+    train(tmp_path / "out")
+    run = prepare(tmp_path / "out", resume_from_checkpoint=tmp_path / "out/checkpoint-3")
+    assert run.checkpoint == tmp_path / "out/checkpoint-3"
+    assert prepare(tmp_path / "out", resume_from_checkpoint="False").checkpoint is None
+    with pytest.raises(CheckpointError, match="does not exist. Give one of the checkpoint-N"):
+        prepare(tmp_path / "out", resume_from_checkpoint=tmp_path / "out/checkpoint-99")
+    with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
+        prepare(tmp_path / "out", resume_from_checkpoint="ckpt/base-llm")
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
+        prepare(tmp_path / "empty", resume_from_checkpoint="True")
+
+
+def test_a_failed_save_leaves_earlier_checkpoints_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = prepare(tmp_path / "out")
+    original = torch.save
+
+    def full_disk(content, path, *args, **kwargs):
+        if "checkpoint-6" in str(path) and "optimizer" in str(path):
+            raise OSError(28, "No space left on device")
+        return original(content, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(RunError, match=r"checkpoint-6 could not be written: .*No space left on device"):
+        run.trainer.train()
+    run.stop.release()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-3"}
+    assert what_is_incomplete(tmp_path / "out/checkpoint-3") is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_resume(tmp_path: Path, number: signal.Signals):
+    argv = flags(tmp_path / "out", max_steps=100_000, save_steps=100_000)
+    process = start(argv)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 5/"):
+            break
+    process.send_signal(number)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"Stopped by {number.name} at step" in rest
+    assert "start the same command again to resume" in rest
+    checkpoint = newest_complete_checkpoint(tmp_path / "out")
+    assert checkpoint is not None
+    step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    resumed = train(tmp_path / "out", max_steps=step + 2, save_steps=100_000)
+    assert resumed.trainer.state.global_step == step + 2
+
+
+@pytest.mark.slow
+def test_kill_during_saves_never_leaves_something_to_resume_from_that_should_not(tmp_path: Path):
+    """A run that saves at every step is killed at random moments; each restart resumes from a complete checkpoint."""
+    random.seed(1)
+    output = tmp_path / "out"
+    argv = flags(output, max_steps=100_000, save_steps=1, save_total_limit=2)
+    last = 0
+    for _ in range(6):
+        process = start(argv)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            found = newest_complete_checkpoint(output) if output.exists() else None
+            if found is not None and int(found.name.removeprefix("checkpoint-")) >= last + 4:
+                break
+            time.sleep(0.02)
+        time.sleep(random.uniform(0, 0.15))
+        process.kill()
+        _, log = process.communicate(timeout=30)
+        if last:
+            assert f"Resuming from {output}/checkpoint-" in log
+        found = newest_complete_checkpoint(output)
+        assert found is not None, log
+        reached = int(found.name.removeprefix("checkpoint-"))
+        assert reached >= last + 4, log
+        state = json.loads((found / "trainer_state.json").read_text())
+        assert state["global_step"] == reached
+        torch.load(found / "optimizer.pt", weights_only=True)
+        last = reached
