@@ -1,6 +1,7 @@
 """Paths and tiny models that several tests use."""
 
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -10,6 +11,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 RECORDINGS = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before():
+    """Take back what the command line does to logging in this process."""
+    root, ours = logging.getLogger(), logging.getLogger("llava_ft")
+    handlers, levels = list(root.handlers), (root.level, ours.level)
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
 
 
 @pytest.fixture(scope="session")

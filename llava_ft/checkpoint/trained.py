@@ -46,7 +46,9 @@ def find_trained(
                 f"{directory.path} holds a projector alone. Give its language model with --model-base."
             )
         projector = str(directory.projector_file)
-        return find_base(model_base, vision_tower=tower, projector_file=projector, wishes=wishes), None
+        base = find_base(model_base, vision_tower=tower, projector_file=projector, wishes=wishes)
+        base.config.conversation_template = directory.config.get("conversation_template")
+        return base, None
     if directory.kind != "lora":
         raise CheckpointError(f"{directory.path} holds a {directory.kind}, which cannot answer by itself.")
     base_name = model_base or read_json(directory.path / ADAPTER_CONFIG).get("base_model_name_or_path")
