@@ -144,6 +144,6 @@ def _unsupported_base(base: Mapping[str, Any], where: str) -> str:
             "such as liuhaotian/llava-v1.5-7b, and LLaMA language models."
         )
     return (
-        f"{where} is a {kind!r} model. Supported language models are those of LLaMA's architecture (model_type 'llama'), "
-        "such as lmsys/vicuna-7b-v1.5, and LLaVA models built on them."
+        f"{where} is a {kind!r} model. Supported language models are those of LLaMA's architecture (model_type "
+        "'llama'), such as lmsys/vicuna-7b-v1.5, and LLaVA models built on them."
     )

@@ -67,6 +67,8 @@ class LlavaLlamaConfig(LlamaConfig):
         vision = self.vision_config
         if vision is None:
             return 0
+        assert isinstance(vision.image_size, int)
+        assert isinstance(vision.patch_size, int)
         return num_image_tokens(vision.image_size, vision.patch_size, self.mm_vision_select_feature)
 
 

@@ -9,7 +9,7 @@ logits and loss are computed only where a label is supervised; a micro-batch wit
 Shapes: B samples, T positions, D width, M images, N tokens per image, S supervised positions, V vocabulary.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,14 @@ class LlavaMixin(_Base):
         )
 
     @property
+    def _tower(self) -> CLIPVisionTower:
+        return cast(CLIPVisionTower, self.model.vision_tower)
+
+    @property
+    def _projector(self) -> nn.Module:
+        return cast(nn.Module, self.model.mm_projector)
+
+    @property
     def has_vision(self) -> bool:
         """Whether the model has a vision tower."""
         return self.config.mm_vision_config is not None
@@ -57,12 +65,11 @@ class LlavaMixin(_Base):
         Returns:
             `(M, N, D)` features in word-embedding space.
         """
-        features_MNC = self.model.vision_tower(pixel_values)
-        projector = self.model.mm_projector
-        weight = next(projector.parameters(), None)
+        features_MNC = self._tower(pixel_values)
+        weight = next(self._projector.parameters(), None)
         if weight is not None and not torch.is_autocast_enabled(features_MNC.device.type):
             features_MNC = features_MNC.to(weight.dtype)
-        return projector(features_MNC)
+        return self._projector(features_MNC)
 
     def embed_inputs(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
         """Embed words and images.
@@ -94,13 +101,13 @@ class LlavaMixin(_Base):
         A micro-batch without images would otherwise leave them without a gradient: data-parallel ranks would wait for
         each other, and the optimizer would skip their momentum.
         """
-        tower_is_trained = any(parameter.requires_grad for parameter in self.model.vision_tower.parameters())
+        tower_is_trained = any(parameter.requires_grad for parameter in self._tower.parameters())
         if tower_is_trained:
-            size = self.model.vision_tower.image_size
-            weight = self.model.vision_tower.vision_tower.vision_model.embeddings.patch_embedding.weight
+            size = self._tower.image_size
+            weight = self._tower.vision_tower.vision_model.embeddings.patch_embedding.weight
             return 0.0 * self.encode_images(weight.new_zeros(1, 3, size, size)).sum()
         term = torch.zeros((), device=self.lm_head.weight.device)
-        for parameter in self.model.mm_projector.parameters():
+        for parameter in self._projector.parameters():
             if parameter.requires_grad:
                 term = term + 0.0 * parameter.sum()
         return term
@@ -181,7 +188,7 @@ class LlavaMixin(_Base):
         return total / max(num_items, 1)
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -204,7 +211,8 @@ class LlavaMixin(_Base):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         embeds = self.embed_inputs(input_ids, pixel_values)
-        return super().generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+        generate = super().generate  # pyright: ignore[reportAttributeAccessIssue] - its `self` is too narrow
+        return generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
 
 
 class LlavaLlamaForCausalLM(LlavaMixin, LlamaForCausalLM):

@@ -47,7 +47,10 @@ def add_new_rows(module: nn.Embedding | nn.Linear, num_new: int) -> nn.Parameter
         The new parameter, `(num_new, D)` float32, trainable.
     """
     rows = nn.Parameter(module.weight.detach()[-num_new:].to(torch.float32, copy=True))
-    module.__class__ = EmbeddingWithNewRows if isinstance(module, nn.Embedding) else HeadWithNewRows
+    if isinstance(module, nn.Embedding):
+        module.__class__ = EmbeddingWithNewRows
+    else:
+        module.__class__ = HeadWithNewRows
     module.register_parameter("new_rows", rows)
     return rows
 

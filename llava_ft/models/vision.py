@@ -33,6 +33,7 @@ class CLIPVisionTower(nn.Module):
         super().__init__()
         self.num_layers_run = hidden_state_index(select_layer, config.num_hidden_layers)
         self.drop_class_token = select_feature == "patch"
+        assert isinstance(config.image_size, int)
         self.image_size = config.image_size
         self.vision_tower = _NamedVisionModel(config)
 
