@@ -121,9 +121,10 @@ def generate_answer(
     if stops:
         options |= {"stop_strings": stops, "tokenizer": loaded.tokenizer}
     pad = loaded.tokenizer.pad_token_id
-    ids = loaded.model.generate(**inputs, **options, pad_token_id=pad, streamer=streamer)  # type: ignore[operator]
-    text = loaded.tokenizer.decode(ids[0], skip_special_tokens=True).strip()
+    ids = loaded.model.generate(**inputs, **options, pad_token_id=pad, streamer=streamer)
+    text = loaded.tokenizer.decode(ids[0], skip_special_tokens=True)
     assert isinstance(text, str)
+    text = text.strip()
     for stop in stops:
         text = text.removesuffix(stop).strip()
     return text

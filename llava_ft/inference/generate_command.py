@@ -60,7 +60,7 @@ class _Streamer(TextStreamer):
     """Writes text as soon as it is certain, to any stream, without the white space around the answer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, output: TextIO):
-        super().__init__(tokenizer, skip_prompt=False, skip_special_tokens=True)  # type: ignore[arg-type]
+        super().__init__(tokenizer, skip_prompt=False, skip_special_tokens=True)
         self._output = output
         self._pending = ""
         self._started = False

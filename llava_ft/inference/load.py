@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from llava_ft.checkpoint.adapter import LoraAdapter
 from llava_ft.checkpoint.base import load_base
@@ -37,7 +37,7 @@ class LoadedModel:
         context_len: Longest sequence in tokens.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerFast
     model: LlavaLlamaForCausalLM | PeftModel
     image_transform: ImageTransform | None
     template: str
@@ -53,7 +53,7 @@ def load_pretrained_model(
     device: str | torch.device | None = None,
     attn_implementation: str = "sdpa",
     allow_base_mismatch: bool = False,
-) -> tuple[PreTrainedTokenizerBase, LlavaLlamaForCausalLM, ImageTransform | None, int]:
+) -> tuple[PreTrainedTokenizerFast, LlavaLlamaForCausalLM, ImageTransform | None, int]:
     """Load a model for use, with an adapter added into the weights if there is one.
 
     Args:
@@ -138,7 +138,7 @@ def load_model(
         transform = ImageTransform.from_pretrained(base.vision_directory, base.config.image_aspect_ratio)
     return LoadedModel(
         tokenizer=tokenizer,
-        model=result.eval(),  # type: ignore[arg-type]
+        model=result.eval(),
         image_transform=transform,
         template=base.config.conversation_template or DEFAULT_TEMPLATE,
         context_len=getattr(base.config, "tokenizer_model_max_length", None) or base.config.max_position_embeddings,
@@ -170,10 +170,11 @@ def _wrap(model: LlavaLlamaForCausalLM, lora: LoraAdapter, directory: ModelDirec
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
-    wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)  # type: ignore[arg-type]
+    wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
+    assert isinstance(wrapped, PeftModel)
     parameters = dict(wrapped.named_parameters())
     for name in modules:
         a, b = lora.factors[name + ".weight"]
         parameters[f"{PEFT_PREFIX}{name}.lora_A.default.weight"].data.copy_(a)
         parameters[f"{PEFT_PREFIX}{name}.lora_B.default.weight"].data.copy_(b)
-    return wrapped  # type: ignore[return-value]
+    return wrapped

@@ -34,7 +34,10 @@ class LogitComparison:
 
     def __str__(self) -> str:
         """Return one line for a report."""
-        return f"max |difference of logits| {self.max_difference:.3g} (bound {self.bound:.3g}, largest logit {self.scale:.3g})"
+        return (
+            f"max |difference of logits| {self.max_difference:.3g} "
+            f"(bound {self.bound:.3g}, largest logit {self.scale:.3g})"
+        )
 
 
 def fixed_inputs(loaded: LoadedModel) -> list[dict[str, torch.Tensor]]:
@@ -45,6 +48,7 @@ def fixed_inputs(loaded: LoadedModel) -> list[dict[str, torch.Tensor]]:
     vision = loaded.model.config.vision_config
     if vision is not None:
         size = vision.image_size
+        assert isinstance(size, int)
         row = torch.linspace(-1.5, 1.5, size)
         pixels = torch.stack([row.expand(size, size), row.expand(size, size).T, row.outer(row)])
         ids = [*words[:8], *[IMAGE_TOKEN_INDEX] * loaded.model.config.tokens_per_image, *words[8:]]
