@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from llava_ft.errors import UserError
-from llava_ft.models.llava import part_of
+from llava_ft.models.llava import LlavaLlamaForCausalLM, part_of
 from llava_ft.models.token_rows import add_new_rows
 
 Method = Literal["full", "lora", "projector"]
@@ -83,18 +83,18 @@ class TuningPlan:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.trains(name))
 
-    def separate_new_rows(self, model: nn.Module, num_new: int) -> None:
+    def separate_new_rows(self, model: LlavaLlamaForCausalLM, num_new: int) -> None:
         """Make the rows of added tokens trainable on their own where the matrices around them are frozen.
 
         Pretraining trains the input rows alone, as the original does; LoRA runs train input and output rows.
         """
         if num_new == 0 or self.train_language_model or self.method == "full":
             return
-        rows = add_new_rows(model.get_input_embeddings(), num_new)  # type: ignore[operator]
+        embeddings = model.get_input_embeddings()
+        assert isinstance(embeddings, nn.Embedding)
+        rows = add_new_rows(embeddings, num_new)
         if self.method != "lora":
             return
-        head: nn.Linear = model.lm_head  # type: ignore[assignment]
-        output_rows = add_new_rows(head, num_new)
-        if model.config.tie_word_embeddings:  # type: ignore[union-attr]
-            head.new_rows = rows  # type: ignore[assignment]
-            del output_rows
+        add_new_rows(model.lm_head, num_new)
+        if model.config.tie_word_embeddings:
+            model.lm_head.new_rows = rows

@@ -7,6 +7,7 @@ vision tower when the list is applied to a model whose tower is already loaded.
 
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -54,7 +55,7 @@ def add_lora(
     r: int,
     alpha: int,
     dropout: float,
-    bias: str = "none",
+    bias: Literal["none", "all", "lora_only"] = "none",
     leaf_names: Sequence[str] | None = None,
     base_model_name: str | None = None,
 ) -> PeftModel:
@@ -76,12 +77,12 @@ def add_lora(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        bias=bias,  # type: ignore[arg-type]
+        bias=bias,
         target_modules=target_pattern(model, leaf_names),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_model_name,
     )
-    peft_model = get_peft_model(model, config)  # type: ignore[arg-type]
+    peft_model = get_peft_model(model, config)
     assert isinstance(peft_model, PeftModel)
     peft_model.peft_config["default"].base_model_name_or_path = base_model_name
     for name, parameter in peft_model.named_parameters():
