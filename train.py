@@ -1,4 +1,4 @@
-"""Entry point for launchers: `deepspeed train.py --config lora.yaml`, `torchrun train.py ...`, `python train.py ...`."""
+"""Entry point for launchers: `deepspeed train.py --config lora.yaml`, `torchrun train.py ...`, `python train.py`."""
 
 import sys
 
