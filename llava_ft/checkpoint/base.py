@@ -84,7 +84,9 @@ def find_base(
     has_tower = any(is_vision(name) for name in base_source.names.values())
     has_projector = any(is_projector(name) for name in base_source.names.values())
     tower_name = vision_tower or directory.config.get("mm_vision_tower")
-    vision, tower_directory = _find_vision(directory, tower_name, vision_tower is not None, has_tower, cache_dir)
+    # An adapter's config.json repeats the tower's name of its base; that asks for no other tower.
+    asks_for_another = vision_tower is not None and vision_tower != directory.config.get("mm_vision_tower")
+    vision, tower_directory = _find_vision(directory, tower_name, asks_for_another, has_tower, cache_dir)
     config = settle_config(
         directory.config,
         str(directory.path),
@@ -160,7 +162,8 @@ def _find_vision(
     if tower_name is None:
         if is_llava_config(directory.config):
             raise CheckpointError(
-                f"{directory.path} is a LLaVA checkpoint that does not name its vision tower. Give it with --vision_tower."
+                f"{directory.path} is a LLaVA checkpoint that does not name its vision tower. Give it with "
+                "--vision_tower."
             )
         return None, None
     inside = directory.config.get("mm_vision_config")
@@ -204,7 +207,7 @@ def _load_token_rows(model: LlavaLlamaForCausalLM, files: WeightFiles, num_new_r
     """Take the rows of added tokens from a projector file, which holds them alone or, in old files, all rows."""
     key = next(key for key in files.tensors if native_name(key) == EMBEDDINGS)
     rows = files.read([key])[key]
-    weight = model.get_input_embeddings().weight
+    weight = model.get_parameter(EMBEDDINGS)
     if rows.shape != weight.shape and rows.shape[0] != num_new_rows:
         raise CheckpointError(
             f"{files.path} holds {rows.shape[0]} embedding rows, but {num_new_rows} tokens were added. Were "
