@@ -1,6 +1,7 @@
 """Resuming: bit-equal, complete, and never from something half-written."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from llava_ft.checkpoint.manifest import what_is_incomplete
+from llava_ft.checkpoint.restore import restore_trained
 from llava_ft.checkpoint.resume import newest_complete_checkpoint
 from llava_ft.errors import CheckpointError, RunError, UserError
 from tests.training.helpers import flags, prepare, start, state_of, train
@@ -193,3 +195,36 @@ def test_kill_during_saves_never_leaves_something_to_resume_from_that_should_not
         assert state["global_step"] == reached
         torch.load(found / "optimizer.pt", weights_only=True)
         last = reached
+
+
+def save_forever(run) -> None:
+    while True:
+        run.trainer.state.global_step += 1
+        run.trainer._save_checkpoint(run.trainer.model, trial=None)
+
+
+def test_twenty_kills_while_saving_leave_only_complete_checkpoints(tmp_path: Path):
+    """Whatever is called checkpoint-N after a kill is complete and can be read."""
+    random.seed(2)
+    run = prepare(tmp_path / "out", save_total_limit=3)
+    run.trainer.train()
+    num_interrupted = 0
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            save_forever(run)
+        time.sleep(random.uniform(0.05, 0.25))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        visible = list((tmp_path / "out").glob("checkpoint-*"))
+        num_interrupted += bool(list((tmp_path / "out").glob(".checkpoint-*")))
+        complete = [path for path in visible if what_is_incomplete(path) is None]
+        assert complete
+        newest = newest_complete_checkpoint(tmp_path / "out")
+        assert newest is not None
+        restore_trained(run.trainer.model, newest)
+        torch.load(newest / "optimizer.pt", weights_only=True)
+        run.trainer.state.global_step = int(newest.name.removeprefix("checkpoint-"))
+    assert num_interrupted >= 5, "the kills must hit saves"
+    prepare(tmp_path / "out")
+    assert not list((tmp_path / "out").glob(".*")), "a new start clears what was half-written"
