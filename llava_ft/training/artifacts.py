@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from llava_ft.checkpoint.manifest import Manifest
 from llava_ft.checkpoint.names import (
@@ -69,7 +69,7 @@ class RunArtifacts:
 
     method: Method
     config: LlavaLlamaConfig
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerFast
     vision_directory: Path | None
     run_config: str
     base: str

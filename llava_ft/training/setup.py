@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
+from transformers import PreTrainedTokenizerFast, PrinterCallback, ProgressCallback, set_seed
 
 from llava_ft.args import ParsedArgs, to_yaml
 from llava_ft.checkpoint.base import BaseModel, find_base, load_base
@@ -131,7 +131,7 @@ def find_model(args: ParsedArgs) -> BaseModel:
     )
 
 
-def prepare_datasets(args: ParsedArgs, base: BaseModel, tokenizer: PreTrainedTokenizerBase) -> BuiltDatasets:
+def prepare_datasets(args: ParsedArgs, base: BaseModel, tokenizer: PreTrainedTokenizerFast) -> BuiltDatasets:
     """Read and check the records."""
     transform = None
     if base.vision_directory is not None:
@@ -214,7 +214,7 @@ def _build_trainer(
     args: ParsedArgs,
     model: nn.Module,
     artifacts: RunArtifacts,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     datasets: BuiltDatasets,
 ) -> tuple[LlavaTrainer, StopOnSignal]:
     training = args.training

@@ -9,7 +9,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -70,6 +70,12 @@ class LlavaTrainer(Trainer):
         if loss_normalization == "micro_batch":
             self.model_accepts_loss_kwargs = False
 
+    @property
+    def _trained_model(self) -> nn.Module:
+        """The model without what data-parallel training wraps around it."""
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
     # Data
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
@@ -80,7 +86,7 @@ class LlavaTrainer(Trainer):
         inputs = dict(inputs)
         indices = inputs.pop("sample_indices", [])
         bad = inputs.pop("bad_samples", [])
-        if self.model.training:
+        if self._trained_model.training:
             self._records_in_step += indices
             self._num_samples_seen += len(indices)
             self._note_bad_samples(bad)
@@ -105,7 +111,7 @@ class LlavaTrainer(Trainer):
         """Make the optimizer with LLaVA's parameter groups, and log what is trained."""
         if self.optimizer is not None:
             return self.optimizer
-        model = self.model if model is None else model
+        model = self._trained_model if model is None else model
         groups = parameter_groups(
             model,
             learning_rate=self.args.learning_rate,
@@ -117,7 +123,7 @@ class LlavaTrainer(Trainer):
         if self.is_world_process_zero():
             num_parameters = sum(parameter.numel() for parameter in model.parameters())
             logger.info("What is trained:\n%s", format_table(rows, num_parameters))
-        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
         for group in groups:
             del group["names"]
         self.optimizer = optimizer_class(groups, **options)
@@ -176,8 +182,9 @@ class LlavaTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Compute the mean loss per supervised token over a data set."""
-        was_training = self.model.training
-        self.model.eval()
+        model = self._trained_model
+        was_training = model.training
+        model.eval()
         totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
         for batch in dataloader:
             for error in batch.get("bad_samples", []):
@@ -185,14 +192,14 @@ class LlavaTrainer(Trainer):
             inputs = self._prepare_inputs(batch)
             supervised = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
             with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
-                loss = self.model(**inputs, num_items_in_batch=1).loss
+                loss = model(**inputs, num_items_in_batch=1).loss
             totals += torch.stack(
                 [loss.double(), supervised.double(), supervised.new_tensor(len(inputs["labels"])).double()]
             )
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         if self.args.world_size > 1:
             torch.distributed.all_reduce(totals)
-        self.model.train(was_training)
+        model.train(was_training)
         total, tokens, samples = totals.tolist()
         if tokens == 0:
             raise RunError("The validation data has no supervised token, so there is no loss to compute.")
@@ -218,7 +225,7 @@ class LlavaTrainer(Trainer):
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
                 staging.mkdir(parents=True)
-                self.artifacts.write(staging, self.model, is_final=False)
+                self.artifacts.write(staging, self._trained_model, is_final=False)
             self.accelerator.wait_for_everyone()
             if not self.args.save_only_model:
                 self._save_optimizer_and_scheduler(str(staging))
@@ -233,8 +240,8 @@ class LlavaTrainer(Trainer):
         except (OSError, RuntimeError) as error:
             shutil.rmtree(staging, ignore_errors=True)
             raise RunError(
-                f"{final} could not be written: {error}. Checkpoints written earlier are untouched. Free some space, or "
-                "keep fewer with --save_total_limit, and start the same command again to resume."
+                f"{final} could not be written: {error}. Checkpoints written earlier are untouched. Free some "
+                "space, or keep fewer with --save_total_limit, and start the same command again to resume."
             ) from error
         if self.args.should_save:
             rotate_checkpoints(
@@ -245,7 +252,7 @@ class LlavaTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save_trainer_state(self, directory: Path) -> None:
-        states = self.state.stateful_callbacks
+        states = cast(dict[str, Any], self.state.stateful_callbacks)
         for callback in [*self.callback_handler.callbacks, self.control]:
             if not isinstance(callback, ExportableState):
                 continue
@@ -265,7 +272,7 @@ class LlavaTrainer(Trainer):
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         try:
-            self.artifacts.write(staging, self.model, is_final=True)
+            self.artifacts.write(staging, self._trained_model, is_final=True)
             self.state.save_to_json(str(staging / "trainer_state.json"))
             forget_manifest(target)
             move_files(staging, target)
@@ -280,11 +287,11 @@ class LlavaTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Restore everything trained; what is missing or left over is an error."""
-        restore_trained(self.model if model is None else model, Path(resume_from_checkpoint))
+        restore_trained(self._trained_model if model is None else model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         """Restore everything trained from the best checkpoint, the projector too."""
         best = self.state.best_model_checkpoint
         assert best is not None
         logger.info("The best checkpoint is %s (%s); its weights are the result.", best, self.state.best_metric)
-        restore_trained(self.model, Path(best))
+        restore_trained(self._trained_model, Path(best))

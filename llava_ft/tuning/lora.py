@@ -82,9 +82,9 @@ def add_lora(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_model_name,
     )
+    model.name_or_path = base_model_name  # type: ignore[assignment]  # PEFT writes this over what its config says
     peft_model = get_peft_model(model, config)
     assert isinstance(peft_model, PeftModel)
-    peft_model.peft_config["default"].base_model_name_or_path = base_model_name
     for name, parameter in peft_model.named_parameters():
         if name.endswith("bias") and part_of(name) == "vision tower":
             parameter.requires_grad_(False)

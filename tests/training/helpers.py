@@ -51,7 +51,7 @@ METHODS = {
 
 def flags(output_dir: Path, method: str = "lora", **changes: object) -> list[str]:
     """Return the command line of a small run; a change of None leaves a flag out."""
-    values = COMMON | METHODS[method] | {"output_dir": str(output_dir)} | {k: v for k, v in changes.items()}
+    values = COMMON | METHODS[method] | {"output_dir": str(output_dir)} | changes
     return [text for name, value in values.items() if value is not None for text in (f"--{name}", str(value))]
 
 

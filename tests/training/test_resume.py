@@ -121,7 +121,7 @@ def test_what_to_resume_from_can_be_named(tmp_path: Path):
     run = prepare(tmp_path / "out", resume_from_checkpoint=tmp_path / "out/checkpoint-3")
     assert run.checkpoint == tmp_path / "out/checkpoint-3"
     assert prepare(tmp_path / "out", resume_from_checkpoint="False").checkpoint is None
-    with pytest.raises(CheckpointError, match="does not exist. Give one of the checkpoint-N"):
+    with pytest.raises(CheckpointError, match=r"does not exist. Give one of the checkpoint-N"):
         prepare(tmp_path / "out", resume_from_checkpoint=tmp_path / "out/checkpoint-99")
     with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
         prepare(tmp_path / "out", resume_from_checkpoint="ckpt/base-llm")

@@ -163,7 +163,7 @@ def test_an_adapter_on_another_base_is_refused(tmp_path: Path):
     save_file(weights, other / "model.safetensors")
     changes = {"lora_weight_path": tmp_path / "first", "model_name_or_path": other, "pretrain_mm_mlp_adapter": None}
     with pytest.raises(
-        CheckpointError, match="whose weights differ. Give the original base model, or pass --allow_base"
+        CheckpointError, match=r"whose weights differ. Give the original base model, or pass --allow_base"
     ):
         prepare(tmp_path / "second", **changes)
     prepare(tmp_path / "second", allow_base_mismatch="True", **changes)
@@ -259,7 +259,7 @@ def test_a_non_finite_gradient_does_not_reach_the_weights(tmp_path: Path):
     name, weight = next((n, p) for n, p in run.trainer.model.named_parameters() if "lora_B" in n)
     weight.register_hook(lambda gradient: gradient * float("inf"))
     before = weight.detach().clone()
-    with pytest.raises(RunError, match="The gradient norm is (nan|inf) in step 1"):
+    with pytest.raises(RunError, match=r"The gradient norm is (nan|inf) in step 1"):
         run.trainer.train()
     run.stop.release()
     assert torch.equal(weight, before), name
@@ -281,7 +281,7 @@ def test_a_run_whose_images_are_gone_ends(tmp_path: Path):
     shutil.copytree("images/src", images)
     run = prepare(tmp_path / "out", image_folder=images, max_steps=30)
     shutil.rmtree(images)
-    with pytest.raises(RunError, match="more than bad_sample_limit allows.*Is the image folder still there"):
+    with pytest.raises(RunError, match=r"more than bad_sample_limit allows.*Is the image folder still there"):
         run.trainer.train()
     run.stop.release()
 
