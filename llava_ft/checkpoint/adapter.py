@@ -76,15 +76,16 @@ class LoraAdapter:
         a, b = self.factors[name]
         if (b.shape[0], a.shape[1]) != tuple(weight.shape):
             raise CheckpointError(
-                f"The adapter {self.path} changes {name} as a {b.shape[0]} x {a.shape[1]} matrix, but in the base model "
-                f"it is {' x '.join(map(str, weight.shape))}. It belongs to another base model."
+                f"The adapter {self.path} changes {name} as a {b.shape[0]} x {a.shape[1]} matrix, but in the base "
+                f"model it is {' x '.join(map(str, weight.shape))}. It belongs to another base model."
             )
         return weight.float() + self.scales[name] * (b @ a)
 
 
 def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
-    alpha = config.get("lora_alpha", rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
+    alpha: float = config.get("lora_alpha", rank)
+    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
+    for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", name.removesuffix(".weight")):
             alpha = value
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)

@@ -82,7 +82,6 @@ def find_base(
     files = WeightFiles.open(directory.path)
     base_source = WeightSource.of("base model", files, native_name)
     has_tower = any(is_vision(name) for name in base_source.names.values())
-    has_projector = any(is_projector(name) for name in base_source.names.values())
     tower_name = vision_tower or directory.config.get("mm_vision_tower")
     # An adapter's config.json repeats the tower's name of its base; that asks for no other tower.
     asks_for_another = vision_tower is not None and vision_tower != directory.config.get("mm_vision_tower")
@@ -105,12 +104,12 @@ def find_base(
         projector, token_rows = _open_projector(Path(projector_file), vision is not None)
         sources = [_without_projector(source) for source in sources] + [projector]
     sources += extra_sources
-    extra_has_projector = any(is_projector(name) for source in extra_sources for name in source.names.values())
+    has_projector = any(is_projector(name) for source in sources for name in source.names.values())
     return BaseModel(
         directory=directory,
         config=config,
         sources=tuple(sources),
-        projector_is_new=vision is not None and not (has_projector or projector_file or extra_has_projector),
+        projector_is_new=vision is not None and not has_projector,
         vision_directory=_image_settings_directory(directory, tower_directory) if vision is not None else None,
         token_rows=token_rows,
     )

@@ -34,7 +34,7 @@ class ModelDirectory:
 
     path: Path
     kind: Kind
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def adapter_file(self) -> Path | None:
@@ -99,7 +99,7 @@ def resolve_model_path(name: str, *, cache_dir: str | None = None, relative_to: 
             return candidate
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"The model directory {name} does not exist.")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType] - tqdm has no types
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:

@@ -17,7 +17,7 @@ from torch import nn
 from llava_ft.checkpoint.names import EMBEDDINGS, HEAD, is_derived
 from llava_ft.checkpoint.weights import TensorInfo, WeightFiles
 from llava_ft.errors import CheckpointError
-from llava_ft.models.llava import part_of
+from llava_ft.models.llava import LlavaLlamaForCausalLM, part_of
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +61,11 @@ class Ledger:
         unexpected: Tensors that the model has no place for, by source.
     """
 
-    loaded: Counter[tuple[str, str]] = field(default_factory=Counter)
-    num_bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
-    initialised: list[str] = field(default_factory=list)
-    grown: dict[str, int] = field(default_factory=dict)
-    unexpected: dict[str, list[str]] = field(default_factory=dict)
+    loaded: Counter[tuple[str, str]] = field(default_factory=Counter[tuple[str, str]])
+    num_bytes: Counter[tuple[str, str]] = field(default_factory=Counter[tuple[str, str]])
+    initialised: list[str] = field(default_factory=list[str])
+    grown: dict[str, int] = field(default_factory=dict[str, int])
+    unexpected: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
 
     def lines(self) -> list[str]:
         """Return the ledger as lines for the log."""
@@ -86,7 +86,7 @@ class Ledger:
 
 
 def load_weights(
-    model: nn.Module,
+    model: LlavaLlamaForCausalLM,
     sources: Sequence[WeightSource],
     *,
     dtype_of: Callable[[str], torch.dtype],
@@ -123,12 +123,12 @@ def load_weights(
         ledger.loaded[part_of(name), f"{source.label} {source.files.path}"] += 1
         ledger.num_bytes[part_of(name), f"{source.label} {source.files.path}"] += value.nbytes
     if _head_is_tied(model):
-        model.lm_head.weight = model.model.embed_tokens.weight  # type: ignore[union-attr]
+        model.lm_head.weight = model.model.embed_tokens.weight
     return ledger
 
 
 def plan_sources(
-    model: nn.Module,
+    model: LlavaLlamaForCausalLM,
     sources: Sequence[WeightSource],
     ledger: Ledger,
     *,
@@ -173,8 +173,8 @@ def plan_sources(
     if undeclared:
         places = ", ".join(f"{source.label} ({source.files.path})" for source in sources)
         raise CheckpointError(
-            f"{len(undeclared)} weights of the model are in none of its files: {_some(undeclared)}. Looked in {places}. "
-            "Is this the right directory, and is it complete?"
+            f"{len(undeclared)} weights of the model are in none of its files: {_some(undeclared)}. Looked in {places}."
+            " Is this the right directory, and is it complete?"
         )
     return plan
 
@@ -220,9 +220,10 @@ def _initialise(
     """Give parameters PyTorch's own initialisation, drawn in float32 on the CPU whatever the dtype and device."""
     for module_name in dict.fromkeys(name.rpartition(".")[0] for name in names):
         module = model.get_submodule(module_name)
+        assert isinstance(module, nn.Linear)
         module.to_empty(device="cpu", recurse=False)
         module.float()
-        module.reset_parameters()  # type: ignore[operator]
+        module.reset_parameters()
         for leaf, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{leaf}"
             _assign(model, name, parameter.detach().to(device=device, dtype=dtype_of(name)))
@@ -231,11 +232,11 @@ def _initialise(
 def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
     module_name, _, leaf = name.rpartition(".")
     module = model.get_submodule(module_name)
-    module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
 
 
-def _head_is_tied(model: nn.Module) -> bool:
-    return bool(model.config.tie_word_embeddings)  # type: ignore[union-attr]
+def _head_is_tied(model: LlavaLlamaForCausalLM) -> bool:
+    return bool(model.config.tie_word_embeddings)
 
 
 def _size(shape: tuple[int, ...]) -> str:

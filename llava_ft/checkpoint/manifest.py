@@ -68,8 +68,8 @@ class Manifest:
     base_fingerprint: str = ""
     step: int = 0
     template: str = ""
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    versions: dict[str, str] = field(default_factory=dict[str, str])
 
     def write(self, directory: Path) -> None:
         """List the directory's files, without sub-checkpoints, and write the manifest, in place at once."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from llava_ft.checkpoint.adapter import LoraAdapter
 from llava_ft.checkpoint.base import BaseModel
@@ -128,7 +128,7 @@ def _write_merged(
     staging: Path,
     base: BaseModel,
     lora: LoraAdapter | None,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     options: MergeOptions,
 ) -> MergeReport:
     num_new_rows = max(0, len(tokenizer) - base.config.vocab_size)

@@ -63,7 +63,7 @@ def restore_trained(model: nn.Module, path: Path, *, as_start: bool = False) -> 
     trainable = {plain_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     _check_lora_config(model, directory)
     is_whole = directory.kind not in ("lora", "projector")
-    may_be_frozen = {plain_name(name) for name, _ in model.named_parameters()} if is_whole or as_start else set()
+    may_be_frozen = {plain_name(name) for name, _ in model.named_parameters()} if is_whole or as_start else set[str]()
     restored: set[str] = set()
     unexpected: list[str] = []
     for files in trained_files(directory):

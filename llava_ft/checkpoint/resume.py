@@ -38,8 +38,8 @@ def check_checkpoint(path: Path) -> None:
         )
     if not (path / "trainer_state.json").is_file():
         raise CheckpointError(
-            f"{path} has no trainer_state.json, so it is no checkpoint to resume from. To start from its weights with a "
-            "new optimizer, use --lora_weight_path or --pretrain_mm_mlp_adapter."
+            f"{path} has no trainer_state.json, so it is no checkpoint to resume from. To start from its weights with "
+            "a new optimizer, use --lora_weight_path or --pretrain_mm_mlp_adapter."
         )
     if read_manifest(path) is not None and (reason := what_is_incomplete(path)) is not None:
         raise CheckpointError(f"{path} is incomplete: {reason}. Resume from another one.")

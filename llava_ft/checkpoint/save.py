@@ -10,14 +10,14 @@ Files are written into a staging directory and then moved; the manifest comes la
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType] - a bare PathLike
 
 from llava_ft.checkpoint.manifest import sync_file
 from llava_ft.checkpoint.names import (
@@ -116,11 +116,13 @@ def adapter_config_fields(lora_config: LoraConfig) -> dict[str, Any]:
     Keys that PEFT got after 0.10 are left out while they have their default, so that the versions original LLaVA is
     installed with can read the file.
     """
-    fields = dict(lora_config.to_dict())
-    defaults = LoraConfig(task_type="CAUSAL_LM").to_dict()
+    fields = cast("dict[str, Any]", lora_config.to_dict())
+    defaults = cast("dict[str, Any]", LoraConfig(task_type="CAUSAL_LM").to_dict())
     kept = {key: value for key, value in fields.items() if key in _PEFT_0_10_KEYS or value != defaults.get(key)}
     kept["inference_mode"] = True
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(kept.items())}
+    return {
+        key: sorted(cast("set[str]", value)) if isinstance(value, set) else value for key, value in sorted(kept.items())
+    }
 
 
 def write_tensors(
@@ -236,7 +238,7 @@ def parse_size(text: str) -> int:
 
 
 @contextmanager
-def staged_directory(final: Path) -> Iterator[Path]:
+def staged_directory(final: Path) -> Generator[Path]:
     """Write a directory that appears under its name only when it is complete.
 
     Yields:

@@ -13,7 +13,7 @@ import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -139,7 +139,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}). Is the file complete?") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a JSON {type(content).__name__}; an object is needed.")
-    return content
+    return cast("dict[str, Any]", content)
 
 
 def _find_model_file(directory: Path) -> Path:
@@ -160,13 +160,14 @@ def _open_shards(index: Path) -> dict[str, TensorInfo]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no 'weight_map'. The index is damaged.")
+    shard_of = cast("dict[str, str]", weight_map)
     shards: dict[str, dict[str, TensorInfo]] = {}
-    for shard in sorted(set(weight_map.values())):
+    for shard in sorted(set(shard_of.values())):
         if Path(shard).name != shard:
             raise CheckpointError(f"{index} names the shard {shard!r}, which is not in its own directory.")
         shards[shard] = _inspect_file(index.parent / shard)
     tensors: dict[str, TensorInfo] = {}
-    for name, shard in weight_map.items():
+    for name, shard in shard_of.items():
         if name not in shards[shard]:
             raise CheckpointError(f"{index} says that {shard} holds {name}, but it does not. The shard is damaged.")
         tensors[name] = shards[shard][name]
@@ -184,7 +185,7 @@ def _inspect_file(file: Path) -> dict[str, TensorInfo]:
 def _inspect_safetensors(file: Path) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     try:
-        with safe_open(file, framework="pt") as opened:
+        with cast("Any", safe_open)(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - not a dict
                 view = opened.get_slice(name)
                 dtype = _SAFETENSORS_DTYPES.get(view.get_dtype())
@@ -212,9 +213,11 @@ def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
         ) from None
     except (RuntimeError, OSError, EOFError, ValueError) as error:
         raise CheckpointError(_damaged(file, error)) from None
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise CheckpointError(f"{file} is not a dictionary of tensors, so it is not a weight file.")
-    return content
+    if isinstance(content, dict):
+        tensors = cast("dict[str, Any]", content)
+        if all(isinstance(value, torch.Tensor) for value in tensors.values()):
+            return tensors
+    raise CheckpointError(f"{file} is not a dictionary of tensors, so it is not a weight file.")
 
 
 def _damaged(file: Path, error: Exception) -> str:
@@ -227,7 +230,7 @@ def _damaged(file: Path, error: Exception) -> str:
 
 def _read(file: Path, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
     if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as opened:
+        with cast("Any", safe_open)(file, framework="pt") as opened:
             for name in names:
                 yield name, opened.get_tensor(name)
         return
