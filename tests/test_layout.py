@@ -1,0 +1,113 @@
+"""The shape of the package: which part may import which, and how long files and functions are."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "llava_ft"
+FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = [file for file in FILES if file.name != "__init__.py"]
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 61
+
+GROUND = {"constants", "errors", "version", "geometry"}
+CONTENT = {"conversation", "data", "models"}
+MIDDLE = {"tuning", "checkpoint"}
+USE = {"training", "inference"}
+MAY_IMPORT = {
+    **dict.fromkeys(GROUND, GROUND),
+    "conversation": GROUND,
+    "data": GROUND | {"conversation"},
+    "models": GROUND | {"conversation"},
+    "args": GROUND | {"conversation"},
+    **dict.fromkeys(MIDDLE, GROUND | CONTENT | MIDDLE),
+    "inference": GROUND | CONTENT | MIDDLE,
+    "training": GROUND | CONTENT | MIDDLE | {"args"},
+    "cli": GROUND | CONTENT | MIDDLE | USE | {"args"},
+    "__init__": {"version", "inference"},
+}
+"""Parts of `llava_ft` that each part may import beside itself."""
+
+
+def parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+
+
+def name_of(file: Path) -> str:
+    return str(file.relative_to(PACKAGE.parent))
+
+
+def part_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_parts(tree: ast.Module) -> Iterator[str]:
+    """Parts of `llava_ft` that a module imports, anywhere in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            package, _, rest = name.partition(".")
+            if package == "llava_ft":
+                yield rest.partition(".")[0] or "__init__"
+
+
+def calls(tree: ast.Module, function: str) -> list[ast.Call]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == function]
+
+
+def test_every_part_has_a_place() -> None:
+    assert {part_of(file) for file in FILES} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("part", sorted(MAY_IMPORT))
+def test_imports_point_one_way(part: str) -> None:
+    offenders = [
+        f"{name_of(file)} imports llava_ft.{imported}"
+        for file in FILES
+        if part_of(file) == part
+        for imported in imported_parts(parse(file))
+        if imported != part and imported not in MAY_IMPORT[part]
+    ]
+    assert not offenders, "\n".join(offenders)
+
+
+def test_every_module_says_what_it_is() -> None:
+    assert [name_of(file) for file in MODULES if not ast.get_docstring(parse(file))] == []
+
+
+def test_only_the_command_line_prints() -> None:
+    printing = {name_of(file) for file in FILES if calls(parse(file), "print")}
+    assert printing <= {"llava_ft/cli.py"}
+
+
+def test_pickles_are_never_executed() -> None:
+    offenders = [
+        f"{name_of(file)}:{call.lineno}"
+        for file in FILES
+        for call in calls(parse(file), "torch.load")
+        if "weights_only=True" not in [ast.unparse(keyword) for keyword in call.keywords]
+    ]
+    assert offenders == []
+
+
+def test_no_file_is_long() -> None:
+    lengths = {name_of(file): len(file.read_text(encoding="utf-8").splitlines()) for file in FILES}
+    assert {name: length for name, length in lengths.items() if length > MAX_FILE_LINES} == {}
+
+
+def test_no_function_is_long() -> None:
+    lengths = {
+        f"{name_of(file)}:{node.lineno} {node.name}": (node.end_lineno or node.lineno) - node.lineno + 1
+        for file in FILES
+        for node in ast.walk(parse(file))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {name: length for name, length in lengths.items() if length > MAX_FUNCTION_LINES} == {}
