@@ -1,0 +1,84 @@
+"""The shipped tiny LLaVA knows shapes and letters but no digits, and the quick start teaches it those."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llava_ft.args import parse_args
+from llava_ft.conversation import get_template
+from llava_ft.inference.generate import Sampling, build_prompt, generate_answer
+from llava_ft.inference.load import load_model
+
+REPO = Path(__file__).parents[1]
+MODEL = REPO / "data" / "tiny-llava"
+SECONDS_ALLOWED = 500
+
+
+@pytest.fixture(scope="module")
+def drawing():
+    """The module that drew what the model was trained on."""
+    sys.path.insert(0, str(REPO / "scripts"))
+    try:
+        import make_tiny_llava
+    finally:
+        sys.path.remove(str(REPO / "scripts"))
+    return make_tiny_llava
+
+
+def test_the_recipe_names_the_shipped_model():
+    args = parse_args(["--config", "quickstart.yaml"])
+    assert (REPO / args.model.model_name_or_path).resolve() == MODEL
+    assert args.flags.lora_enable
+    assert args.notes == []
+
+
+def test_the_shipped_files_are_small():
+    assert sum(path.stat().st_size for path in MODEL.iterdir()) < 5_000_000
+
+
+@pytest.mark.slow
+def test_answers_about_drawn_pictures(drawing, tmp_path):
+    loaded = load_model(str(MODEL))
+    template = get_template(loaded.template)
+    rng = random.Random(99)
+    right = asked = 0
+    for number in range(20):
+        picture = drawing.draw(rng)
+        file = tmp_path / f"{number}.png"
+        picture.image.save(file)
+        for question, expected in picture.talk[:2]:
+            prompt = build_prompt(question, 1, template)
+            answer = generate_answer(loaded, prompt, [file], template, Sampling(max_new_tokens=16))
+            assert answer.endswith(".")
+            right += answer == expected
+            asked += 1
+    assert right >= 0.6 * asked
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS_ALLOWED + 60)
+def test_the_whole_quick_start(tmp_path):
+    pytest.importorskip("deepspeed")
+    pytest.importorskip("sklearn")
+    result = subprocess.run(
+        [REPO / "scripts" / "quickstart.sh", tmp_path],
+        env=os.environ | {"QUICKSTART_PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS_ALLOWED,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["accuracy_before"] < 0.3
+    assert report["accuracy_after"] >= 0.9
+    assert report["num_test"] == 100
+    assert "Which digit is this?" in result.stdout
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 10
+    assert "<polyline" in page
+    assert "http" not in page
