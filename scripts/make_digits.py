@@ -23,7 +23,7 @@ def main() -> None:
     """Write the folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--train", type=int, default=1000, help="pictures to learn from")
+    parser.add_argument("--train", type=int, default=1400, help="pictures to learn from")
     parser.add_argument("--test", type=int, default=100, help="held-out pictures")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

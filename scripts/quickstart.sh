@@ -10,6 +10,8 @@ else
   ./scripts/setup.sh quickstart
   source .venv/bin/activate
 fi
+# On shared cores threads that spin while they wait make everything several times slower.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 say() { printf '\n== %s\n' "$*"; }
 SECONDS=0
