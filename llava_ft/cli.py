@@ -82,7 +82,6 @@ def train(argv: Sequence[str]) -> int:
         run.trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     finally:
         run.stop.release()
-        _leave_process_group()
     if run.trainer.bad_samples:
         names = ", ".join(str(error) for error in run.trainer.bad_samples[:5])
         logger.warning("%d samples could not be read and were not trained on: %s", len(run.trainer.bad_samples), names)
@@ -97,8 +96,10 @@ def train(argv: Sequence[str]) -> int:
             step,
             args.training.output_dir,
         )
+        _leave_process_group()
         return FAILED
     run.trainer.save_model()
+    _leave_process_group()
     logger.info("Done. The result is in %s.", args.training.output_dir)
     return DONE
 

@@ -170,13 +170,7 @@ def build_datasets(
         UserError: A file cannot be read, no usable record is left, records have images but there is no vision
             tower or no image folder, or (with "error") a record cannot be used.
     """
-    if not 0.0 <= validation_fraction < 1.0:
-        raise UserError(f"validation_fraction is {validation_fraction}; it must be at least 0 and below 1.")
-    if validation_fraction and validation_path is not None:
-        raise UserError(
-            "validation_fraction and validation_data_path are both given. Use one of them: a share of the "
-            "training records, or records of their own."
-        )
+    _check_split(validation_fraction, validation_path)
     builder = _Builder(
         tokenize=tokenize,
         image_transform=image_transform,
@@ -195,6 +189,16 @@ def build_datasets(
         train, validation = split_dataset(train, validation_fraction, seed)
         return BuiltDatasets(train, validation, report)
     return BuiltDatasets(train, None, report)
+
+
+def _check_split(validation_fraction: float, validation_path: str | PathLike[str] | None) -> None:
+    if not 0.0 <= validation_fraction < 1.0:
+        raise UserError(f"validation_fraction is {validation_fraction}; it must be at least 0 and below 1.")
+    if validation_fraction and validation_path is not None:
+        raise UserError(
+            "validation_fraction and validation_data_path are both given. Use one of them: a share of the "
+            "training records, or records of their own."
+        )
 
 
 def split_dataset(

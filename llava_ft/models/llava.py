@@ -99,10 +99,12 @@ class LlavaMixin(_Base):
         """Zero that depends on every trainable vision parameter.
 
         A micro-batch without images would otherwise leave them without a gradient: data-parallel ranks would wait for
-        each other, and the optimizer would skip their momentum.
+        each other, and the optimizer would skip their momentum. Where ZeRO-3 has divided the parameters, every rank
+        has to run the same modules, so tower and projector run on one zero image.
         """
         tower_is_trained = any(parameter.requires_grad for parameter in self._tower.parameters())
-        if tower_is_trained:
+        is_divided = any(hasattr(parameter, "ds_id") for parameter in self._projector.parameters())
+        if tower_is_trained or is_divided:
             size = self._tower.image_size
             weight = self._tower.vision_tower.vision_model.embeddings.patch_embedding.weight
             return 0.0 * self.encode_images(weight.new_zeros(1, 3, size, size)).sum()

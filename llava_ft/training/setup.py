@@ -91,7 +91,7 @@ def prepare_run(args: ParsedArgs) -> Run:
         tokenizer=tokenizer,
         vision_directory=base.vision_directory,
         run_config=to_yaml(args),
-        base=str(base.directory.path),
+        base=lasting_name(args.model.model_name_or_path),
         base_fingerprint=fingerprint,
         template=args.model.version,
         weights_format=args.flags.weights_format,
@@ -177,11 +177,16 @@ def load_model_to_train(args: ParsedArgs, base: BaseModel, plan: TuningPlan, *, 
             dropout=args.flags.lora_dropout,
             bias=args.flags.lora_bias,
             leaf_names=args.flags.lora_target_modules,
-            base_model_name=str(base.directory.path),
+            base_model_name=lasting_name(args.model.model_name_or_path),
         )
     plan.apply(result)
     model.config.use_cache = False
     return result
+
+
+def lasting_name(name: str) -> str:
+    """Return the name of a model as it is written beside what was trained on it: hub names as they are, paths whole."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def compute_dtype(args: ParsedArgs) -> torch.dtype:
@@ -226,6 +231,8 @@ def _build_trainer(
         world_size=training.world_size * training.gradient_accumulation_steps,
         seed=training.data_seed if training.data_seed is not None else training.seed,
     )
+    if training.ddp_find_unused_parameters is None:
+        training.ddp_find_unused_parameters = False  # every trained parameter gets a gradient from every batch
     stop = StopOnSignal()
     pad = tokenizer.pad_token_id
     assert isinstance(pad, int)
@@ -264,6 +271,8 @@ def _complete_config(args: ParsedArgs, base: BaseModel) -> None:
     config.tokenizer_model_max_length = args.flags.model_max_length
     config.tokenizer_padding_side = "right"
     config.conversation_template = args.model.version
+    if config.mm_vision_tower is not None:
+        config.mm_vision_tower = lasting_name(config.mm_vision_tower)
     if args.flags.model_max_length > config.max_position_embeddings:
         logger.warning(
             "model_max_length is %d, but the model was trained with at most %d positions.",

@@ -7,7 +7,8 @@ run before the optimizer uses it, naming the records.
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
@@ -211,6 +213,24 @@ class LlavaTrainer(Trainer):
 
     # Checkpoints
 
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Restore the position; a run that is at its last step has no epoch left, also in the middle of one."""
+        position = super()._init_training_state(max_steps, *args, **kwargs)
+        return position if self.state.global_step < max_steps else (self.state.num_train_epochs, 0)
+
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
+        """Make trained parameters whole on every rank where ZeRO-3 has divided them; all ranks enter together."""
+        if not is_deepspeed_zero3_enabled():
+            yield
+            return
+        import deepspeed
+
+        writes_all = self.artifacts.method == "full"
+        parameters = [p for p in self._trained_model.parameters() if p.requires_grad or writes_all]
+        with deepspeed.zero.GatheredParameters(parameters):
+            yield
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write `checkpoint-N`: staged beside its place, and renamed when every rank has written its part."""
         self.store_flos()
@@ -225,7 +245,9 @@ class LlavaTrainer(Trainer):
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
                 staging.mkdir(parents=True)
-                self.artifacts.write(staging, self._trained_model, is_final=False)
+            with self._gathered():
+                if self.args.should_save:
+                    self.artifacts.write(staging, self._trained_model, is_final=False)
             self.accelerator.wait_for_everyone()
             if not self.args.save_only_model:
                 self._save_optimizer_and_scheduler(str(staging))
@@ -265,9 +287,13 @@ class LlavaTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the result of the run into the output directory, complete, with its manifest."""
-        if not self.args.should_save:
-            return
         target = Path(output_dir or self.args.output_dir or ".")
+        with self._gathered():
+            if self.args.should_save:
+                self._write_result(target)
+        self.accelerator.wait_for_everyone()
+
+    def _write_result(self, target: Path) -> None:
         staging = target / f".result{_STAGING}"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)

@@ -6,6 +6,7 @@ vision tower when the list is applied to a model whose tower is already loaded.
 """
 
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Literal
 
@@ -83,7 +84,9 @@ def add_lora(
         base_model_name_or_path=base_model_name,
     )
     model.name_or_path = base_model_name  # type: ignore[assignment]  # PEFT writes this over what its config says
-    peft_model = get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        peft_model = get_peft_model(model, config)
     assert isinstance(peft_model, PeftModel)
     for name, parameter in peft_model.named_parameters():
         if name.endswith("bias") and part_of(name) == "vision tower":

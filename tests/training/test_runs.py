@@ -15,7 +15,7 @@ from llava_ft.errors import CheckpointError, RunError, UserError
 from llava_ft.inference.load import load_model
 from llava_ft.inference.verify import compare_merged, fixed_logits
 from tests.conftest import RECORDINGS
-from tests.training.helpers import flags, prepare, state_of, train, write_records
+from tests.training.helpers import REPOSITORY, flags, prepare, start, state_of, train, write_records
 
 pytestmark = pytest.mark.usefixtures("in_recordings")
 
@@ -42,7 +42,7 @@ def test_the_adapter_config_names_only_the_language_model(tmp_path: Path):
 
     train(tmp_path / "out", max_steps=1)
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "ckpt/base-llm"
+    assert config["base_model_name_or_path"] == str(Path("ckpt/base-llm").resolve())
     assert config["target_modules"].startswith(r"model\.layers\.")
     pattern = re.compile(config["target_modules"])
     assert pattern.fullmatch("model.layers.31.self_attn.q_proj")
@@ -344,3 +344,38 @@ def test_the_command_trains_resumes_and_ends_with_status_0(tmp_path: Path, capsy
     assert "Done. The result is in" in first.err
     assert main(["train", *flags(tmp_path / "out", max_steps=5)]) == 0
     assert f"Resuming from {tmp_path}/out/checkpoint-3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_finished_run_that_is_started_again_trains_no_further(tmp_path: Path, method: str):
+    first = train(tmp_path / "out", method, max_steps=4, lr_scheduler_type="constant")
+    again = train(tmp_path / "out", method, max_steps=4, lr_scheduler_type="constant")
+    assert again.trainer.state.global_step == 4
+    one, other = state_of(first), state_of(again)
+    assert all(torch.equal(one[name], other[name]) for name in one if not name.startswith("optimizer"))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_zero_3_writes_whole_tensors(tmp_path: Path):
+    """Parameters that ZeRO-3 divides among ranks have no elements of their own; what is saved must be whole."""
+    zero = json.loads((REPOSITORY / "configs/zero3.json").read_text())
+    zero["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (tmp_path / "zero3.json").write_text(json.dumps(zero))
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29611"}
+    process = start(flags(tmp_path / "out", deepspeed=tmp_path / "zero3.json", max_steps=3), **rank)
+    _, log = process.communicate(timeout=400)
+    assert process.returncode == 0, log
+    recorded = load_file("train/lora/llava-tiny-lora/adapter_model.safetensors")
+    for directory in (tmp_path / "out", tmp_path / "out/checkpoint-3"):
+        adapter = torch.load(directory / "adapter_model.bin", weights_only=True)
+        assert set(adapter) == set(recorded)
+        assert all(tensor.numel() > 0 and torch.isfinite(tensor).all() for tensor in adapter.values())
+        beside = torch.load(directory / "non_lora_trainables.bin", weights_only=True)
+        assert {key: tuple(tensor.shape) for key, tensor in beside.items()} == {
+            "base_model.model.model.mm_projector.0.weight": (64, 32),
+            "base_model.model.model.mm_projector.0.bias": (64,),
+            "base_model.model.model.mm_projector.2.weight": (64, 64),
+            "base_model.model.model.mm_projector.2.bias": (64,),
+        }
+    load_model(str(tmp_path / "out"))
