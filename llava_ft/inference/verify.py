@@ -1,11 +1,13 @@
 """Comparing two models that ought to say the same: the proof at the end of a merge."""
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.constants import IMAGE_TOKEN_INDEX
 from llava_ft.errors import RunError
 from llava_ft.inference.load import LoadedModel, load_model
@@ -75,18 +77,20 @@ def compare_merged(
     merged_dtype: torch.dtype = torch.float32,
     allow_base_mismatch: bool = False,
 ) -> LogitComparison:
-    """Compare a merged model with the adapter beside its base. Both are computed in float32.
+    """Compare a merged model with the adapter beside its base.
 
-    The two models are in memory one after the other.
+    The two models are in memory one after the other. Both are computed in float32, or in `merged_dtype` if float32
+    weights would not fit into the memory that is free.
 
     Raises:
         RunError: They differ by more than rounding explains.
     """
+    dtype = computing_dtype(merged, merged_dtype, free_memory())
     loaded = load_model(
         model_path,
         model_base,
         vision_tower=vision_tower,
-        dtype=torch.float32,
+        dtype=dtype,
         device="cpu",
         allow_base_mismatch=allow_base_mismatch,
         adapter="beside",
@@ -94,10 +98,27 @@ def compare_merged(
     expected = fixed_logits(loaded)
     tower = vision_tower or loaded.model.config.mm_vision_tower
     del loaded
-    got = fixed_logits(load_model(str(merged), vision_tower=tower, dtype=torch.float32, device="cpu"))
+    got = fixed_logits(load_model(str(merged), vision_tower=tower, dtype=dtype, device="cpu"))
     scale = max(float(logits.abs().max()) for logits in expected)
     difference = max(float((a - b).abs().max()) for a, b in zip(expected, got, strict=True))
     comparison = LogitComparison(difference, scale, RELATIVE_BOUNDS.get(merged_dtype, 1e-4) * scale)
     if not difference <= comparison.bound:
         raise RunError(f"The merged model is not the adapter on its base: {comparison}. Nothing was written.")
     return comparison
+
+
+def computing_dtype(merged: Path, merged_dtype: torch.dtype, free_bytes: int) -> torch.dtype:
+    """Choose the dtype of a comparison: float32 if a model's weights take at most 80% of the free memory in it."""
+    num_values = sum(info.num_bytes // info.dtype.itemsize for info in WeightFiles.open(merged).tensors.values())
+    if torch.float32.itemsize * num_values <= 0.8 * free_bytes:
+        return torch.float32
+    logger.warning("The logits are compared in %s: the memory that is free is too small for float32.", merged_dtype)
+    return merged_dtype
+
+
+def free_memory() -> int:
+    """Memory in bytes that a process can take without swapping; Linux's own estimate."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -13,6 +13,7 @@ from llava_ft.checkpoint.merge import MergeOptions, merge
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.cli import main
 from llava_ft.errors import CheckpointError, RunError
+from llava_ft.inference import verify
 from llava_ft.inference.verify import compare_merged
 
 pytestmark = pytest.mark.usefixtures("in_recordings")
@@ -156,3 +157,14 @@ def test_files_that_are_no_model_are_not_replaced(tmp_path: Path):
     with pytest.raises(CheckpointError, match="holds files that are no model"):
         merge_recorded(tmp_path / "merged")
     assert (tmp_path / "merged/thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_comparison_fits_into_the_memory_that_is_free(
+    tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    merge_recorded(tmp_path / "merged", dtype=getattr(torch, dtype))
+    monkeypatch.setattr(verify, "free_memory", lambda: 100_000)
+    comparison = compare_merged(tmp_path / "merged", str(LORA), "ckpt/base-llm", merged_dtype=getattr(torch, dtype))
+    assert comparison.max_difference <= comparison.bound
+    assert f"compared in torch.{dtype}" in caplog.text
