@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerFast
 
 from llava_ft.checkpoint.adapter import LoraAdapter
@@ -19,6 +19,7 @@ from llava_ft.data.images import ImageTransform
 from llava_ft.data.tokenizer import load_tokenizer
 from llava_ft.errors import CheckpointError
 from llava_ft.models.llava import LlavaLlamaForCausalLM
+from llava_ft.tuning.lora import wrap_with_peft
 
 logger = logging.getLogger(__name__)
 
@@ -170,8 +171,7 @@ def _wrap(model: LlavaLlamaForCausalLM, lora: LoraAdapter, directory: ModelDirec
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
-    wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
-    assert isinstance(wrapped, PeftModel)
+    wrapped = wrap_with_peft(model, config)
     parameters = dict(wrapped.named_parameters())
     for name in modules:
         a, b = lora.factors[name + ".weight"]

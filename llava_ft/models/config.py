@@ -50,8 +50,6 @@ class LlavaLlamaConfig(LlamaConfig):
             fields["rope_theta"] = rope["rope_theta"]
             scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
             fields["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
-        if fields.get("dtype") is not None:
-            fields["torch_dtype"] = fields["dtype"]
         return fields
 
     @property

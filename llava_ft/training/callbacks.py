@@ -113,5 +113,11 @@ class LogLines(TrainerCallback):
 
 
 def _log_line(state: TrainerState, logs: dict[str, Any]) -> str:
-    values = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in logs.items())
-    return f"step {state.global_step}/{state.max_steps}  " + "  ".join(values)
+    values = "  ".join(f"{key} {_shown(value)}" for key, value in logs.items())
+    return f"step {state.global_step}/{state.max_steps}  {values}"
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"

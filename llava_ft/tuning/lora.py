@@ -12,6 +12,7 @@ from typing import Literal
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import PreTrainedModel
 
 from llava_ft.errors import UserError
 from llava_ft.models.llava import part_of
@@ -51,7 +52,7 @@ def target_pattern(model: nn.Module, leaf_names: Sequence[str] | None = None) ->
 
 
 def add_lora(
-    model: nn.Module,
+    model: PreTrainedModel,
     *,
     r: int,
     alpha: int,
@@ -83,12 +84,19 @@ def add_lora(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_model_name,
     )
-    model.name_or_path = base_model_name  # type: ignore[assignment]  # PEFT writes this over what its config says
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        peft_model = get_peft_model(model, config)
-    assert isinstance(peft_model, PeftModel)
+    model.name_or_path = base_model_name  # PEFT writes this over what its config says
+    peft_model = wrap_with_peft(model, config)
     for name, parameter in peft_model.named_parameters():
         if name.endswith("bias") and part_of(name) == "vision tower":
             parameter.requires_grad_(False)
     return peft_model
+
+
+def wrap_with_peft(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """Wrap a model as the adapter's configuration says; LoRA weights are float32."""
+    with warnings.catch_warnings():
+        # PEFT asks for an attribute that transformers renamed.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        wrapped = get_peft_model(model, config)
+    assert isinstance(wrapped, PeftModel)
+    return wrapped
