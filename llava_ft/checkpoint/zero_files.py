@@ -1,0 +1,215 @@
+"""DeepSpeed's files of one step: finding them, and reading them without running anything that is in them.
+
+A step is a directory, `global_stepN`. It holds for every rank an optimizer file (`zero_pp_rank_R_mp_rank_00_optim_states.pt`,
+with `bf16_` before it where the run computes in bfloat16) and, once or for every rank, a model file
+(`mp_rank_00_model_states.pt`; under stage 3 `zero_pp_rank_R_mp_rank_00_model_states.pt`).
+
+The files are pickles that name classes of DeepSpeed. They are read with `weights_only=True`: the classes of an
+allow-list are replaced by inert stand-ins, so DeepSpeed need not be installed, and any other name is refused.
+"""
+
+import logging
+import pickle
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from llava_ft.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+_LATEST = "latest"
+_STEP = re.compile(r"global_step(\d+)")
+_STATES = "*_states.pt"
+_OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+
+
+class Fragment:
+    """Stands in for DeepSpeed's `fragment_address`: where a parameter's part lies in a flat partition.
+
+    Attributes:
+        numel: Number of values.
+        start: Position of the first one.
+    """
+
+    numel: int
+    start: int
+
+
+class _Inert:
+    """Stands in for an object whose content is of no use here, such as the scaler of a float16 loss."""
+
+    def __init__(self, *_: Any):
+        pass
+
+
+_STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (Fragment, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (_Inert, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (_Inert, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+]
+"""All that the files of DeepSpeed 0.9 to 0.19 name besides tensors and builtin types."""
+
+
+@dataclass
+class StepFiles:
+    """DeepSpeed's files of one step.
+
+    Attributes:
+        directory: Where they lie.
+        optimizer: The optimizer file of each rank.
+        model: The model file of each rank; under stages 0 to 2 only that of rank 0.
+        is_divided: Whether every rank wrote a model file of its own, as under stage 3.
+    """
+
+    directory: Path
+    optimizer: dict[int, Path] = field(default_factory=dict[int, Path])
+    model: dict[int, Path] = field(default_factory=dict[int, Path])
+    is_divided: bool = False
+
+
+def find_step_directory(path: Path, tag: str | None = None) -> Path:
+    """Find the directory that holds DeepSpeed's files.
+
+    Args:
+        path: A checkpoint, or the `global_stepN` in it.
+        tag: Which one; when absent the one that the file `latest` names, and without that file the newest.
+
+    Raises:
+        CheckpointError: There is none, or not the one asked for.
+    """
+    if not path.is_dir():
+        reason = "is a file" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {reason}. Give a checkpoint-N directory, or the global_stepN in it.")
+    if any(path.glob(_STATES)):
+        if tag is not None and tag != path.name:
+            raise CheckpointError(f"{path} is itself a step, so --tag {tag} cannot be in it. Leave --tag out.")
+        return path
+    steps = _steps(path)
+    if not steps:
+        raise CheckpointError(_nothing_there(path))
+    if tag is None and (path / _LATEST).is_file():
+        tag = (path / _LATEST).read_text(encoding="utf-8").strip()
+    if tag is not None:
+        if tag not in steps:
+            raise CheckpointError(
+                f"{path} holds no {tag} with DeepSpeed's files. It holds {', '.join(steps)}: choose with --tag."
+            )
+        return steps[tag]
+    newest = list(steps)[-1]
+    if len(steps) > 1:
+        logger.info("%s has no file `latest`; of %s the newest is taken.", path, ", ".join(steps))
+    return steps[newest]
+
+
+def find_step_files(directory: Path) -> StepFiles:
+    """Sort DeepSpeed's files by what they hold and for which rank.
+
+    Raises:
+        CheckpointError: There are files of a kind of run that is not supported, or of two runs.
+    """
+    files = StepFiles(directory)
+    for path in sorted(directory.glob(_STATES)):
+        if match := _OPTIMIZER_FILE.fullmatch(path.name):
+            rank = int(match[1])
+            if rank in files.optimizer:
+                raise CheckpointError(
+                    f"{directory} holds both {files.optimizer[rank].name} and {path.name}: the files of a run in "
+                    "bfloat16 and of another. Remove those of one run."
+                )
+            files.optimizer[rank] = path
+        elif match := _MODEL_FILE.fullmatch(path.name):
+            files.model[int(match[1] or 0)] = path
+            files.is_divided |= match[1] is not None
+        if match is None or int(match[2]) != 0:
+            raise CheckpointError(
+                f"{path} belongs to a run with tensor, pipeline or expert parallelism. Only runs in which ranks divide "
+                "nothing but data and ZeRO's partitions can be consolidated."
+            )
+    if files.is_divided and any(not name.name.startswith("zero") for name in files.model.values()):
+        raise CheckpointError(
+            f"{directory} holds model files of stage 3 (zero_pp_rank_...) and of another stage (mp_rank_00_...). "
+            "Remove those of one run."
+        )
+    return files
+
+
+def read_states(path: Path) -> dict[str, Any]:
+    """Map one of DeepSpeed's files into memory.
+
+    Raises:
+        CheckpointError: It is missing, damaged, or names something that is not on the allow-list.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing. Copy it from the machine that wrote it.")
+    try:
+        with safe_globals(_STAND_INS):
+            content = _load(path)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(_refusal(path, error)) from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: it is damaged or was not written to its end ({path.stat().st_size} bytes; "
+            f"{_first_line(error)}). Copy it again, or use another step with --tag."
+        ) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; it is no file of a DeepSpeed checkpoint.")
+    return cast("dict[str, Any]", content)
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _refusal(path: Path, error: Exception) -> str:
+    allowed = {entry[1] for entry in _STAND_INS if isinstance(entry, tuple)}
+    try:
+        named = sorted(set(get_unsafe_globals_in_checkpoint(path)) - allowed)
+    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError):
+        named = []
+    what = f"names {', '.join(named)}" if named else f"is damaged ({_first_line(error)})"
+    return (
+        f"{path} {what}. Nothing but tensors, plain values and DeepSpeed's own records is read from it, since a pickle "
+        "can run any program. Is it the file that DeepSpeed wrote?"
+    )
+
+
+def _steps(path: Path) -> dict[str, Path]:
+    """Steps in a checkpoint by name, the newest last; a directory of another name is listed first."""
+    found = [entry for entry in path.iterdir() if entry.is_dir() and any(entry.glob(_STATES))]
+
+    def order(entry: Path) -> tuple[int, str]:
+        match = _STEP.fullmatch(entry.name)
+        return (int(match[1]) if match else -1, entry.name)
+
+    return {entry.name: entry for entry in sorted(found, key=order)}
+
+
+def _nothing_there(path: Path) -> str:
+    checkpoints = [entry.name for entry in sorted(path.glob("checkpoint-*")) if _steps(entry)]
+    if checkpoints:
+        return (
+            f"{path} is the output directory of a run. Give one of its checkpoints: {', '.join(checkpoints)}, such as "
+            f"{path / checkpoints[-1]}."
+        )
+    names = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+    return (
+        f"{path} holds no files of DeepSpeed: neither a global_stepN with *_optim_states.pt and *_model_states.pt, nor "
+        f"such files themselves. It holds {names}. A checkpoint of a run without DeepSpeed needs no consolidation."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
