@@ -6,6 +6,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from llava_ft.checkpoint.directory import ModelDirectory, identify, resolve_model_path
-from llava_ft.checkpoint.load import Ledger, WeightSource, load_weights
+from llava_ft.checkpoint.load import Division, Ledger, WeightSource, load_weights
 from llava_ft.checkpoint.names import (
     CONFIG,
     EMBEDDINGS,
@@ -28,6 +29,7 @@ from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import build_skeleton, is_llava_config, settle_config, vision_fields
 from llava_ft.models.config import LlavaLlamaConfig
 from llava_ft.models.llava import LlavaLlamaForCausalLM
+from llava_ft.tuning.quant import Quantization, check_quantized, quantize_linears
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +124,8 @@ def load_base(
     dtype_of: Callable[[str], torch.dtype],
     device: torch.device | str = "cpu",
     attn_implementation: str = "sdpa",
+    quantization: Quantization | None = None,
+    division: Division | None = None,
 ) -> tuple[LlavaLlamaForCausalLM, Ledger]:
     """Build the model and read its weights.
 
@@ -131,6 +135,9 @@ def load_base(
         dtype_of: The dtype in memory for a parameter name.
         device: Where the parameters are put.
         attn_implementation: Attention of the language model.
+        quantization: How the language model's linear layers are held; 16 bits when absent. `dtype_of` then says in
+            which dtype their products are computed.
+        division: Divides the parameters among the ranks (ZeRO-3); see `load_weights`.
 
     Returns:
         The model, all of it frozen, and the ledger of what came from where.
@@ -141,6 +148,8 @@ def load_base(
     config = base.config
     config.vocab_size += num_new_rows
     model = build_skeleton(config, attn_implementation=attn_implementation)
+    if quantization is not None:
+        quantize_linears(model, quantization, dtype_of)
     ledger = load_weights(
         model,
         base.sources,
@@ -148,9 +157,13 @@ def load_base(
         new_modules=("model.mm_projector",) if base.projector_is_new else (),
         num_new_rows=num_new_rows,
         device=device,
+        division=division,
     )
+    check_quantized(model, quantization)
     if base.token_rows is not None:
-        _load_token_rows(model, base.token_rows, num_new_rows)
+        weight = model.get_parameter(EMBEDDINGS)
+        with division.whole(weight) if division is not None else nullcontext():
+            _load_token_rows(weight, base.token_rows, num_new_rows)
     return model, ledger
 
 
@@ -202,11 +215,10 @@ def _without_projector(source: WeightSource) -> WeightSource:
     return WeightSource(source.label, source.files, names, source.must_fit)
 
 
-def _load_token_rows(model: LlavaLlamaForCausalLM, files: WeightFiles, num_new_rows: int) -> None:
+def _load_token_rows(weight: torch.Tensor, files: WeightFiles, num_new_rows: int) -> None:
     """Take the rows of added tokens from a projector file, which holds them alone or, in old files, all rows."""
     key = next(key for key in files.tensors if native_name(key) == EMBEDDINGS)
     rows = files.read([key])[key]
-    weight = model.get_parameter(EMBEDDINGS)
     if rows.shape != weight.shape and rows.shape[0] != num_new_rows:
         raise CheckpointError(
             f"{files.path} holds {rows.shape[0]} embedding rows, but {num_new_rows} tokens were added. Were "

@@ -9,7 +9,9 @@ kept and little else.
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -18,6 +20,7 @@ from llava_ft.checkpoint.names import EMBEDDINGS, HEAD, is_derived
 from llava_ft.checkpoint.weights import TensorInfo, WeightFiles
 from llava_ft.errors import CheckpointError
 from llava_ft.models.llava import LlavaLlamaForCausalLM, part_of
+from llava_ft.tuning.quant import is_quantized, set_quantized_weight
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,23 @@ class WeightSource:
         """Make a source from a function that gives the parameter name for a name on disk, or None to leave it out."""
         names = {key: name for key in files.tensors if (name := rename(key)) is not None and not is_derived(name)}
         return cls(label, files, names, must_fit)
+
+
+class Division(Protocol):
+    """How parameters are divided among ranks while they are loaded."""
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether this rank reads the values that all get; the others give memory for them."""
+        ...
+
+    def divide(self, parameter: nn.Parameter) -> None:
+        """Spread the reading rank's value of a parameter over the ranks. All ranks call this in the same order."""
+        ...
+
+    def whole(self, parameter: nn.Parameter) -> AbstractContextManager[None]:
+        """Make a divided parameter whole inside the context; what is changed in it then is kept."""
+        ...
 
 
 @dataclass
@@ -93,6 +113,7 @@ def load_weights(
     new_modules: Collection[str] = (),
     num_new_rows: int = 0,
     device: torch.device | str = "cpu",
+    division: Division | None = None,
 ) -> Ledger:
     """Give every parameter of a model that was built without memory its value.
 
@@ -104,6 +125,7 @@ def load_weights(
         num_new_rows: Rows by which embeddings and head may be larger than on disk; they start from the mean of the
             other rows, as in LLaVA's `initialize_vision_tokenizer`.
         device: Where the parameters are put.
+        division: Divides each parameter among the ranks as soon as it has its value; absent where each holds all.
 
     Returns:
         What came from where.
@@ -114,14 +136,21 @@ def load_weights(
     ledger = Ledger()
     plan = plan_sources(model, sources, ledger, num_new_rows=num_new_rows, new_modules=new_modules)
     _initialise(model, ledger.initialised, dtype_of, device)
+    for name in ledger.initialised if division is not None else ():
+        division.divide(model.get_parameter(name))
     for name, source, tensor in stream_planned(sources, plan):
         shape = tuple(model.get_parameter(name).shape)
-        value = fit_rows(tensor.to(device=device, dtype=dtype_of(name), copy=True), shape)
-        if value.shape[:1] != tensor.shape[:1]:
-            ledger.grown[name] = value.shape[0] - tensor.shape[0]
-        _assign(model, name, value)
+        dtype = _dtype_to_read(model, name, tensor, dtype_of)
+        if division is None or division.reads_files:
+            value = fit_rows(tensor.to(device=device, dtype=dtype, copy=True), shape)
+        else:
+            value = torch.empty(shape, dtype=dtype, device=device)
+        if shape[:1] != tensor.shape[:1]:
+            ledger.grown[name] = shape[0] - tensor.shape[0]
         ledger.loaded[part_of(name), f"{source.label} {source.files.path}"] += 1
-        ledger.num_bytes[part_of(name), f"{source.label} {source.files.path}"] += value.nbytes
+        ledger.num_bytes[part_of(name), f"{source.label} {source.files.path}"] += _assign(model, name, value)
+        if division is not None:
+            division.divide(model.get_parameter(name))
     if _head_is_tied(model):
         model.lm_head.weight = model.model.embed_tokens.weight
     return ledger
@@ -229,10 +258,23 @@ def _initialise(
             _assign(model, name, parameter.detach().to(device=device, dtype=dtype_of(name)))
 
 
-def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
+def _assign(model: nn.Module, name: str, value: torch.Tensor) -> int:
+    """Give a parameter its value, quantised if its layer is; returns the bytes it takes."""
     module_name, _, leaf = name.rpartition(".")
     module = model.get_submodule(module_name)
+    if leaf == "weight" and is_quantized(module):
+        return set_quantized_weight(module, value)
     module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+    return value.nbytes
+
+
+def _dtype_to_read(
+    model: nn.Module, name: str, tensor: torch.Tensor, dtype_of: Callable[[str], torch.dtype]
+) -> torch.dtype:
+    """What a tensor is converted to as it is read; one to be quantised is quantised from its values on disk."""
+    module_name, _, leaf = name.rpartition(".")
+    is_to_be_quantized = leaf == "weight" and is_quantized(model.get_submodule(module_name))
+    return tensor.dtype if is_to_be_quantized else dtype_of(name)
 
 
 def _head_is_tied(model: LlavaLlamaForCausalLM) -> bool:

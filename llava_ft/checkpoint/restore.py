@@ -4,7 +4,7 @@ Every trained tensor has to be restored and every tensor in the files has to fin
 that lists the difference. A projector that silently starts anew is the mistake this module exists to prevent.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -48,13 +48,25 @@ def trained_files(directory: ModelDirectory) -> list[WeightFiles]:
     return [WeightFiles.open(directory.path)]
 
 
-def restore_trained(model: nn.Module, path: Path, *, as_start: bool = False) -> None:
+PutValue = Callable[[str, nn.Parameter, torch.Tensor], None]
+"""Gives a parameter its value: plain name, parameter, whole value."""
+
+
+def put_value(name: str, parameter: nn.Parameter, value: torch.Tensor) -> None:
+    """Copy a value into a parameter that is whole."""
+    with torch.no_grad():
+        parameter.copy_(value)
+
+
+def restore_trained(model: nn.Module, path: Path, *, as_start: bool = False, put: PutValue = put_value) -> None:
     """Copy the trained weights of a directory into a model with the same trainable parameters.
 
     Args:
         model: The model of the run; a PEFT model for LoRA.
         path: A checkpoint or the output directory of a run.
         as_start: Whether a new run starts from these weights, so that it may freeze what the earlier one trained.
+        put: How a parameter gets its value, where several ranks share the model. It is called in the same order on all
+            of them.
 
     Raises:
         CheckpointError: A trainable parameter is not in the files, or the files hold something else.
@@ -72,8 +84,7 @@ def restore_trained(model: nn.Module, path: Path, *, as_start: bool = False) -> 
         wanted = {key: name for key, name in names.items() if name in trainable}
         _check_shapes(files, wanted, trainable)
         for key, tensor in files.stream(wanted):
-            with torch.no_grad():
-                trainable[wanted[key]].copy_(tensor)
+            put(wanted[key], trainable[wanted[key]], tensor)
             restored.add(wanted[key])
     missing = [name for name in trainable if name not in restored]
     if missing or unexpected:
@@ -135,11 +146,16 @@ def _target_names(files: WeightFiles, trainable: Mapping[str, nn.Parameter], kin
     return names
 
 
+def whole_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Return the shape of a parameter, also where DeepSpeed's ZeRO-3 has divided it and left an empty tensor."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def _check_shapes(files: WeightFiles, wanted: Mapping[str, str], trainable: Mapping[str, nn.Parameter]) -> None:
     wrong = [
-        f"{name} is {tuple(files.tensors[key].shape)} in the file and {tuple(trainable[name].shape)} here"
+        f"{name} is {tuple(files.tensors[key].shape)} in the file and {whole_shape(trainable[name])} here"
         for key, name in wanted.items()
-        if tuple(files.tensors[key].shape) != tuple(trainable[name].shape)
+        if tuple(files.tensors[key].shape) != whole_shape(trainable[name])
     ]
     if wrong:
         raise CheckpointError(

@@ -3,14 +3,39 @@
 import logging
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from llava_ft.checkpoint.manifest import read_manifest, what_is_incomplete
+from llava_ft.checkpoint.names import RANKS
+from llava_ft.checkpoint.weights import read_json
 from llava_ft.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class RankLayout:
+    """How the samples of a step were divided.
+
+    Attributes:
+        world_size: Number of ranks.
+        batch: Samples of an optimizer step, all ranks and accumulation together.
+    """
+
+    world_size: int
+    batch: int
+
+
+def read_ranks(checkpoint: Path) -> RankLayout | None:
+    """Return how a checkpoint's run divided its steps, or None for one that another program wrote."""
+    path = checkpoint / RANKS
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    return RankLayout(int(content["world_size"]), int(content["batch"]))
 
 
 def newest_complete_checkpoint(output_dir: Path) -> Path | None:

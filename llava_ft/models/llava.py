@@ -92,10 +92,10 @@ class LlavaMixin(_Base):
         if bool(mask_BT.any()):
             raise ValueError("input_ids has image positions, but there are no pixel_values.")
         if self.training and self.has_vision:
-            return embeds_BTD + self._unused_vision_term().to(embeds_BTD.dtype)
+            return embeds_BTD + self._unused_vision_term(embeds_BTD.device).to(embeds_BTD.dtype)
         return embeds_BTD
 
-    def _unused_vision_term(self) -> torch.Tensor:
+    def _unused_vision_term(self, device: torch.device) -> torch.Tensor:
         """Zero that depends on every trainable vision parameter.
 
         A micro-batch without images would otherwise leave them without a gradient: data-parallel ranks would wait for
@@ -106,9 +106,8 @@ class LlavaMixin(_Base):
         is_divided = any(hasattr(parameter, "ds_id") for parameter in self._projector.parameters())
         if tower_is_trained or is_divided:
             size = self._tower.image_size
-            weight = self._tower.vision_tower.vision_model.embeddings.patch_embedding.weight
-            return 0.0 * self.encode_images(weight.new_zeros(1, 3, size, size)).sum()
-        term = torch.zeros((), device=self.lm_head.weight.device)
+            return 0.0 * self.encode_images(torch.zeros(1, 3, size, size, device=device)).sum()
+        term = torch.zeros((), device=device)
         for parameter in self._projector.parameters():
             if parameter.requires_grad:
                 term = term + 0.0 * parameter.sum()

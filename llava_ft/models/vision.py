@@ -40,7 +40,8 @@ class CLIPVisionTower(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the encoder's weights."""
-        return self.vision_tower.vision_model.embeddings.patch_embedding.weight.dtype
+        # Asked of the iterator: under ZeRO-3 a parameter looked up by its name is gathered on the spot.
+        return next(self.vision_tower.parameters()).dtype
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Encode images.

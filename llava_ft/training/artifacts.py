@@ -24,7 +24,10 @@ from transformers import PreTrainedTokenizerFast
 from llava_ft.checkpoint.manifest import Manifest
 from llava_ft.checkpoint.names import (
     CONFIG,
+    EMBEDDINGS,
+    HEAD,
     MANIFEST,
+    NEW_ROWS_SUFFIX,
     PREPROCESSOR_CONFIG,
     RUN_CONFIG,
     TRAINABLE_TABLE,
@@ -42,6 +45,8 @@ from llava_ft.checkpoint.save import (
 )
 from llava_ft.data.tokenizer import save_tokenizer
 from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.training.fragments import whole_value
+from llava_ft.training.provenance import git_state
 from llava_ft.tuning.freeze import Method
 
 _MAX_SHARD_BYTES = 5 * 10**9
@@ -81,36 +86,58 @@ class RunArtifacts:
     lora_config: LoraConfig | None = None
     table: list[dict[str, Any]] = field(default_factory=list)
 
-    def write(self, directory: Path, model: nn.Module, *, is_final: bool) -> None:
+    def write(self, directory: Path | None, model: nn.Module, *, is_final: bool) -> None:
         """Write weights, configuration and everything needed to use them, but not yet the manifest.
 
+        Where several ranks share the model all of them call this together, because each holds a part of the values.
+        Only what is written is put together, one parameter at a time.
+
         Args:
-            directory: Where to.
+            directory: Where to; None on a rank that does not write.
             model: The run's model; the PEFT model for LoRA.
             is_final: Whether this is the result of the run and not a checkpoint to resume from.
         """
-        trained = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
-        small_format: WeightsFormat = "bin" if self.weights_format == "auto" else self.weights_format
-        dtype = torch.float32
-        if self.method == "lora":
-            assert self.lora_config is not None
-            native = {native_name(name): value for name, value in model.named_parameters()}
-            whole = vocabulary_matrices(native)
-            write_lora(directory, trained, self.lora_config, small_format, whole_matrices=whole)
-            dtype = self.compute_dtype
-        elif self.method == "projector":
-            write_projector(directory, trained, small_format)
-            dtype = self.compute_dtype
-        else:
+        if self.method == "full":
+            self._write_whole_model(directory, model, self.compute_dtype if is_final else None)
             dtype = self.compute_dtype if is_final else torch.float32
-            self._write_whole_model(directory, model, dtype if is_final else None)
-        self._write_surroundings(directory, dtype)
+        else:
+            values = self._trained_values(model, keep=directory is not None)
+            if directory is not None:
+                self._write_trained(directory, values)
+            dtype = self.compute_dtype
+        if directory is not None:
+            self._write_surroundings(directory, dtype)
 
     def write_manifest(self, directory: Path, step: int) -> None:
         """Write `llava_ft.json`, after which the directory counts as complete."""
-        Manifest(self.method, self.base, self.base_fingerprint, step, self.template).write(directory)
+        commit = str(git_state(Path.cwd()) or "")
+        Manifest(self.method, self.base, self.base_fingerprint, step, self.template, commit).write(directory)
 
-    def _write_whole_model(self, directory: Path, model: nn.Module, dtype: torch.dtype | None) -> None:
+    def _trained_values(self, model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
+        """Put together what is trained and, if rows of it are, the vocabulary's matrices; by name in the model."""
+        parameters = dict(model.named_parameters())
+        with_rows = [name for name in parameters if name.endswith(NEW_ROWS_SUFFIX) and self.method == "lora"]
+        matrices = {name.removesuffix(NEW_ROWS_SUFFIX) + ".weight" for name in with_rows}
+        values: dict[str, torch.Tensor] = {}
+        for name, parameter in parameters.items():
+            if parameter.requires_grad or name in matrices:
+                value = whole_value(parameter)
+                if keep:
+                    values[name] = value.cpu()
+        return values
+
+    def _write_trained(self, directory: Path, values: Mapping[str, torch.Tensor]) -> None:
+        small_format: WeightsFormat = "bin" if self.weights_format == "auto" else self.weights_format
+        matrices = {name: value for name, value in values.items() if native_name(name) in (EMBEDDINGS, HEAD)}
+        trained = {name: value for name, value in values.items() if name not in matrices}
+        if self.method == "projector":
+            write_projector(directory, trained, small_format)
+            return
+        assert self.lora_config is not None
+        whole = vocabulary_matrices({native_name(name): value for name, value in values.items()})
+        write_lora(directory, trained, self.lora_config, small_format, whole_matrices=whole)
+
+    def _write_whole_model(self, directory: Path | None, model: nn.Module, dtype: torch.dtype | None) -> None:
         kinds: Mapping[str, tuple[Literal["bin", "safetensors"], ...]] = {
             "auto": ("safetensors",),
             "safetensors": ("safetensors",),
@@ -118,11 +145,15 @@ class RunArtifacts:
             "both": ("safetensors", "bin"),
         }
         for kind in kinds[self.weights_format]:
-            writer = ShardWriter(directory, max_shard_bytes=_MAX_SHARD_BYTES, weights_format=kind)
-            for name, value in model.named_parameters():
-                if not is_vision(name) or self.save_vision_tower or value.requires_grad:
-                    writer.add(name, value.detach() if dtype is None else value.detach().to(dtype))
-            writer.finish()
+            writer = directory and ShardWriter(directory, max_shard_bytes=_MAX_SHARD_BYTES, weights_format=kind)
+            for name, parameter in model.named_parameters():
+                if is_vision(name) and not self.save_vision_tower and not parameter.requires_grad:
+                    continue
+                value = whole_value(parameter)
+                if writer is not None:
+                    writer.add(name, value.cpu() if dtype is None else value.cpu().to(dtype))
+            if writer is not None:
+                writer.finish()
 
     def _write_surroundings(self, directory: Path, dtype: torch.dtype) -> None:
         write_json(directory / CONFIG, config_fields(self.config, dtype))

@@ -1,4 +1,4 @@
-"""Parameter groups of the optimizer, and the table that says what is trained and how.
+"""Parameter groups of the optimizer, and the table that says what is trained and how, and what is quantised.
 
 Groups follow LLaVA's: the projector may have a learning rate of its own (`mm_projector_lr`), and only matrices decay.
 Differs from LLaVA: there is no empty group. DeepSpeed drops empty groups, the learning rates then move up by one, and
@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from llava_ft.checkpoint.restore import whole_shape
 from llava_ft.models.llava import part_of
+from llava_ft.tuning.quant import dtype_name, is_quantized, size_in_memory
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,11 @@ class TrainableRow:
         part: Part of the model.
         tensors: Number of tensors.
         parameters: Number of values.
-        dtype: Type of the values, the master weights.
-        learning_rate: Peak rate.
+        dtype: Type of the values; of the master weights where they are trained.
+        learning_rate: Peak rate; 0 for what is frozen.
         weight_decay: Decay per step and unit of learning rate.
+        bytes: What the values take in memory, with the scales of quantised ones.
+        trained: Whether the values are trained. Frozen ones are listed in runs on quantised weights.
     """
 
     part: str
@@ -33,6 +37,8 @@ class TrainableRow:
     dtype: str
     learning_rate: float
     weight_decay: float
+    bytes: int
+    trained: bool = True
 
 
 def parameter_groups(
@@ -63,7 +69,7 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         has_own_rate = mm_projector_lr is not None and part_of(name) == "projector"
-        group = groups[has_own_rate, parameter.dim() >= 2]
+        group = groups[has_own_rate, len(whole_shape(parameter)) >= 2]
         group["params"].append(parameter)
         group["names"].append(name)
     return [group for group in groups.values() if group["params"]]
@@ -74,41 +80,65 @@ def trainable_table(groups: Sequence[dict[str, Any]]) -> list[TrainableRow]:
     rows: dict[tuple[Any, ...], list[int]] = {}
     for group in groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
-            dtype = str(parameter.dtype).removeprefix("torch.")
-            key = (part_of(name), dtype, group["lr"], group["weight_decay"])
-            counts = rows.setdefault(key, [0, 0])
-            counts[0] += 1
-            counts[1] += parameter.numel()
+            key = (part_of(name), dtype_name(parameter), group["lr"], group["weight_decay"])
+            _count(rows, key, parameter)
     return [
-        TrainableRow(part, tensors, values, dtype, rate, decay)
-        for (part, dtype, rate, decay), (tensors, values) in rows.items()
+        TrainableRow(part, tensors, values, dtype, rate, decay, num_bytes)
+        for (part, dtype, rate, decay), (tensors, values, num_bytes) in rows.items()
     ]
+
+
+def frozen_table(model: nn.Module) -> list[TrainableRow]:
+    """Summarise what is frozen by part of the model and type, if some of it is quantised; else return no rows."""
+    rows: dict[tuple[Any, ...], list[int]] = {}
+    if not any(is_quantized(module) for module in model.modules()):
+        return []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            _count(rows, (part_of(name), dtype_name(parameter)), parameter)
+    return [
+        TrainableRow(part, tensors, values, dtype, 0.0, 0.0, num_bytes, trained=False)
+        for (part, dtype), (tensors, values, num_bytes) in rows.items()
+    ]
+
+
+def num_values(model: nn.Module) -> int:
+    """Number of values of a model; a packed byte stands for two."""
+    return sum(size_in_memory(parameter)[0] for parameter in model.parameters())
+
+
+def _count(rows: dict[tuple[Any, ...], list[int]], key: tuple[Any, ...], parameter: nn.Parameter) -> None:
+    counts = rows.setdefault(key, [0, 0, 0])
+    values, num_bytes = size_in_memory(parameter)
+    counts[:] = counts[0] + 1, counts[1] + values, counts[2] + num_bytes
 
 
 def format_table(rows: Sequence[TrainableRow], num_parameters: int) -> str:
     """Return the table as text, with the share of the whole model below it.
 
     Args:
-        rows: What is trained.
+        rows: What is trained, and what is frozen if that is to be shown.
         num_parameters: Number of values of the whole model.
     """
-    header = ("part", "tensors", "parameters", "dtype", "learning rate", "weight decay")
+    header = ("part", "tensors", "parameters", "dtype", "MiB", "learning rate", "weight decay")
     cells = [
         (
             row.part,
             str(row.tensors),
             f"{row.parameters:,}",
             row.dtype,
-            f"{row.learning_rate:g}",
-            f"{row.weight_decay:g}",
+            f"{row.bytes / 2**20:,.2f}",
+            f"{row.learning_rate:g}" if row.trained else "frozen",
+            f"{row.weight_decay:g}" if row.trained else "",
         )
         for row in rows
     ]
     widths = [max(len(line[column]) for line in [header, *cells]) for column in range(len(header))]
     lines = [
-        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in [header, *cells]
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+        for line in [header, *cells]
     ]
-    trained = sum(row.parameters for row in rows)
+    trained = sum(row.parameters for row in rows if row.trained)
     share = 100 * trained / max(num_parameters, 1)
     return "\n".join([*lines, f"trained: {trained:,} of {num_parameters:,} parameters ({share:.2f}%)"])
 

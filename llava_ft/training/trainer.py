@@ -7,26 +7,37 @@ run before the optimizer uses it, naming the records.
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers import Trainer, set_seed
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
-from llava_ft.checkpoint.restore import restore_trained
-from llava_ft.checkpoint.save import move_files, publish_directory
+from llava_ft.checkpoint.names import OPTIMIZER, RANKS, SCHEDULER
+from llava_ft.checkpoint.optimizer import open_saved_optimizer
+from llava_ft.checkpoint.restore import PutValue, restore_trained
+from llava_ft.checkpoint.resume import RankLayout, read_ranks
+from llava_ft.checkpoint.save import move_files, publish_directory, write_json
 from llava_ft.constants import IGNORE_INDEX
 from llava_ft.errors import BadSampleError, RunError
 from llava_ft.training.artifacts import RunArtifacts, forget_manifest
+from llava_ft.training.fragments import value_setter
 from llava_ft.training.metrics import Throughput
-from llava_ft.training.optim import format_table, parameter_groups, table_as_json, trainable_table
+from llava_ft.training.optimizer_state import load_optimizer, save_optimizer
+from llava_ft.training.optim import (
+    format_table,
+    frozen_table,
+    num_values,
+    parameter_groups,
+    table_as_json,
+    trainable_table,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -120,11 +131,10 @@ class LlavaTrainer(Trainer):
             weight_decay=self.args.weight_decay,
             mm_projector_lr=self._mm_projector_lr,
         )
-        rows = trainable_table(groups)
+        rows = trainable_table(groups) + frozen_table(model)
         self.artifacts.table = table_as_json(rows)
         if self.is_world_process_zero():
-            num_parameters = sum(parameter.numel() for parameter in model.parameters())
-            logger.info("What is trained:\n%s", format_table(rows, num_parameters))
+            logger.info("What is trained:\n%s", format_table(rows, num_values(model)))
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
         for group in groups:
             del group["names"]
@@ -213,23 +223,44 @@ class LlavaTrainer(Trainer):
 
     # Checkpoints
 
-    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, *args: Any, **kwargs: Any
+    ) -> tuple[int, int]:
         """Restore the position; a run that is at its last step has no epoch left, also in the middle of one."""
-        position = super()._init_training_state(max_steps, *args, **kwargs)
+        position = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
+        checkpoint = args[1] if len(args) > 1 else kwargs.get("resume_from_checkpoint")
+        earlier = read_ranks(Path(checkpoint)) if checkpoint else None
+        if earlier is not None and earlier.batch != self._ranks().batch:
+            position = self._position_with_other_batches(earlier, num_update_steps_per_epoch)
         return position if self.state.global_step < max_steps else (self.state.num_train_epochs, 0)
 
-    @contextmanager
-    def _gathered(self) -> Iterator[None]:
-        """Make trained parameters whole on every rank where ZeRO-3 has divided them; all ranks enter together."""
-        if not is_deepspeed_zero3_enabled():
-            yield
-            return
-        import deepspeed
+    def _position_with_other_batches(self, earlier: RankLayout, steps_per_epoch: int) -> tuple[int, int]:
+        """Find the position in the data, and in a schedule counted in epochs, when a step's batch has another size."""
+        epochs = self.state.epoch or 0.0
+        step, whole_epochs = round(epochs * steps_per_epoch), int(epochs)
+        logger.warning(
+            "A step took %d samples when this checkpoint was made and takes %d now. The run goes on with the records "
+            "after those already seen (epoch %.3f)%s.",
+            earlier.batch,
+            self._ranks().batch,
+            epochs,
+            "" if self.args.max_steps > 0 else f", which is step {step} in these steps",
+        )
+        if self.args.max_steps <= 0:
+            self.state.global_step = step
+        return whole_epochs, (step - whole_epochs * steps_per_epoch) * self.args.gradient_accumulation_steps
 
-        writes_all = self.artifacts.method == "full"
-        parameters = [p for p in self._trained_model.parameters() if p.requires_grad or writes_all]
-        with deepspeed.zero.GatheredParameters(parameters):
-            yield
+    def _ranks(self) -> RankLayout:
+        per_rank = self._train_batch_size * self.args.gradient_accumulation_steps
+        return RankLayout(self.args.world_size, per_rank * self.args.world_size)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Restore this rank's random numbers; with another number of ranks each gets new ones from seed and step."""
+        earlier = read_ranks(Path(checkpoint)) if checkpoint else None
+        if earlier is None or earlier.world_size == self.args.world_size:
+            super()._load_rng_state(checkpoint)
+            return
+        set_seed((self.args.seed + 7919 * self.state.global_step + 104729 * self.args.process_index) % 2**32)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write `checkpoint-N`: staged beside its place, and renamed when every rank has written its part."""
@@ -245,10 +276,8 @@ class LlavaTrainer(Trainer):
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
                 staging.mkdir(parents=True)
-            with self._gathered():
-                if self.args.should_save:
-                    self.artifacts.write(staging, self._trained_model, is_final=False)
             self.accelerator.wait_for_everyone()
+            self.artifacts.write(staging if self.args.should_save else None, self._trained_model, is_final=False)
             if not self.args.save_only_model:
                 self._save_optimizer_and_scheduler(str(staging))
                 self._save_scaler(str(staging))
@@ -288,28 +317,76 @@ class LlavaTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the result of the run into the output directory, complete, with its manifest."""
         target = Path(output_dir or self.args.output_dir or ".")
-        with self._gathered():
-            if self.args.should_save:
-                self._write_result(target)
-        self.accelerator.wait_for_everyone()
-
-    def _write_result(self, target: Path) -> None:
         staging = target / f".result{_STAGING}"
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
         try:
-            self.artifacts.write(staging, self._trained_model, is_final=True)
-            self.state.save_to_json(str(staging / "trainer_state.json"))
-            forget_manifest(target)
-            move_files(staging, target)
-            staging.rmdir()
-            self.artifacts.write_manifest(target, self.state.global_step)
+            if not self.args.should_save:
+                self.artifacts.write(None, self._trained_model, is_final=True)
+            else:
+                shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir(parents=True)
+                self.artifacts.write(staging, self._trained_model, is_final=True)
+                self.state.save_to_json(str(staging / "trainer_state.json"))
+                forget_manifest(target)
+                move_files(staging, target)
+                staging.rmdir()
+                self.artifacts.write_manifest(target, self.state.global_step)
         except (OSError, RuntimeError) as error:
             shutil.rmtree(staging, ignore_errors=True)
             raise RunError(
                 f"The result could not be written to {target}: {error}. The checkpoints in it are untouched; free some "
                 "space and start the same command again."
             ) from error
+        self.accelerator.wait_for_everyone()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Write the optimizer's state by name of parameter, or each rank's part of it under ZeRO; and the scheduler."""
+        directory = Path(output_dir)
+        if self._zero_optimizer is not None:
+            self.deepspeed.save_checkpoint(
+                output_dir, tag=f"global_step{self.state.global_step}", exclude_frozen_parameters=True
+            )
+        elif self.args.should_save:
+            save_optimizer(self._torch_optimizer, self._trained_model, directory / OPTIMIZER)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), directory / SCHEDULER)
+            write_json(directory / RANKS, asdict(self._ranks()))
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any):
+        """Build the optimizer and wrap the model as usual, then restore in one way whatever wraps them."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            self._resume(Path(resume_from_checkpoint))
+        return prepared
+
+    def _resume(self, checkpoint: Path) -> None:
+        """Restore weights, optimizer and scheduler."""
+        if self.is_deepspeed_enabled:
+            restore_trained(self._trained_model, checkpoint, put=self._put_value())
+            self.deepspeed.global_steps = self.state.global_step
+        saved = open_saved_optimizer(checkpoint)
+        load_optimizer(saved, self._torch_optimizer, self._trained_model, self._zero_optimizer)
+        self.lr_scheduler.load_state_dict(torch.load(checkpoint / SCHEDULER, weights_only=True))
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        self._load_scaler(str(checkpoint))
+
+    @property
+    def _zero_optimizer(self) -> Any:
+        """DeepSpeed's optimizer where it divides the optimizer's state among the ranks, else None."""
+        if not self.is_deepspeed_enabled or self.deepspeed is None or not self.deepspeed.zero_optimization():
+            return None
+        return self.deepspeed.optimizer
+
+    @property
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer without what distributed training wraps around it."""
+        optimizer = self.optimizer
+        while hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        return optimizer
+
+    def _put_value(self) -> PutValue:
+        return value_setter(self._trained_model, self._zero_optimizer)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Restore everything trained; what is missing or left over is an error."""
@@ -320,4 +397,4 @@ class LlavaTrainer(Trainer):
         best = self.state.best_model_checkpoint
         assert best is not None
         logger.info("The best checkpoint is %s (%s); its weights are the result.", best, self.state.best_metric)
-        restore_trained(self._trained_model, Path(best))
+        restore_trained(self._trained_model, Path(best), put=self._put_value())

@@ -11,8 +11,9 @@ frozen. Trained parameters are float32, the master weights of a mixed-precision 
 dtype.
 """
 
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import nn
@@ -22,6 +23,9 @@ from llava_ft.models.llava import LlavaLlamaForCausalLM, part_of
 from llava_ft.models.token_rows import add_new_rows
 
 Method = Literal["full", "lora", "projector"]
+
+DECODER_LAYER: Final = r"model\.layers\.\d+\."
+"""What the names of everything in the decoder's layers start with."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,9 @@ class TuningPlan:
             return self.train_projector
         return part != "vision tower" and self.train_language_model
 
-    def dtype_of(self, name: str, compute_dtype: torch.dtype) -> torch.dtype:
-        """The dtype in memory of the parameter with this name."""
-        return torch.float32 if self.trains(name) else compute_dtype
+    def dtype_of(self, name: str, compute_dtype: torch.dtype, master_dtype: torch.dtype = torch.float32) -> torch.dtype:
+        """The dtype in memory of the parameter with this name; `master_dtype` if it is trained."""
+        return master_dtype if self.trains(name) else compute_dtype
 
     def apply(self, model: nn.Module) -> None:
         """Set `requires_grad` of every parameter."""
@@ -98,3 +102,9 @@ class TuningPlan:
         add_new_rows(model.lm_head, num_new)
         if model.config.tie_word_embeddings:
             model.lm_head.new_rows = rows
+
+
+def language_model_linears(model: nn.Module) -> list[str]:
+    """Names of the linear layers of the decoder, without the head, in model order: what is adapted and quantised."""
+    pattern = re.compile(DECODER_LAYER)
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and pattern.match(name)]

@@ -16,14 +16,7 @@ from transformers import PreTrainedModel
 
 from llava_ft.errors import UserError
 from llava_ft.models.llava import part_of
-
-_LAYER = r"model\.layers\.\d+\."
-
-
-def language_model_linears(model: nn.Module) -> list[str]:
-    """Names of the linear layers of the decoder, without the head, in model order."""
-    pattern = re.compile(_LAYER)
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and pattern.match(name)]
+from llava_ft.tuning.freeze import DECODER_LAYER, language_model_linears
 
 
 def target_pattern(model: nn.Module, leaf_names: Sequence[str] | None = None) -> str:
@@ -39,7 +32,7 @@ def target_pattern(model: nn.Module, leaf_names: Sequence[str] | None = None) ->
     Raises:
         UserError: A name is no linear layer of the decoder.
     """
-    known = {re.sub(_LAYER, "", name, count=1) for name in language_model_linears(model)}
+    known = {re.sub(DECODER_LAYER, "", name, count=1) for name in language_model_linears(model)}
     leaves = {name.rpartition(".")[2]: name for name in sorted(known)}
     unknown = sorted(set(leaf_names or ()) - set(leaves))
     if unknown:
@@ -48,7 +41,7 @@ def target_pattern(model: nn.Module, leaf_names: Sequence[str] | None = None) ->
             f"Its linear layers are {', '.join(leaves)}."
         )
     wanted = sorted(leaves[leaf] for leaf in (leaf_names or leaves))
-    return _LAYER + "(?:" + "|".join(re.escape(name) for name in wanted) + ")"
+    return DECODER_LAYER + "(?:" + "|".join(re.escape(name) for name in wanted) + ")"
 
 
 def add_lora(

@@ -1,0 +1,105 @@
+"""What the ranks of a pool are asked to do."""
+
+import contextlib
+import gc
+import os
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from tests.conftest import RECORDINGS
+
+_PLAIN_LINEAR = F.linear
+
+
+@dataclass
+class Result:
+    """What a run did, as one rank saw it.
+
+    Attributes:
+        losses: Logged loss of each step.
+        rates: Logged projector learning rates.
+        grad_norms: Logged gradient norms.
+        weights: Trained values after the last step, float32, by plain name.
+        resumed: Name of the checkpoint that was resumed from, if any.
+    """
+
+    losses: dict[int, float] = field(default_factory=dict)
+    grad_norms: dict[int, float] = field(default_factory=dict)
+    weights: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    resumed: str | None = None
+
+
+def train(argv: list[str], *, until: int | None = None) -> Result:
+    """Train as one rank of a run.
+
+    Args:
+        argv: The command line of `train.py`.
+        until: Step after whose save the run is dropped, as if it had been killed there.
+    """
+    os.chdir(RECORDINGS)
+    warnings.simplefilter("ignore")
+    try:
+        return _train(argv, until)
+    finally:
+        _forget_run()
+
+
+def _train(argv: list[str], until: int | None) -> Result:
+    from transformers import TrainerCallback
+
+    from llava_ft.args import parse_args
+    from llava_ft.training.distributed import join_ranks
+    from llava_ft.training.fragments import trained_parameters, whole_value
+    from llava_ft.training.setup import prepare_run
+
+    class StopAt(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == until:
+                control.should_training_stop = True
+
+    args = parse_args(argv)
+    _, watch = join_ranks(args)
+    try:
+        run = prepare_run(args)
+        if until is not None:
+            run.trainer.add_callback(StopAt())
+        with contextlib.redirect_stdout(None):
+            run.trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+        run.stop.release()
+        history = run.trainer.state.log_history
+        weights = {name: whole_value(p).cpu().clone() for name, p in trained_parameters(run.trainer.model).items()}
+        if until is None:
+            run.trainer.save_model()
+        return Result(
+            losses={entry["step"]: entry["loss"] for entry in history if "loss" in entry},
+            grad_norms={entry["step"]: entry["grad_norm"] for entry in history if "grad_norm" in entry},
+            weights=weights if torch.distributed.get_rank() == 0 else {},
+            resumed=run.checkpoint.name if run.checkpoint else None,
+        )
+    finally:
+        if watch is not None:
+            watch.stop()
+
+
+def _forget_run() -> None:
+    """Leave nothing of a run behind that would reach into the next one of this process."""
+    from accelerate.state import AcceleratorState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    gc.collect()
+    unset_hf_deepspeed_config()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    F.linear = torch.nn.functional.linear = _PLAIN_LINEAR  # ZeRO-3 puts its own in its place
+
+
+def checkpoints(output_dir: Path) -> list[str]:
+    """Names of the complete checkpoints in a directory."""
+    from llava_ft.checkpoint.manifest import what_is_incomplete
+
+    return sorted(path.name for path in output_dir.glob("checkpoint-*") if what_is_incomplete(path) is None)
