@@ -1,4 +1,4 @@
-"""The command line: `llava-ft train | merge | generate | inspect`.
+"""The command line: `llava-ft train | merge | consolidate | generate | inspect`.
 
 Exit status: 0 done, 1 the run failed, 2 the request was wrong. Messages go to standard error; standard output holds
 what was asked for and nothing else.
@@ -53,6 +53,7 @@ def _commands() -> dict[str, tuple[Callable[[Sequence[str]], int], str]]:
     return {
         "train": (train, "fine-tune a model: LoRA, full or projector only; the same command resumes"),
         "merge": (merge, "put an adapter, or a projector, into its base model and verify the result"),
+        "consolidate": (consolidate, "get the weights out of DeepSpeed's files, when nothing else is left of a run"),
         "generate": (generate, "answer one question about images"),
         "inspect": (inspect, "inspect data: what the model will see of each record"),
     }
@@ -123,6 +124,32 @@ def merge(argv: Sequence[str]) -> int:
     from llava_ft.inference.merge_command import run_merge
 
     run_merge(options)
+    return DONE
+
+
+def consolidate(argv: Sequence[str]) -> int:
+    """Turn DeepSpeed's shards into an adapter, a projector or a model."""
+    parser = _Parser("llava-ft consolidate", "Get the weights out of DeepSpeed's files, on a CPU, without DeepSpeed.")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint-N, or the global_stepN in it")
+    parser.add_argument("--output", help="where the result is written; CHECKPOINT-consolidated when absent")
+    parser.add_argument("--tag", help="which global_stepN; when absent the one that the file `latest` names")
+    parser.add_argument("--model-base", help="the base model, where the run's files do not name it or it has moved")
+    parser.add_argument("--config", help="the YAML file the run was started with, where the run left none")
+    parser.add_argument("--lora-alpha", type=int, help="lora_alpha of the run, where no file says it")
+    parser.add_argument(
+        "--format", choices=["bin", "safetensors"], help="when absent, bin; safetensors for a whole model"
+    )
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of a whole model's weights")
+    parser.add_argument("--max-shard-size", default="5GB", help="of a whole model's files, such as 5GB or 512MiB")
+    parser.add_argument(
+        "--from-model-states",
+        action="store_true",
+        help="where optimizer files of stage 1 or 2 are lost: take the weights in the precision the run computed in",
+    )
+    options = parser.parse_args(argv)
+    from llava_ft.inference.consolidate_command import run_consolidate
+
+    run_consolidate(options)
     return DONE
 
 
@@ -200,5 +227,5 @@ def _wants_help(argv: Sequence[str]) -> bool:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<10}{text}" for name, (_, text) in _commands().items()]
+    lines = [f"  {name:<13}{text}" for name, (_, text) in _commands().items()]
     return "llava-ft COMMAND ...\n\n" + "\n".join(lines) + "\n\n`llava-ft COMMAND --help` lists a command's flags."

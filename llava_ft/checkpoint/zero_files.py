@@ -1,8 +1,8 @@
 """DeepSpeed's files of one step: finding them, and reading them without running anything that is in them.
 
-A step is a directory, `global_stepN`. It holds for every rank an optimizer file (`zero_pp_rank_R_mp_rank_00_optim_states.pt`,
-with `bf16_` before it where the run computes in bfloat16) and, once or for every rank, a model file
-(`mp_rank_00_model_states.pt`; under stage 3 `zero_pp_rank_R_mp_rank_00_model_states.pt`).
+A step is a directory, `global_stepN`. It holds for every rank an optimizer file
+(`zero_pp_rank_R_mp_rank_00_optim_states.pt`, with `bf16_` before it where the run computes in bfloat16) and, once or
+for every rank, a model file (`mp_rank_00_model_states.pt`; under stage 3 `zero_pp_rank_R_mp_rank_00_model_states.pt`).
 
 The files are pickles that name classes of DeepSpeed. They are read with `weights_only=True`: the classes of an
 allow-list are replaced by inert stand-ins, so DeepSpeed need not be installed, and any other name is refused.
@@ -11,7 +11,6 @@ allow-list are replaced by inert stand-ins, so DeepSpeed need not be installed, 
 import logging
 import pickle
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -49,12 +48,12 @@ class _Inert:
         pass
 
 
-_STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-    (Fragment, "deepspeed.utils.tensor_fragment.fragment_address"),
-    (_Inert, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (_Inert, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-]
+_STAND_INS: dict[str, type] = {
+    "deepspeed.runtime.zero.config.ZeroStageEnum": int,
+    "deepspeed.utils.tensor_fragment.fragment_address": Fragment,
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler": _Inert,
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": _Inert,
+}
 """All that the files of DeepSpeed 0.9 to 0.19 name besides tensors and builtin types."""
 
 
@@ -150,7 +149,7 @@ def read_states(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing. Copy it from the machine that wrote it.")
     try:
-        with safe_globals(_STAND_INS):
+        with safe_globals([(stand_in, name) for name, stand_in in _STAND_INS.items()]):
             content = _load(path)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(path, error)) from None
@@ -174,9 +173,8 @@ def _load(path: Path) -> Any:
 
 
 def _refusal(path: Path, error: Exception) -> str:
-    allowed = {entry[1] for entry in _STAND_INS if isinstance(entry, tuple)}
     try:
-        named = sorted(set(get_unsafe_globals_in_checkpoint(path)) - allowed)
+        named = sorted(set(get_unsafe_globals_in_checkpoint(path)) - set(_STAND_INS))
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError):
         named = []
     what = f"names {', '.join(named)}" if named else f"is damaged ({_first_line(error)})"

@@ -1,0 +1,312 @@
+"""`llava-ft consolidate`: weights out of DeepSpeed's shards, on one CPU, when nothing else is left of a run.
+
+What a run trained is read from the names of its tensors: LoRA matrices make a LoRA directory, a projector alone makes a
+projector directory, anything else a whole model. The result is what the run itself would have written, to be merged,
+used, or trained further; it appears under its name only when it is complete. Original LLaVA's LoRA checkpoints lack the
+projector; their shards have it.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig
+
+from llava_ft.checkpoint.manifest import Manifest
+from llava_ft.checkpoint.names import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    EMBEDDINGS,
+    HEAD,
+    NEW_ROWS_SUFFIX,
+    PEFT_PREFIX,
+    RUN_CONFIG,
+    is_derived,
+    is_projector,
+    native_name,
+)
+from llava_ft.checkpoint.run_settings import (
+    RunSettings,
+    find_settings,
+    settle_adapter_config,
+    settle_model_config,
+)
+from llava_ft.checkpoint.save import (
+    ShardWriter,
+    staged_directory,
+    vocabulary_matrices,
+    write_json,
+    write_lora,
+    write_projector,
+)
+from llava_ft.checkpoint.weights import read_json
+from llava_ft.checkpoint.zero_files import find_step_directory
+from llava_ft.checkpoint.zero_shards import ZeroShards
+from llava_ft.constants import ORIGINAL_DEFAULTS
+from llava_ft.errors import CheckpointError, UserError
+
+logger = logging.getLogger(__name__)
+
+RECORD = "consolidated.json"
+"""What a consolidation was made from; only a directory that has it is ever replaced."""
+
+Kind = Literal["lora", "projector", "full"]
+
+
+@dataclass(frozen=True)
+class ConsolidateOptions:
+    """A request.
+
+    Attributes:
+        checkpoint: A checkpoint, or the `global_stepN` in it.
+        output: Where the result is written; beside the checkpoint when absent.
+        tag: Which step, where there are several.
+        model_base: The base model, where the run's files do not name it or it has moved.
+        config_file: The configuration the run was started with, where the run left none.
+        lora_alpha: Scale of the adapter times its rank, where no file says it.
+        weights_format: Kind of files. When absent, `bin` for adapter and projector, `safetensors` for a whole model.
+        dtype: Type of a whole model's weights.
+        max_shard_bytes: Size of a whole model's shards in bytes.
+        from_model_states: Take the trained weights from the model file; see `ZeroShards.open`.
+    """
+
+    checkpoint: Path
+    output: Path | None = None
+    tag: str | None = None
+    model_base: str | None = None
+    config_file: Path | None = None
+    lora_alpha: int | None = None
+    weights_format: Literal["bin", "safetensors"] | None = None
+    dtype: torch.dtype = torch.float32
+    max_shard_bytes: int = 5 * 10**9
+    from_model_states: bool = False
+
+
+@dataclass(frozen=True)
+class Consolidation:
+    """What was done.
+
+    Attributes:
+        kind: `lora`, `projector` or `full`.
+        output: Where the result is.
+        step: Optimizer steps done.
+        num_trained: Number of trained tensors; of all tensors for a whole model.
+        num_values: Number of their values.
+        base: The base model, "" if unknown.
+        is_usable: Whether everything is there to merge or use the result.
+        notes: What was inferred, is missing or is less exact.
+    """
+
+    kind: Kind
+    output: Path
+    step: int
+    num_trained: int
+    num_values: int
+    base: str
+    is_usable: bool
+    notes: list[str] = field(default_factory=list[str])
+
+
+def consolidate(options: ConsolidateOptions) -> Consolidation:
+    """Write the weights that DeepSpeed's shards hold as a LoRA, projector or model directory.
+
+    Raises:
+        UserError: A file is missing, damaged or of another run, or the user has to say something.
+    """
+    step_directory = find_step_directory(options.checkpoint, options.tag)
+    output = options.output or options.checkpoint.resolve().with_name(
+        f"{options.checkpoint.resolve().name}-consolidated"
+    )
+    _check_output(output, step_directory)
+    shards = ZeroShards.open(step_directory, from_model_states=options.from_model_states)
+    kind, names = _what_was_trained(shards)
+    settings = find_settings(options.checkpoint, step_directory, options.config_file)
+    base = _lasting_name(options.model_base) if options.model_base else _base_name(settings)
+    base_config, base_directory = _base_config(base)
+    tensors = shards.trained | shards.others
+    shapes = {native_name(name): tensors[name].shape for name in names}
+    config = settle_model_config(settings, shapes, base_config)
+    notes = [*shards.notes]
+    adapter: dict[str, Any] = {}
+    if kind == "lora":
+        adapter, inferred = settle_adapter_config(settings, shapes, lora_alpha=options.lora_alpha, base=base)
+        base = base or str(adapter.get("base_model_name_or_path") or "")
+        notes += inferred
+    notes += _notes_on_config(settings, config)
+    with staged_directory(output) as staging:
+        if kind == "lora":
+            _write_lora(staging, shards, names, adapter, options)
+        elif kind == "projector":
+            values = {native_name(name): value for name, value in shards.stream(names)}
+            write_projector(staging, values, options.weights_format or "bin")
+        else:
+            _write_model(staging, shards, names, options)
+            config |= dict.fromkeys(("dtype", "torch_dtype"), str(options.dtype).removeprefix("torch."))
+        settings.copy_files(staging, tokenizer_from=base_directory if kind == "full" else None)
+        if config:
+            write_json(staging / CONFIG, config)
+        result = Consolidation(
+            kind=kind,
+            output=output,
+            step=shards.step,
+            num_trained=len(names),
+            num_values=sum(torch.Size(tensors[name].shape).numel() for name in names),
+            base=base,
+            is_usable=bool(config),
+            notes=notes,
+        )
+        write_json(staging / RECORD, _record(step_directory, shards, result))
+        _manifest(settings, result).write(staging)
+    return result
+
+
+def next_commands(result: Consolidation) -> list[str]:
+    """Say what can be done with a result, as commands."""
+    run_config = result.output / RUN_CONFIG
+    train = f"deepspeed train.py --config {run_config if run_config.is_file() else 'CONFIG.yaml'} --output_dir NEW"
+    if result.kind == "full":
+        ask = f"llava-ft generate --model-path {result.output} --image-file IMAGE --query QUESTION"
+        return [ask] * result.is_usable + [f"{train} --model_name_or_path {result.output}"]
+    # An adapter names its base; a projector does not.
+    base = f" --model-base {result.base or 'BASE'}" if result.kind == "projector" or not result.base else ""
+    merge = f"llava-ft merge --model-path {result.output}{base} --save-model-path {result.output}-merged"
+    if result.kind == "lora":
+        return [merge] * result.is_usable + [f"{train} --lora_weight_path {result.output}"]
+    (projector,) = result.output.glob("mm_projector.*")
+    return [merge] * result.is_usable + [f"{train} --pretrain_mm_mlp_adapter {projector}"]
+
+
+def _check_output(output: Path, step_directory: Path) -> None:
+    shards = step_directory.resolve()
+    if output.resolve() == shards or output.resolve() in shards.parents:
+        raise UserError(f"--output {output} holds the shards themselves and would be replaced. Give another place.")
+    if output.is_file():
+        raise UserError(f"--output {output} is a file. Give a directory.")
+    if output.is_dir() and any(output.iterdir()) and not (output / RECORD).is_file():
+        raise UserError(
+            f"{output} is there already and is no earlier consolidation. Give another place with --output, or remove "
+            "it."
+        )
+
+
+def _what_was_trained(shards: ZeroShards) -> tuple[Kind, list[str]]:
+    """Tell the kind of run, and which tensors make its result.
+
+    Under stage 0 nothing says which parameters were trained; for LoRA and projector runs their names do, and the number
+    of parameters that the optimizer had is compared.
+    """
+    trained = list(shards.trained)
+    every = [*trained, *shards.others]
+    small = [name for name in every if _is_small_part(name)]
+    if any("lora_" in name for name in every):
+        return "lora", trained or _counted(shards, small)
+    if trained:
+        # Pretraining with added tokens trains the input embeddings beside the projector.
+        if small and all(name in small or native_name(name) == EMBEDDINGS for name in trained):
+            return "projector", trained
+    elif shards.num_optimized and len(small) == shards.num_optimized:
+        return "projector", small
+    return "full", [name for name in every if not is_derived(native_name(name))]
+
+
+def _counted(shards: ZeroShards, names: list[str]) -> list[str]:
+    if shards.num_optimized not in (0, len(names)):
+        raise CheckpointError(
+            f"{shards.directory} is of ZeRO stage 0, whose files do not say what was trained. By their names "
+            f"{len(names)} parameters are LoRA matrices or belong to the projector, but the optimizer had "
+            f"{shards.num_optimized}. Resume the run instead, and let it write its checkpoint."
+        )
+    return names
+
+
+def _is_small_part(name: str) -> bool:
+    """Whether a parameter is trained in every run that keeps the language model frozen."""
+    native = native_name(name)
+    return (
+        "lora_" in name or is_projector(native) or native == "model.image_newline" or native.endswith(NEW_ROWS_SUFFIX)
+    )
+
+
+def _write_lora(
+    staging: Path, shards: ZeroShards, names: list[str], adapter: dict[str, Any], options: ConsolidateOptions
+) -> None:
+    trained = {PEFT_PREFIX + native_name(name): value for name, value in shards.stream(names)}
+    native = {native_name(name): value for name, value in trained.items()}
+    if any(name.endswith(NEW_ROWS_SUFFIX) for name in native):
+        frozen = [name for name in shards.others if native_name(name) in (EMBEDDINGS, HEAD)]
+        native |= {native_name(name): value for name, value in shards.stream(frozen)}
+        has_both = {EMBEDDINGS, HEAD} <= native.keys()
+        whole = vocabulary_matrices(native) if has_both else {}
+    else:
+        whole: Mapping[str, torch.Tensor] = {}
+    write_lora(staging, trained, LoraConfig(), options.weights_format or "bin", whole_matrices=whole)
+    write_json(staging / ADAPTER_CONFIG, adapter)  # over that of LoraConfig(), so that what was found is kept as it was
+
+
+def _write_model(staging: Path, shards: ZeroShards, names: list[str], options: ConsolidateOptions) -> None:
+    writer = ShardWriter(
+        staging,
+        max_shard_bytes=options.max_shard_bytes,
+        weights_format=options.weights_format or "safetensors",
+    )
+    for name, value in shards.stream(names):
+        writer.add(native_name(name), value.to(options.dtype) if value.is_floating_point() else value)
+    writer.finish()
+
+
+def _base_name(settings: RunSettings) -> str:
+    from_manifest = settings.manifest.base if settings.manifest is not None else ""
+    found = settings.adapter_config.get("base_model_name_or_path") or settings.flags.get("model_name_or_path")
+    return str(found or from_manifest)
+
+
+def _lasting_name(base: str) -> str:
+    """Return the whole path of a directory, so that the result can be moved; a name on the hub stays as it is."""
+    return str(Path(base).resolve()) if Path(base).is_dir() else base
+
+
+def _base_config(base: str) -> tuple[dict[str, Any], Path | None]:
+    """Read the base's `config.json` if it lies here; nothing is fetched."""
+    directory = Path(base)
+    if not base or not (directory / CONFIG).is_file():
+        return {}, None
+    return read_json(directory / CONFIG), directory
+
+
+def _notes_on_config(settings: RunSettings, config: Mapping[str, Any]) -> list[str]:
+    if settings.config:
+        return []
+    if not config:
+        return [
+            f"{CONFIG} is left out: nothing says how images are read (vision tower, layer, padding). Give the run's "
+            "configuration with --config, or a LLaVA model as --model-base, to have it written."
+        ]
+    return [
+        f"{CONFIG}: from the run's configuration and base, projector from the tensors: "
+        + ", ".join(f"{key} {config.get(key)}" for key in ("mm_vision_tower", "mm_hidden_size", *ORIGINAL_DEFAULTS))
+    ]
+
+
+def _record(step_directory: Path, shards: ZeroShards, result: Consolidation) -> dict[str, Any]:
+    return {
+        "shards": str(step_directory.resolve()),
+        "zero_stage": shards.stage,
+        "ranks": shards.num_ranks,
+        "deepspeed": shards.version,
+        "step": result.step,
+        "kind": result.kind,
+        "tensors": result.num_trained,
+        "values": result.num_values,
+        "notes": result.notes,
+    }
+
+
+def _manifest(settings: RunSettings, result: Consolidation) -> Manifest:
+    found = settings.manifest
+    is_same_base = found is not None and found.base == result.base
+    fingerprint = found.base_fingerprint if found is not None and is_same_base else ""
+    template = found.template if found is not None else str(settings.flags.get("version") or "")
+    return Manifest(result.kind, result.base, fingerprint, result.step, template)

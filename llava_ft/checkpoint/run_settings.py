@@ -1,0 +1,265 @@
+"""What is known of a run besides its weights, when its checkpoint may have lost everything but DeepSpeed's files.
+
+Settings are looked for in the checkpoint, then in what belongs to the same run: its output directory and its other
+checkpoints. What is not found follows, as far as it can, from the names and shapes of the trained tensors.
+"""
+
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from peft import LoraConfig
+
+from llava_ft.checkpoint.manifest import Manifest, read_manifest
+from llava_ft.checkpoint.names import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    EMBEDDINGS,
+    MANIFEST,
+    PREPROCESSOR_CONFIG,
+    PROJECTOR_PREFIX,
+    RUN_CONFIG,
+    TRAINABLE_TABLE,
+)
+from llava_ft.checkpoint.save import adapter_config_fields
+from llava_ft.checkpoint.weights import read_json
+from llava_ft.constants import ORIGINAL_DEFAULTS
+from llava_ft.errors import CheckpointError, UserError
+from llava_ft.models.builder import is_llava_config
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_DECODER = "model.layers."
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    _TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_OTHER_FILES = (PREPROCESSOR_CONFIG, RUN_CONFIG, TRAINABLE_TABLE, "generation_config.json")
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes of trained tensors by native name."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What was found.
+
+    Attributes:
+        places: Directories of the run, the checkpoint first.
+        flags: The run's flags, from `--config` or its `run_config.yaml`; empty if neither is there.
+        has_flags: Whether the flags are known, so that one that is absent had its default.
+        adapter_config: Content of `adapter_config.json`, empty if there is none.
+        config: Content of `config.json`, empty if there is none.
+        manifest: The manifest, if there is one.
+        sources: Where each of these was found, for the report.
+    """
+
+    places: tuple[Path, ...]
+    flags: Mapping[str, Any]
+    has_flags: bool
+    adapter_config: Mapping[str, Any]
+    config: Mapping[str, Any]
+    manifest: Manifest | None
+    sources: tuple[str, ...] = field(default_factory=tuple[str, ...])
+
+    def copy_files(self, target: Path, *, tokenizer_from: Path | None = None) -> None:
+        """Copy tokenizer, image settings and records of the run, each from the first place that has it.
+
+        Args:
+            target: Where to.
+            tokenizer_from: Where a tokenizer is taken from if the run left none.
+        """
+        extra = (tokenizer_from,) if tokenizer_from is not None else ()
+        home = _first((*self.places, *extra), _TOKENIZER_CONFIG)
+        if home is not None:
+            for name in _TOKENIZER_FILES:
+                if (home.parent / name).is_file():
+                    shutil.copyfile(home.parent / name, target / name)
+        for name in _OTHER_FILES:
+            if (found := _first(self.places, name)) is not None:
+                shutil.copyfile(found, target / name)
+
+
+def find_settings(checkpoint: Path, step_directory: Path, config_file: Path | None) -> RunSettings:
+    """Look for what a run left behind.
+
+    Args:
+        checkpoint: What the user named: a checkpoint, or the step in it.
+        step_directory: The `global_stepN`.
+        config_file: The configuration the run was started with, if the user gave it.
+
+    Raises:
+        UserError: A file is damaged.
+    """
+    places = _places(checkpoint.resolve())
+    if checkpoint == step_directory:
+        places += _places(checkpoint.resolve().parent)
+    adapter, config, manifest = (_first(places, name) for name in (ADAPTER_CONFIG, CONFIG, MANIFEST))
+    flags_file = config_file or _first(places, RUN_CONFIG)
+    found = [str(path) for path in (adapter, config, flags_file) if path is not None]
+    return RunSettings(
+        places=places,
+        flags=_read_flags(flags_file) if flags_file is not None else {},
+        has_flags=flags_file is not None,
+        adapter_config=read_json(adapter) if adapter is not None else {},
+        config=read_json(config) if config is not None else {},
+        manifest=read_manifest(manifest.parent) if manifest is not None else None,
+        sources=tuple(found),
+    )
+
+
+def settle_adapter_config(
+    settings: RunSettings, shapes: Shapes, *, lora_alpha: int | None, base: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the content of `adapter_config.json`: as it was found, or inferred.
+
+    Args:
+        settings: What was found.
+        shapes: Shapes of the trained tensors.
+        lora_alpha: What the user gave.
+        base: The base model, "" if unknown.
+
+    Returns:
+        The content, and what was inferred.
+
+    Raises:
+        UserError: `lora_alpha` is known nowhere, or what was found contradicts the tensors.
+    """
+    ranks = {shape[0] for name, shape in shapes.items() if ".lora_A." in name}
+    if settings.adapter_config:
+        return _check_found(settings, ranks, lora_alpha, base), []
+    if len(ranks) != 1:
+        raise CheckpointError(
+            f"The adapter's matrices have the ranks {_listed(ranks)}; without {ADAPTER_CONFIG} it is unknown "
+            "which has which scale. Put the file beside the shards."
+        )
+    (rank,) = ranks
+    flags = settings.flags
+    if (told := flags.get("lora_r")) is not None and int(told) != rank:
+        raise UserError(
+            f"lora_r is {told} in the configuration ({settings.sources[-1]}), but the adapter's rank is {rank}. It is "
+            "the configuration of another run; give this one's with --config."
+        )
+    alpha = lora_alpha if lora_alpha is not None else flags.get("lora_alpha")
+    if alpha is None:
+        raise UserError(
+            f"lora_alpha, the scale of the adapter, is not in the shards, and no {ADAPTER_CONFIG} or {RUN_CONFIG} is "
+            f"left that says it. The adapter's rank is {rank}. Give what the run used with --lora-alpha N, or a "
+            "configuration that names it with --config FILE.yaml."
+        )
+    modules = {name.split(".lora_A.")[0] for name in shapes if ".lora_A." in name}
+    trains_bias = any(name.endswith(".bias") and name.startswith(_DECODER) for name in shapes)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=int(alpha),
+        lora_dropout=float(flags.get("lora_dropout") or 0.0),
+        bias=flags.get("lora_bias") or ("all" if trains_bias else "none"),
+        target_modules=_target_modules(modules),
+        use_dora=any("lora_magnitude_vector" in name for name in shapes),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base or None,
+    )
+    told = "--lora-alpha" if lora_alpha is not None else settings.sources[-1]
+    return adapter_config_fields(config), [
+        f"{ADAPTER_CONFIG}: r {rank} and {len(modules)} target modules from the tensors, lora_alpha {alpha} from {told}"
+    ]
+
+
+def settle_model_config(settings: RunSettings, shapes: Shapes, base_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of `config.json`; empty if too little is known.
+
+    Args:
+        settings: What was found.
+        shapes: Shapes of the trained tensors.
+        base_config: `config.json` of the base model, empty if unknown.
+    """
+    if settings.config:
+        return dict(settings.config)
+    if not settings.has_flags and not is_llava_config(base_config):
+        return {}
+    fields = {**base_config, "model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"]}
+    for key, default in ORIGINAL_DEFAULTS.items():
+        flag = settings.flags.get(key)
+        fields[key] = flag if flag is not None else base_config.get(key, default)
+    fields["mm_vision_tower"] = settings.flags.get("vision_tower") or base_config.get("mm_vision_tower")
+    fields["use_mm_proj"] = fields["mm_vision_tower"] is not None
+    if EMBEDDINGS in shapes:
+        fields["vocab_size"] = shapes[EMBEDDINGS][0]
+    projector = {name: shape for name, shape in shapes.items() if name.startswith(PROJECTOR_PREFIX) and len(shape) == 2}
+    if projector:
+        depth = len(projector)
+        is_linear = f"{PROJECTOR_PREFIX}weight" in projector
+        fields["mm_projector_type"] = "linear" if is_linear else f"mlp{depth}x_gelu"
+        fields["mm_hidden_size"] = next(iter(projector.values()))[1]
+    return fields
+
+
+def _check_found(settings: RunSettings, ranks: set[int], lora_alpha: int | None, base: str) -> dict[str, Any]:
+    fields = dict(settings.adapter_config)
+    patterns: dict[str, int] = fields.get("rank_pattern") or {}
+    if not ranks <= {fields.get("r"), *patterns.values()}:
+        raise CheckpointError(
+            f"{settings.sources[0]} describes an adapter of rank {fields.get('r')}, but the one in the shards has "
+            f"{_listed(ranks)}. It is of another run; move it away, and give --lora-alpha or --config instead."
+        )
+    if lora_alpha is not None and lora_alpha != fields.get("lora_alpha"):
+        raise UserError(
+            f"--lora-alpha is {lora_alpha}, but {settings.sources[0]} says {fields.get('lora_alpha')}. Leave the flag "
+            "out, or move the file away if it is of another run."
+        )
+    if base:
+        fields["base_model_name_or_path"] = base
+    return fields
+
+
+def _listed(ranks: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(ranks)))
+
+
+def _target_modules(modules: Iterable[str]) -> str | list[str]:
+    """One regular expression if every layer of the decoder has the same ones; else all names."""
+    names = sorted(modules)
+    matches = [_LAYER.fullmatch(name) for name in names]
+    layers = {match[1] for match in matches if match}
+    leaves = {match[2] for match in matches if match}
+    if all(matches) and len(names) == len(layers) * len(leaves):
+        return r"model\.layers\.\d+\.(?:" + "|".join(re.escape(leaf) for leaf in sorted(leaves)) + ")"
+    return names
+
+
+def _places(checkpoint: Path) -> tuple[Path, ...]:
+    """The checkpoint and, if its name says that it is one, what else its run wrote, the newest first."""
+    if not _CHECKPOINT.fullmatch(checkpoint.name):
+        return (checkpoint,)
+    output = checkpoint.parent
+    siblings = [
+        (int(match[1]), path) for path in output.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))
+    ]
+    return (checkpoint, output, *(path for _, path in sorted(siblings, reverse=True) if path != checkpoint))
+
+
+def _first(places: Iterable[Path], name: str) -> Path | None:
+    return next((place / name for place in places if (place / name).is_file()), None)
+
+
+def _read_flags(path: Path) -> dict[str, Any]:
+    """Read a flat YAML mapping of flags; values written as text, such as "False", are converted."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"The configuration {path} cannot be read: {error}. Give the run's YAML file.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no configuration: it holds no `key: value` lines. Give the run's YAML file.")
+    flags = cast("dict[Any, Any]", content)
+    return {
+        str(key).replace("-", "_"): yaml.safe_load(value) if isinstance(value, str) and value else value
+        for key, value in flags.items()
+    }

@@ -1,0 +1,217 @@
+"""Where each parameter lies in the shards that DeepSpeed's ZeRO writes.
+
+Source: ZeRO (arXiv:1910.02054), section 5, for what is divided; the layout is that of DeepSpeed 0.9 to 0.19.
+
+- Stages 1 and 2 lay the trained parameters of each optimizer group end to end, pad the vector to a multiple of twice
+  the number of ranks, and give each rank an equal part of it, of which the file holds what is not padding.
+- Stage 3 cuts every parameter into as many parts as there are ranks, each of ceil(size / ranks) values; a rank lays its
+  parts end to end, in one vector for each sub-group.
+
+The order of the parameters is that of `param_shapes` in the model file. A rank's own record of where its parts lie,
+`param_slice_mappings`, serves as a check; with `round_robin_gradients` it follows another order and is wrong.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_ft.checkpoint.zero_files import Fragment, StepFiles
+from llava_ft.errors import CheckpointError
+
+OPTIMIZER = "optimizer_state_dict"
+FLAT_1_2 = "single_partition_of_fp32_groups"
+FLAT_3 = "fp32_flat_groups"
+FROZEN_SHAPES = "frozen_param_shapes"
+FROZEN_PARTS = "frozen_param_fragments"
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Consecutive values in a file.
+
+    Attributes:
+        file: The file.
+        keys: The way to the tensor inside it.
+        start: Position of the first value in the flat tensor.
+        length: Number of values.
+    """
+
+    file: Path
+    keys: tuple[str | int, ...]
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardedTensor:
+    """A tensor and the parts it is made of, in order."""
+
+    shape: Shape
+    parts: tuple[Part, ...]
+
+
+def plan_stages_1_2(
+    files: StepFiles, states: Mapping[int, Mapping[str, Any]], groups: Sequence[Mapping[str, Shape]]
+) -> dict[str, ShardedTensor]:
+    """Lay each group's partitions end to end and cut the parameters out, one after the other.
+
+    Args:
+        files: The files, for messages and parts.
+        states: The optimizer state of every rank.
+        groups: Shapes of the parameters of each optimizer group, in DeepSpeed's order.
+
+    Raises:
+        CheckpointError: The sizes do not fit together.
+    """
+    ranks = len(states)
+    planned: dict[str, ShardedTensor] = {}
+    paddings = states[0].get("param_alignment_paddings") or [[0] * len(group) for group in groups]
+    for rank, state in states.items():
+        if len(state[FLAT_1_2]) != len(groups):
+            raise CheckpointError(
+                f"{files.optimizer[rank]} holds {len(state[FLAT_1_2])} groups of parameters, but the model file lists "
+                f"{len(groups)}. They are of different runs."
+            )
+    for index, group in enumerate(groups):
+        lengths = [states[rank][FLAT_1_2][index].numel() for rank in range(ranks)]
+        starts = [sum(lengths[:rank]) for rank in range(ranks)]
+        placed, needed, offset = dict[str, tuple[int, int]](), 0, 0
+        for (name, shape), padding in zip(group.items(), paddings[index], strict=True):
+            placed[name] = (offset, prod(shape))
+            needed = offset + prod(shape)
+            offset = needed + padding
+        if not needed <= sum(lengths) <= -(-offset // (2 * ranks)) * 2 * ranks:
+            raise CheckpointError(
+                f"The optimizer files in {files.directory} hold {sum(lengths)} values for group {index}, but its "
+                f"{len(group)} parameters have {needed}. The files are of different runs, or one is damaged."
+            )
+        for name, (start, length) in placed.items():
+            parts = [
+                Part(files.optimizer[rank], (OPTIMIZER, FLAT_1_2, index), *overlap)
+                for rank in range(ranks)
+                if (overlap := _overlap(start, length, starts[rank], lengths[rank])) is not None
+            ]
+            planned[name] = ShardedTensor(group[name], tuple(parts))
+        for rank, state in states.items():
+            records: Sequence[Mapping[str, Fragment]] = state.get("param_slice_mappings") or ()
+            if records:
+                _check_fragments(files.optimizer[rank], records[index], placed, starts[rank])
+    return planned
+
+
+def plan_stage_3(
+    files: StepFiles, states: Mapping[int, Mapping[str, Any]], shapes: Mapping[str, Shape]
+) -> dict[str, ShardedTensor]:
+    """Walk through every rank's vectors in step; each parameter takes the same number of values from each.
+
+    Args:
+        files: The files, for messages and parts.
+        states: The optimizer state of every rank.
+        shapes: Shapes of the parameters, in DeepSpeed's order.
+
+    Raises:
+        CheckpointError: The sizes do not fit together.
+    """
+    ranks = len(states)
+    lengths = [group.numel() for group in states[0][FLAT_3]]
+    for rank, state in states.items():
+        if [group.numel() for group in state[FLAT_3]] != lengths:
+            raise CheckpointError(
+                f"{files.optimizer[rank]} holds other numbers of values than {files.optimizer[0].name}. The files are "
+                "of different runs, or one is damaged."
+            )
+    needed = sum(_share(shape, ranks) for shape in shapes.values())
+    if needed != sum(lengths):
+        raise CheckpointError(
+            f"The optimizer files in {files.directory} hold {sum(lengths)} values each, but {len(shapes)} parameters "
+            f"divided among {ranks} ranks have {needed}. The files are of different runs, or the optimizer was "
+            "offloaded to NVMe, where its values are not in these files."
+        )
+    starts = [sum(lengths[:index]) for index in range(len(lengths))]
+    planned: dict[str, ShardedTensor] = {}
+    offset = 0
+    for name, shape in shapes.items():
+        parts: list[Part] = []
+        for rank in range(ranks):
+            own = _own(shape, rank, ranks)
+            for index, length in enumerate(lengths):
+                overlap = _overlap(offset, own, starts[index], length)
+                if overlap is not None:
+                    parts.append(Part(files.optimizer[rank], (OPTIMIZER, FLAT_3, index), *overlap))
+        planned[name] = ShardedTensor(shape, tuple(parts))
+        offset += _share(shape, ranks)
+    return planned
+
+
+def plan_frozen_of_stage_3(files: StepFiles, models: Mapping[int, Mapping[str, Any]]) -> dict[str, ShardedTensor]:
+    """Put the frozen parameters together, of which every rank's model file holds a part.
+
+    Args:
+        files: The files, for messages and parts.
+        models: The model files of all ranks.
+
+    Raises:
+        CheckpointError: A rank holds less than its part.
+    """
+    ranks = len(models)
+    planned: dict[str, ShardedTensor] = {}
+    for name, shape in sizes(models[0].get(FROZEN_SHAPES) or {}).items():
+        parts: list[Part] = []
+        for rank, model in models.items():
+            own = _own(shape, rank, ranks)
+            if name not in model[FROZEN_PARTS] or model[FROZEN_PARTS][name].numel() < own:
+                raise CheckpointError(f"{files.model[rank]} lacks its part of {name}. It is damaged or of another run.")
+            parts.append(Part(files.model[rank], (FROZEN_PARTS, name), 0, own))
+        planned[name] = ShardedTensor(shape, tuple(parts))
+    return planned
+
+
+def plan_whole(file: Path, module: Mapping[str, Any]) -> dict[str, ShardedTensor]:
+    """Describe tensors that are whole in a model file."""
+    tensors = {name: value for name, value in module.items() if isinstance(value, torch.Tensor)}
+    return {
+        name: ShardedTensor(tuple(value.shape), (Part(file, ("module", name), 0, value.numel()),))
+        for name, value in tensors.items()
+    }
+
+
+def sizes(shapes: Mapping[str, Any]) -> dict[str, Shape]:
+    """Return shapes as tuples."""
+    return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def _share(shape: Shape, ranks: int) -> int:
+    """Values that each rank holds of a parameter under stage 3, with padding."""
+    return -(-prod(shape) // ranks)
+
+
+def _own(shape: Shape, rank: int, ranks: int) -> int:
+    """Values that a rank holds of a parameter under stage 3, without padding."""
+    share = _share(shape, ranks)
+    return max(0, min(share, prod(shape) - rank * share))
+
+
+def _overlap(start: int, length: int, first: int, available: int) -> tuple[int, int] | None:
+    """Where `length` values from `start` on lie within `available` ones from `first` on; None if they do not."""
+    begin, end = max(start, first), min(start + length, first + available)
+    return (begin - first, end - begin) if end > begin else None
+
+
+def _check_fragments(
+    file: Path, fragments: Mapping[str, Fragment], placed: Mapping[str, tuple[int, int]], first: int
+) -> None:
+    """Compare where a rank's own record says that its parameters lie with where they were found to lie."""
+    for name, fragment in fragments.items():
+        begin, length = placed.get(name, (-1, 0))
+        inside = max(begin, first)
+        if fragment.start != inside - first or inside + fragment.numel > begin + length:
+            raise CheckpointError(
+                f"{file} says that {name} begins at value {fragment.start} of its part, but by the sizes of the other "
+                "files it does not. A file of another rank or run lies under this name, or one is damaged."
+            )

@@ -1,0 +1,276 @@
+"""Whole tensors from the files that DeepSpeed writes at a step, under any ZeRO stage and number of ranks.
+
+Neither DeepSpeed nor a GPU is needed. Everything is checked before a value is read, and then one tensor at a time is
+put together in memory (`zero_layout.py` says of which parts). Stage 0 divides nothing: the model file holds all values,
+in the precision the run computed in. Under the other stages trained parameters are the optimizer's float32 copies.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from llava_ft.checkpoint.zero_files import StepFiles, find_step_files, read_states
+from llava_ft.checkpoint.zero_layout import (
+    FLAT_1_2,
+    FLAT_3,
+    FROZEN_SHAPES,
+    OPTIMIZER,
+    Shape,
+    ShardedTensor,
+    plan_frozen_of_stage_3,
+    plan_stage_3,
+    plan_stages_1_2,
+    plan_whole,
+    sizes,
+)
+from llava_ft.errors import CheckpointError
+
+_BYTES_PER_MAPPING = 2**30
+
+
+@dataclass
+class ZeroShards:
+    """The tensors of one step, read lazily.
+
+    Attributes:
+        directory: Where the files are.
+        stage: ZeRO stage of the run; 0 when nothing is divided.
+        num_ranks: Number of ranks among which the trained parameters are divided.
+        step: Optimizer steps done.
+        version: DeepSpeed's version, "" if unknown.
+        trained: The trained parameters, in DeepSpeed's order. Empty under stage 0, which does not say which they are.
+        others: Everything else that is there: frozen parameters and buffers; under stage 0 all parameters.
+        shared: Second names of parameters, with the name under which the value is kept.
+        num_optimized: Number of parameters that the optimizer had, under stage 0; 0 if unknown.
+        notes: What is missing or less exact, for the reader of a report.
+    """
+
+    directory: Path
+    stage: int
+    num_ranks: int
+    step: int = 0
+    version: str = ""
+    trained: dict[str, ShardedTensor] = field(default_factory=dict[str, ShardedTensor])
+    others: dict[str, ShardedTensor] = field(default_factory=dict[str, ShardedTensor])
+    shared: dict[str, str] = field(default_factory=dict[str, str])
+    num_optimized: int = 0
+    notes: list[str] = field(default_factory=list[str])
+
+    @classmethod
+    def open(cls, directory: Path, *, from_model_states: bool = False) -> "ZeroShards":
+        """Find out what the files of a step hold, and check that they are complete and belong together.
+
+        Args:
+            directory: A `global_stepN`.
+            from_model_states: Under stages 1 and 2, take the trained parameters from the model file, in the precision
+                the run computed in. The optimizer files are not looked at.
+
+        Raises:
+            CheckpointError: A file is missing, damaged, of another run, or of a kind that cannot be read.
+        """
+        files = find_step_files(directory)
+        models = _read_models(files)
+        first = models[min(models)]
+        if first["param_shapes"] is None:
+            return _open_undivided(files, first)
+        if from_model_states:
+            return _open_model_file(files, first)
+        return _open_divided(files, models)
+
+    def stream(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield names and whole tensors in memory of their own: float32, but for tensors of integers.
+
+        Files are mapped, and mapped anew after a limited number of bytes, so pages that were read do not pile up.
+
+        Args:
+            names: The tensors wanted; all when absent, the trained ones first.
+        """
+        every = self.trained | {name: entry for name, entry in self.others.items() if name not in self.trained}
+        contents: dict[Path, dict[str, Any]] = {}
+        num_bytes = 0
+        for name in every if names is None else names:
+            values: list[torch.Tensor] = []
+            for part in every[name].parts:
+                if part.file not in contents:
+                    contents[part.file] = read_states(part.file)
+                flat = _look_up(contents[part.file], part.keys).detach().reshape(-1)
+                values.append(flat[part.start : part.start + part.length])
+            whole = (torch.cat(values) if values else torch.empty(0)).reshape(every[name].shape)
+            yield name, whole.float() if whole.is_floating_point() else whole
+            num_bytes += whole.nbytes
+            if num_bytes >= _BYTES_PER_MAPPING:
+                del values
+                contents.clear()
+                num_bytes = 0
+
+
+def _read_models(files: StepFiles) -> dict[int, dict[str, Any]]:
+    if not files.model:
+        is_stage_3 = any(FLAT_3 in _optimizer_state(path) for path in list(files.optimizer.values())[:1])
+        name = ("zero_pp_rank_0_" if is_stage_3 else "") + "mp_rank_00_model_states.pt"
+        raise CheckpointError(
+            f"{files.directory / name} is missing. It holds the names and shapes of the parameters, without which the "
+            "other files are numbers without meaning. Copy it from the machine that wrote it."
+        )
+    models = {rank: read_states(path) for rank, path in sorted(files.model.items())}
+    first = min(models)
+    for rank, content in models.items():
+        if "module" not in content or "param_shapes" not in content:
+            raise CheckpointError(f"{files.model[rank]} is no model file of a DeepSpeed run that trained something.")
+        if content["param_shapes"] != models[first]["param_shapes"]:
+            raise CheckpointError(
+                f"{files.model[rank]} lists other parameters than {files.model[first].name}. Files of two runs lie in "
+                "one directory; remove those of one."
+            )
+    return models
+
+
+def _open_undivided(files: StepFiles, model: Mapping[str, Any]) -> ZeroShards:
+    """Stage 0: the model file holds everything; the optimizer is torch's own or one around it."""
+    shards = ZeroShards(files.directory, stage=0, num_ranks=1, **_origin(model))
+    shards.others = plan_whole(files.model[0], model["module"])
+    optimizer: dict[str, Any] = model.get("optimizer") or {}
+    if "fp32_groups_flat" not in optimizer:  # there each group is one parameter to the optimizer
+        groups: list[dict[str, Any]] = optimizer.get(OPTIMIZER, optimizer).get("param_groups", [])
+        shards.num_optimized = sum(len(group["params"]) for group in groups)
+    return shards
+
+
+def _open_model_file(files: StepFiles, model: Mapping[str, Any]) -> ZeroShards:
+    if files.is_divided:
+        raise CheckpointError(
+            f"{files.directory} is of stage 3, whose model files hold no trained weights: they are in the optimizer "
+            "files alone. Leave --from-model-states out."
+        )
+    shards = ZeroShards(files.directory, stage=1, num_ranks=1, **_origin(model))
+    whole = plan_whole(files.model[0], model["module"])
+    shapes = _shapes(model)
+    missing = [name for name in shapes if name not in whole or whole[name].shape != shapes[name]]
+    if missing:
+        raise CheckpointError(f"{files.model[0]} does not hold {missing[0]}, although it was trained.")
+    shards.trained = {name: whole[name] for name in shapes}
+    shards.shared = dict(model.get("shared_params") or {})
+    shards.others = {name: entry for name, entry in whole.items() if name not in shapes and name not in shards.shared}
+    shards.notes.append("The trained weights are those of the model file, in the precision the run computed in.")
+    return shards
+
+
+def _open_divided(files: StepFiles, models: Mapping[int, Mapping[str, Any]]) -> ZeroShards:
+    states = _read_optimizers(files, models)
+    first = min(models)
+    shards = ZeroShards(files.directory, stage=_stage(files, states), num_ranks=len(states), **_origin(models[first]))
+    shards.shared = dict(models[first].get("shared_params") or {})
+    if shards.stage == 3:
+        shards.trained = plan_stage_3(files, states, _shapes(models[first]))
+        buffers = {name: models[first]["module"][name] for name in models[first].get("buffer_names") or ()}
+        shards.others = plan_whole(files.model[first], buffers)
+        absent = [rank for rank in states if rank not in models]
+        if not absent:
+            shards.others |= plan_frozen_of_stage_3(files, models)
+        elif models[first].get(FROZEN_SHAPES):
+            shards.notes.append(
+                f"zero_pp_rank_{absent[0]}_mp_rank_00_model_states.pt is missing, so the frozen parameters are not "
+                "whole and are left out."
+            )
+    else:
+        shards.trained = plan_stages_1_2(files, states, [sizes(group) for group in models[first]["param_shapes"]])
+        shards.others = plan_whole(files.model[first], models[first]["module"])
+    known = {*shards.trained, *shards.shared}
+    shards.others = {name: entry for name, entry in shards.others.items() if name not in known}
+    return shards
+
+
+def _read_optimizers(files: StepFiles, models: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Read the optimizer state of every rank and check that together they are those of one save."""
+    states = {rank: _optimizer_state(path) for rank, path in sorted(files.optimizer.items())}
+    ranks = max((int(model.get("dp_world_size") or 0) for model in models.values()), default=0)
+    ranks = ranks or max((_partition_count(state) for state in states.values()), default=1)
+    for rank in range(ranks):
+        if rank not in states:
+            raise CheckpointError(_missing_rank(files, rank, ranks))
+    for rank, state in states.items():
+        if rank >= ranks or _partition_count(state) != ranks:
+            raise CheckpointError(
+                f"{files.optimizer[rank]} is rank {rank} of {_partition_count(state)}, but by the model file the run "
+                f"had {ranks}. It is of another run; remove what is not of this one."
+            )
+    steps = {rank: step for rank, state in states.items() if (step := _optimizer_step(state)) is not None}
+    if len(set(steps.values())) > 1:
+        raise CheckpointError(
+            f"The files in {files.directory} are of different steps: "
+            + ", ".join(f"{files.optimizer[rank].name} of step {step:g}" for rank, step in steps.items())
+            + ". Copy all files of one step, or use another with --tag."
+        )
+    return states
+
+
+def _optimizer_state(path: Path) -> dict[str, Any]:
+    """Read a rank's optimizer state, without its record of where parameters lie where that is wrong."""
+    content = read_states(path)
+    state = _mapping(content.get(OPTIMIZER))
+    if FLAT_3 not in state and FLAT_1_2 not in state:
+        raise CheckpointError(f"{path} is no optimizer file of a run with ZeRO.")
+    if _mapping(_mapping(content.get("ds_config")).get("zero_optimization")).get("round_robin_gradients"):
+        state.pop("param_slice_mappings", None)
+    return state
+
+
+def _stage(files: StepFiles, states: Mapping[int, Mapping[str, Any]]) -> int:
+    """Read the stage. Stage 1 in bfloat16 with float32 gradients does not tell it."""
+    stages = {rank: int(state.get("zero_stage", 3 if FLAT_3 in state else 1)) for rank, state in states.items()}
+    odd = [rank for rank, stage in stages.items() if stage != stages[0] or (stage == 3) != files.is_divided]
+    if odd:
+        raise CheckpointError(
+            f"{files.optimizer[odd[0]]} is of ZeRO stage {stages[odd[0]]}, but files beside it are of another. "
+            "Files of two runs lie in one directory; remove those of one."
+        )
+    return stages[0]
+
+
+def _partition_count(state: Mapping[str, Any]) -> int:
+    count: Any = state.get("partition_count", 0)
+    return max(cast("list[int]", count)) if isinstance(count, list) else int(count)
+
+
+def _optimizer_step(state: Mapping[str, Any]) -> float | None:
+    """The optimizer's own count of steps, or None if it keeps none."""
+    inner = _mapping(state.get("base_optimizer_state") or state.get(OPTIMIZER))
+    entries: list[dict[str, Any]] = [*inner.get("state", {}).values(), *inner.get("param_groups", [])]
+    return next((float(entry["step"]) for entry in entries if "step" in entry), None)
+
+
+def _missing_rank(files: StepFiles, rank: int, ranks: int) -> str:
+    prefix = "bf16_" if any(path.name.startswith("bf16_") for path in files.optimizer.values()) else ""
+    name = f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+    advice = (
+        ""
+        if files.is_divided
+        else " If it is lost, --from-model-states takes the trained weights from the model file, in the precision the "
+        "run computed in."
+    )
+    return (
+        f"{files.directory / name} is missing: of {ranks} optimizer files, one for each rank, {len(files.optimizer)} "
+        f"are there. Each holds a part of the trained weights; copy it from that rank's machine.{advice}"
+    )
+
+
+def _shapes(model: Mapping[str, Any]) -> dict[str, Shape]:
+    return {name: shape for group in model["param_shapes"] for name, shape in sizes(group).items()}
+
+
+def _origin(model: Mapping[str, Any]) -> dict[str, Any]:
+    return {"step": int(model.get("global_steps") or 0), "version": str(model.get("ds_version") or "")}
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """Return a dictionary, or an empty one for anything else."""
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+
+
+def _look_up(content: Any, keys: tuple[str | int, ...]) -> torch.Tensor:
+    for key in keys:
+        content = content[key]
+    return content
