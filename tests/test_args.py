@@ -54,6 +54,7 @@ OWN_FLAGS = {
     "image_folder",
     "is_multimodal",
     "lazy_preprocess",
+    "logging_dir",
     "lora_alpha",
     "lora_bias",
     "lora_dropout",
@@ -393,7 +394,6 @@ class TestOldSpellings:
         "argv",
         [
             ["--overwrite_output_dir", "True"],
-            ["--logging_dir", "logs"],
             ["--use_mps_device", "False"],
             ["--fp16_backend", "auto"],
             ["--half_precision_backend", "auto"],

@@ -17,22 +17,12 @@ import torch
 import transformers
 from transformers.utils.import_utils import is_torch_tf32_available
 
+from llava_ft.args.reporters import choose_reporters
 from llava_ft.args.sources import config_folders, known_configs
 from llava_ft.args.training import TrainingFlags
 from llava_ft.errors import UserError
 
 _GPU_OPTIMIZERS: Final = frozenset({"adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused"})
-_REPORTERS: Final[Mapping[str, tuple[str, ...]]] = {
-    "clearml": ("clearml",),
-    "comet_ml": ("comet_ml",),
-    "mlflow": ("mlflow",),
-    "swanlab": ("swanlab",),
-    "tensorboard": ("tensorboard", "tensorboardX"),
-    "trackio": ("trackio",),
-    "wandb": ("wandb",),
-}
-"""Packages that each place to report to needs; any one of them will do."""
-
 
 @dataclass(repr=False)
 class TrainingArguments(  # pyright: ignore[reportIncompatibleVariableOverride]  # narrower types
@@ -76,7 +66,7 @@ def build_training_arguments(
         values, has_cuda=torch.cuda.is_available(), has_tf32=is_torch_tf32_available()
     )
     notes.extend(device_notes)
-    values["report_to"], reporter_notes = _available_reporters(values["report_to"])
+    values["report_to"], reporter_notes = choose_reporters(values["report_to"], _is_installed)
     notes.extend(reporter_notes)
     if values.get("deepspeed") and not _is_installed("deepspeed"):
         raise UserError(
@@ -178,15 +168,6 @@ def find_deepspeed_config(name: str, notes: list[str]) -> str:
     if found != path:
         notes.append(f"deepspeed={name} is taken from {found}.")
     return str(found)
-
-
-def _available_reporters(report_to: str | list[str]) -> tuple[str | list[str], list[str]]:
-    """Drop what is not installed: the published command lines ask for wandb, which training does not need."""
-    wanted = [report_to] if isinstance(report_to, str) else list(report_to)
-    missing = [name for name in wanted if not any(map(_is_installed, _REPORTERS.get(name, ("torch",))))]
-    left = [name for name in wanted if name not in missing]
-    hint = "is left out: it is not installed. To report there: pip install"
-    return left or "none", [f"report_to={name} {hint} {_REPORTERS[name][0]}." for name in missing]
 
 
 def _is_installed(package: str) -> bool:

@@ -31,10 +31,6 @@ WITHOUT_EFFECT: Final[Mapping[str, tuple[str, str]]] = {
     "half_precision_backend": ("str", "torch's own mixed precision is used"),
     "include_tokens_per_second": ("bool | None", "tokens per second are always logged"),
     "jit_mode_eval": ("bool", "transformers removed it"),
-    "logging_dir": (
-        "str | None",
-        "TensorBoard files go below output_dir; set TENSORBOARD_LOGGING_DIR to move them",
-    ),
     "mp_parameters": ("str", "it belonged to SageMaker"),
     "overwrite_output_dir": (
         "bool",

@@ -103,6 +103,10 @@ class TrainingFlags:
     allow_base_mismatch: bool = field(
         default=False, metadata={"help": "Load an adapter on another base than the one it was trained on."}
     )
+    logging_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where TensorBoard files go. Unset: TENSORBOARD_LOGGING_DIR, else runs/ in output_dir."},
+    )
     bad_sample_limit: float = field(
         default=0.05,
         metadata={"help": "Share of the samples that may turn out unreadable during the run before it stops."},

@@ -59,6 +59,7 @@ class Manifest:
         base_fingerprint: See `language_model_fingerprint`.
         step: Optimizer steps done.
         template: Conversation template.
+        git_commit: Commit of the repository that the run was started in, and whether its files differed; "" if none.
         files: Size in bytes of each file, and its SHA-256 where it holds trained weights beside frozen ones.
         versions: Versions of Python and of the packages that made the directory.
     """
@@ -68,6 +69,7 @@ class Manifest:
     base_fingerprint: str = ""
     step: int = 0
     template: str = ""
+    git_commit: str = ""
     files: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     versions: dict[str, str] = field(default_factory=dict[str, str])
 
@@ -175,7 +177,7 @@ def _describe(path: Path) -> dict[str, Any]:
 def _files(directory: Path) -> list[Path]:
     found: list[Path] = []
     for entry in directory.iterdir():
-        if entry.name.startswith((".", "checkpoint-", "runs")):
+        if entry.name.startswith((".", "checkpoint-", "runs", "wandb")):
             continue
         found += [path for path in entry.rglob("*") if path.is_file()] if entry.is_dir() else [entry]
     return found

@@ -29,6 +29,7 @@ from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.errors import UserError
 from llava_ft.training.artifacts import RunArtifacts
 from llava_ft.training.callbacks import LogLines, Progress, SetSamplerEpoch, StopOnSignal
+from llava_ft.training.reporting import attach_reporters
 from llava_ft.training.trainer import LlavaTrainer
 from llava_ft.tuning.freeze import TuningPlan
 from llava_ft.tuning.lora import add_lora
@@ -254,6 +255,7 @@ def _build_trainer(
         trainer.remove_callback(default)
     shows_bar = sys.stderr.isatty() and not training.disable_tqdm
     trainer.add_callback(Progress() if shows_bar else LogLines())
+    attach_reporters(trainer, args, lambda: artifacts.table)
     return trainer, stop
 
 
