@@ -118,6 +118,11 @@ def merge(argv: Sequence[str]) -> int:
     parser.add_argument("--save-vision-tower", action="store_true", help="write the tower although the base has none")
     parser.add_argument("--allow-base-mismatch", action="store_true", help="merge into another base than the adapter's")
     parser.add_argument(
+        "--base-as-trained",
+        action="store_true",
+        help="for what was trained on quantised weights: merge into their values instead of the base's own",
+    )
+    parser.add_argument(
         "--no-verify", action="store_true", help="skip the comparison of logits, which loads both models"
     )
     options = parser.parse_args(argv)
@@ -167,6 +172,7 @@ def generate(argv: Sequence[str]) -> int:
     parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0, help="for temperatures above 0")
     parser.add_argument("--dtype", choices=_DTYPES, help="bfloat16 on a GPU, float32 on a CPU when absent")
+    parser.add_argument("--bits", type=int, choices=[4, 8, 16], default=16, help="of the language model's layers")
     parser.add_argument("--device", help="such as cuda or cpu")
     parser.add_argument("--vision-tower", help="the vision tower, if it is not where the model says")
     parser.add_argument("--allow-base-mismatch", action="store_true")
@@ -202,6 +208,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _configure_logging() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of dtypes in each product, of optional kernels
     logger.setLevel(logging.INFO)
 
 

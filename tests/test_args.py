@@ -13,6 +13,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers.training_args import OptimizerNames
 
 from llava_ft.args import (
     DataArguments,
@@ -714,6 +715,30 @@ class TestBuild:
         assert len(notes) == 5
         assert notes[0] == "tf32 is ignored: there is no GPU."
         assert wanted["tf32"] is True
+
+    @pytest.mark.parametrize(
+        ("paged", "instead"),
+        [
+            ("paged_adamw_8bit", "adamw_8bit"),
+            ("paged_adamw_32bit", "adamw_torch"),
+            ("paged_lion_8bit", "lion_8bit"),
+            ("paged_lion_32bit", "lion_32bit"),
+            ("paged_ademamix_8bit", "ademamix_8bit"),
+            ("paged_ademamix_32bit", "ademamix"),
+        ],
+    )
+    def test_a_cpu_has_nothing_to_page(self, paged, instead):
+        values, notes = adapt_to_device({"optim": paged}, has_cuda=False, has_tf32=False)
+        assert values["optim"] == instead
+        assert notes == [f"optim={paged} is replaced by {instead}: there is no GPU."]
+        assert adapt_to_device({"optim": paged}, has_cuda=True, has_tf32=True) == ({"optim": paged}, [])
+        assert {paged, instead} <= {name.value for name in OptimizerNames}
+
+    @pytest.mark.parametrize("optim", ["adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "lion_32bit"])
+    def test_an_optimizer_of_bitsandbytes_needs_it(self, optim, monkeypatch):
+        monkeypatch.setattr("llava_ft.args.build._is_installed", lambda package: package != "bitsandbytes")
+        with pytest.raises(UserError, match=r"needs bitsandbytes, .* pip install llava-ft\[qlora\], or use optim=ada"):
+            _ = parse("--optim", optim).training
 
     def test_bf16_works_on_a_cpu(self):
         assert adapt_to_device({"bf16": True}, has_cuda=False, has_tf32=False) == (

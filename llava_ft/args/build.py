@@ -22,7 +22,24 @@ from llava_ft.args.sources import config_folders, known_configs
 from llava_ft.args.training import TrainingFlags
 from llava_ft.errors import UserError
 
-_GPU_OPTIMIZERS: Final = frozenset({"adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused"})
+_ON_CPU: Final[Mapping[str, str]] = {
+    "adamw_torch_fused": "adamw_torch",
+    "adamw_torch_xla": "adamw_torch",
+    "adamw_torch_npu_fused": "adamw_torch",
+    "paged_adamw_32bit": "adamw_torch",
+    "paged_adamw_8bit": "adamw_8bit",
+    "paged_ademamix_32bit": "ademamix",
+    "paged_ademamix_8bit": "ademamix_8bit",
+    "paged_lion_32bit": "lion_32bit",
+    "paged_lion_8bit": "lion_8bit",
+}
+"""Optimizers of GPUs, and what takes their place elsewhere: the pages of a paged one are for a GPU's memory."""
+
+_BITSANDBYTES_OPTIMIZERS: Final = frozenset(
+    {name for pair in _ON_CPU.items() for name in pair if not name.startswith("adamw_torch")}
+    | {"adamw_bnb_8bit", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"}
+)
+
 
 @dataclass(repr=False)
 class TrainingArguments(  # pyright: ignore[reportIncompatibleVariableOverride]  # narrower types
@@ -59,7 +76,8 @@ def build_training_arguments(
         notes: Receives one sentence for each thing this machine cannot do and what is done instead.
 
     Raises:
-        UserError: If transformers refuses the combination, or the DeepSpeed file does not exist.
+        UserError: If transformers refuses the combination, a package is not installed, or the DeepSpeed file does
+            not exist.
     """
     values: dict[str, Any] = {f.name: getattr(flags, f.name) for f in dataclasses.fields(flags)} | dict(inherited)
     values, device_notes = adapt_to_device(
@@ -72,6 +90,11 @@ def build_training_arguments(
         raise UserError(
             f"deepspeed={values['deepspeed']}: DeepSpeed is not installed. Install it with pip install "
             "deepspeed, or leave out the flag."
+        )
+    if values["optim"] in _BITSANDBYTES_OPTIMIZERS and not _is_installed("bitsandbytes"):
+        raise UserError(
+            f"optim={values['optim']} needs bitsandbytes, which is not installed. Install it with pip install "
+            "llava-ft[qlora], or use optim=adamw_torch."
         )
     if isinstance(values.get("deepspeed"), str):
         values["deepspeed"] = find_deepspeed_config(values["deepspeed"], notes)
@@ -106,9 +129,10 @@ def adapt_to_device(values: Mapping[str, Any], *, has_cuda: bool, has_tf32: bool
         if adapted.get(name):
             adapted[name] = False
             notes.append(f"{name} is replaced by float32: {reason}.")
-    if adapted.get("optim") in _GPU_OPTIMIZERS:
-        notes.append(f"optim={adapted['optim']} is replaced by adamw_torch: {reason}.")
-        adapted["optim"] = "adamw_torch"
+    if adapted.get("optim") in _ON_CPU:
+        instead = _ON_CPU[adapted["optim"]]
+        notes.append(f"optim={adapted['optim']} is replaced by {instead}: {reason}.")
+        adapted["optim"] = instead
     if adapted.get("ddp_backend") == "nccl":
         adapted["ddp_backend"] = "gloo"
         notes.append(f"ddp_backend=nccl is replaced by gloo: {reason}.")

@@ -111,11 +111,15 @@ def _tuning_problems(model: ModelArguments, training: TrainingFlags) -> Iterator
             "freeze_backbone and freeze_mm_mlp_adapter leave nothing to train. Leave out one of them, or add "
             "lora_enable."
         )
-    trains_backbone = not (training.lora_enable or model.tune_mm_mlp_adapter or model.freeze_backbone)
-    if training.bits != 16 and trains_backbone:
+    if training.bits != 16 and not (training.lora_enable or model.tune_mm_mlp_adapter):
+        reason = (
+            "a run with freeze_backbone writes the whole model, which quantised weights cannot be written as"
+            if model.freeze_backbone
+            else "quantised weights cannot be trained themselves"
+        )
         yield (
-            f"bits={training.bits}: quantised weights cannot be trained themselves. Add lora_enable "
-            "(QLoRA), train the projector alone with tune_mm_mlp_adapter, or use bits=16."
+            f"bits={training.bits}: {reason}. Add lora_enable (QLoRA), train the projector alone with "
+            "tune_mm_mlp_adapter, or use bits=16."
         )
 
 

@@ -4,6 +4,10 @@ The result is a whole LLaVA model. It is made on the CPU, tensor by tensor: each
 added in float32, and the sum is rounded once; memory holds one output shard and the adapter. Before the result gets
 its name it is checked: frozen tensors must be bit-identical to the base's, and the logits on fixed inputs must agree
 with those of the adapter beside the base.
+
+What was trained on quantised weights is merged into the base's own, never into quantised ones: a rank-r change is
+smaller than the step between two 4-bit values and would be rounded away. On request it is merged into what the
+quantised weights are worth, the weights it was trained on.
 """
 
 import logging
@@ -30,6 +34,9 @@ from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.data.tokenizer import load_tokenizer, save_tokenizer
 from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import build_skeleton
+from llava_ft.models.llava import LlavaLlamaForCausalLM
+from llava_ft.tuning.freeze import language_model_linears
+from llava_ft.tuning.quant import Quantization
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +53,8 @@ class MergeOptions:
         weights_format: Kind of files.
         save_vision_tower: Whether the tower is written although the base does not hold it.
         allow_base_mismatch: Merge into a base other than the one the adapter was trained on.
+        quantization: Merge into the values that the base's linear layers have after being quantised like this; into
+            the base's own when absent.
     """
 
     dtype: torch.dtype | None = None
@@ -53,6 +62,7 @@ class MergeOptions:
     weights_format: Literal["bin", "safetensors"] = "safetensors"
     save_vision_tower: bool = False
     allow_base_mismatch: bool = False
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,7 @@ class MergeReport:
     """What a merge did.
 
     Attributes:
-        changed: Number of tensors that the adapter changed.
+        changed: Number of tensors that the adapter, or quantisation, changed.
         replaced: Number of tensors trained beside the adapter.
         frozen: Number of tensors taken from the base, bit for bit when the dtype is the base's.
         converted: Whether the frozen tensors were converted to another dtype.
@@ -109,7 +119,7 @@ def merge(
     tokenizer = load_tokenizer(directory.path if has_tokenizer else base.directory.path)
     with staged_directory(save_path) as staging:
         report = _write_merged(staging, base, lora, tokenizer, options)
-        _check_frozen(staging, base, lora, report)
+        _check_frozen(staging, base, lora, report, options.quantization)
         manifest = Manifest("full", str(base.directory.path), fingerprint, 0, base.config.conversation_template or "")
         manifest.write(staging)
         if verify is not None:
@@ -137,6 +147,7 @@ def _write_merged(
     plan = plan_sources(skeleton, base.sources, Ledger(), num_new_rows=num_new_rows)
     _check_targets(plan, lora)
     rows = new_rows(lora)
+    quantized = _quantized_names(skeleton) if options.quantization is not None else set[str]()
     dtype = options.dtype or _base_dtype(base)
     writer = ShardWriter(staging, max_shard_bytes=options.max_shard_bytes, weights_format=options.weights_format)
     counts = {"changed": 0, "replaced": 0, "frozen": 0}
@@ -144,11 +155,12 @@ def _write_merged(
     for name, source, tensor in stream_planned(base.sources, plan):
         if is_vision(name) and source.label == "vision tower" and not options.save_vision_tower:
             continue
-        is_changed = lora is not None and name in lora.factors
+        is_changed = name in quantized or (lora is not None and name in lora.factors)
         is_replaced = source.label not in ("base model", "vision tower") or name in rows
         counts["changed" if is_changed else "replaced" if is_replaced else "frozen"] += 1
         converted |= not (is_changed or is_replaced) and tensor.dtype != dtype
-        value = lora.apply(name, tensor) if lora is not None else tensor
+        value = options.quantization.round_trip(tensor) if options.quantization and name in quantized else tensor
+        value = lora.apply(name, value) if lora is not None else value
         value = fit_rows(value.to(dtype=dtype, copy=True), tuple(skeleton.get_parameter(name).shape))
         if name in rows:
             value[-rows[name].shape[0] :] = rows[name].to(dtype)
@@ -161,6 +173,10 @@ def _write_merged(
     if (base.directory.path / _GENERATION_CONFIG).is_file():
         shutil.copyfile(base.directory.path / _GENERATION_CONFIG, staging / _GENERATION_CONFIG)
     return MergeReport(**counts, converted=converted)
+
+
+def _quantized_names(model: LlavaLlamaForCausalLM) -> set[str]:
+    return {f"{name}.weight" for name in language_model_linears(model)}
 
 
 def _base_dtype(base: BaseModel) -> torch.dtype:
@@ -181,12 +197,16 @@ def _check_targets(plan: Plan, lora: LoraAdapter | None) -> None:
         )
 
 
-def _check_frozen(staging: Path, base: BaseModel, lora: LoraAdapter | None, report: MergeReport) -> None:
+def _check_frozen(
+    staging: Path, base: BaseModel, lora: LoraAdapter | None, report: MergeReport, quantization: Quantization | None
+) -> None:
     """Compare every frozen tensor on disk with the base's, bit for bit."""
     if report.converted:
         return
     written = WeightFiles.open(staging)
     changed = set(lora.factors if lora is not None else ()) | set(new_rows(lora))
+    if quantization is not None:
+        changed |= _quantized_names(build_skeleton(base.config))
     later = {name for source in base.sources[1:] for name in source.names.values() if source.label != "vision tower"}
     for key, name in base.sources[0].names.items():
         if name in changed or name in later or name not in written.tensors:

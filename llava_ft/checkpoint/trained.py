@@ -1,19 +1,22 @@
 """What was trained, together with the base it belongs to: the reading counterpart of `save.py`."""
 
 import logging
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
+import yaml
 
 from llava_ft.checkpoint.adapter import LoraAdapter
 from llava_ft.checkpoint.base import BaseModel, find_base
 from llava_ft.checkpoint.directory import ModelDirectory
 from llava_ft.checkpoint.load import WeightSource
-from llava_ft.checkpoint.names import ADAPTER_CONFIG, EMBEDDINGS, HEAD, NEW_ROWS_SUFFIX
+from llava_ft.checkpoint.names import ADAPTER_CONFIG, EMBEDDINGS, HEAD, NEW_ROWS_SUFFIX, RUN_CONFIG
 from llava_ft.checkpoint.restore import plain_name
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.constants import ORIGINAL_DEFAULTS
 from llava_ft.errors import CheckpointError
+from llava_ft.tuning.quant import Quantization
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +62,29 @@ def find_trained(
     base = find_base(base_name, vision_tower=tower, wishes=wishes, extra_sources=[beside])
     base.config.conversation_template = directory.config.get("conversation_template")
     return base, lora
+
+
+def quantization_in_training(path: Path) -> Quantization | None:
+    """Return how the language model was held while the contents of a directory were trained; None for 16 bits.
+
+    It is read from the resolved configuration that every save holds. A directory without one, as the original writes
+    it, says nothing and counts as 16 bits.
+
+    Raises:
+        CheckpointError: The configuration is damaged.
+    """
+    file = path / RUN_CONFIG
+    if not file.is_file():
+        return None
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        settings = cast("dict[str, Any]", content if isinstance(content, dict) else {})
+        bits, quant_type = settings.get("bits", 16), settings.get("quant_type", "nf4")
+        if bits not in (4, 8, 16) or quant_type not in ("nf4", "fp4"):
+            raise ValueError(f"bits is {bits} and quant_type {quant_type}")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{file} cannot be read as a run's configuration ({error}). Copy it again.") from None
+    return Quantization.from_flags(bits, quant_type, bool(settings.get("double_quant", True)))
 
 
 def new_rows(lora: LoraAdapter | None) -> dict[str, torch.Tensor]:

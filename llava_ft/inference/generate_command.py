@@ -10,7 +10,7 @@ from transformers.generation.streamers import TextStreamer
 from llava_ft.conversation import get_template
 from llava_ft.errors import UserError
 from llava_ft.inference.generate import Sampling, build_prompt, generate_answer
-from llava_ft.inference.load import load_model
+from llava_ft.inference.load import choose_quantization, load_model
 
 
 def run_generate(options: argparse.Namespace, output: TextIO) -> str:
@@ -21,6 +21,7 @@ def run_generate(options: argparse.Namespace, output: TextIO) -> str:
     """
     _check(options)
     template = get_template(options.conv_mode) if options.conv_mode else None
+    quantization = choose_quantization(options.model_path, options.bits)
     loaded = load_model(
         options.model_path,
         options.model_base,
@@ -28,6 +29,7 @@ def run_generate(options: argparse.Namespace, output: TextIO) -> str:
         dtype=getattr(torch, options.dtype) if options.dtype else None,
         device=options.device,
         allow_base_mismatch=options.allow_base_mismatch,
+        quantization=quantization,
     )
     template = template or get_template(loaded.template)
     config = loaded.model.config

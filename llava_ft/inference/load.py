@@ -14,12 +14,13 @@ from llava_ft.checkpoint.directory import ModelDirectory, identify, resolve_mode
 from llava_ft.checkpoint.fingerprint import language_model_fingerprint
 from llava_ft.checkpoint.names import PEFT_PREFIX
 from llava_ft.checkpoint.restore import check_base
-from llava_ft.checkpoint.trained import find_trained, new_rows
+from llava_ft.checkpoint.trained import find_trained, new_rows, quantization_in_training
 from llava_ft.data.images import ImageTransform
 from llava_ft.data.tokenizer import load_tokenizer
-from llava_ft.errors import CheckpointError
+from llava_ft.errors import CheckpointError, UserError
 from llava_ft.models.llava import LlavaLlamaForCausalLM
 from llava_ft.tuning.lora import wrap_with_peft
+from llava_ft.tuning.quant import Quantization, check_quantization
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +55,12 @@ def load_pretrained_model(
     device: str | torch.device | None = None,
     attn_implementation: str = "sdpa",
     allow_base_mismatch: bool = False,
+    load_8bit: bool = False,
+    load_4bit: bool = False,
 ) -> tuple[PreTrainedTokenizerFast, LlavaLlamaForCausalLM, ImageTransform | None, int]:
     """Load a model for use, with an adapter added into the weights if there is one.
+
+    With `load_4bit` or `load_8bit` the language model's linear layers are quantised, and an adapter stays beside them.
 
     Args:
         model_path: A LLaVA model, a LoRA directory or a projector directory; what it is, is read from its files.
@@ -65,13 +70,18 @@ def load_pretrained_model(
         device: Where the model is put; a GPU if there is one.
         attn_implementation: Attention of the language model.
         allow_base_mismatch: Use an adapter on a base other than the one it was trained on.
+        load_8bit: Hold the language model's linear layers in 8 bits.
+        load_4bit: Hold them in 4 bits; see `choose_quantization`.
 
     Returns:
         `(tokenizer, model, image_processor, context_len)`, as in original LLaVA.
 
     Raises:
-        UserError: A file is missing, damaged, or does not fit the others.
+        UserError: A file is missing, damaged, or does not fit the others; or 4 and 8 bits are both wanted.
     """
+    if load_8bit and load_4bit:
+        raise UserError("load_8bit and load_4bit exclude each other. Give one of the two.")
+    bits: Literal[4, 8, 16] = 8 if load_8bit else 4 if load_4bit else 16
     loaded = load_model(
         model_path,
         model_base,
@@ -80,9 +90,11 @@ def load_pretrained_model(
         device=device,
         attn_implementation=attn_implementation,
         allow_base_mismatch=allow_base_mismatch,
+        quantization=choose_quantization(model_path, bits),
     )
-    assert isinstance(loaded.model, LlavaLlamaForCausalLM)
-    return loaded.tokenizer, loaded.model, loaded.image_transform, loaded.context_len
+    model = loaded.model.get_base_model() if isinstance(loaded.model, PeftModel) else loaded.model
+    assert isinstance(model, LlavaLlamaForCausalLM)
+    return loaded.tokenizer, model, loaded.image_transform, loaded.context_len
 
 
 def load_model(
@@ -95,6 +107,7 @@ def load_model(
     attn_implementation: str = "sdpa",
     allow_base_mismatch: bool = False,
     adapter: Literal["added", "beside"] = "added",
+    quantization: Quantization | None = None,
 ) -> LoadedModel:
     """Load a model for use; see `load_pretrained_model`.
 
@@ -106,8 +119,11 @@ def load_model(
         device: Where the model is put.
         attn_implementation: Attention of the language model.
         allow_base_mismatch: Use an adapter on another base.
-        adapter: `added` puts an adapter's part into the weights; `beside` keeps it as a PEFT model.
+        adapter: `added` puts an adapter's part into the weights; `beside` keeps it as a PEFT model. On quantised
+            weights it always stays beside them: adding it would round it away.
+        quantization: How the language model's linear layers are held; 16 bits or more when absent.
     """
+    check_quantization(quantization)
     on = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if on.type == "cuda" else torch.float32)
     directory = identify(resolve_model_path(model_path))
@@ -126,6 +142,7 @@ def load_model(
         dtype_of=lambda name: dtype,
         device=on,
         attn_implementation=attn_implementation,
+        quantization=quantization,
     )
     ledger.log()
     for name, rows in new_rows(lora).items():
@@ -133,7 +150,8 @@ def load_model(
         weight.data[-rows.shape[0] :] = rows.to(weight.dtype)
     result: LlavaLlamaForCausalLM | PeftModel = model
     if lora is not None:
-        result = _add(model, lora) if adapter == "added" else _wrap(model, lora, directory)
+        is_added = adapter == "added" and quantization is None
+        result = _add(model, lora) if is_added else _wrap(model, lora, directory)
     transform = None
     if base.vision_directory is not None:
         transform = ImageTransform.from_pretrained(base.vision_directory, base.config.image_aspect_ratio)
@@ -144,6 +162,20 @@ def load_model(
         template=base.config.conversation_template or DEFAULT_TEMPLATE,
         context_len=getattr(base.config, "tokenizer_model_max_length", None) or base.config.max_position_embeddings,
     )
+
+
+def choose_quantization(model_path: str, bits: Literal[4, 8, 16]) -> Quantization | None:
+    """Choose how a model's linear layers are held for use.
+
+    Args:
+        model_path: The model. If it was trained on weights quantised to that many bits, they are quantised the same.
+        bits: 4, 8 or 16. 4 bits are otherwise nf4 with quantised scales, as in the original.
+    """
+    if bits == 16:
+        return None
+    path = resolve_model_path(model_path)
+    in_training = quantization_in_training(path)
+    return in_training if in_training is not None and in_training.bits == bits else Quantization(bits)
 
 
 def _add(model: LlavaLlamaForCausalLM, lora: LoraAdapter) -> LlavaLlamaForCausalLM:

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import torch
 
-from llava_ft.checkpoint.directory import identify, resolve_model_path
+from llava_ft.checkpoint.directory import ModelDirectory, identify, resolve_model_path
 from llava_ft.checkpoint.merge import MergeOptions, MergeReport, merge
+from llava_ft.checkpoint.names import RUN_CONFIG
 from llava_ft.checkpoint.save import parse_size
+from llava_ft.checkpoint.trained import quantization_in_training
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.errors import UserError
 from llava_ft.inference.verify import compare_merged
+from llava_ft.tuning.quant import Quantization, check_quantization
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +26,8 @@ def run_merge(options: argparse.Namespace) -> MergeReport:
     except ValueError as error:
         raise UserError(f"--max-shard-size: {error}") from None
     directory = identify(resolve_model_path(options.model_path))
+    in_training = quantization_in_training(directory.path)
+    quantization = _base_to_merge_into(directory, in_training) if options.base_as_trained else None
 
     def verify(staging: Path) -> None:
         if options.no_verify:
@@ -36,6 +41,7 @@ def run_merge(options: argparse.Namespace) -> MergeReport:
             vision_tower=options.vision_tower,
             merged_dtype=dtype,
             allow_base_mismatch=options.allow_base_mismatch,
+            quantization=quantization,
         )
         logger.info("Verified: %s.", comparison)
 
@@ -49,17 +55,35 @@ def run_merge(options: argparse.Namespace) -> MergeReport:
             weights_format=options.format,
             save_vision_tower=options.save_vision_tower,
             allow_base_mismatch=options.allow_base_mismatch,
+            quantization=quantization,
         ),
         vision_tower=options.vision_tower,
         verify=verify,
     )
     frozen = "converted to another dtype" if report.converted else "bit-identical to the base"
     logger.info(
-        "Merged into %s: %d tensors changed by the adapter, %d replaced by trained ones, %d %s.",
+        "Merged into %s: %d tensors changed by the adapter%s, %d replaced by trained ones, %d %s.",
         options.save_model_path,
         report.changed,
+        " or by quantisation" if quantization is not None else "",
         report.replaced,
         report.frozen,
         frozen,
     )
+    if in_training is not None and quantization is None:
+        logger.info(
+            "It was trained on weights in %s and is merged into the base's own, which answer slightly differently; "
+            "--base-as-trained merges into the weights it was trained on.",
+            in_training,
+        )
     return report
+
+
+def _base_to_merge_into(directory: ModelDirectory, in_training: Quantization | None) -> Quantization:
+    if in_training is None:
+        raise UserError(
+            f"--base-as-trained: {directory.path} was not trained on quantised weights, or its {RUN_CONFIG} is gone. "
+            "Leave the flag out to merge into the base's own weights."
+        )
+    check_quantization(in_training)
+    return in_training

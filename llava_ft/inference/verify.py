@@ -11,6 +11,7 @@ from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.constants import IMAGE_TOKEN_INDEX
 from llava_ft.errors import RunError
 from llava_ft.inference.load import LoadedModel, load_model
+from llava_ft.tuning.quant import Quantization
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +19,9 @@ RELATIVE_BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-
 """Largest allowed difference of logits, as a share of the largest logit, by the dtype the merged weights are rounded
 to. float16 rounds a weight by 2^-11 of its size and bfloat16 by 2^-8; a sum over layers of such errors stays well below
 these bounds, and any forgotten or doubled tensor is far above them."""
+
+BOUND_IN_8_BITS = 6e-2
+"""The same for comparison with weights in 8 bits, which round the inputs of each layer to 8 bits as well."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,9 @@ def compare_merged(
     vision_tower: str | None = None,
     merged_dtype: torch.dtype = torch.float32,
     allow_base_mismatch: bool = False,
+    quantization: Quantization | None = None,
 ) -> LogitComparison:
-    """Compare a merged model with the adapter beside its base.
+    """Compare a merged model with the adapter beside its base, quantised if it was merged into such weights.
 
     The two models are in memory one after the other. Both are computed in float32, or in `merged_dtype` if float32
     weights would not fit into the memory that is free.
@@ -94,6 +99,7 @@ def compare_merged(
         device="cpu",
         allow_base_mismatch=allow_base_mismatch,
         adapter="beside",
+        quantization=quantization,
     )
     expected = fixed_logits(loaded)
     tower = vision_tower or loaded.model.config.mm_vision_tower
@@ -101,7 +107,10 @@ def compare_merged(
     got = fixed_logits(load_model(str(merged), vision_tower=tower, dtype=dtype, device="cpu"))
     scale = max(float(logits.abs().max()) for logits in expected)
     difference = max(float((a - b).abs().max()) for a, b in zip(expected, got, strict=True))
-    comparison = LogitComparison(difference, scale, RELATIVE_BOUNDS.get(merged_dtype, 1e-4) * scale)
+    relative = RELATIVE_BOUNDS.get(merged_dtype, 1e-4)
+    if quantization is not None and quantization.bits == 8:
+        relative = max(relative, BOUND_IN_8_BITS)
+    comparison = LogitComparison(difference, scale, relative * scale)
     if not difference <= comparison.bound:
         raise RunError(f"The merged model is not the adapter on its base: {comparison}. Nothing was written.")
     return comparison

@@ -18,6 +18,7 @@ from llava_ft.checkpoint.load import WeightSource
 from llava_ft.checkpoint.names import is_projector
 from llava_ft.checkpoint.restore import check_base, plain_name, restore_trained, trained_files
 from llava_ft.checkpoint.resume import check_checkpoint, newest_complete_checkpoint, remove_staging
+from llava_ft.checkpoint.trained import quantization_in_training
 from llava_ft.constants import ORIGINAL_DEFAULTS
 from llava_ft.conversation import get_template
 from llava_ft.data.collator import PaddingCollator
@@ -33,6 +34,7 @@ from llava_ft.training.reporting import attach_reporters
 from llava_ft.training.trainer import LlavaTrainer
 from llava_ft.tuning.freeze import TuningPlan
 from llava_ft.tuning.lora import add_lora
+from llava_ft.tuning.quant import Quantization, check_quantization
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +63,8 @@ def prepare_run(args: ParsedArgs) -> Run:
         UserError: The request cannot be carried out.
     """
     set_seed(args.training.seed)
-    _refuse_what_is_not_there_yet(args)
     checkpoint = choose_checkpoint(args)
+    _check_bits(args, checkpoint)
     base = find_model(args)
     tokenizer = load_tokenizer(base.directory.path, model_max_length=args.flags.model_max_length)
     add_image_tokens(
@@ -166,6 +168,7 @@ def load_model_to_train(args: ParsedArgs, base: BaseModel, plan: TuningPlan, *, 
         dtype_of=lambda name: plan.dtype_of(name, dtype),
         device=args.training.device,
         attn_implementation=args.attn_implementation,
+        quantization=_quantization(args),
     )
     ledger.log()
     plan.separate_new_rows(model, num_new_rows)
@@ -307,8 +310,21 @@ def _check_image_size(base: BaseModel, transform: ImageTransform) -> None:
         )
 
 
-def _refuse_what_is_not_there_yet(args: ParsedArgs) -> None:
-    if args.flags.bits != 16:
+def _quantization(args: ParsedArgs) -> Quantization | None:
+    return Quantization.from_flags(args.flags.bits, args.flags.quant_type, args.flags.double_quant)
+
+
+def _check_bits(args: ParsedArgs, checkpoint: Path | None) -> None:
+    """Refuse quantised weights where they cannot be trained on, and other ones than a checkpoint was trained on."""
+    wanted = _quantization(args)
+    deepspeed = getattr(args.training, "hf_deepspeed_config", None)  # transformers sets it only with DeepSpeed
+    check_quantization(wanted, zero_stage=3 if deepspeed is not None and deepspeed.is_zero3() else 0)
+    if checkpoint is None:
+        return
+    before = quantization_in_training(checkpoint)
+    if before != wanted:
         raise UserError(
-            f"bits is {args.flags.bits}: training on quantised weights is not supported by this version. Use --bits 16."
+            f"{checkpoint} was trained with the language model in {before or '16 bits'}, and this run asks for "
+            f"{wanted or '16 bits'}. Use the same bits, quant_type and double_quant; to go on from its weights with "
+            "others, start a new run with --lora_weight_path or --pretrain_mm_mlp_adapter."
         )

@@ -318,7 +318,6 @@ REFUSED = [
     ({"model_name_or_path": "ckpt/none"}, "ckpt/none"),
     ({"lora_target_modules": "query"}, "lora_target_modules names query"),
     ({"lora_weight_path": "ckpt/base-llm"}, "not a LoRA adapter"),
-    ({"bits": "4"}, "bits is 4"),
     ({"model_max_length": "30"}, "30"),
 ]
 
