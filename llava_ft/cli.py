@@ -61,6 +61,7 @@ def _commands() -> dict[str, tuple[Callable[[Sequence[str]], int], str]]:
 
 def train(argv: Sequence[str]) -> int:
     """Fine-tune a model."""
+    _quiet_other_ranks(int(os.environ.get("RANK") or 0))
     from llava_ft.args import format_help, parse_args, to_yaml
 
     if _wants_help(argv):
@@ -70,39 +71,9 @@ def train(argv: Sequence[str]) -> int:
     if args.print_config:
         print(to_yaml(args), end="")  # noqa: T201 - the answer to the request
         return DONE
-    from llava_ft.training.setup import prepare_run
+    from llava_ft.training.train_command import run_training
 
-    _quiet_other_ranks(args.training.process_index)
-    _ = args.attn_implementation
-    for note in args.notes:
-        logger.info("%s", note)
-    run = prepare_run(args)
-    if run.checkpoint is not None:
-        logger.info("Resuming from %s.", run.checkpoint)
-    try:
-        run.trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
-    finally:
-        run.stop.release()
-    if run.trainer.bad_samples:
-        names = ", ".join(str(error) for error in run.trainer.bad_samples[:5])
-        logger.warning("%d samples could not be read and were not trained on: %s", len(run.trainer.bad_samples), names)
-    if run.stop.received is not None:
-        step, last = run.trainer.state.global_step, run.trainer.state.max_steps
-        logger.error(
-            "Stopped by %s at step %d of %d. checkpoint-%d in %s is complete; start the same command again to resume "
-            "from it.",
-            run.stop.received,
-            step,
-            last,
-            step,
-            args.training.output_dir,
-        )
-        _leave_process_group()
-        return FAILED
-    run.trainer.save_model()
-    _leave_process_group()
-    logger.info("Done. The result is in %s.", args.training.output_dir)
-    return DONE
+    return DONE if run_training(args) else FAILED
 
 
 def merge(argv: Sequence[str]) -> int:
@@ -219,14 +190,6 @@ def _quiet_other_ranks(rank: int) -> None:
     logger.setLevel(logging.WARNING)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(logging.Formatter(f"[rank {rank}] %(message)s"))
-
-
-def _leave_process_group() -> None:
-    import torch
-
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 def _wants_help(argv: Sequence[str]) -> bool:

@@ -1,8 +1,8 @@
 """Optimizer state on disk, by name of parameter: what makes a run continue on any number of ranks and ZeRO stage.
 
-A run without ZeRO writes `optimizer.pt`. Under ZeRO each rank writes its own part (`global_stepN/`, DeepSpeed's format);
-`zero_shards.py` finds the parameters in these parts. Either way state is asked for by parameter and range of elements,
-so a rank reads what it needs and nothing else.
+A run without ZeRO writes `optimizer.pt`. Under ZeRO each rank writes its own part in DeepSpeed's format
+(`global_stepN/`); `zero_optimizer.py` finds the parameters in these parts. Either way state is asked for by parameter
+and range of elements, so a rank reads what it needs and nothing else.
 """
 
 from abc import ABC, abstractmethod
@@ -57,7 +57,7 @@ class SavedOptimizer(ABC):
 
     @abstractmethod
     def whole_vector(self, places: Sequence[Place]) -> State | None:
-        """Return the state of the vector that was put together of exactly these parts of parameters, if there is one."""
+        """Return the state of the vector made of exactly these parts of parameters, if there is one."""
 
 
 class OptimizerFile(SavedOptimizer):
@@ -127,6 +127,6 @@ def open_saved_optimizer(checkpoint: Path) -> SavedOptimizer:
 
         return ZeroOptimizer(checkpoint)
     raise CheckpointError(
-        f"{checkpoint} holds no optimizer state: it was written with --save_only_model. Start a new run from its weights "
-        "with --lora_weight_path, --pretrain_mm_mlp_adapter or --model_name_or_path."
+        f"{checkpoint} holds no optimizer state: it was written with --save_only_model. Start a new run from its "
+        "weights with --lora_weight_path, --pretrain_mm_mlp_adapter or --model_name_or_path."
     )

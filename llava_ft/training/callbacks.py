@@ -53,6 +53,11 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
         self._previous = {}
 
+    def ignore(self) -> None:
+        """Let signals pass by; for a rank that is about to end anyway."""
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
         logger.warning("%s received: finishing this step, then saving. A second signal stops at once.", self.received)

@@ -12,7 +12,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-
 from transformers import TrainingArguments
 
 from llava_ft.args import ParsedArgs

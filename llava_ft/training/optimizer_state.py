@@ -92,9 +92,9 @@ def _divided_state(
     for fragment in fragments:
         if not saved.is_divisible(fragment.name):
             raise CheckpointError(
-                f"The optimizer state in {saved.path} is in blocks, as 8-bit optimizers keep it, which cannot be divided "
-                "among the ranks in another way. Resume with the number of ranks and the ZeRO stage that the "
-                "checkpoint was made with, or start a new run from its weights."
+                f"The optimizer state in {saved.path} is in blocks, as 8-bit optimizers keep it, which cannot "
+                "be divided among the ranks in another way. Resume with the number of ranks and the ZeRO stage that "
+                "the checkpoint was made with, or start a new run from its weights."
             )
         for moment in saved.moments(fragment.name):
             values = state.setdefault(moment, torch.zeros_like(flat, requires_grad=False))

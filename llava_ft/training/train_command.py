@@ -56,8 +56,13 @@ def _train(args: ParsedArgs, ranks: Ranks) -> bool:
     trainer = run.trainer
     try:
         trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
-    finally:
-        run.stop.release()
+    except BaseException:
+        if ranks.world_size > 1:
+            run.stop.ignore()  # a launcher ends the other ranks at once, and they have yet to say why
+        else:
+            run.stop.release()
+        raise
+    run.stop.release()
     if trainer.bad_samples:
         names = ", ".join(str(error) for error in trainer.bad_samples[:5])
         logger.warning("%d samples could not be read and were not trained on: %s", len(trainer.bad_samples), names)

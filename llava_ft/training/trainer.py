@@ -29,7 +29,6 @@ from llava_ft.errors import BadSampleError, RunError
 from llava_ft.training.artifacts import RunArtifacts, forget_manifest
 from llava_ft.training.fragments import value_setter
 from llava_ft.training.metrics import Throughput
-from llava_ft.training.optimizer_state import load_optimizer, save_optimizer
 from llava_ft.training.optim import (
     format_table,
     frozen_table,
@@ -38,6 +37,7 @@ from llava_ft.training.optim import (
     table_as_json,
     trainable_table,
 )
+from llava_ft.training.optimizer_state import load_optimizer, save_optimizer
 
 logger = logging.getLogger(__name__)
 

@@ -96,7 +96,8 @@ class RankWatch:
             timeout=timedelta(seconds=60),
             wait_for_workers=False,
         )
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        # torchrun sets the one and deepspeed the other; accelerate then writes 1 into the one that is not set.
+        local_size = max(int(os.environ.get(name) or 1) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
         first = rank - local_rank
         watch = cls(store, rank, world_size, neighbours=range(first, min(first + local_size, world_size)))
         watch.start()
@@ -158,10 +159,9 @@ class RankWatch:
 
     def _end(self, cause: str) -> None:
         logger.error(
-            "Rank %d ends because %s. Checkpoints that are complete are untouched; start the same command again to "
-            "resume from the newest.",
+            "Rank %d ends because %s. Start the same command again to resume from the newest complete checkpoint.",
             self._rank,
-            cause,
+            cause.rstrip("."),
         )
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

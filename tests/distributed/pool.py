@@ -16,7 +16,7 @@ from typing import Any
 SECONDS_PER_TASK = 120.0
 
 
-class RankFailure(AssertionError):
+class RankError(AssertionError):
     """A rank raised, died or did not answer."""
 
 
@@ -44,7 +44,7 @@ class Pool:
         failures = [f"rank {rank}:\n{answer[1]}" for rank, answer in enumerate(answers) if not answer[0]]
         if failures:
             self.close()
-            raise RankFailure("\n".join(failures))
+            raise RankError("\n".join(failures))
         return [answer[1] for answer in answers]
 
     def close(self) -> None:
