@@ -30,6 +30,8 @@ from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.errors import UserError
 from llava_ft.training.artifacts import RunArtifacts
 from llava_ft.training.callbacks import LogLines, Progress, SetSamplerEpoch, StopOnSignal
+from llava_ft.training.distributed import zero_division
+from llava_ft.training.fragments import gathered, value_setter
 from llava_ft.training.reporting import attach_reporters
 from llava_ft.training.trainer import LlavaTrainer
 from llava_ft.tuning.freeze import TuningPlan
@@ -85,7 +87,7 @@ def prepare_run(args: ParsedArgs) -> Run:
     _complete_config(args, base)
     model = load_model_to_train(args, base, plan, num_new_rows=max(0, len(tokenizer) - base.config.vocab_size))
     if args.flags.lora_weight_path:
-        restore_trained(model, Path(args.flags.lora_weight_path), as_start=True)
+        restore_trained(model, Path(args.flags.lora_weight_path), as_start=True, put=value_setter(model))
         logger.info("Starting from the adapter and projector in %s.", args.flags.lora_weight_path)
     peft_config = getattr(model, "peft_config", None)
     artifacts = RunArtifacts(
@@ -162,16 +164,20 @@ def prepare_datasets(args: ParsedArgs, base: BaseModel, tokenizer: PreTrainedTok
 def load_model_to_train(args: ParsedArgs, base: BaseModel, plan: TuningPlan, *, num_new_rows: int) -> nn.Module:
     """Load the weights and make trainable what the plan says."""
     dtype = compute_dtype(args)
+    # DeepSpeed keeps float32 master values in its optimizer, and the model's own in the compute dtype.
+    master_dtype = dtype if args.training.deepspeed else torch.float32
     model, ledger = load_base(
         base,
         num_new_rows=num_new_rows,
-        dtype_of=lambda name: plan.dtype_of(name, dtype),
+        dtype_of=lambda name: plan.dtype_of(name, dtype, master_dtype),
         device=args.training.device,
         attn_implementation=args.attn_implementation,
         quantization=_quantization(args),
+        division=zero_division(args.training),
     )
     ledger.log()
-    plan.separate_new_rows(model, num_new_rows)
+    with gathered([model.get_input_embeddings().weight, model.lm_head.weight]):
+        plan.separate_new_rows(model, num_new_rows)
     result: nn.Module = model
     if plan.method == "lora":
         result = add_lora(
@@ -184,6 +190,9 @@ def load_model_to_train(args: ParsedArgs, base: BaseModel, plan: TuningPlan, *, 
             base_model_name=lasting_name(args.model.model_name_or_path),
         )
     plan.apply(result)
+    for parameter in result.parameters():
+        if parameter.requires_grad and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(master_dtype)
     model.config.use_cache = False
     return result
 
