@@ -125,18 +125,19 @@ def find_step_files(directory: Path) -> StepFiles:
                 )
             files.optimizer[rank] = path
         elif match := _MODEL_FILE.fullmatch(path.name):
+            is_divided = match[1] is not None
+            if files.model and is_divided != files.is_divided:
+                raise CheckpointError(
+                    f"{directory} holds model files of stage 3 (zero_pp_rank_...) and of another stage (mp_rank_00_...). "
+                    "Remove those of one run."
+                )
             files.model[int(match[1] or 0)] = path
-            files.is_divided |= match[1] is not None
+            files.is_divided = is_divided
         if match is None or int(match[2]) != 0:
             raise CheckpointError(
                 f"{path} belongs to a run with tensor, pipeline or expert parallelism. Only runs in which ranks divide "
                 "nothing but data and ZeRO's partitions can be consolidated."
             )
-    if files.is_divided and any(not name.name.startswith("zero") for name in files.model.values()):
-        raise CheckpointError(
-            f"{directory} holds model files of stage 3 (zero_pp_rank_...) and of another stage (mp_rank_00_...). "
-            "Remove those of one run."
-        )
     return files
 
 
