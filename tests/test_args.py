@@ -833,7 +833,7 @@ class TestBuild:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (None, r"there is no such file. .*zero2.json, zero3.json"),
+            (None, r"there is no such file. .*zero2.json, zero2_offload.json"),
             ("{", "cannot be read: Expecting property name"),
             ("[]", "holds no JSON object"),
         ],

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +16,13 @@ import torch
 import transformers
 from transformers.utils.import_utils import is_torch_tf32_available
 
+from llava_ft.args.deepspeed_file import (
+    check_deepspeed_config,
+    choose_offloaded_adam,
+    find_deepspeed_config,
+    read_deepspeed_config,
+)
 from llava_ft.args.reporters import choose_reporters
-from llava_ft.args.sources import config_folders, known_configs
 from llava_ft.args.training import TrainingFlags
 from llava_ft.errors import UserError
 
@@ -96,12 +100,16 @@ def build_training_arguments(
             f"optim={values['optim']} needs bitsandbytes, which is not installed. Install it with pip install "
             "llava-ft[qlora], or use optim=adamw_torch."
         )
-    if isinstance(values.get("deepspeed"), str):
-        values["deepspeed"] = find_deepspeed_config(values["deepspeed"], notes)
+    if values.get("deepspeed"):
+        values["deepspeed"] = _checked_deepspeed(values, notes)
     try:
-        return TrainingArguments(**values)
+        training = TrainingArguments(**values)
     except (ImportError, OSError, TypeError, ValueError) as error:
         raise UserError(f"transformers refuses these training arguments: {error}") from error
+    read: Any = getattr(training, "hf_deepspeed_config", None)  # transformers sets it only with DeepSpeed
+    if read is not None:
+        notes.extend(choose_offloaded_adam(read.config, uses_cpu=bool(values.get("use_cpu"))))
+    return training
 
 
 def adapt_to_device(values: Mapping[str, Any], *, has_cuda: bool, has_tf32: bool) -> tuple[dict[str, Any], list[str]]:
@@ -165,33 +173,16 @@ def choose_attention(requested: str, training: TrainingArguments, notes: list[st
     return "sdpa"
 
 
-def find_deepspeed_config(name: str, notes: list[str]) -> str:
-    """Return the path of a DeepSpeed configuration.
-
-    A path that does not exist is looked up in `configs` by its file name, because published command lines say
-    `./scripts/zero3.json`.
-
-    Raises:
-        UserError: If there is none, or it is no JSON object.
-    """
-    path = Path(name).expanduser()
-    candidates = [path, *(folder / path.name for folder in config_folders())]
-    found = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if found is None:
-        known = ", ".join(known_configs(".json")) or "none found"
-        raise UserError(
-            f"deepspeed={name}: there is no such file. Give the path of a DeepSpeed JSON file or one of the "
-            f"names in configs: {known}."
-        )
-    try:
-        is_object = isinstance(json.loads(found.read_text(encoding="utf-8")), dict)
-    except (OSError, ValueError) as error:
-        raise UserError(f"deepspeed={found} cannot be read: {error}. Give a DeepSpeed JSON file.") from error
-    if not is_object:
-        raise UserError(f"deepspeed={found} holds no JSON object. Give a DeepSpeed JSON file.")
-    if found != path:
-        notes.append(f"deepspeed={name} is taken from {found}.")
-    return str(found)
+def _checked_deepspeed(values: Mapping[str, Any], notes: list[str]) -> str | dict[str, Any]:
+    """Return the DeepSpeed configuration, a path or a mapping as it was given, when it goes with the other flags."""
+    given: str | dict[str, Any] = values["deepspeed"]
+    defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
+    if isinstance(given, str):
+        given = find_deepspeed_config(given, notes)
+        notes.extend(check_deepspeed_config(read_deepspeed_config(Path(given)), given, defaults | dict(values)))
+    else:
+        notes.extend(check_deepspeed_config(given, "the mapping", defaults | dict(values)))
+    return given
 
 
 def _is_installed(package: str) -> bool:

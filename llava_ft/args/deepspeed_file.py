@@ -1,0 +1,293 @@
+"""DeepSpeed's JSON file: found by name, and checked against itself and the flags before anything is loaded.
+
+DeepSpeed, accelerate and transformers each read the file at another moment, most of it after the weights. What they
+would refuse then is refused here; what they would ignore silently is refused too, or noted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from llava_ft.args.sources import config_folders, known_configs
+from llava_ft.errors import UserError
+
+_Section = Mapping[str, Any]
+
+_FILLED_IN: Final[Mapping[str, str]] = {
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+    "fp16.enabled": "fp16",
+    "bf16.enabled": "bf16",
+}
+"""Where `auto` becomes the value of a flag, and where another value has to equal it."""
+
+_COMPUTED: Final = frozenset(
+    {
+        "train_batch_size",
+        "zero_optimization.reduce_bucket_size",
+        "zero_optimization.stage3_prefetch_bucket_size",
+        "zero_optimization.stage3_param_persistence_threshold",
+    }
+)
+"""Where `auto` is computed."""
+
+_LEFT_TO_THE_TRAINER: Final[Mapping[str, str]] = {
+    "optimizer": "optim, and its groups to mm_projector_lr and weight_decay",
+    "scheduler": "lr_scheduler_type and warmup_steps",
+}
+
+_KNOWN_KEYS: Final = frozenset(
+    {
+        *_FILLED_IN,
+        "activation_checkpointing",
+        "aio",
+        "autotuning",
+        "bf16",
+        "bfloat16",
+        "checkpoint",
+        "comms_logger",
+        "communication_data_type",
+        "compile",
+        "csv_monitor",
+        "data_efficiency",
+        "data_types",
+        "dataloader_drop_last",
+        "disable_allgather",
+        "dump_state",
+        "elasticity",
+        "flops_profiler",
+        "fp16",
+        "gradient_predivide_factor",
+        "memory_breakdown",
+        "optimizer",
+        "prescale_gradients",
+        "scheduler",
+        "seq_parallel_communication_data_type",
+        "sparse_gradients",
+        "steps_per_print",
+        "tensorboard",
+        "timers",
+        "torch_autocast",
+        "train_batch_size",
+        "wall_clock_breakdown",
+        "wandb",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "zero_optimization",
+    }
+    - {"fp16.enabled", "bf16.enabled"}
+)
+"""Keys of DeepSpeed 0.19 at the top of the file. It ignores others without a word."""
+
+
+def find_deepspeed_config(name: str, notes: list[str]) -> str:
+    """Return the path of a DeepSpeed configuration.
+
+    A path that does not exist is looked up in `configs` by its file name, with or without `.json`, because published
+    command lines say `./scripts/zero3.json`.
+
+    Raises:
+        UserError: If there is none, or it is no JSON object.
+    """
+    path = Path(name).expanduser()
+    names = [path.name] if path.suffix == ".json" else [path.name, f"{path.name}.json"]
+    candidates = [path, *(folder / candidate for folder in config_folders() for candidate in names)]
+    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if found is None:
+        known = known_configs(".json")
+        listed = ", ".join(known) or "none found"
+        nearest = difflib.get_close_matches(names[-1], known, n=1)
+        hint = f" Did you mean {nearest[0].removesuffix('.json')}?" if nearest else ""
+        raise UserError(
+            f"deepspeed={name}: there is no such file. Give the path of a DeepSpeed JSON file or one of the "
+            f"names in configs: {listed}.{hint}"
+        )
+    read_deepspeed_config(found)
+    if found != path:
+        notes.append(f"deepspeed={name} is taken from {found}.")
+    return str(found)
+
+
+def read_deepspeed_config(path: Path) -> dict[str, Any]:
+    """Read a DeepSpeed file.
+
+    Raises:
+        UserError: It is no JSON object.
+    """
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"deepspeed={path} cannot be read: {error}. Give a DeepSpeed JSON file.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"deepspeed={path} holds no JSON object. Give a DeepSpeed JSON file.")
+    return dict[str, Any](content)  # pyright: ignore[reportUnknownArgumentType]
+
+
+def check_deepspeed_config(config: _Section, source: str, values: Mapping[str, Any]) -> list[str]:
+    """Compare a DeepSpeed configuration with what DeepSpeed knows and with the flags.
+
+    Args:
+        config: The configuration.
+        source: Its name, for messages.
+        values: Every field of the training arguments.
+
+    Returns:
+        Notes about what DeepSpeed will do differently from what the flags say.
+
+    Raises:
+        UserError: For the first thing that cannot work or contradicts a flag.
+    """
+    checks = (
+        _key_problems(config),
+        _auto_problems(config),
+        _flag_problems(config, values),
+        _precision_problems(config, values),
+        _zero_problems(config),
+    )
+    for problems in checks:
+        for problem in problems:
+            raise UserError(f"deepspeed={source}: {problem}")
+    notes: list[str] = []
+    if "gradient_clipping" not in config and values["max_grad_norm"]:
+        notes.append(
+            f"Gradients are not clipped: {source} has no gradient_clipping, so max_grad_norm="
+            f'{values["max_grad_norm"]:g} has no effect. "gradient_clipping": "auto" in it would apply it.'
+        )
+    unknown = sorted(set(config) - _KNOWN_KEYS)
+    if unknown:
+        notes.append(f"DeepSpeed may not know {', '.join(unknown)} in {source} and ignore it.")
+    return notes
+
+
+def choose_offloaded_adam(config: dict[str, Any], *, uses_cpu: bool) -> list[str]:
+    """Choose the Adam that steps on the CPU when the optimizer is offloaded: DeepSpeed's, or torch's.
+
+    DeepSpeed's is several times faster and is compiled at its first use, which pays on a machine with GPUs and is not
+    possible without a compiler. A file that says `zero_force_ds_cpu_optimizer` has decided itself.
+
+    Args:
+        config: The configuration; changed.
+        uses_cpu: Whether the model is on the CPU too, so that nothing is offloaded really.
+
+    Returns:
+        A note if torch's is taken.
+    """
+    zero: Mapping[str, Any] = config["zero_optimization"]
+    offload: Mapping[str, Any] = zero.get("offload_optimizer") or {}
+    if offload.get("device", "none") == "none" or "zero_force_ds_cpu_optimizer" in config:
+        return []
+    if uses_cpu:
+        reason = "there is no GPU to offload from"
+    elif shutil.which(os.environ.get("CXX") or "c++") is None:
+        reason = "there is no C++ compiler to build DeepSpeed's with (install g++ for a faster step)"
+    else:
+        return []
+    config["zero_force_ds_cpu_optimizer"] = False
+    return [f"The offloaded optimizer is torch's: {reason}."]
+
+
+def _key_problems(config: _Section) -> Iterator[str]:
+    for key in config:
+        nearest = difflib.get_close_matches(key, _KNOWN_KEYS, n=1, cutoff=0.8)
+        if key not in _KNOWN_KEYS and nearest:
+            yield f"there is no key {key}. Did you mean {nearest[0]}? DeepSpeed would ignore it."
+    for key, flags in _LEFT_TO_THE_TRAINER.items():
+        if key in config:
+            yield f"{key} cannot be set here: it is left to {flags}. Remove {key} and use these flags."
+    if not isinstance(config.get("zero_optimization"), Mapping):
+        yield (
+            f"zero_optimization is {_shown(config.get('zero_optimization'))}; it has to be an object that holds at "
+            'least the stage. Write "zero_optimization": {"stage": 2}, or 0 for none.'
+        )
+    for key in ("fp16", "bf16"):
+        if not isinstance(config.get(key, {}), Mapping):
+            yield f'{key} is {_shown(config[key])}; it has to be an object. Write "{key}": {{"enabled": "auto"}}.'
+
+
+def _auto_problems(config: _Section) -> Iterator[str]:
+    sections: list[tuple[str, _Section]] = [("", config)]
+    sections += [(f"{key}.", config[key]) for key in ("fp16", "bf16", "zero_optimization") if key in config]
+    for prefix, section in sections:
+        for key, value in section.items():
+            name = prefix + key
+            if value == "auto" and name not in _FILLED_IN and name not in _COMPUTED:
+                yield f"{name} is auto, which nothing fills in. Write a value, or leave it out for DeepSpeed's default."
+
+
+def _flag_problems(config: _Section, values: Mapping[str, Any]) -> Iterator[str]:
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
+        flag = _FILLED_IN[key]
+        value = config.get(key, 1 if key == "gradient_accumulation_steps" else "auto")
+        if value != "auto" and value != values[flag]:
+            stated = f"is {_shown(value)}" if key in config else "is absent, which counts as 1"
+            yield f'{key} {stated}, but {flag} is {_shown(values[flag])}. Write "{key}": "auto", or make them equal.'
+    if not {"train_micro_batch_size_per_gpu", "train_batch_size"} & set(config):
+        yield 'it has no batch size. Write "train_micro_batch_size_per_gpu": "auto".'
+    num_ranks = int(os.environ.get("WORLD_SIZE") or 1)
+    product = num_ranks * values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
+    total = config.get("train_batch_size", "auto")
+    if total not in ("auto", product):
+        yield (
+            f"train_batch_size is {_shown(total)}, but {num_ranks} ranks x {values['per_device_train_batch_size']} x "
+            f"{values['gradient_accumulation_steps']} accumulation steps are {product}. "
+            'Write "train_batch_size": "auto".'
+        )
+
+
+def _precision_problems(config: _Section, values: Mapping[str, Any]) -> Iterator[str]:
+    enabled: dict[str, Any] = {key: config.get(key, {}).get("enabled", False) for key in ("fp16", "bf16")}
+    if enabled["fp16"] is True and enabled["bf16"] is True:
+        yield 'fp16 and bf16 are both enabled. Write "enabled": "auto" in both, and give --bf16 or --fp16.'
+    for key, value in enabled.items():
+        if value != "auto" and value != values[key]:
+            stated = f"{key}.enabled is {_shown(value)}" if key in config else f"it has no section {key}"
+            yield f'{stated}, but the flag {key} is {_shown(values[key])}. Write "{key}": {{"enabled": "auto"}}.'
+
+
+def _zero_problems(config: _Section) -> Iterator[str]:
+    """Let DeepSpeed read the sections that it checks itself."""
+    from deepspeed.runtime.precision_config import (  # pyright: ignore[reportMissingTypeStubs]
+        DeepSpeedBF16Config,
+        DeepSpeedFP16Config,
+    )
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # pyright: ignore[reportMissingTypeStubs]
+    from pydantic import ValidationError
+
+    models: dict[str, Any] = {
+        "zero_optimization": DeepSpeedZeroConfig,
+        "fp16": DeepSpeedFP16Config,
+        "bf16": DeepSpeedBF16Config,
+    }
+    for key, model in models.items():
+        try:
+            model(**config.get(key, {}))
+        except (ValidationError, AssertionError) as error:
+            if not isinstance(error, ValidationError):
+                yield f"{key}: {error}."
+                continue
+            for detail in error.errors():
+                yield _explained(key, model, detail)
+
+
+def _explained(section: str, model: Any, detail: Mapping[str, Any]) -> str:
+    name = ".".join((section, *map(str, detail["loc"])))
+    if detail["type"] == "extra_forbidden" and len(detail["loc"]) == 1:
+        known = {text for field, info in model.model_fields.items() for text in (field, info.alias) if text}
+        nearest = difflib.get_close_matches(str(detail["loc"][0]), sorted(known), n=1)
+        hint = f" Did you mean {nearest[0]}?" if nearest else " Remove it."
+        return f"there is no key {name}.{hint}"
+    if detail["type"].startswith("int_"):
+        whole = f" Write {round(detail['input'])}." if isinstance(detail["input"], float) else ""
+        return f"{name} is {_shown(detail['input'])}; it has to be a whole number.{whole}"
+    return f"{name} is {_shown(detail['input'])}: {detail['msg']}."
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value)
