@@ -128,7 +128,7 @@ def find_step_files(directory: Path) -> StepFiles:
             is_divided = match[1] is not None
             if files.model and is_divided != files.is_divided:
                 raise CheckpointError(
-                    f"{directory} holds model files of stage 3 (zero_pp_rank_...) and of another stage (mp_rank_00_...). "
+                    f"{directory} holds model files of stage 3 (zero_pp_rank_...) and of another (mp_rank_00_...). "
                     "Remove those of one run."
                 )
             files.model[int(match[1] or 0)] = path

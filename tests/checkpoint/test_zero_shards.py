@@ -229,7 +229,7 @@ BROKEN = [
     (2, take_model_file_of(groups=OTHER), r"rank_1_mp\S+ says that p4 begins at value 0 of its part"),
     (2, take_model_file_of(groups=SMALLER), r"hold \d+ values for group 0, but its 5 parameters have"),
     (3, take_model_file_of(groups=OTHER), r"rank_1_mp_rank_00_model_states.pt lists other parameters than"),
-    (2, take_model_file_of(stage=3), r"model files of stage 3 .* and of another stage"),
+    (2, take_model_file_of(stage=3), r"model files of stage 3 .* and of another"),
     (3, empty_vectors, r"hold 0 values each, but 7 parameters .* offloaded to NVMe"),
     (2, write_beside("zero_pp_rank_0_mp_rank_00_optim_states.pt"), r"both bf16_zero_pp_rank_0\S+ and zero_pp_rank_0"),
     (
