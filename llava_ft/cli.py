@@ -123,8 +123,11 @@ def consolidate(argv: Sequence[str]) -> int:
         help="where optimizer files of stage 1 or 2 are lost: take the weights in the precision the run computed in",
     )
     options = parser.parse_args(argv)
+    from llava_ft.args.sources import find_config
     from llava_ft.inference.consolidate_command import run_consolidate
 
+    if options.config is not None:
+        options.config = str(find_config(options.config) or options.config)
     run_consolidate(options)
     return DONE
 
