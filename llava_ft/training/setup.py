@@ -30,9 +30,11 @@ from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.errors import UserError
 from llava_ft.training.artifacts import RunArtifacts
 from llava_ft.training.callbacks import LogLines, Progress, SetSamplerEpoch, StopOnSignal
+from llava_ft.training.deepspeed_defects import leave_out_idle_step
 from llava_ft.training.distributed import zero_division
 from llava_ft.training.fragments import gathered, value_setter
 from llava_ft.training.reporting import attach_reporters
+from llava_ft.training.shared_output import check_same_checkpoint, check_shared_output
 from llava_ft.training.trainer import LlavaTrainer
 from llava_ft.tuning.freeze import TuningPlan
 from llava_ft.tuning.lora import add_lora
@@ -65,7 +67,9 @@ def prepare_run(args: ParsedArgs) -> Run:
         UserError: The request cannot be carried out.
     """
     set_seed(args.training.seed)
+    check_shared_output(args.training)
     checkpoint = choose_checkpoint(args)
+    check_same_checkpoint(checkpoint, args.training.world_size)
     _check_bits(args, checkpoint)
     base = find_model(args)
     tokenizer = load_tokenizer(base.directory.path, model_max_length=args.flags.model_max_length)
@@ -83,7 +87,9 @@ def prepare_run(args: ParsedArgs) -> Run:
         has_vision=base.config.mm_vision_config is not None,
     )
     fingerprint = language_model_fingerprint(base.sources[:1])
-    _check_starting_adapter(args, fingerprint, base)
+    for earlier in (checkpoint, args.flags.lora_weight_path):
+        if earlier:
+            _check_same_base(args, Path(earlier), fingerprint, base)
     _complete_config(args, base)
     model = load_model_to_train(args, base, plan, num_new_rows=max(0, len(tokenizer) - base.config.vocab_size))
     if args.flags.lora_weight_path:
@@ -249,6 +255,8 @@ def _build_trainer(
     stop = StopOnSignal()
     pad = tokenizer.pad_token_id
     assert isinstance(pad, int)
+    if training.deepspeed:
+        leave_out_idle_step()
     trainer = LlavaTrainer(
         model=model,
         args=training,
@@ -295,15 +303,10 @@ def _complete_config(args: ParsedArgs, base: BaseModel) -> None:
         )
 
 
-def _check_starting_adapter(args: ParsedArgs, fingerprint: str, base: BaseModel) -> None:
-    if not args.flags.lora_weight_path:
-        return
-    warning = check_base(
-        Path(args.flags.lora_weight_path),
-        fingerprint,
-        str(base.directory.path),
-        allow_mismatch=args.flags.allow_base_mismatch,
-    )
+def _check_same_base(args: ParsedArgs, earlier: Path, fingerprint: str, base: BaseModel) -> None:
+    """Refuse to go on from what was trained on another language model."""
+    allowed = args.flags.allow_base_mismatch
+    warning = check_base(earlier, fingerprint, str(base.directory.path), allow_mismatch=allowed)
     if warning:
         logger.warning("%s", warning)
 

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import threading
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +97,46 @@ def _forget_run() -> None:
     unset_hf_deepspeed_config()
     AcceleratorState._reset_state(reset_partial_state=True)
     F.linear = torch.nn.functional.linear = _PLAIN_LINEAR  # ZeRO-3 puts its own in its place
+
+
+def peak_of_loading(directory: str, config_file: str) -> tuple[int, int]:
+    """Load a language model under ZeRO-3.
+
+    Returns:
+        Bytes of the whole model, and the most memory this rank took beyond what it had before, mapped files aside.
+    """
+    from llava_ft.args import parse_args
+    from llava_ft.checkpoint.base import find_base, load_base
+    from llava_ft.training.distributed import join_ranks, zero_division
+
+    given = ["--model_name_or_path", directory, "--data_path", "none", "--output_dir", "none", "--use_cpu", "True"]
+    args = parse_args([*given, "--deepspeed", config_file])
+    _, watch = join_ranks(args)
+    done = threading.Event()
+    readings = [_memory()]
+
+    def read_often() -> None:
+        while not done.wait(0.001):
+            readings.append(_memory())
+
+    reader = threading.Thread(target=read_often)
+    reader.start()
+    try:
+        base = find_base(directory)
+        model, _ = load_base(base, dtype_of=lambda _: torch.float32, division=zero_division(args.training))
+        return sum(4 * parameter.ds_numel for parameter in model.parameters()), max(readings) - readings[0]
+    finally:
+        done.set()
+        reader.join()
+        if watch is not None:
+            watch.stop()
+        _forget_run()
+
+
+def _memory() -> int:
+    """Bytes of memory of this process that no file stands for."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
 
 
 def checkpoints(output_dir: Path) -> list[str]:
