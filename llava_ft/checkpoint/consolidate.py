@@ -128,14 +128,17 @@ def consolidate(options: ConsolidateOptions) -> Consolidation:
     base_config, base_directory = _base_config(base)
     tensors = shards.trained | shards.others
     shapes = {native_name(name): tensors[name].shape for name in names}
-    config = settle_model_config(settings, shapes, base_config)
+    # Beside an adapter LLaVA's own fields are enough; a whole model needs those of its language model too.
+    config = (
+        settle_model_config(settings, shapes, base_config) if kind != "full" or base_config or settings.config else {}
+    )
     notes = [*shards.notes]
     adapter: dict[str, Any] = {}
     if kind == "lora":
         adapter, inferred = settle_adapter_config(settings, shapes, lora_alpha=options.lora_alpha, base=base)
         base = base or str(adapter.get("base_model_name_or_path") or "")
         notes += inferred
-    notes += _notes_on_config(settings, config)
+    notes += _notes_on_config(kind, settings, config)
     with staged_directory(output) as staging:
         if kind == "lora":
             _write_lora(staging, shards, names, adapter, options)
@@ -144,7 +147,8 @@ def consolidate(options: ConsolidateOptions) -> Consolidation:
             write_projector(staging, values, options.weights_format or "bin")
         else:
             _write_model(staging, shards, names, options)
-            config |= dict.fromkeys(("dtype", "torch_dtype"), str(options.dtype).removeprefix("torch."))
+            if config:
+                config |= dict.fromkeys(("dtype", "torch_dtype"), str(options.dtype).removeprefix("torch."))
         settings.copy_files(staging, tokenizer_from=base_directory if kind == "full" else None)
         if config:
             write_json(staging / CONFIG, config)
@@ -164,12 +168,12 @@ def consolidate(options: ConsolidateOptions) -> Consolidation:
 
 
 def next_commands(result: Consolidation) -> list[str]:
-    """Say what can be done with a result, as commands."""
+    """Say what can be done with a result, as commands; nothing for a model without its configuration."""
     run_config = result.output / RUN_CONFIG
     train = f"deepspeed train.py --config {run_config if run_config.is_file() else 'CONFIG.yaml'} --output_dir NEW"
     if result.kind == "full":
         ask = f"llava-ft generate --model-path {result.output} --image-file IMAGE --query QUESTION"
-        return [ask] * result.is_usable + [f"{train} --model_name_or_path {result.output}"]
+        return [ask, f"{train} --model_name_or_path {result.output}"] * result.is_usable
     # An adapter names its base; a projector does not.
     base = f" --model-base {result.base or 'BASE'}" if result.kind == "projector" or not result.base else ""
     merge = f"llava-ft merge --model-path {result.output}{base} --save-model-path {result.output}-merged"
@@ -276,13 +280,14 @@ def _base_config(base: str) -> tuple[dict[str, Any], Path | None]:
     return read_json(directory / CONFIG), directory
 
 
-def _notes_on_config(settings: RunSettings, config: Mapping[str, Any]) -> list[str]:
+def _notes_on_config(kind: Kind, settings: RunSettings, config: Mapping[str, Any]) -> list[str]:
     if settings.config:
         return []
     if not config:
+        base = "the directory of its base with --model-base" if kind == "full" else "a LLaVA model as --model-base"
         return [
-            f"{CONFIG} is left out: nothing says how images are read (vision tower, layer, padding). Give the run's "
-            "configuration with --config, or a LLaVA model as --model-base, to have it written."
+            f"{CONFIG} is left out: nothing says how images are read (vision tower, layer, padding). To have it "
+            f"written, give the run's configuration with --config {'and' if kind == 'full' else 'or'} {base}."
         ]
     return [
         f"{CONFIG}: from the run's configuration and base, projector from the tensors: "

@@ -39,7 +39,8 @@ def trained_files(directory: ModelDirectory) -> list[WeightFiles]:
             raise CheckpointError(
                 f"{directory.path} has an adapter but no {NON_LORA_BIN}: the projector that was trained with it is "
                 "missing, and without it the adapter gives wrong answers. Original LLaVA leaves the file out of its "
-                "intermediate checkpoints; use the output directory of the finished run."
+                "intermediate checkpoints. `llava-ft consolidate` gets it out of DeepSpeed's files; or use the output "
+                "directory of the finished run."
             )
         return [WeightFiles.open(directory.adapter_file), WeightFiles.open(directory.non_lora_file)]
     if directory.kind == "projector":

@@ -47,5 +47,6 @@ def run_consolidate(options: argparse.Namespace) -> Consolidation:
         f"{result.num_values:,}",
         result.output,
     )
-    logger.info("Next, one of:\n%s", "\n".join(f"    {command}" for command in next_commands(result)))
+    if commands := next_commands(result):
+        logger.info("Next, one of:\n%s", "\n".join(f"    {command}" for command in commands))
     return result

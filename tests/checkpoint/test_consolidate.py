@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from llava_ft import cli
 from llava_ft.args import parse_args
+from llava_ft.args.fields import all_flags
 from llava_ft.checkpoint.consolidate import ConsolidateOptions, Consolidation, consolidate, next_commands
 from llava_ft.checkpoint.names import native_name
 from llava_ft.checkpoint.weights import WeightFiles
@@ -227,6 +228,11 @@ def test_a_whole_model(tmp_path: Path, stage: int, weights_format: str):
 def test_a_whole_model_without_anything_else_takes_its_base_s_configuration(tmp_path: Path):
     (tmp_path / "run.yaml").write_text(CONFIGURATION)
     step = full_step().write(tmp_path / "step")
+    for known in ({}, {"model_base": "ckpt/base-llm"}):
+        result = run(step, **known)
+        assert not (result.output / "config.json").exists()
+        assert "give the run's configuration with --config and the directory of its base" in result.notes[-1]
+        assert next_commands(result) == []
     result = run(step, config_file=tmp_path / "run.yaml")
     loaded = load_model(str(result.output), vision_tower="ckpt/clip-tiny")
     assert loaded.model.config.mm_vision_select_layer == -2
@@ -343,5 +349,5 @@ def test_the_page_names_flags_that_exist(capsys: pytest.CaptureFixture[str]):
         with pytest.raises(SystemExit):
             command(["--help"])
     known = set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
-    known |= {"--lora_weight_path", "--pretrain_mm_mlp_adapter", "--output_dir", "--model_name_or_path"}
+    known |= {f"--{name}" for name in all_flags()}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page)) <= known
