@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -144,7 +145,8 @@ class ZeroOptimizer(SavedOptimizer):
 
     def _base_states(self, rank: int) -> Mapping[int, State]:
         content = self._ranks[rank]
-        return content["optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"]["state"]
+        states = content["optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"]["state"]
+        return {vector: _flat(state) for vector, state in states.items()}
 
     def _state(self, part: _Part) -> State:
         return self._base_states(part.rank).get(part.vector, {})
@@ -155,3 +157,11 @@ class ZeroOptimizer(SavedOptimizer):
             return int(content["fp32_flat_groups"][part.vector].numel())
         length = int(content["single_partition_of_fp32_groups"][part.vector].numel())
         return length + int(content["group_paddings"][part.vector])
+
+
+def _flat(state: State) -> State:
+    """Return a state on one level: bitsandbytes writes what it quantised of it as a dictionary inside."""
+    flat: dict[str, Any] = {}
+    for key, value in state.items():
+        flat |= cast("dict[str, Any]", value) if isinstance(value, dict) else {key: value}
+    return flat
