@@ -29,6 +29,7 @@ from llava_ft.checkpoint.zero_layout import (
 from llava_ft.errors import CheckpointError
 
 _BYTES_PER_MAPPING = 2**30
+_COMPUTED = "The trained weights are those of the model file, in the precision the run computed in."
 
 
 @dataclass
@@ -132,6 +133,8 @@ def _open_undivided(files: StepFiles, model: Mapping[str, Any]) -> ZeroShards:
     """Stage 0: the model file holds everything; the optimizer is torch's own or one around it."""
     shards = ZeroShards(files.directory, stage=0, num_ranks=1, **_origin(model))
     shards.others = plan_whole(files.model[0], model["module"])
+    if any(value.dtype in (torch.bfloat16, torch.float16) for value in model["module"].values()):
+        shards.notes.append(_COMPUTED)
     optimizer: dict[str, Any] = model.get("optimizer") or {}
     if "fp32_groups_flat" not in optimizer:  # there each group is one parameter to the optimizer
         groups: list[dict[str, Any]] = optimizer.get(OPTIMIZER, optimizer).get("param_groups", [])
@@ -154,7 +157,7 @@ def _open_model_file(files: StepFiles, model: Mapping[str, Any]) -> ZeroShards:
     shards.trained = {name: whole[name] for name in shapes}
     shards.shared = dict(model.get("shared_params") or {})
     shards.others = {name: entry for name, entry in whole.items() if name not in shapes and name not in shards.shared}
-    shards.notes.append("The trained weights are those of the model file, in the precision the run computed in.")
+    shards.notes.append(_COMPUTED)
     return shards
 
 

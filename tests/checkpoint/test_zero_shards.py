@@ -92,6 +92,8 @@ def test_stage_0_has_everything_in_the_model_file(tmp_path: Path):
         for name, value in {**step.trained, **FROZEN, **STEP.buffers}.items()
     }
     assert shards.num_optimized == len(step.trained)
+    assert "precision the run computed in" in shards.notes[0]
+    assert not ZeroShards.open(replace(step, dtype=torch.float32).write(tmp_path / "other")).notes
 
 
 def test_lost_optimizer_files_are_made_up_for_by_the_model_file(tmp_path: Path):
