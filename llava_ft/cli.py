@@ -1,10 +1,11 @@
-"""The command line: `llava-ft train | merge | consolidate | generate | inspect`.
+"""The command line: `llava-ft train | plan | merge | consolidate | generate | inspect`.
 
 Exit status: 0 done, 1 the run failed, 2 the request was wrong. Messages go to standard error; standard output holds
 what was asked for and nothing else.
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _commands() -> dict[str, tuple[Callable[[Sequence[str]], int], str]]:
     return {
         "train": (train, "fine-tune a model: LoRA, full or projector only; the same command resumes"),
+        "plan": (plan, "say what a run will take - memory, disk, steps - before any weight is loaded"),
         "merge": (merge, "put an adapter, or a projector, into its base model and verify the result"),
         "consolidate": (consolidate, "get the weights out of DeepSpeed's files, when nothing else is left of a run"),
         "generate": (generate, "answer one question about images"),
@@ -74,6 +76,34 @@ def train(argv: Sequence[str]) -> int:
     from llava_ft.training.train_command import run_training
 
     return DONE if run_training(args) else FAILED
+
+
+def plan(argv: Sequence[str]) -> int:
+    """Say what a run will take, and whether it fits."""
+    parser = _Parser(
+        "llava-ft plan",
+        "Say what a run will take - memory, disk, steps - before any weight is loaded. Takes the flags of "
+        "`llava-ft train`, --config among them, and those below. Exits with 1 if the run does not fit.",
+    )
+    parser.add_argument("--gpus", type=int, help="GPUs on each machine; those of this machine when absent, else one")
+    parser.add_argument("--nodes", type=int, default=1, help="machines")
+    parser.add_argument("--gpu-memory", "--gpu_memory", help="of each GPU, such as 24GiB; this machine's when absent")
+    parser.add_argument("--json", action="store_true", help="write JSON, sizes in bytes")
+    options, flags = parser.parse_known_args(argv)
+    output = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # some libraries write to it when they are imported
+        from llava_ft.args import parse_args
+        from llava_ft.planning.plan_command import run_plan
+
+        fits = run_plan(
+            parse_args(flags, required=("model_name_or_path",)),
+            output,
+            gpus=options.gpus,
+            nodes=options.nodes,
+            gpu_memory=options.gpu_memory,
+            as_json=options.json,
+        )
+    return DONE if fits else FAILED
 
 
 def merge(argv: Sequence[str]) -> int:

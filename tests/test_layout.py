@@ -15,7 +15,7 @@ MAX_FUNCTION_LINES = 60
 GROUND = {"constants", "errors", "version", "geometry"}
 CONTENT = {"conversation", "data", "models"}
 MIDDLE = {"tuning", "checkpoint"}
-USE = {"training", "inference"}
+USE = {"training", "inference", "planning"}
 MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),
     "conversation": GROUND,
@@ -25,6 +25,7 @@ MAY_IMPORT = {
     **dict.fromkeys(MIDDLE, GROUND | CONTENT | MIDDLE),
     "inference": GROUND | CONTENT | MIDDLE,
     "training": GROUND | CONTENT | MIDDLE | {"args"},
+    "planning": GROUND | CONTENT | MIDDLE | {"args"},
     "cli": GROUND | CONTENT | MIDDLE | USE | {"args"},
     "__init__": {"version", "inference"},
 }

@@ -56,7 +56,7 @@ def test_links_lead_somewhere(page: str):
 
 
 def flags_of_commands(capsys: pytest.CaptureFixture[str]) -> set[str]:
-    for command in (cli.merge, cli.generate):
+    for command in (cli.plan, cli.merge, cli.generate):
         with pytest.raises(SystemExit):
             command(["--help"])
     return set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))

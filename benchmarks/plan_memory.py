@@ -1,0 +1,367 @@
+#!/usr/bin/env python3
+"""Compares the memory that `llava-ft plan` predicts with what training really takes.
+
+    python benchmarks/plan_memory.py [NAME ...] [--list] [--output benchmarks/results]
+
+Each configuration is trained for two optimizer steps by llava_ft's own trainer, in a process of its own, on a LLaVA of
+random weights that is made on the fly. On a CPU the peak is that of the process's resident memory (`VmHWM`) from the
+moment when the model is about to be loaded, beyond what Python and torch had then: a tiny run goes before in the same
+process, so that libraries, kernels and their scratch memory are loaded. With a GPU the same configurations run on it
+too, and the peak is `torch.cuda.max_memory_allocated`, which the prediction is compared with before its allowances for
+CUDA's context and fragmentation.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TINY = REPOSITORY / "data" / "tiny-llava"
+MIB = 2**20
+
+MODELS = {
+    "tiny": {"hidden": 64, "intermediate": 128, "layers": 2, "heads": 2, "vision": 64, "vision_layers": 2},
+    "60M": {"hidden": 512, "intermediate": 1376, "layers": 8, "heads": 8, "vision": 256, "vision_layers": 6},
+    "140M": {"hidden": 768, "intermediate": 2048, "layers": 12, "heads": 12, "vision": 384, "vision_layers": 8},
+}
+IMAGE_SIZE, PATCH_SIZE, VOCABULARY = 224, 14, 32000
+
+BASE = {
+    "version": "v1",
+    "image_aspect_ratio": "pad",
+    "model_max_length": 512,
+    "per_device_train_batch_size": 2,
+    "max_steps": 2,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "seed": 1,
+}
+LORA = {"lora_enable": True, "lora_r": 64, "lora_alpha": 128, "lora_dropout": 0.05}
+CHECKPOINTING = {"gradient_checkpointing": True}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run to be predicted and measured."""
+
+    model: str
+    flags: dict = field(default_factory=dict)
+    ranks: int = 1
+    zero: dict | None = None
+    varied_lengths: bool = False
+    quick: bool = False
+
+
+def zero(stage: int, **options) -> dict:
+    """A DeepSpeed configuration as those in configs/, with buckets for small models."""
+    return {
+        "bf16": {"enabled": "auto"},
+        "train_micro_batch_size_per_gpu": "auto",
+        "train_batch_size": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "overlap_comm": True, "reduce_bucket_size": 4_000_000, **options},
+    }
+
+
+HOST = {"device": "cpu", "pin_memory": False}
+LITTLE_KEPT = {
+    "stage3_max_reuse_distance": 10_000_000,
+    "stage3_max_live_parameters": 20_000_000,
+    "stage3_prefetch_bucket_size": 2_000_000,
+    "stage3_param_persistence_threshold": 10_000,
+}
+CASES = {
+    "full": Case("60M", quick=True),
+    "full, checkpointing": Case("60M", CHECKPOINTING),
+    "full, checkpointing, batch 4": Case("60M", CHECKPOINTING | {"per_device_train_batch_size": 4}),
+    "full, accumulation": Case("60M", {"gradient_accumulation_steps": 2}),
+    "full, 140M": Case("140M", CHECKPOINTING | {"per_device_train_batch_size": 1}),
+    "full, bf16": Case("60M", {"bf16": True}),
+    "full, sgd": Case("60M", {"optim": "sgd"}),
+    "full, adafactor": Case("60M", {"optim": "adafactor"}),
+    "full, adamw_8bit": Case("60M", {"optim": "adamw_8bit"}),
+    "lora": Case("60M", LORA, quick=True),
+    "lora, varied lengths": Case("60M", LORA | {"per_device_train_batch_size": 4}, varied_lengths=True),
+    "lora, eager attention": Case("60M", LORA | {"attn_implementation": "eager"}),
+    "lora, checkpointing": Case("60M", LORA | CHECKPOINTING | {"per_device_train_batch_size": 4}),
+    "lora, checkpointing, length 1024": Case("60M", LORA | CHECKPOINTING | {"model_max_length": 1024}),
+    "lora, bf16": Case("60M", LORA | {"bf16": True}),
+    "lora, 140M": Case("140M", LORA | {"per_device_train_batch_size": 1}),
+    "lora, 140M, checkpointing": Case("140M", LORA | CHECKPOINTING | {"per_device_train_batch_size": 4}),
+    "lora, nf4": Case("140M", LORA | {"bits": 4, "bf16": True}),
+    "lora, nf4, checkpointing": Case("140M", LORA | CHECKPOINTING | {"bits": 4, "per_device_train_batch_size": 4}),
+    "lora, int8": Case("140M", LORA | {"bits": 8}),
+    "projector": Case("60M", {"tune_mm_mlp_adapter": True}),
+    "projector, checkpointing": Case("60M", {"tune_mm_mlp_adapter": True} | CHECKPOINTING),
+    "full, ZeRO-1": Case("60M", CHECKPOINTING, zero=zero(1)),
+    "full, ZeRO-2": Case("60M", CHECKPOINTING, zero=zero(2)),
+    "full, ZeRO-2, bf16": Case("60M", CHECKPOINTING | {"bf16": True}, zero=zero(2)),
+    "full, ZeRO-2, 2 ranks": Case("60M", CHECKPOINTING, ranks=2, zero=zero(2)),
+    "full, ZeRO-2, bf16, 2 ranks": Case("60M", CHECKPOINTING | {"bf16": True}, ranks=2, zero=zero(2)),
+    "full, ZeRO-3": Case("60M", CHECKPOINTING, zero=zero(3)),
+    "full, ZeRO-3, 2 ranks": Case("60M", CHECKPOINTING, ranks=2, zero=zero(3)),
+    "full, ZeRO-2, accumulation": Case("60M", CHECKPOINTING | {"gradient_accumulation_steps": 2}, zero=zero(2)),
+    "full, ZeRO-2 offload, bf16": Case("60M", CHECKPOINTING | {"bf16": True}, zero=zero(2, offload_optimizer=HOST)),
+    "full, ZeRO-3, bf16": Case("60M", CHECKPOINTING | {"bf16": True}, zero=zero(3)),
+    "full, ZeRO-3, bf16, 2 ranks": Case("60M", CHECKPOINTING | {"bf16": True}, ranks=2, zero=zero(3)),
+    "lora, ZeRO-3, 2 ranks, little kept": Case("140M", LORA | CHECKPOINTING, ranks=2, zero=zero(3, **LITTLE_KEPT)),
+    "lora, ZeRO-3, bf16, 2 ranks": Case("140M", LORA | CHECKPOINTING | {"bf16": True}, ranks=2, zero=zero(3)),
+    "lora, DDP, 2 ranks": Case("60M", LORA | CHECKPOINTING, ranks=2),
+}
+
+
+def make_model(directory: Path, name: str) -> None:
+    """Write a LLaVA of random weights, its tower inside, with the tokenizer of data/tiny-llava."""
+    import shutil
+
+    import torch
+
+    from llava_ft.checkpoint.save import ShardWriter, config_fields, write_json
+    from llava_ft.models.builder import build_skeleton, settle_config, vision_fields
+
+    sizes = MODELS[name]
+    language = {
+        "model_type": "llama",
+        "hidden_size": sizes["hidden"],
+        "intermediate_size": sizes["intermediate"],
+        "num_hidden_layers": sizes["layers"],
+        "num_attention_heads": sizes["heads"],
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    tower = {
+        "hidden_size": sizes["vision"],
+        "intermediate_size": 4 * sizes["vision"],
+        "num_hidden_layers": sizes["vision_layers"],
+        "num_attention_heads": 4,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
+    }
+    wishes = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "image_aspect_ratio": "pad"}
+    config = settle_config(language, name, wishes=wishes, vision_tower="inside", vision=vision_fields(tower, "inside"))
+    directory.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(1)
+    writer = ShardWriter(directory, max_shard_bytes=10**9, weights_format="safetensors")
+    for parameter_name, parameter in build_skeleton(config).named_parameters():
+        writer.add(parameter_name, torch.randn(parameter.shape, generator=generator) * 0.02)
+    writer.finish()
+    write_json(directory / "config.json", config_fields(config, torch.float32))
+    settings = json.loads((TINY / "preprocessor_config.json").read_text())
+    settings |= {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
+    write_json(directory / "preprocessor_config.json", settings)
+    for file in TINY.glob("tokenizer*"):
+        shutil.copyfile(file, directory / file.name)
+
+
+def make_data(directory: Path) -> None:
+    """Write one picture, records that are all longer than any limit, and records of different lengths."""
+    from PIL import Image
+
+    directory.mkdir(parents=True)
+    rng = random.Random(1)
+    Image.frombytes("RGB", (64, 64), rng.randbytes(64 * 64 * 3)).save(directory / "noise.png")
+    words = ["red", "circle", "blue", "square", "three", "letter", "green", "star"]
+
+    def record(num_words: int) -> dict:
+        question = " ".join(rng.choices(words, k=20))
+        answer = " ".join(rng.choices(words, k=num_words))
+        turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+        return {"id": str(num_words), "image": "noise.png", "conversations": turns}
+
+    (directory / "equal.json").write_text(json.dumps([record(2000) for _ in range(32)]))
+    (directory / "varied.json").write_text(json.dumps([record(20 + 6 * n) for n in range(32)]))
+
+
+def command_line(case: Case, folder: Path, device: str, *, model: str | None = None) -> list[str]:
+    """The flags of a run, as for `train.py`."""
+    data = "varied.json" if case.varied_lengths else "equal.json"
+    values = BASE | case.flags
+    values |= {
+        "model_name_or_path": folder / (model or case.model),
+        "data_path": folder / "data" / data,
+        "image_folder": folder / "data",
+        "output_dir": folder / "output",
+    }
+    if device == "cpu":
+        values["use_cpu"] = True
+    if case.zero is not None:
+        file = folder / f"zero{case.zero['zero_optimization']['stage']}.json"
+        file.write_text(json.dumps(case.zero))
+        values["deepspeed"] = file
+    return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+
+
+def predict(case: Case, argv: list[str]) -> dict:
+    """What `llava-ft plan` says."""
+    from llava_ft.args import parse_args
+    from llava_ft.planning.plan_command import make_plan
+    from llava_ft.planning.request import plan_machine
+
+    args = parse_args(argv)
+    plan = make_plan(args, plan_machine(args.inherited, gpus=case.ranks, nodes=1, gpu_memory="1000GiB"))
+    memory = plan.memory
+    size = memory.tensors + (sum(memory.host.values()) if "--use_cpu" in argv else 0)
+    return {"bytes": size, "peak": memory.peak_phase, "components": dict(memory.components[memory.peak_phase])}
+
+
+def child(argv: list[str], warm_up: list[str]) -> None:
+    """Train twice in this process, a tiny model and then the one in question, and print the peak of the second."""
+    import torch
+
+    from llava_ft.args import parse_args
+    from llava_ft.training.distributed import join_ranks, leave_ranks
+    from llava_ft.training.setup import prepare_run
+
+    args = parse_args(warm_up)
+    join_ranks(args)
+    run = prepare_run(args)
+    run.trainer.train()
+    run.stop.release()
+    del run, args
+    gc.collect()
+    on_gpu = torch.cuda.is_available() and "--use_cpu" not in argv
+    baseline = 0 if on_gpu else resident("VmRSS")
+    args = parse_args(argv)
+    _, watch = join_ranks(args)
+    run = prepare_run(args)
+    gc.collect()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+    run.trainer.train()
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM") - baseline
+    if int(os.environ.get("RANK") or 0) == 0:
+        print(json.dumps({"bytes": peak, "baseline": baseline}))
+    leave_ranks(watch)
+
+
+def resident(field_name: str) -> int:
+    """A figure of this process's memory in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field_name))
+    return int(line.split()[1]) * 1024
+
+
+def measure(case: Case, argv: list[str], warm_up: list[str]) -> dict:
+    """Run a case in processes of its own; memory that is given back leaves the process at once."""
+    environment = os.environ | {
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
+    script = [str(Path(__file__).resolve()), "--child", json.dumps({"argv": argv, "warm_up": warm_up})]
+    command = [sys.executable, *script]
+    if case.ranks > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
+        command += script
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{") and '"baseline"' in line]
+    if done.returncode or not lines:
+        return {"error": (done.stderr or done.stdout)[-2000:]}
+    return json.loads(lines[-1])
+
+
+def compare(name: str, case: Case, folder: Path, device: str) -> dict:
+    """Predict and measure one case."""
+    for model in ("tiny", case.model):
+        if not (folder / model).is_dir():
+            make_model(folder / model, model)
+    argv = command_line(case, folder, device)
+    predicted = predict(case, argv)
+    measured = measure(case, argv, command_line(case, folder, device, model="tiny"))
+    row = {"name": name, "device": device, "model": case.model, "ranks": case.ranks, "predicted": predicted}
+    row["measured"] = measured
+    if "bytes" in measured:
+        row["ratio"] = round(predicted["bytes"] / measured["bytes"], 3)
+    return row
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as Markdown."""
+    lines = ["| run | device | ranks | predicted MiB | measured MiB | ratio | peak in |", "| --- |" + " --- |" * 6]
+    for row in rows:
+        predicted = row["predicted"]
+        measured = f"{row['measured']['bytes'] / MIB:,.0f}" if "ratio" in row else "failed"
+        lines.append(
+            f"| {row['name']} ({row['model']}) | {row['device']} | {row['ranks']} | {predicted['bytes'] / MIB:,.0f} | "
+            f"{measured} | {row.get('ratio', '')} | {predicted['peak']} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Compare the cases that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="cases; all when absent")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="the two quickest cases")
+    parser.add_argument("--output", type=Path, help="folder for plan_memory.json and plan_memory.md")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    sys.path.insert(0, str(REPOSITORY))
+    if options.child:
+        child(**json.loads(options.child))
+        return 0
+    if options.list:
+        print("\n".join(CASES))
+        return 0
+    import torch
+
+    names = options.names or [name for name, case in CASES.items() if case.quick or not options.quick]
+    unknown = sorted(set(names) - set(CASES))
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}; --list shows the names")
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    rows: list[dict] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        make_data(folder / "data")
+        for name in names:
+            for device in devices:
+                rows.append(compare(name, CASES[name], folder, device))
+                print(table(rows[-1:]).splitlines()[-1], flush=True)
+                if "error" in rows[-1]["measured"]:
+                    print(rows[-1]["measured"]["error"], file=sys.stderr)
+    if options.output:
+        write_results(options.output, rows)
+    return 0 if all("ratio" in row for row in rows) else 1
+
+
+def write_results(folder: Path, rows: list[dict]) -> None:
+    """Write the rows with what they were measured on."""
+    import torch
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
+    where = {
+        "commit": commit,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processor": platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan_memory.json").write_text(json.dumps({"where": where, "rows": rows}, indent=1) + "\n")
+    named = ", ".join(f"{key} {value}" for key, value in where.items() if value)
+    text = f"# Predicted and measured peak memory\n\n`python benchmarks/plan_memory.py`; {named}.\n\n{table(rows)}\n"
+    (folder / "plan_memory.md").write_text(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

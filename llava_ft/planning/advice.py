@@ -1,0 +1,165 @@
+"""What to change if a run does not fit: each change planned like the run itself, in order of what it costs.
+
+The order is by what is given up: some time (checkpointing, a smaller micro-batch with more accumulation, ZeRO), the
+precision of frozen weights (4 bits), much time (offload), and what the run can learn (a smaller rank, LoRA instead of
+the whole model).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava_ft.args.deepspeed_file import find_deepspeed_config, read_deepspeed_config
+from llava_ft.planning.memory import MemoryPlanner, RankMemory
+from llava_ft.planning.request import LoraSettings, PlanRequest
+from llava_ft.planning.workload import Workload
+from llava_ft.planning.zero import ZeroSettings
+from llava_ft.tuning.freeze import TuningPlan
+from llava_ft.tuning.quant import Quantization
+
+_SMALLEST_RANK = 16
+_RANK_OF_ADVICE = 64
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change and what it leads to.
+
+    Attributes:
+        flags: What to add to the command line.
+        cost: What is given up for it.
+        alone: Memory with it alone.
+        together: Memory with it and those changes before it that have one too; None if they led to a run that fits, or
+            if it saves nothing on top of them.
+    """
+
+    flags: str
+    cost: str
+    alone: RankMemory
+    together: RankMemory | None
+
+
+@dataclass(frozen=True)
+class _Kind:
+    flags: Callable[[PlanRequest], str]
+    cost: str
+    apply: Callable[[PlanRequest], PlanRequest | None]
+    """The request with the change; None if it makes no difference there."""
+
+
+def advise(planner: MemoryPlanner, request: PlanRequest, workload: Workload, capacity: int) -> list[Change]:
+    """Plan every change that applies, alone and on top of those before it until the run fits.
+
+    Args:
+        planner: Plans memory.
+        request: The run that does not fit.
+        workload: Its data.
+        capacity: Bytes that a rank has.
+    """
+    changes: list[Change] = []
+    as_it_is = planner.plan(request, workload.largest_batch(request.batch_size)).total
+    so_far, least = request, as_it_is
+    for kind in _KINDS:
+        changed = kind.apply(request)
+        if changed is None:
+            continue
+        alone = planner.plan(changed, workload.largest_batch(changed.batch_size))
+        together = None
+        following = kind.apply(so_far) if least > capacity else None
+        if following is not None:
+            together = planner.plan(following, workload.largest_batch(following.batch_size))
+            if together.total < least:
+                so_far, least = following, together.total
+            else:
+                together = None
+        if alone.total < as_it_is or together is not None:
+            changes.append(Change(kind.flags(changed), kind.cost, alone, together))
+    return changes
+
+
+def _checkpointing(request: PlanRequest) -> PlanRequest | None:
+    return None if request.gradient_checkpointing else request.changed(gradient_checkpointing=True)
+
+
+def _batch_of_one(request: PlanRequest) -> PlanRequest | None:
+    if request.batch_size == 1:
+        return None
+    return request.changed(batch_size=1, accumulation=request.accumulation * request.batch_size)
+
+
+def _stage(stage: int) -> Callable[[PlanRequest], PlanRequest | None]:
+    def apply(request: PlanRequest) -> PlanRequest | None:
+        current = request.zero.stage if request.zero else 0
+        if current >= stage or request.machine.world_size == 1 or (stage == 3 and request.quantization is not None):
+            return None
+        return request.changed(zero=_settings(f"zero{stage}.json"))
+
+    return apply
+
+
+def _four_bits(request: PlanRequest) -> PlanRequest | None:
+    if request.quantization == Quantization(4) or request.tuning.train_language_model:
+        return None
+    zero = _settings("zero2.json") if request.zero is not None and request.zero.stage == 3 else request.zero
+    return request.changed(quantization=Quantization(4), zero=zero)
+
+
+def _offload(request: PlanRequest) -> PlanRequest | None:
+    if request.machine.device == "cpu" or (request.zero is not None and request.zero.offload_optimizer):
+        return None
+    return request.changed(zero=_settings(_offload_file(request)))
+
+
+def _offload_file(request: PlanRequest) -> str:
+    return "zero3_offload.json" if request.zero is not None and request.zero.stage == 3 else "zero2_offload.json"
+
+
+def _smaller_rank(request: PlanRequest) -> PlanRequest | None:
+    if request.lora is None or request.lora.r <= _SMALLEST_RANK:
+        return None
+    return request.changed(lora=dataclasses.replace(request.lora, r=_SMALLEST_RANK))
+
+
+def _lora_instead(request: PlanRequest) -> PlanRequest | None:
+    if not request.tuning.train_language_model:
+        return None
+    tuning = TuningPlan("lora", request.tuning.train_projector, train_language_model=False)
+    return request.changed(tuning=tuning, lora=LoraSettings(_RANK_OF_ADVICE, 2 * _RANK_OF_ADVICE, 0.05, "none", None))
+
+
+def _settings(file: str) -> ZeroSettings:
+    """Read one of the configurations in configs/."""
+    return ZeroSettings.from_config(read_deepspeed_config(Path(find_deepspeed_config(file, []))), hidden_size=0)
+
+
+def _fixed(flags: str) -> Callable[[PlanRequest], str]:
+    return lambda _: flags
+
+
+_KINDS = (
+    _Kind(_fixed("--gradient_checkpointing True"), "about a third more computation", _checkpointing),
+    _Kind(
+        lambda r: f"--per_device_train_batch_size 1 --gradient_accumulation_steps {r.accumulation}",
+        "speed; the steps stay the same",
+        _batch_of_one,
+    ),
+    _Kind(_fixed("--deepspeed zero2.json"), "communication", _stage(2)),
+    _Kind(_fixed("--deepspeed zero3.json"), "more communication", _stage(3)),
+    _Kind(
+        lambda r: "--bits 4" + (" --deepspeed zero2.json" if r.zero is not None and r.zero.stage == 2 else ""),
+        "speed, and the precision of frozen weights",
+        _four_bits,
+    ),
+    _Kind(
+        lambda r: f"--deepspeed {_offload_file(r)}",
+        "much speed; host memory",
+        _offload,
+    ),
+    _Kind(_fixed(f"--lora_r {_SMALLEST_RANK}"), "what the adapter can learn", _smaller_rank),
+    _Kind(
+        _fixed(f"--lora_enable True --lora_r {_RANK_OF_ADVICE} --lora_alpha {2 * _RANK_OF_ADVICE}"),
+        "the language model itself stays fixed",
+        _lora_instead,
+    ),
+)

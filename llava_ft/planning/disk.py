@@ -1,0 +1,98 @@
+"""What a checkpoint takes on disk, from shapes. Tokenizer, configuration and logs, a few megabytes, are left out."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from llava_ft.checkpoint.names import (
+    ADAPTER_BIN,
+    EMBEDDINGS,
+    HEAD,
+    NEW_ROWS_SUFFIX,
+    NON_LORA_BIN,
+    OPTIMIZER,
+    PROJECTOR_BIN,
+    is_language_model,
+    is_vision,
+    native_name,
+)
+from llava_ft.planning.optimizers import optimizer_kind
+from llava_ft.planning.request import PlanRequest
+from llava_ft.planning.shapes import ParameterShape
+
+WeightsFormat = Literal["auto", "bin", "safetensors", "both"]
+
+WHOLE_MODEL = "model weights"
+OPTIMIZER_SHARDS = "global_stepN/*_optim_states.pt"
+MODEL_STATES = "global_stepN/*_model_states.pt"
+
+
+def checkpoint_files(
+    shapes: Sequence[ParameterShape],
+    request: PlanRequest,
+    *,
+    weights_format: WeightsFormat = "auto",
+    save_vision_tower: bool = False,
+    is_final: bool = False,
+) -> dict[str, int]:
+    """Return the bytes of each file, or group of files, of a checkpoint.
+
+    Args:
+        shapes: The run's parameters.
+        request: The run.
+        weights_format: Kinds of weight files; `both` writes each of them twice.
+        save_vision_tower: Whether a whole model is written with its tower.
+        is_final: Whether it is the result of the run, which has no optimizer state.
+    """
+    copies = 2 if weights_format == "both" else 1
+    files = {
+        name: size * copies for name, size in _weights(shapes, request, save_vision_tower, is_final).items() if size
+    }
+    return files if is_final else files | _optimizer(shapes, request)
+
+
+def _weights(
+    shapes: Sequence[ParameterShape], request: PlanRequest, save_vision_tower: bool, is_final: bool
+) -> dict[str, int]:
+    method = request.tuning.method
+    trained = [shape for shape in shapes if shape.is_trained]
+    if method == "projector":
+        return {PROJECTOR_BIN: sum(4 * shape.numel for shape in trained)}
+    if method == "lora":
+        inside = [shape for shape in trained if _is_in_adapter(shape)]
+        beside = [shape for shape in trained if not _is_in_adapter(shape)]
+        matrices = _whole_matrices(shapes)
+        return {
+            ADAPTER_BIN: sum(4 * shape.numel for shape in inside),
+            NON_LORA_BIN: sum(4 * shape.numel for shape in beside)
+            + sum(shape.numel * shape.dtype.itemsize for shape in matrices),
+        }
+    written = [shape for shape in shapes if save_vision_tower or shape.is_trained or not is_vision(shape.name)]
+    size = request.compute_dtype.itemsize
+    return {WHOLE_MODEL: sum(shape.numel * (size if is_final else shape.dtype.itemsize) for shape in written)}
+
+
+def _optimizer(shapes: Sequence[ParameterShape], request: PlanRequest) -> dict[str, int]:
+    trained = [shape for shape in shapes if shape.is_trained]
+    kind, _ = optimizer_kind(request.optimizer)
+    if request.zero is None or request.zero.stage == 0:
+        return {OPTIMIZER: kind.state_bytes(shape.shape for shape in trained)}
+    count, ranks = sum(shape.numel for shape in trained), request.machine.world_size
+    share = -(-count // ranks)
+    shards = {OPTIMIZER_SHARDS: ranks * (4 * share + kind.state_bytes([(share,)]))}
+    if request.zero.stage < 3:
+        shards[MODEL_STATES] = request.compute_dtype.itemsize * count
+    return shards
+
+
+def _is_in_adapter(shape: ParameterShape) -> bool:
+    return "lora_" in shape.name or (shape.name.endswith("bias") and is_language_model(native_name(shape.name)))
+
+
+def _whole_matrices(shapes: Sequence[ParameterShape]) -> list[ParameterShape]:
+    """Embeddings and head, which a LoRA directory holds whole if rows of added tokens are trained."""
+    by_name = {native_name(shape.name): shape for shape in shapes}
+    return [
+        by_name[name]
+        for name in (EMBEDDINGS, HEAD)
+        if name in by_name and name.removesuffix(".weight") + NEW_ROWS_SUFFIX in by_name
+    ]

@@ -1,0 +1,172 @@
+"""The memory of one rank over a step: what it holds all the time, and what the step takes on top."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from llava_ft.planning.placement import Placement, place
+from llava_ft.planning.request import PlanRequest
+from llava_ft.planning.shapes import ParameterShape, PlannedModel, build_model, parameter_shapes
+from llava_ft.planning.step import (
+    ACTIVATIONS,
+    BACKWARD,
+    COPIES,
+    GRADIENTS,
+    LOGITS,
+    PHASES,
+    VISION,
+    Batch,
+    StepSettings,
+    trace_step,
+)
+from llava_ft.planning.tracker import Peak
+
+START, OPTIMIZER_STEP = "start", "optimizer step"
+COMPONENTS: Final = (
+    "weights",
+    "gathered weights",
+    "optimizer state",
+    GRADIENTS,
+    "buckets",
+    ACTIVATIONS,
+    COPIES,
+    LOGITS,
+    VISION,
+    "optimizer temporaries",
+)
+"""What memory is for, in the order of the report."""
+
+CUDA_CONTEXT: Final = 512 * 2**20
+"""CUDA's context and the kernels' workspaces. An allowance, not a measurement: they differ by card and driver."""
+
+COMMUNICATION: Final = 512 * 2**20
+"""NCCL's buffers, with several GPUs. An allowance."""
+
+FRAGMENTATION: Final = 0.05
+"""Share of what is allocated that a GPU's caching allocator is allowed to lose to blocks that do not fit."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Memory of one rank, in bytes.
+
+    Attributes:
+        components: For each phase of a step what is alive at its highest point, by what it is for.
+        allowances: What is added because it is not tensors.
+        host: What is offloaded to the host's memory.
+    """
+
+    components: Mapping[str, Mapping[str, int]]
+    allowances: Mapping[str, int]
+    host: Mapping[str, int]
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """For each phase the bytes of tensors at its highest point."""
+        return {phase: sum(parts.values()) for phase, parts in self.components.items()}
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that takes most."""
+        phases = self.phases
+        return max(phases, key=phases.__getitem__)
+
+    @property
+    def tensors(self) -> int:
+        """Bytes of tensors at the peak."""
+        return max(self.phases.values())
+
+    @property
+    def total(self) -> int:
+        """Bytes that the rank needs on its device."""
+        return self.tensors + sum(self.allowances.values())
+
+
+class MemoryPlanner:
+    """Plans the memory of runs of one model; what was traced once is kept.
+
+    Args:
+        planned: The model.
+    """
+
+    def __init__(self, planned: PlannedModel):
+        self._planned = planned
+        self._traces: dict[tuple[object, ...], dict[str, Peak]] = {}
+        self._shapes: dict[tuple[object, ...], list[ParameterShape]] = {}
+
+    def shapes(self, request: PlanRequest) -> list[ParameterShape]:
+        """List the parameters of the run's model."""
+        key = (request.tuning, request.lora, request.quantization, request.compute_dtype)
+        if key not in self._shapes:
+            self._shapes[key] = parameter_shapes(build_model(self._planned, request), request)
+        return self._shapes[key]
+
+    def plan(self, request: PlanRequest, batch: Batch) -> RankMemory:
+        """Plan one rank's memory.
+
+        Args:
+            request: The run.
+            batch: The micro-batch that takes most.
+        """
+        placement = place(self.shapes(request), request)
+        trace = self._trace(request, batch, placement)
+        return _put_together(placement, trace, request)
+
+    def _trace(self, request: PlanRequest, batch: Batch, placement: Placement) -> dict[str, Peak]:
+        on_gpu = request.machine.device == "cuda"
+        needs_mask = batch.is_padded and request.attention != "flash_attention_2"
+        batch = Batch(batch.size, batch.length, batch.num_images, batch.num_supervised, needs_mask)
+        settings = StepSettings(
+            batch=batch,
+            autocast_dtype=request.compute_dtype
+            if request.zero is None and request.compute_dtype != torch.float32
+            else None,
+            gradient_checkpointing=request.gradient_checkpointing,
+            gradients=placement.gradients,
+            on_gpu=on_gpu,
+            quantization=request.quantization,
+        )
+        key = (settings, request.tuning, request.lora, request.compute_dtype, request.zero is None, request.attention)
+        if key not in self._traces:
+            model = build_model(self._planned, request)
+            dtypes = {
+                name: request.tuning.dtype_of(name, request.compute_dtype)
+                if request.zero is None
+                else request.compute_dtype
+                for name, _ in model.named_parameters(remove_duplicate=False)
+            }
+            self._traces[key] = trace_step(model, dtypes, self._planned.config.tokens_per_image, settings)
+        return self._traces[key]
+
+
+def _put_together(placement: Placement, trace: Mapping[str, Peak], request: PlanRequest) -> RankMemory:
+    always = {"weights": placement.weights, "optimizer state": placement.optimizer, "buckets": placement.buckets}
+    components: dict[str, dict[str, int]] = {START: {"weights": placement.start}}
+    for phase in PHASES:
+        peak = trace[phase]
+        if peak.total == 0:
+            continue
+        parts = always | {"gathered weights": placement.gathered}
+        for label, size in peak.by_label.items():
+            parts[label] = parts.get(label, 0) + size
+        if phase == BACKWARD:
+            parts[GRADIENTS] = parts.get(GRADIENTS, 0) + placement.backward_gradients
+            parts["buckets"] += placement.backward_buckets
+        components[phase] = parts
+    components[OPTIMIZER_STEP] = always | {
+        GRADIENTS: placement.step_gradients,
+        "optimizer temporaries": placement.step_temporaries,
+    }
+    most = max(sum(parts.values()) for parts in components.values())
+    return RankMemory(components, _allowances(most, request), placement.host)
+
+
+def _allowances(tensors: int, request: PlanRequest) -> dict[str, int]:
+    if request.machine.device == "cpu":
+        return {}
+    allowances = {"CUDA context": CUDA_CONTEXT, "allocator": round(tensors * FRAGMENTATION)}
+    if request.machine.world_size > 1:
+        allowances["communication"] = COMMUNICATION
+    return allowances

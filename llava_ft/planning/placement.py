@@ -1,0 +1,235 @@
+"""Where a run keeps weights, gradients and optimizer state: what each rank holds, by ZeRO stage.
+
+Source: ZeRO (arXiv:1910.02054) as DeepSpeed 0.19 implements it, and transformers' `Trainer` without DeepSpeed. Of T
+trained values on N ranks, with e bytes for a value of the module (2 under bf16 and fp16, else 4), a rank holds:
+
+| | weights trained | master and state | gradients, backward | optimizer step, on top |
+| --- | --- | --- | --- | --- |
+| no DeepSpeed | 4T | state of T | 4T, in the trace; N > 1: 4T in buckets | gradients |
+| stage 0 | eT | 4T (e = 2), state of T | eT, in the trace | gradients, and 4T of them as float32 (e = 2) |
+| stage 1 | eT | 4T/N, state of T/N | eT, in the trace, and eT/N | eT/N, and 4T/N as float32 |
+| stage 2 | eT | 4T/N, state of T/N | eT/N, twice with accumulation | eT/N, and 4T/N as float32 |
+| stage 3 | eT/N | 4T/N, state of T/N | eT/N, always | 4T/N as float32 |
+
+Frozen weights are whole on every rank but in stage 3. Gradients "in the trace" are part of the traced step, because
+they come into being as activations go. Stages 1 and 2 allocate buffers of `reduce_bucket_size` values in each backward
+pass and copy what is in one to reduce it; stage 3 keeps one. Stage 3 also holds the weights it has gathered: see
+`_gathered`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from llava_ft.planning.optimizers import OptimizerKind, optimizer_kind
+from llava_ft.planning.request import PlanRequest
+from llava_ft.planning.shapes import ParameterShape, largest
+from llava_ft.planning.step import Gradients
+from llava_ft.planning.zero import ZeroSettings
+
+
+@dataclass
+class Placement:
+    """Bytes of one rank. "Device" is the GPU, or the process's memory on a CPU.
+
+    Attributes:
+        weights: On the device, always.
+        gathered: Weights of other ranks that are on the device while modules run (stage 3).
+        optimizer: Master weights and optimizer state on the device.
+        buckets: Buffers on the device, always.
+        backward_gradients: Gradients in the backward pass that the traced step does not have.
+        backward_buckets: Buffers in the backward pass.
+        step_gradients: Gradients while the optimizer runs.
+        step_temporaries: What the optimizer's step takes on top.
+        start: Most that is on the device before the first step.
+        host: What is in the host's memory because it was offloaded.
+        gradients: What becomes of gradients in the traced step.
+    """
+
+    weights: int = 0
+    gathered: int = 0
+    optimizer: int = 0
+    buckets: int = 0
+    backward_gradients: int = 0
+    backward_buckets: int = 0
+    step_gradients: int = 0
+    step_temporaries: int = 0
+    start: int = 0
+    host: dict[str, int] = field(default_factory=dict[str, int])
+    gradients: Gradients = "fresh"
+
+
+def place(shapes: Sequence[ParameterShape], request: PlanRequest) -> Placement:
+    """Settle what a rank holds and where."""
+    if request.zero is None:
+        return _without_zero(shapes, request)
+    if request.zero.stage == 0:
+        return _stage_0(shapes, request)
+    return _stage_1_and_2(shapes, request) if request.zero.stage < 3 else _stage_3(shapes, request)
+
+
+def module_dtype_bytes(request: PlanRequest) -> int:
+    """Bytes of a value of the module's weights under DeepSpeed, which converts all of them."""
+    return request.compute_dtype.itemsize
+
+
+def weight_bytes(shape: ParameterShape, request: PlanRequest) -> int:
+    """Bytes of one parameter on a rank that holds it whole."""
+    if shape.packed_bytes is not None:
+        return shape.packed_bytes
+    return shape.numel * (shape.dtype.itemsize if request.zero is None else module_dtype_bytes(request))
+
+
+def _without_zero(shapes: Sequence[ParameterShape], request: PlanRequest) -> Placement:
+    trained = [shape for shape in shapes if shape.is_trained]
+    kind, _ = optimizer_kind(request.optimizer)
+    weights = sum(weight_bytes(shape, request) for shape in shapes)
+    gradients = 4 * _count(trained)
+    return Placement(
+        weights=weights,
+        optimizer=kind.state_bytes(shape.shape for shape in trained),
+        buckets=gradients if request.machine.world_size > 1 else 0,
+        step_gradients=gradients,
+        step_temporaries=kind.step_bytes(_largest_group(trained, request), on_gpu=_on_gpu(request)),
+        start=weights,
+        gradients=_kept_gradients(request),
+    )
+
+
+def _stage_0(shapes: Sequence[ParameterShape], request: PlanRequest) -> Placement:
+    assert request.zero is not None
+    trained = [shape for shape in shapes if shape.is_trained]
+    kind, _ = optimizer_kind(request.optimizer)
+    count, size = _count(trained), module_dtype_bytes(request)
+    masters = 0 if size == 4 else 4 * count
+    weights = sum(weight_bytes(shape, request) for shape in shapes)
+    reduced = min(request.zero.reduce_bucket_size, count) * size if request.machine.world_size > 1 else 0
+    return Placement(
+        weights=weights,
+        optimizer=masters + kind.state_bytes(shape.shape for shape in trained),
+        backward_buckets=reduced,
+        step_gradients=size * count + masters,
+        step_temporaries=kind.step_bytes(_largest_group(trained, request), on_gpu=_on_gpu(request)),
+        start=max(_as_loaded(shapes, request), weights + masters),
+        gradients=_kept_gradients(request),
+    )
+
+
+def _stage_1_and_2(shapes: Sequence[ParameterShape], request: PlanRequest) -> Placement:
+    zero = request.zero
+    assert zero is not None
+    trained = [shape for shape in shapes if shape.is_trained]
+    kind, _ = optimizer_kind(request.optimizer)
+    count, size, ranks = _count(trained), module_dtype_bytes(request), request.machine.world_size
+    share = -(-count // ranks)
+    group = -(-sum(_largest_group(trained, request)) // ranks)
+    weights = sum(weight_bytes(shape, request) for shape in shapes)
+    masters, state = 4 * share, kind.state_bytes([(share,)])
+    partition = size * share
+    copied_flat = size * group if size == 2 else 0
+    placement = Placement(
+        weights=weights,
+        optimizer=masters + state,
+        backward_gradients=partition * (2 if zero.stage == 2 and request.accumulation > 1 else 1),
+        backward_buckets=zero.reduce_bucket_size * size * (2 if zero.overlap_comm else 1)
+        + min(zero.reduce_bucket_size, count) * size,
+        step_gradients=partition + 4 * group,
+        step_temporaries=max(copied_flat, kind.step_bytes([group], on_gpu=_on_gpu(request))),
+        start=max(_as_loaded(shapes, request), weights + size * group + masters),
+        gradients="handed over" if zero.stage == 2 else _kept_gradients(request),
+    )
+    if zero.offload_optimizer:
+        half = size * share
+        placement.host = {"master weights": masters, "optimizer state": state, "gradients": 4 * share, "buffers": half}
+        if request.accumulation > 1:
+            placement.host["gradients"] += half
+        placement.host |= _host_step(kind, share, request)
+        placement.optimizer = placement.backward_gradients = placement.step_temporaries = 0
+        placement.buckets = size * largest(trained)
+        placement.step_gradients = 0
+    return placement
+
+
+def _stage_3(shapes: Sequence[ParameterShape], request: PlanRequest) -> Placement:
+    zero = request.zero
+    assert zero is not None
+    trained = [shape for shape in shapes if shape.is_trained]
+    kind, _ = optimizer_kind(request.optimizer)
+    count, size, ranks = _count(trained), module_dtype_bytes(request), request.machine.world_size
+    share = -(-count // ranks)
+    divided = sum(-(-shape.numel // ranks) for shape in shapes) * size
+    whole = sum(shape.numel for shape in shapes if _stays_whole(shape, zero)) * size
+    masters, state = 4 * share, kind.state_bytes([(share,)])
+    group = min(share, zero.sub_group_size)
+    copied_flat = size * group if size == 2 else 0
+    placement = Placement(
+        weights=divided + whole,
+        gathered=_gathered(shapes, request, zero) * size,
+        optimizer=masters + state,
+        buckets=zero.reduce_bucket_size * size + size * share,
+        backward_buckets=min(zero.reduce_bucket_size, count) * size,
+        step_gradients=4 * group,
+        step_temporaries=max(copied_flat, kind.step_bytes([group], on_gpu=_on_gpu(request))),
+        start=divided + size * largest(shapes) + masters,
+        gradients="handed over",
+    )
+    if zero.offload_optimizer:
+        placement.host |= {"master weights": masters, "optimizer state": state, "gradients": (4 + size) * share}
+        placement.host |= _host_step(kind, group, request)
+        placement.optimizer = placement.step_temporaries = placement.step_gradients = 0
+        placement.buckets = zero.reduce_bucket_size * size
+    if zero.offload_param:
+        placement.host["weights"] = divided
+        placement.weights = whole
+    return placement
+
+
+def _host_step(kind: OptimizerKind, count: int, request: PlanRequest) -> dict[str, int]:
+    """What the step of an offloaded optimizer takes: nothing with DeepSpeed's, which is used where there is a GPU."""
+    return {} if _on_gpu(request) else {"optimizer temporaries": kind.step_bytes([count], on_gpu=False)}
+
+
+def _gathered(shapes: Sequence[ParameterShape], request: PlanRequest, zero: ZeroSettings) -> int:
+    """Count the values that a rank has gathered from the others when it has most.
+
+    DeepSpeed keeps a weight whole if it is used again within `max_reuse_distance` values. The backward pass visits the
+    modules in reverse, so at its beginning the last modules are whole whose values, counted there and back, are within
+    that distance. To these come what is gathered ahead, and the module under way, of which a copy is made on arrival.
+    """
+    if request.machine.world_size == 1 and not zero.offload_param:
+        return 0
+    total = sum(shape.numel for shape in shapes if not _stays_whole(shape, zero))
+    kept = zero.max_reuse_distance // 2
+    ahead = min(zero.prefetch_bucket_size, zero.max_live_parameters)
+    return min(total, max(kept + ahead, largest(shapes))) + largest(shapes)
+
+
+def _stays_whole(shape: ParameterShape, zero: ZeroSettings) -> bool:
+    return shape.numel < zero.param_persistence_threshold
+
+
+def _as_loaded(shapes: Sequence[ParameterShape], request: PlanRequest) -> int:
+    """Bytes of the model before DeepSpeed converts it: what is trained is read as float32."""
+    return sum(
+        shape.packed_bytes if shape.packed_bytes is not None else shape.numel * shape.dtype.itemsize for shape in shapes
+    )
+
+
+def _largest_group(trained: Sequence[ParameterShape], request: PlanRequest) -> list[int]:
+    """Sizes of the parameters that the optimizer updates together: matrices and vectors apart, as decay differs."""
+    groups: dict[tuple[bool, bool], list[int]] = {}
+    for shape in trained:
+        has_own_rate = request.projector_has_own_rate and shape.part == "projector"
+        groups.setdefault((has_own_rate, len(shape.shape) >= 2), []).append(shape.numel)
+    return max(groups.values(), key=sum, default=[])
+
+
+def _kept_gradients(request: PlanRequest) -> Gradients:
+    return "accumulated" if request.accumulation > 1 else "fresh"
+
+
+def _count(shapes: Sequence[ParameterShape]) -> int:
+    return sum(shape.numel for shape in shapes)
+
+
+def _on_gpu(request: PlanRequest) -> bool:
+    return request.machine.device == "cuda"

@@ -1,0 +1,223 @@
+"""What is to be planned, in plain values: the run as its flags describe it and the machine it is to run on."""
+
+import dataclasses
+import importlib.util
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+
+from llava_ft.args import ParsedArgs
+from llava_ft.args.build import adapt_to_device
+from llava_ft.args.deepspeed_file import check_deepspeed_config, find_deepspeed_config, read_deepspeed_config
+from llava_ft.errors import UserError
+from llava_ft.planning.zero import ZeroSettings
+from llava_ft.tuning.freeze import TuningPlan
+from llava_ft.tuning.quant import Quantization, check_quantization
+
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(GiB|GB|G|MiB|MB|M)", re.IGNORECASE)
+_BYTES = {"GIB": 2**30, "G": 2**30, "GB": 10**9, "MIB": 2**20, "M": 2**20, "MB": 10**6}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the run is to take place.
+
+    Attributes:
+        device: `cuda` or `cpu`.
+        gpus_per_node: Ranks on each machine.
+        num_nodes: Machines.
+        memory: Bytes that a rank has; None if that is not known.
+        memory_source: Where that number is from, for the report.
+    """
+
+    device: Literal["cuda", "cpu"] = "cuda"
+    gpus_per_node: int = 1
+    num_nodes: int = 1
+    memory: int | None = None
+    memory_source: str = ""
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.gpus_per_node * self.num_nodes
+
+    @property
+    def rank_name(self) -> str:
+        """What a rank runs on, for people."""
+        return "GPU" if self.device == "cuda" else "process"
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Adapters of the run; see `tuning/lora.py`."""
+
+    r: int
+    alpha: int
+    dropout: float
+    bias: Literal["none", "all", "lora_only"]
+    leaf_names: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """A run to be planned.
+
+    Attributes:
+        machine: Where.
+        tuning: What is trained.
+        lora: The adapters, if any.
+        quantization: How the language model's linear layers are held; None for 16 bits.
+        compute_dtype: Type of frozen weights and of matrix products.
+        attention: Attention kernel of the language model.
+        gradient_checkpointing: Whether activations are recomputed.
+        batch_size: Samples of one rank in one forward pass.
+        accumulation: Forward passes of one optimizer step.
+        optimizer: transformers' name.
+        projector_has_own_rate: Whether the projector is a parameter group of its own.
+        zero: DeepSpeed's settings; None without DeepSpeed.
+    """
+
+    machine: Machine
+    tuning: TuningPlan
+    lora: LoraSettings | None
+    quantization: Quantization | None
+    compute_dtype: torch.dtype
+    attention: str
+    gradient_checkpointing: bool
+    batch_size: int
+    accumulation: int
+    optimizer: str
+    projector_has_own_rate: bool
+    zero: ZeroSettings | None
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of one optimizer step on all ranks."""
+        return self.batch_size * self.accumulation * self.machine.world_size
+
+    def changed(self, **changes: Any) -> "PlanRequest":
+        """Return the request with some values replaced."""
+        return dataclasses.replace(self, **changes)
+
+
+def plan_request(args: ParsedArgs, machine: Machine, *, hidden_size: int, has_vision: bool) -> PlanRequest:
+    """Read the request from the run's flags.
+
+    Args:
+        args: The flags.
+        machine: Where the run is to take place.
+        hidden_size: Width of the language model.
+        has_vision: Whether the model has a vision tower.
+
+    Raises:
+        UserError: Such a run would be refused.
+    """
+    values = training_values(args, machine)
+    flags = args.flags
+    zero = _zero_settings(values, hidden_size, args.notes)
+    quantization = Quantization.from_flags(flags.bits, flags.quant_type, flags.double_quant)
+    check_quantization(quantization, zero_stage=zero.stage if zero else 0)
+    leaf_names = tuple(flags.lora_target_modules) if flags.lora_target_modules else None
+    return PlanRequest(
+        machine=machine,
+        tuning=TuningPlan.from_flags(
+            lora_enable=flags.lora_enable,
+            tune_mm_mlp_adapter=args.model.tune_mm_mlp_adapter,
+            freeze_mm_mlp_adapter=flags.freeze_mm_mlp_adapter,
+            freeze_backbone=args.model.freeze_backbone,
+            has_vision=has_vision,
+        ),
+        lora=LoraSettings(flags.lora_r, flags.lora_alpha, flags.lora_dropout, flags.lora_bias, leaf_names)
+        if flags.lora_enable
+        else None,
+        quantization=quantization,
+        compute_dtype=torch.bfloat16 if values["bf16"] else torch.float16 if values["fp16"] else torch.float32,
+        attention=_attention(args.model.attn_implementation, values, machine),
+        gradient_checkpointing=flags.gradient_checkpointing,
+        batch_size=int(values["per_device_train_batch_size"]),
+        accumulation=int(values["gradient_accumulation_steps"]),
+        optimizer=str(values["optim"]),
+        projector_has_own_rate=flags.mm_projector_lr is not None,
+        zero=zero,
+    )
+
+
+def training_values(args: ParsedArgs, machine: Machine) -> dict[str, Any]:
+    """Return every training flag with its value or default, as the run would use it on that machine."""
+    fields = dataclasses.fields(transformers.TrainingArguments)
+    values: dict[str, Any] = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    values |= {f.name: getattr(args.flags, f.name) for f in dataclasses.fields(args.flags)}
+    values |= dict(args.inherited)
+    adapted, notes = adapt_to_device(values, has_cuda=machine.device == "cuda", has_tf32=True)
+    args.notes.extend(notes)
+    return adapted
+
+
+def plan_machine(inherited: Mapping[str, object], *, gpus: int | None, nodes: int, gpu_memory: str | None) -> Machine:
+    """Settle where the run is to take place: what is asked for, else this machine's GPUs, else one GPU.
+
+    Args:
+        inherited: Given fields of `transformers.TrainingArguments`; with `use_cpu` the run is planned for a CPU.
+        gpus: GPUs (with `use_cpu` processes) on each machine; None asks this machine.
+        nodes: Machines.
+        gpu_memory: Memory of each, such as `24GiB`; None asks this machine.
+
+    Raises:
+        UserError: A number makes no sense.
+    """
+    for name, value in (("gpus", gpus), ("nodes", nodes)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}. Allowed are whole numbers from 1.")
+    uses_cpu = bool(inherited.get("use_cpu"))
+    memory, source = (parse_memory(gpu_memory), "--gpu-memory") if gpu_memory else (None, "")
+    if uses_cpu:
+        if memory is None:
+            import psutil
+
+            count = gpus or 1
+            memory, source = psutil.virtual_memory().total // count, "this machine's memory"
+        return Machine("cpu", gpus or 1, nodes, memory, source)
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if memory is None and visible:
+        properties = torch.cuda.get_device_properties(0)
+        memory, source = properties.total_memory, f"{properties.name} in this machine"
+    return Machine("cuda", gpus or visible or 1, nodes, memory, source)
+
+
+def parse_memory(text: str) -> int:
+    """Return the bytes of a size such as `24GiB`, `80GB` or `24576MiB`.
+
+    Raises:
+        UserError: It is no size.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or float(match.group(1)) == 0:
+        raise UserError(f"--gpu-memory is {text!r}. Allowed is a size with its unit, such as 24GiB, 80GB or 24576MiB.")
+    return int(float(match.group(1)) * _BYTES[match.group(2).upper()])
+
+
+def _zero_settings(values: Mapping[str, Any], hidden_size: int, notes: list[str]) -> ZeroSettings | None:
+    given: str | dict[str, Any] | None = values["deepspeed"]
+    if not given:
+        return None
+    if isinstance(given, str):
+        path = find_deepspeed_config(given, notes)
+        config, source = read_deepspeed_config(Path(path)), path
+    else:
+        config, source = given, "the mapping"
+    notes.extend(check_deepspeed_config(config, source, values))
+    return ZeroSettings.from_config(config, hidden_size)
+
+
+def _attention(wish: str, values: Mapping[str, Any], machine: Machine) -> str:
+    """Choose as the run would; `auto` counts on flash-attn only if it is installed here."""
+    if wish in ("eager", "sdpa"):
+        return wish
+    can_flash = machine.device == "cuda" and bool(values["bf16"] or values["fp16"])
+    is_there = wish == "flash_attention_2" or importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if can_flash and is_there else "sdpa"

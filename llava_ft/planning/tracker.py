@@ -1,0 +1,124 @@
+"""Counting the bytes of every tensor that is alive, with the highest count so far.
+
+A `MemoryTracker` sees each operation that torch runs inside it, forward and backward, and the storage of each result.
+When a storage dies its bytes are taken off again. That works alike for real tensors and for fake ones, which have
+shapes but no memory, so a training step that was never run can be measured. What it does not see is memory that
+kernels take and give back within one operation, and what an allocator loses to fragmentation.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass
+class Peak:
+    """The moment at which most was alive.
+
+    Attributes:
+        total: Bytes.
+        by_label: What they were for; see `MemoryTracker.label`.
+    """
+
+    total: int = 0
+    by_label: dict[str, int] = field(default_factory=dict[str, int])
+
+
+@dataclass
+class _Living:
+    """A storage that is alive, with the bytes and the label it is counted under."""
+
+    reference: Any
+    num_bytes: int
+    label: str
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Counts living tensor storage while it is active.
+
+    Args:
+        granularity: Sizes are rounded up to a multiple of it, as CUDA's caching allocator does with 512 bytes.
+
+    Attributes:
+        label: What new storage is counted as, until it is changed.
+        phase: Part of the step, for `peaks`.
+        peaks: The peak of each phase.
+    """
+
+    def __init__(self, granularity: int = 1):
+        super().__init__()
+        self.label = "activations"
+        self.phase = "forward"
+        self.peaks: dict[str, Peak] = {}
+        self._granularity = granularity
+        self._living: dict[int, _Living] = {}
+        self._now = 0
+        self._by_label: Counter[str] = Counter()
+
+    @property
+    def now(self) -> int:
+        """Bytes that are alive."""
+        return self._now
+
+    def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Count the storage of these tensors as nothing: the model's weights, which are known."""
+        for tensor in tensors:
+            self._living[tensor.untyped_storage()._cdata] = _Living(tensor.untyped_storage(), 0, "")
+
+    def hold(self, tensors: Iterable[torch.Tensor], label: str) -> None:
+        """Count tensors that were made outside."""
+        for tensor in tensors:
+            self._see(tensor, label)
+
+    def relabel(self, tensor: torch.Tensor, label: str) -> None:
+        """Count a tensor's storage under another label from now on."""
+        entry = self._living.get(tensor.untyped_storage()._cdata)
+        if entry is not None:
+            self._by_label[entry.label] -= entry.num_bytes
+            self._by_label[label] += entry.num_bytes
+            entry.label = label
+
+    def label_of(self, func: Callable[..., Any], args: Sequence[Any], result: torch.Tensor) -> str:
+        """Return what a new tensor is counted as; a subclass may look at the operation that made it."""
+        return self.label
+
+    def run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run an operation; a subclass may answer for it."""
+        return func(*args, **kwargs)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run one operation and count what it made."""
+        result = self.run(func, args, kwargs or {})
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor, None if self._is_known(tensor) else self.label_of(func, args, tensor))
+        return result
+
+    def _is_known(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._living
+
+    def _see(self, tensor: torch.Tensor, label: str | None) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if label is None or key in self._living:
+            return
+        num_bytes = -(-storage.nbytes() // self._granularity) * self._granularity
+        self._living[key] = _Living(weakref.ref(storage, lambda _: self._forget(key)), num_bytes, label)
+        self._now += num_bytes
+        self._by_label[label] += num_bytes
+        peak = self.peaks.setdefault(self.phase, Peak())
+        if self._now > peak.total:
+            self.peaks[self.phase] = Peak(self._now, {name: size for name, size in self._by_label.items() if size})
+
+    def _forget(self, key: int) -> None:
+        entry = self._living.pop(key)
+        self._now -= entry.num_bytes
+        self._by_label[entry.label] -= entry.num_bytes

@@ -1,0 +1,219 @@
+"""What a step has to work on: the largest micro-batch, and what an epoch holds.
+
+With the records here both are counted: the records are tokenised as in training, images are not opened. The largest
+micro-batch is made of the longest records, those with most supervised tokens and those with most images, as if they
+came together; no batch of the run is larger. Without records every sample is taken to be as long as `model_max_length`
+allows, with one image, and half of its text supervised.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from llava_ft.args import ParsedArgs
+from llava_ft.conversation import get_template
+from llava_ft.data.prepared import PreparedSamples, prepare_samples
+from llava_ft.data.schema import load_records, parse_record
+from llava_ft.data.tokenize import SampleTokenizer
+from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
+from llava_ft.errors import BadSampleError, UserError
+from llava_ft.planning.request import PlanRequest
+from llava_ft.planning.shapes import PlannedModel
+from llava_ft.planning.step import Batch
+
+logger = logging.getLogger(__name__)
+
+SUPERVISED_SHARE: Final = 0.5
+"""Share of the text positions that is taken to be supervised where the records are not here."""
+
+_TOKENIZER_FILES: Final = ("tokenizer.model", "tokenizer.json")
+
+
+@dataclass(frozen=True)
+class Records:
+    """The run's records, measured.
+
+    Attributes:
+        path: Their file.
+        num_records: Records in the file.
+        num_usable: Records that can be tokenised; what is planned for. Images were not looked at.
+        lengths: Positions of each sample after truncation, longest first; empty without a tokenizer.
+        num_supervised: Tokens of each sample that have to be predicted, most first.
+        num_images: Images of each sample, most first.
+    """
+
+    path: str
+    num_records: int
+    num_usable: int
+    lengths: np.ndarray[Any, Any]
+    num_supervised: np.ndarray[Any, Any]
+    num_images: np.ndarray[Any, Any]
+
+    @property
+    def are_measured(self) -> bool:
+        """Whether they were tokenised and not only counted."""
+        return len(self.lengths) > 0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What steps and epochs are made of.
+
+    Attributes:
+        records: The records, if they are here.
+        max_length: Positions after which a sample is cut off.
+        tokens_per_image: Positions of one image; 0 for a text-only model.
+        validation_fraction: Share of the records that is held out.
+        notes: What was assumed.
+    """
+
+    records: Records | None
+    max_length: int
+    tokens_per_image: int
+    validation_fraction: float
+    notes: tuple[str, ...]
+
+    def largest_batch(self, size: int, *, supervise_all: bool = False) -> Batch:
+        """Return the micro-batch that takes most memory.
+
+        Args:
+            size: Samples in it.
+            supervise_all: Whether every text position is to be supervised, which is the most that can be.
+        """
+        records = self.records
+        if records is None or not records.are_measured:
+            num_images = size if self.tokens_per_image and self.max_length > self.tokens_per_image else 0
+            text = size * (self.max_length - 1) - num_images * self.tokens_per_image
+            share = 1.0 if supervise_all else SUPERVISED_SHARE
+            return Batch(size, self.max_length, num_images, max(1, round(text * share)), is_padded=size > 1)
+        length = int(records.lengths[0])
+        num_images = int(records.num_images[:size].sum())
+        text = max(1, size * (length - 1) - num_images * self.tokens_per_image)
+        supervised = text if supervise_all else int(records.num_supervised[:size].sum())
+        return Batch(
+            size=size,
+            length=length,
+            num_images=num_images,
+            num_supervised=max(1, min(supervised, size * (length - 1))),
+            is_padded=size > 1 and int(records.lengths[-1]) != length,
+        )
+
+    def epoch(self, request: PlanRequest, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Count what an epoch and the run hold; empty without records.
+
+        Args:
+            request: The run.
+            values: Its training flags.
+        """
+        if self.records is None:
+            return {}
+        num_train = self.records.num_usable
+        if self.validation_fraction and num_train > 1:
+            num_train -= min(max(1, round(num_train * self.validation_fraction)), num_train - 1)
+        micro_batches = math.ceil(num_train / (request.batch_size * request.machine.world_size))
+        steps = max(1, math.ceil(micro_batches / request.accumulation))
+        max_steps = int(values["max_steps"])
+        counted = {
+            "records": self.records.num_records,
+            "usable_records": self.records.num_usable,
+            "training_records": num_train,
+            "steps_per_epoch": steps,
+            "steps": max_steps if max_steps > 0 else math.ceil(float(values["num_train_epochs"]) * steps),
+        }
+        if self.records.are_measured:
+            share = num_train / self.records.num_usable
+            counted["tokens_per_epoch"] = round(int(self.records.lengths.sum()) * share)
+            counted["supervised_tokens_per_epoch"] = round(int(self.records.num_supervised.sum()) * share)
+            counted["images_per_epoch"] = round(int(self.records.num_images.sum()) * share)
+        return counted
+
+
+def find_workload(args: ParsedArgs, planned: PlannedModel) -> Workload:
+    """Measure the records if they are here; say what is assumed if not.
+
+    Raises:
+        UserError: The records are here but cannot be read, or none is usable.
+    """
+    notes: list[str] = []
+    records = None
+    if not args.data.data_path:
+        notes.append("No data_path is given, so steps and tokens per epoch are left out.")
+    elif not Path(args.data.data_path).is_file():
+        notes.append(f"{args.data.data_path} is not on this machine, so steps and tokens per epoch are left out.")
+    else:
+        records = _measure(args, planned, notes)
+    if records is None or not records.are_measured:
+        images = "one image, " if planned.has_vision else ""
+        notes.append(
+            f"Samples are taken to be {args.flags.model_max_length} positions long (model_max_length), with {images}"
+            f"{SUPERVISED_SHARE:.0%} of their text supervised. Shorter ones take less."
+        )
+    return Workload(
+        records=records,
+        max_length=args.flags.model_max_length,
+        tokens_per_image=planned.config.tokens_per_image,
+        validation_fraction=args.data.validation_fraction,
+        notes=tuple(notes),
+    )
+
+
+def _measure(args: ParsedArgs, planned: PlannedModel, notes: list[str]) -> Records:
+    assert args.data.data_path is not None
+    path = Path(args.data.data_path)
+    raw = load_records(path)
+    num_records = len(raw)
+    directory = planned.directory
+    if directory is None or not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        notes.append(f"{planned.name} has no tokenizer on this machine, so the records are counted but not tokenised.")
+        nothing = np.empty(0, dtype=np.int64)
+        return Records(str(path), num_records, num_records, nothing, nothing, nothing)
+    prepared, num_bad = _tokenize(raw, args, planned, directory)
+    if len(prepared) == 0:
+        raise UserError(
+            f"None of the {num_records} records of {path} can be used. `llava-ft inspect data` with the same flags "
+            "says why for each."
+        )
+    if num_bad:
+        notes.append(f"{num_bad} of {num_records} records cannot be used; `llava-ft inspect data` names them.")
+    return Records(
+        path=str(path),
+        num_records=num_records,
+        num_usable=len(prepared),
+        lengths=_descending(prepared.lengths),
+        num_supervised=_descending(prepared.num_supervised),
+        num_images=_descending(prepared.num_images),
+    )
+
+
+def _tokenize(
+    raw: list[object], args: ParsedArgs, planned: PlannedModel, directory: Path
+) -> tuple[PreparedSamples, int]:
+    config = planned.config
+    tokenizer = load_tokenizer(directory, model_max_length=args.flags.model_max_length)
+    add_image_tokens(
+        tokenizer,
+        mm_use_im_start_end=config.mm_use_im_start_end,
+        mm_use_im_patch_token=config.mm_use_im_patch_token,
+    )
+    tokenize = SampleTokenizer(
+        tokenizer, get_template(args.model.version), mm_use_im_start_end=config.mm_use_im_start_end
+    )
+    samples, num_bad = [], 0
+    for index, record in enumerate(raw):
+        try:
+            samples.append(parse_record(record, index))
+        except BadSampleError:
+            num_bad += 1
+    prepared, errors = prepare_samples(
+        samples, tokenize, tokens_per_image=config.tokens_per_image, max_length=args.flags.model_max_length
+    )
+    return prepared, num_bad + len(errors)
+
+
+def _descending(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return np.sort(values.astype(np.int64))[::-1]

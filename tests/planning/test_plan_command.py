@@ -1,0 +1,167 @@
+"""`llava-ft plan`: what it prints, what it refuses, and how it exits."""
+
+import json
+
+import pytest
+import torch
+
+from llava_ft import cli
+from llava_ft.errors import UserError
+from llava_ft.planning.request import parse_memory, plan_machine
+from tests.planning.helpers import GPU_7B, LORA, plan_of, write_configs
+
+GIB = 2**30
+
+
+def run(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    status = cli.main(["plan", *argv])
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+class TestText:
+    def test_the_verdict_comes_first(self, tmp_path, capsys):
+        argv = write_configs(tmp_path)
+        status, out, _ = run([*argv, "--gpu-memory", "24GiB"], capsys)
+        assert status == cli.DONE
+        assert out.splitlines()[0].startswith("Fits: 0.5")
+        for heading in ("Parameters", "Memory per GPU in GiB", "Needed per GPU", "Disk per checkpoint", "Notes"):
+            assert heading in out
+
+    def test_a_run_that_does_not_fit_says_what_to_change(self, tmp_path, capsys):
+        argv = [*write_configs(tmp_path), "--model_max_length", "256", "--per_device_train_batch_size", "8"]
+        status, out, _ = run([*argv, "--gpu-memory", "540MiB"], capsys)
+        assert status == cli.FAILED
+        assert out.startswith("Does not fit: ")
+        assert "--gradient_checkpointing True" in out
+        assert "It fits with --gradient_checkpointing True" in out
+
+    def test_without_a_gpu_and_its_size_there_is_no_verdict(self, tmp_path, capsys):
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a GPU")
+        status, out, _ = run(write_configs(tmp_path), capsys)
+        assert status == cli.DONE
+        assert out.startswith("Needs ")
+        assert "Give --gpu-memory" in out
+
+    def test_columns_are_aligned(self, tmp_path, capsys):
+        _, out, _ = run([*write_configs(tmp_path), "--gpu-memory", "24GiB"], capsys)
+        table = out[out.index("Parameters") :].split("\n\n")[0].splitlines()
+        assert len({len(line) for line in table}) == 1
+
+    def test_a_run_on_the_cpu(self, tmp_path, capsys):
+        status, out, _ = run([*write_configs(tmp_path), "--use_cpu", "True"], capsys)
+        assert status == cli.DONE
+        assert "this machine's memory" in out
+        assert "CUDA" not in out
+
+
+class TestJson:
+    def test_is_complete(self, tmp_path, capsys):
+        status, out, _ = run([*write_configs(tmp_path), "--gpu-memory", "24GiB", "--gpus", "2", "--json"], capsys)
+        plan = json.loads(out)
+        assert status == cli.DONE
+        assert plan["fits"] is True
+        assert set(plan) == {
+            *("fits", "model", "machine", "run", "parameters", "batch", "memory", "epoch", "disk", "changes", "notes")
+        }
+        assert plan["machine"]["world_size"] == 2
+        memory = plan["memory"]
+        assert memory["total"] == memory["tensors"] + sum(memory["allowances"].values())
+        for phase, parts in memory["components"].items():
+            assert memory["phases"][phase] == sum(parts.values())
+        assert memory["tensors"] == memory["phases"][memory["peak_phase"]]
+        assert memory["total_if_all_text_is_supervised"] >= memory["total"]
+        assert plan["disk"]["checkpoint"]["total"] == sum(plan["disk"]["checkpoint"]["files"].values())
+
+    def test_changes_are_planned_alone_and_together(self, tmp_path, capsys):
+        argv = [*write_configs(tmp_path), "--model_max_length", "256", *LORA, "--gpu-memory", "1MiB", "--json"]
+        status, out, _ = run(argv, capsys)
+        plan = json.loads(out)
+        assert status == cli.FAILED
+        assert plan["fits"] is False
+        assert [change["flags"].split()[0] for change in plan["changes"]] == [
+            "--gradient_checkpointing",
+            "--per_device_train_batch_size",
+            "--bits",
+            "--lora_r",
+        ]  # offload is not among them: its buffers are larger than such a model
+        assert all(change["alone"]["total"] < plan["memory"]["total"] for change in plan["changes"])
+        totals = [plan["memory"]["total"], *(change["with_those_before"]["total"] for change in plan["changes"])]
+        assert totals == sorted(set(totals), reverse=True)
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("extra", "message"),
+        [
+            (["--gpus", "0"], "--gpus is 0. Allowed are whole numbers from 1."),
+            (["--nodes", "-1"], "--nodes is -1"),
+            (["--gpus", "many"], "invalid int value: 'many'"),
+            (["--gpu-memory", "24"], "--gpu-memory is '24'. Allowed is a size with its unit, such as 24GiB"),
+            (["--lora_rank", "8"], "lora_r"),
+            (["--bits", "4", *LORA, "--deepspeed", "zero3.json"], "bits=4 does not work with ZeRO stage 3"),
+            (["--bits", "4"], "quantised weights cannot be trained"),
+            (["--deepspeed", "zero9.json"], "zero9.json"),
+        ],
+    )
+    def test_wrong_requests(self, tmp_path, capsys, extra, message):
+        status, out, err = run([*write_configs(tmp_path), *extra], capsys)
+        assert status == cli.WRONG_REQUEST
+        assert out == ""
+        assert message in err
+
+    def test_without_a_model(self, capsys):
+        status, _, err = run(["--bf16", "True"], capsys)
+        assert status == cli.WRONG_REQUEST
+        assert "model_name_or_path is missing" in err
+
+
+class TestMachine:
+    @pytest.mark.parametrize(
+        ("text", "num_bytes"),
+        [("24GiB", 24 * GIB), ("80GB", 80 * 10**9), ("40 g", 40 * GIB), ("0.5GiB", GIB // 2), ("512MiB", GIB // 2)],
+    )
+    def test_sizes(self, text, num_bytes):
+        assert parse_memory(text) == num_bytes
+
+    @pytest.mark.parametrize("text", ["", "24", "GiB", "-1GiB", "0GiB", "24 KiB"])
+    def test_what_is_no_size(self, text):
+        with pytest.raises(UserError, match="Allowed is a size with its unit"):
+            parse_memory(text)
+
+    def test_nodes_multiply(self):
+        machine = plan_machine({}, gpus=4, nodes=2, gpu_memory="24GiB")
+        assert (machine.world_size, machine.gpus_per_node) == (8, 4)
+
+
+class TestPrecision:
+    def test_float16_is_float32_on_a_cpu(self, tmp_path):
+        plan = plan_of([*write_configs(tmp_path), "--use_cpu", "True", "--fp16", "True"])
+        assert plan.request.compute_dtype == torch.float32
+        assert any("fp16 is replaced by float32" in note for note in plan.notes)
+
+    def test_bfloat16_halves_frozen_weights(self, tmp_path):
+        argv = [*write_configs(tmp_path), *LORA]
+        sizes = {part.part: part.num_bytes for part in plan_of([*argv, "--bf16", "True"]).parts}
+        for part in plan_of(argv).parts:
+            trained = part.part in ("LoRA", "projector")
+            assert part.num_bytes == sizes[part.part] * (1 if trained else 2)
+
+
+@pytest.mark.slow
+class TestPublished:
+    def test_lora_of_7b_on_eight_gpus(self, capsys):
+        status, out, _ = run(["--config", "lora.yaml", "--gpus", "8", "--gpu-memory", "80GB"], capsys)
+        assert status == cli.DONE
+        assert "LoRA r=128, bfloat16, 8 GPUs, ZeRO-3, 16 x 1 x 8 = 128 samples a step" in out
+
+    def test_a_full_run_of_7b_does_not_fit_on_one_small_gpu(self, capsys):
+        status, out, _ = run(["--config", "finetune.yaml", "--gpus", "1", "--gpu-memory", "24GiB"], capsys)
+        assert status == cli.FAILED
+        assert "--lora_enable True" in out
+
+    def test_4_bits_hold_7b_in_a_quarter(self):
+        plan = plan_of([*GPU_7B, *LORA, "--bits", "4", "--gradient_checkpointing", "True"])
+        language = next(part for part in plan.parts if part.part == "language model")
+        assert language.num_bytes / language.parameters == pytest.approx(0.516, abs=0.001)

@@ -1,0 +1,125 @@
+"""A step traced without memory equals the same step run for real."""
+
+import pytest
+import torch
+from torch import nn
+
+from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava_ft.planning.placement import place
+from llava_ft.planning.shapes import build_model, native_model, parameter_shapes
+from llava_ft.planning.step import BACKWARD, GRADIENTS, LOGITS, VISION, Batch, StepSettings, trace_step
+from llava_ft.planning.tracker import MemoryTracker
+from tests.planning.helpers import request_of, write_configs
+
+BF16 = torch.bfloat16
+BATCH = Batch(size=2, length=48, num_images=2, num_supervised=20, is_padded=True)
+METHODS = {
+    "full": [],
+    "lora": ["--lora_enable", "True", "--lora_r", "4", "--lora_dropout", "0.1"],
+    "projector": ["--tune_mm_mlp_adapter", "True"],
+}
+
+
+def real_inputs(model: nn.Module, batch: Batch, tokens_per_image: int) -> dict[str, torch.Tensor]:
+    """A batch with as many images and supervised positions as `batch` says."""
+    ids = torch.randint(3, 500, (batch.size, batch.length))
+    if batch.num_images:
+        ids[:, 1 : 1 + tokens_per_image] = IMAGE_TOKEN_INDEX
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    labels[:, -batch.num_supervised // batch.size :] = 5
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    if batch.is_padded:
+        mask[-1, -1] = False
+    inputs = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    if batch.num_images:
+        inputs["pixel_values"] = torch.randn(batch.num_images, 3, 28, 28)
+    return inputs
+
+
+def run_for_real(model: nn.Module, dtypes: dict[str, torch.dtype], settings: StepSettings, tokens: int) -> int:
+    """Give a skeleton random weights, run the step, and return the peak beside the weights."""
+    for module_name, module in model.named_modules():
+        prefix = f"{module_name}." if module_name else ""
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                values = torch.randn(parameter.shape, dtype=dtypes[prefix + leaf]) * 0.02
+                module._parameters[leaf] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+    if settings.gradient_checkpointing:
+        native_model(model).gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    if settings.gradients == "accumulated":
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    inputs = real_inputs(model, settings.batch, tokens)
+    model.train()
+    with MemoryTracker() as tracker:
+        tracker.ignore([*model.parameters(), *model.buffers()])
+        tracker.hold([p.grad for p in model.parameters() if p.grad is not None], "gradients")
+        tracker.hold(inputs.values(), "inputs")
+        with torch.autocast("cpu", settings.autocast_dtype, enabled=settings.autocast_dtype is not None):
+            loss = model(**inputs, num_items_in_batch=1).loss
+        loss.backward()
+    return max(peak.total for peak in tracker.peaks.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+class TestTraceStep:
+    @pytest.mark.parametrize(
+        ("method", "checkpointing", "autocast", "extra"),
+        [
+            ("full", False, None, []),
+            ("full", True, BF16, ["--bf16", "True"]),
+            ("full", False, None, ["--gradient_accumulation_steps", "2"]),
+            ("lora", False, BF16, ["--bf16", "True"]),
+            ("lora", True, None, []),
+            ("lora", False, None, ["--attn_implementation", "eager"]),
+            ("lora", False, None, ["--mm_use_im_start_end", "True"]),
+            ("projector", False, None, []),
+            ("projector", True, BF16, ["--bf16", "True", "--mm_use_im_start_end", "True"]),
+        ],
+    )
+    def test_equals_the_step_run_for_real(self, tmp_path, method, checkpointing, autocast, extra):
+        planned, request = request_of([*write_configs(tmp_path), *METHODS[method], *extra])
+        gradients = place(parameter_shapes(build_model(planned, request), request), request).gradients
+        settings = StepSettings(BATCH, autocast, checkpointing, gradients, on_gpu=False)
+        dtypes = {
+            name: request.tuning.dtype_of(name, request.compute_dtype)
+            for name, _ in build_model(planned, request).named_parameters(remove_duplicate=False)
+        }
+        tokens = planned.config.tokens_per_image
+        traced = trace_step(build_model(planned, request), dtypes, tokens, settings)
+        real = run_for_real(build_model(planned, request), dtypes, settings, tokens)
+        assert max(peak.total for peak in traced.values()) == pytest.approx(real, rel=1e-3)
+
+    def test_text_alone_needs_no_tower(self, tmp_path):
+        planned, request = request_of([*write_configs(tmp_path), *METHODS["lora"]])
+        settings = StepSettings(Batch(2, 48, 0, 20, True), None, False, "fresh", False)
+        model = build_model(planned, request)
+        dtypes = {name: torch.float32 for name, _ in model.named_parameters()}
+        traced = trace_step(model, dtypes, planned.config.tokens_per_image, settings)
+        assert traced[VISION].total == 0
+        assert traced[BACKWARD].total > 0
+
+    @pytest.mark.parametrize("gradients", ["fresh", "handed over"])
+    def test_labels_say_what_memory_is_for(self, tmp_path, gradients):
+        planned, request = request_of(write_configs(tmp_path))
+        model = build_model(planned, request)
+        trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+        settings = StepSettings(Batch(1, 24, 1, 6, False), None, False, gradients, on_gpu=False)
+        dtypes = {name: torch.float32 for name, _ in model.named_parameters()}
+        traced = trace_step(model, dtypes, planned.config.tokens_per_image, settings)
+        logits = 6 * 512 * 4
+        assert traced["loss"].by_label[LOGITS] == pytest.approx(2 * logits, rel=0.1)  # and their log-softmax
+        assert traced[VISION].by_label[VISION] > 0
+        kept = traced[BACKWARD].by_label.get(GRADIENTS, 0)
+        assert trained / 2 < kept <= trained if gradients == "fresh" else kept == 0
+
+    def test_a_gpu_keeps_a_smaller_mask_of_dropout(self, tmp_path):
+        planned, request = request_of([*write_configs(tmp_path), *METHODS["lora"]])
+        totals = []
+        for on_gpu in (False, True):
+            model = build_model(planned, request)
+            dtypes = {name: torch.float32 for name, _ in model.named_parameters()}
+            settings = StepSettings(Batch(2, 512, 2, 200, True), None, False, "fresh", on_gpu)
+            traced = trace_step(model, dtypes, planned.config.tokens_per_image, settings)
+            totals.append(max(peak.total for peak in traced.values()))
+        assert totals[1] < totals[0]
