@@ -1,0 +1,92 @@
+"""Whether the ranks write and resume in the same place, when they run on several machines.
+
+Every rank writes its part of a checkpoint: its random numbers, and under DeepSpeed its share of the optimizer. If
+`output_dir` is a folder of its own on each machine, the parts never come together, and a resumed rank may find another
+checkpoint than the others, or none. Nothing would tell before the run is lost, so it is asked first.
+"""
+
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from transformers import TrainingArguments
+
+from llava_ft.errors import UserError
+
+_Value = TypeVar("_Value")
+
+
+def check_shared_output(training: TrainingArguments) -> None:
+    """Check that all ranks see the same output directory, or that each machine is to write its own.
+
+    Args:
+        training: Arguments of the run; its process group exists if there are several ranks.
+
+    Raises:
+        UserError: They do not, or all would write over one another.
+    """
+    if training.world_size == 1:
+        return
+    directory = Path(training.output_dir or ".")
+    mark = directory / f".seen-by-all-{_from_first_rank(secrets.token_hex(8))}"
+    if training.process_index == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    torch.distributed.barrier()
+    blind = [rank for rank, sees in enumerate(_from_all_ranks(mark.exists())) if not sees]
+    machines = len(set(_from_all_ranks(training.process_index - training.local_process_index)))
+    if training.process_index == 0:
+        mark.unlink(missing_ok=True)
+    if blind and not training.save_on_each_node:
+        raise UserError(
+            f"output_dir={directory} on the machine of rank 0 is another folder than on that of {_named(blind)}. "
+            "Checkpoints need one folder that all machines share: give its path, or keep a folder per machine with "
+            "--save_on_each_node True."
+        )
+    if not blind and training.save_on_each_node and machines > 1:
+        raise UserError(
+            f"save_on_each_node=True, but all {machines} machines share output_dir={directory} and would write over "
+            "one another. Leave out save_on_each_node, or give a folder that each machine has for itself."
+        )
+
+
+def check_same_checkpoint(checkpoint: Path | None, world_size: int) -> None:
+    """Check that all ranks resume from the checkpoint of the same step.
+
+    Args:
+        checkpoint: What this rank found; None to start from the beginning.
+        world_size: Number of ranks; the process group exists if there are several.
+
+    Raises:
+        UserError: They do not.
+    """
+    if world_size == 1:
+        return
+    found = _from_all_ranks(checkpoint.name if checkpoint else "none")
+    if len(set(found)) > 1:
+        listed = "; ".join(
+            f"{_named([rank for rank, name in enumerate(found) if name == other])}: {other}"
+            for other in dict.fromkeys(found)
+        )
+        raise UserError(
+            f"The newest complete checkpoint is not the same on all machines: {listed}. Name one that all of them have "
+            "with --resume_from_checkpoint, or copy the missing one."
+        )
+
+
+def _from_first_rank(text: str) -> str:
+    box = [text]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _from_all_ranks(value: _Value) -> list[_Value]:
+    values: list[_Value | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return [value for value in values if value is not None]
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
