@@ -141,6 +141,7 @@ class TestRefusals:
             ),
             ({"zero_optimization__reduce_bucket_size": "5e8"}, 'reduce_bucket_size is "5e8"; it has to be a whole'),
             ({"zero_optimization__stage": 4}, "zero_optimization.stage is 4: "),
+            ({"zero_optimization__round_robin_gradients": True}, "could not be resumed. Remove the key"),
             (
                 {"zero_optimization__reduce_buket_size": 1},
                 r"no key zero_optimization.reduce_buket_size. Did you mean reduce_bucket_size\?",
@@ -254,3 +255,9 @@ class TestOffloadedAdam:
         config = read(name)
         assert choose_offloaded_adam(config, uses_cpu=True) == []
         assert config == read(name)
+
+
+def test_stage_0_is_torchs_own_data_parallelism(tmp_path: Path):
+    args = parse_args(["--data_path", "x", "--model_name_or_path", "y", "--output_dir", "z", "--deepspeed", "zero0"])
+    assert args.training.deepspeed is None
+    assert any("stage 0 divides nothing" in note for note in args.notes)

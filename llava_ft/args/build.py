@@ -173,15 +173,22 @@ def choose_attention(requested: str, training: TrainingArguments, notes: list[st
     return "sdpa"
 
 
-def _checked_deepspeed(values: Mapping[str, Any], notes: list[str]) -> str | dict[str, Any]:
-    """Return the DeepSpeed configuration, a path or a mapping as it was given, when it goes with the other flags."""
+def _checked_deepspeed(values: Mapping[str, Any], notes: list[str]) -> str | dict[str, Any] | None:
+    """Return the DeepSpeed configuration, a path or a mapping as it was given, when it goes with the other flags.
+
+    Stage 0 divides nothing, so it is data parallelism, and torch's own is used. That of DeepSpeed 0.19 in bfloat16
+    makes a step with gradients of zero before the first: Adam counts it, and weight decay shrinks the weights by it.
+    """
     given: str | dict[str, Any] = values["deepspeed"]
     defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
     if isinstance(given, str):
         given = find_deepspeed_config(given, notes)
-        notes.extend(check_deepspeed_config(read_deepspeed_config(Path(given)), given, defaults | dict(values)))
-    else:
-        notes.extend(check_deepspeed_config(given, "the mapping", defaults | dict(values)))
+    config = read_deepspeed_config(Path(given)) if isinstance(given, str) else given
+    where = given if isinstance(given, str) else "the mapping"
+    notes.extend(check_deepspeed_config(config, where, defaults | dict(values)))
+    if config["zero_optimization"].get("stage", 0) == 0:
+        notes.append(f"deepspeed={where}: stage 0 divides nothing, so torch's own data parallelism is used.")
+        return None
     return given
 
 

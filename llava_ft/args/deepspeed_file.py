@@ -206,6 +206,11 @@ def _key_problems(config: _Section) -> Iterator[str]:
             f"zero_optimization is {_shown(config.get('zero_optimization'))}; it has to be an object that holds at "
             'least the stage. Write "zero_optimization": {"stage": 2}, or 0 for none.'
         )
+    elif config["zero_optimization"].get("round_robin_gradients"):
+        yield (
+            "zero_optimization.round_robin_gradients is true, with which DeepSpeed 0.19 names the wrong parameters in "
+            "what it saves, so that a checkpoint could not be resumed. Remove the key."
+        )
     for key in ("fp16", "bf16"):
         if not isinstance(config.get(key, {}), Mapping):
             yield f'{key} is {_shown(config[key])}; it has to be an object. Write "{key}": {{"enabled": "auto"}}.'

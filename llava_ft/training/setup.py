@@ -30,7 +30,6 @@ from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.errors import UserError
 from llava_ft.training.artifacts import RunArtifacts
 from llava_ft.training.callbacks import LogLines, Progress, SetSamplerEpoch, StopOnSignal
-from llava_ft.training.deepspeed_defects import leave_out_idle_step
 from llava_ft.training.distributed import zero_division
 from llava_ft.training.fragments import gathered, value_setter
 from llava_ft.training.reporting import attach_reporters
@@ -255,8 +254,6 @@ def _build_trainer(
     stop = StopOnSignal()
     pad = tokenizer.pad_token_id
     assert isinstance(pad, int)
-    if training.deepspeed:
-        leave_out_idle_step()
     trainer = LlavaTrainer(
         model=model,
         args=training,

@@ -1,4 +1,4 @@
-"""A run continues with another number of ranks, another ZeRO stage, or without DeepSpeed, as if nothing had happened."""
+"""A run continues on other ranks, under another ZeRO stage or without DeepSpeed, as if nothing had happened."""
 
 import shutil
 from pathlib import Path
