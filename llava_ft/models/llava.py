@@ -91,19 +91,19 @@ class LlavaMixin(_Base):
             return scatter_image_features(embeds_BTD, features_SD, mask_BT)
         if bool(mask_BT.any()):
             raise ValueError("input_ids has image positions, but there are no pixel_values.")
-        if self.training and self.has_vision:
-            return embeds_BTD + self._unused_vision_term(embeds_BTD.device).to(embeds_BTD.dtype)
+        is_divided = self.has_vision and any(hasattr(p, "ds_id") for p in self._projector.parameters())
+        if is_divided or (self.has_vision and self.training):
+            return embeds_BTD + self._unused_vision_term(embeds_BTD.device, is_divided).to(embeds_BTD.dtype)
         return embeds_BTD
 
-    def _unused_vision_term(self, device: torch.device) -> torch.Tensor:
+    def _unused_vision_term(self, device: torch.device, is_divided: bool) -> torch.Tensor:
         """Zero that depends on every trainable vision parameter.
 
         A micro-batch without images would otherwise leave them without a gradient: data-parallel ranks would wait for
         each other, and the optimizer would skip their momentum. Where ZeRO-3 has divided the parameters, every rank
-        has to run the same modules, so tower and projector run on one zero image.
+        has to run the same modules, in evaluation too, so tower and projector run on one zero image.
         """
         tower_is_trained = any(parameter.requires_grad for parameter in self._tower.parameters())
-        is_divided = any(hasattr(parameter, "ds_id") for parameter in self._projector.parameters())
         if tower_is_trained or is_divided:
             size = self._tower.image_size
             return 0.0 * self.encode_images(torch.zeros(1, 3, size, size, device=device)).sum()

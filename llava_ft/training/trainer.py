@@ -24,9 +24,9 @@ from llava_ft.checkpoint.optimizer import open_saved_optimizer
 from llava_ft.checkpoint.restore import PutValue, restore_trained
 from llava_ft.checkpoint.resume import RankLayout, read_ranks
 from llava_ft.checkpoint.save import move_files, publish_directory, write_json
-from llava_ft.constants import IGNORE_INDEX
 from llava_ft.errors import BadSampleError, RunError
 from llava_ft.training.artifacts import RunArtifacts, forget_manifest
+from llava_ft.training.evaluation import sum_losses
 from llava_ft.training.fragments import value_setter
 from llava_ft.training.metrics import Throughput
 from llava_ft.training.optim import (
@@ -193,33 +193,15 @@ class LlavaTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Compute the mean loss per supervised token over a data set."""
-        model = self._trained_model
-        was_training = model.training
-        model.eval()
-        totals = torch.zeros(3, dtype=torch.float64, device=self.args.device)
-        for batch in dataloader:
-            for error in batch.get("bad_samples", []):
-                logger.warning("Not evaluated on: %s", error)
-            inputs = self._prepare_inputs(batch)
-            supervised = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
-            with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
-                loss = model(**inputs, num_items_in_batch=1).loss
-            totals += torch.stack(
-                [loss.double(), supervised.double(), supervised.new_tensor(len(inputs["labels"])).double()]
-            )
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        if self.args.world_size > 1:
-            torch.distributed.all_reduce(totals)
-        model.train(was_training)
-        total, tokens, samples = totals.tolist()
+        """Compute the mean loss per supervised token over a data set, each record counted once."""
+        total, tokens, samples = sum_losses(self, dataloader)
         if tokens == 0:
             raise RunError("The validation data has no supervised token, so there is no loss to compute.")
         metrics = {
             f"{metric_key_prefix}_loss": total / tokens,
             f"{metric_key_prefix}_supervised_tokens": tokens,
         }
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(samples))  # type: ignore[arg-type]
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=samples)  # type: ignore[arg-type]
 
     # Checkpoints
 

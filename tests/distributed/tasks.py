@@ -23,16 +23,16 @@ class Result:
 
     Attributes:
         losses: Logged loss of each step.
-        rates: Logged projector learning rates.
         grad_norms: Logged gradient norms.
+        eval_losses: Loss on the validation records after each evaluation.
         weights: Trained values after the last step, float32, by plain name.
         resumed: Name of the checkpoint that was resumed from, if any.
     """
 
     losses: dict[int, float] = field(default_factory=dict)
     grad_norms: dict[int, float] = field(default_factory=dict)
+    eval_losses: dict[int, float] = field(default_factory=dict)
     weights: dict[str, Any] = field(default_factory=dict)
-    state: dict[str, Any] = field(default_factory=dict)
     resumed: str | None = None
 
 
@@ -80,6 +80,7 @@ def _train(argv: list[str], until: int | None) -> Result:
         return Result(
             losses={entry["step"]: entry["loss"] for entry in history if "loss" in entry},
             grad_norms={entry["step"]: entry["grad_norm"] for entry in history if "grad_norm" in entry},
+            eval_losses={entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry},
             weights=weights if torch.distributed.get_rank() == 0 else {},
             resumed=run.checkpoint.name if run.checkpoint else None,
         )

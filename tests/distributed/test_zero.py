@@ -129,6 +129,17 @@ def test_a_llava_base_with_another_projector_is_trained_under_zero_3(pools: Pool
     assert all(torch.equal(result.weights[name], value.float()) for name, value in expected.items())
 
 
+@pytest.mark.parametrize("stage", ["none", "zero2", "zero3"])
+def test_validation_counts_each_record_once(pools: Pools, tmp_path: Path, stage: str):
+    """14 records in batches of 4 on two ranks: the last batches are filled up, and one rank's has no image."""
+    changes = {"validation_data_path": "data/mix.json", "eval_strategy": "steps", "eval_steps": 3}
+    changes |= {"per_device_eval_batch_size": 4, "save_strategy": "no", "max_steps": 3}
+    expected = pools.train(tmp_path / "1", "lora", ALONE, "float32", **changes).eval_losses
+    got = pools.train(tmp_path / "2", "lora", Setting(stage, 2), "float32", **changes).eval_losses
+    assert got == pytest.approx(expected, abs=1e-5)
+    assert list(got) == [3]
+
+
 def test_no_rank_holds_the_whole_model_while_it_is_loaded(pools: Pools, tmp_path: Path):
     config = json.loads((RECORDINGS / "ckpt/base-llm/config.json").read_text())
     config |= {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 4096}
@@ -162,5 +173,5 @@ def test_without_deepspeed_state_the_message_says_what_to_do(pools: Pools, tmp_p
         tmp_path, "lora", Setting("zero2", 2), "float32", resume_from_checkpoint=tmp_path / "checkpoint-3"
     )
     logging.getLogger("llava_ft").setLevel(logging.CRITICAL)
-    with pytest.raises(AssertionError, match="rank_1_.* is missing: of 2 optimizer files"):
+    with pytest.raises(AssertionError, match=r"rank_1_.* is missing: of 2 optimizer files"):
         pools.of(2).run(tasks.train, argv)
