@@ -47,9 +47,8 @@ class ZeroOptimizer(SavedOptimizer):
 
     def _read(self, file: Path, keys: tuple[str, str]) -> None:
         content = read_states(file)[OPTIMIZER]
-        paddings = content.get("group_paddings")
         for index, vector in enumerate(content[keys[0]]):
-            self._lengths[file, index] = int(vector.numel()) + (int(paddings[index]) if paddings else 0)
+            self._lengths[file, index] = int(vector.numel())
         for index, state in content[keys[1]]["state"].items():
             self._states[file, int(index)] = _flat(state)
 
@@ -68,7 +67,8 @@ class ZeroOptimizer(SavedOptimizer):
             for key, value in self._states.get(vector, {}).items()
             if isinstance(value, torch.Tensor)
             and value.is_floating_point()
-            and value.numel() == self._lengths[vector] > 1
+            and value.dim() > 0
+            and value.numel() >= self._lengths[vector]  # the moments keep the padding that the weights leave out
         )
 
     def read(self, name: str, moment: str, start: int, length: int) -> torch.Tensor:  # noqa: D102 - inherited

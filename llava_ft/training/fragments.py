@@ -5,8 +5,8 @@ optimizer's state in flat vectors that are divided among the ranks: stages 1 and
 cut the result, so a parameter may begin on one rank and end on another; stage 3 gives each rank an equal part of every
 parameter. A `Fragment` says which elements of a parameter this rank's optimizer holds, and where.
 
-What is read here of DeepSpeed 0.19: `_hp_mapping` and `single_partition_of_fp32_groups` (stages 1 and 2), and
-`grad_position` and `fp32_partitioned_groups_flat` (stage 3).
+What is read here of DeepSpeed 0.19: for stages 1 and 2 `_hp_mapping` and `single_partition_of_fp32_groups` (in bfloat16
+with float32 gradients `fp32_groups_flat_partition`), for stage 3 `grad_position` and `fp32_partitioned_groups_flat`.
 """
 
 from collections.abc import Iterator
@@ -71,7 +71,7 @@ def fragments_of(model: nn.Module, zero_optimizer: Any = None) -> list[Fragment]
             mapping = parameter._hp_mapping
             if mapping is None:  # wholly on other ranks
                 continue
-            flat = zero_optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+            flat = _master_vectors(zero_optimizer)[mapping.param_group_index]
             offset = mapping.hp_fragment_address.start
             start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
         else:
@@ -79,6 +79,13 @@ def fragments_of(model: nn.Module, zero_optimizer: Any = None) -> list[Fragment]
         if length:
             fragments.append(Fragment(name, start, length, flat, offset))
     return fragments
+
+
+def _master_vectors(zero_optimizer: Any) -> list[torch.Tensor]:
+    """This rank's parts of the float32 vectors of stages 1 and 2, and of stage 1 with float32 gradients in bfloat16."""
+    if hasattr(zero_optimizer, "single_partition_of_fp32_groups"):
+        return zero_optimizer.single_partition_of_fp32_groups
+    return zero_optimizer.fp32_groups_flat_partition
 
 
 def whole_value(parameter: nn.Parameter) -> torch.Tensor:
