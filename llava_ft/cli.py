@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from llava_ft.errors import RunError, UserError
+from llava_ft.training.log_setup import set_up_ranks
 from llava_ft.version import __version__
 
 logger = logging.getLogger("llava_ft")
@@ -63,7 +64,6 @@ def _commands() -> dict[str, tuple[Callable[[Sequence[str]], int], str]]:
 
 def train(argv: Sequence[str]) -> int:
     """Fine-tune a model."""
-    _quiet_other_ranks(int(os.environ.get("RANK") or 0))
     from llava_ft.args import format_help, parse_args, to_yaml
 
     if _wants_help(argv):
@@ -73,6 +73,8 @@ def train(argv: Sequence[str]) -> int:
     if args.print_config:
         print(to_yaml(args), end="")  # noqa: T201 - the answer to the request
         return DONE
+    levels = (args.inherited.get(name) for name in ("log_level", "log_level_replica"))
+    set_up_ranks(_rank(), *(str(level or "passive") for level in levels))
     from llava_ft.training.train_command import run_training
 
     return DONE if run_training(args) else FAILED
@@ -212,17 +214,11 @@ class _Parser(argparse.ArgumentParser):
 
 def _configure_logging() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of dtypes in each product, of optional kernels
-    logger.setLevel(logging.INFO)
+    set_up_ranks(_rank())
 
 
-def _quiet_other_ranks(rank: int) -> None:
-    """Let the first rank speak; the others name themselves and only warn."""
-    if rank == 0:
-        return
-    logger.setLevel(logging.WARNING)
-    for handler in logging.getLogger().handlers:
-        handler.setFormatter(logging.Formatter(f"[rank {rank}] %(message)s"))
+def _rank() -> int:
+    return int(os.environ.get("RANK") or 0)
 
 
 def _wants_help(argv: Sequence[str]) -> bool:

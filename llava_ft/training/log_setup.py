@@ -13,8 +13,8 @@ _OWN = "llava_ft"
 LIBRARIES = ("DeepSpeed", "accelerate", "datasets", "huggingface_hub", "transformers")
 """Loggers that write past the root logger once their library is imported."""
 
-_IDLE_WARNINGS = ("bitsandbytes.backends.cpu.ops",)
-"""Loggers whose warnings nobody can act upon: a faster kernel for inference on CPUs is not installed."""
+_IDLE_WARNINGS = ("bitsandbytes",)
+"""Libraries whose warnings nobody can act upon: of dtypes in each product, of optional kernels."""
 
 _LEVELS = {
     "debug": logging.DEBUG,
@@ -77,8 +77,9 @@ class _Threshold(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Tell whether a message is shown."""
-        if record.name.partition(".")[0] == _OWN:
+        origin = record.name.partition(".")[0]
+        if origin == _OWN:
             return record.levelno >= self._own
-        if self._hides_idle and record.name in _IDLE_WARNINGS and record.levelno <= logging.WARNING:
+        if self._hides_idle and origin in _IDLE_WARNINGS and record.levelno <= logging.WARNING:
             return False
         return record.levelno >= self._libraries

@@ -7,6 +7,7 @@ import torch
 from llava_ft.args import ParsedArgs
 from llava_ft.errors import RunError
 from llava_ft.training.distributed import Ranks, is_communication_error, join_ranks, leave_ranks
+from llava_ft.training.log_setup import adopt_libraries
 from llava_ft.training.setup import prepare_run
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ def run_training(args: ParsedArgs) -> bool:
         RunError: The run failed.
     """
     ranks, watch = join_ranks(args)
+    adopt_libraries()
     try:
         finished = _train(args, ranks)
     except Exception as raised:
