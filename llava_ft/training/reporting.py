@@ -227,7 +227,9 @@ def _start_wandb(args: TrainingArguments, known_id: str | None) -> Any:
 
     given = wandb.setup().settings
     output_dir = Path(args.output_dir or ".").resolve()
-    limits: dict[str, Any] = {} if "WANDB_FINISH_TIMEOUT" in os.environ else {"finish_timeout": _SECONDS_TO_SEND_THE_REST}
+    limits: dict[str, Any] = (
+        {} if "WANDB_FINISH_TIMEOUT" in os.environ else {"finish_timeout": _SECONDS_TO_SEND_THE_REST}
+    )
     options: dict[str, Any] = {"settings": wandb.Settings(**limits)}
     options["project"] = given.project or "llava_ft"
     options["name"] = args.run_name
