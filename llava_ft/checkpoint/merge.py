@@ -5,9 +5,9 @@ added in float32, and the sum is rounded once; memory holds one output shard and
 its name it is checked: frozen tensors must be bit-identical to the base's, and the logits on fixed inputs must agree
 with those of the adapter beside the base.
 
-What was trained on quantised weights is merged into the base's own, never into quantised ones: a rank-r change is
-smaller than the step between two 4-bit values and would be rounded away. On request it is merged into what the
-quantised weights are worth, the weights it was trained on.
+What was trained on quantised weights is merged into the base's own, never into quantised ones: the sum would be rounded
+to 4 or 8 bits once more. On request it is merged into what the quantised weights are worth, the weights it was trained
+on.
 """
 
 import logging

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerFast
 
 from llava_ft.checkpoint.adapter import LoraAdapter
-from llava_ft.checkpoint.base import load_base
+from llava_ft.checkpoint.base import BaseModel, load_base
 from llava_ft.checkpoint.directory import ModelDirectory, identify, resolve_model_path
 from llava_ft.checkpoint.fingerprint import language_model_fingerprint
 from llava_ft.checkpoint.names import PEFT_PREFIX
@@ -119,20 +119,16 @@ def load_model(
         device: Where the model is put.
         attn_implementation: Attention of the language model.
         allow_base_mismatch: Use an adapter on another base.
-        adapter: `added` puts an adapter's part into the weights; `beside` keeps it as a PEFT model. On quantised
-            weights it always stays beside them: adding it would round it away.
-        quantization: How the language model's linear layers are held; 16 bits or more when absent.
+        adapter: `added` puts an adapter's part into the weights, unless they are quantised: the sum would be rounded
+            once more; `beside` keeps it as a PEFT model.
+        quantization: How the language model's linear layers are held.
     """
     check_quantization(quantization)
     on = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if on.type == "cuda" else torch.float32)
     directory = identify(resolve_model_path(model_path))
     base, lora = find_trained(directory, model_base, vision_tower=vision_tower)
-    if directory.kind in ("lora", "projector"):
-        fingerprint = language_model_fingerprint(base.sources[:1])
-        warning = check_base(directory.path, fingerprint, str(base.directory.path), allow_mismatch=allow_base_mismatch)
-        if warning:
-            logger.warning("%s", warning)
+    _check_base(directory, base, allow_base_mismatch)
     has_own_tokenizer = any((directory.path / name).is_file() for name in ("tokenizer_config.json", "tokenizer.model"))
     tokenizer = load_tokenizer(directory.path if has_own_tokenizer else base.directory.path)
     num_new_rows = max(0, len(tokenizer) - base.config.vocab_size)
@@ -150,8 +146,7 @@ def load_model(
         weight.data[-rows.shape[0] :] = rows.to(weight.dtype)
     result: LlavaLlamaForCausalLM | PeftModel = model
     if lora is not None:
-        is_added = adapter == "added" and quantization is None
-        result = _add(model, lora) if is_added else _wrap(model, lora, directory)
+        result = _wrap(model, lora) if adapter == "beside" or quantization is not None else _add(model, lora)
     transform = None
     if base.vision_directory is not None:
         transform = ImageTransform.from_pretrained(base.vision_directory, base.config.image_aspect_ratio)
@@ -162,6 +157,16 @@ def load_model(
         template=base.config.conversation_template or DEFAULT_TEMPLATE,
         context_len=getattr(base.config, "tokenizer_model_max_length", None) or base.config.max_position_embeddings,
     )
+
+
+def _check_base(directory: ModelDirectory, base: BaseModel, allow_mismatch: bool) -> None:
+    """Check that an adapter or projector is put on the language model it was trained on."""
+    if directory.kind not in ("lora", "projector"):
+        return
+    fingerprint = language_model_fingerprint(base.sources[:1])
+    warning = check_base(directory.path, fingerprint, str(base.directory.path), allow_mismatch=allow_mismatch)
+    if warning:
+        logger.warning("%s", warning)
 
 
 def choose_quantization(model_path: str, bits: Literal[4, 8, 16]) -> Quantization | None:
@@ -189,7 +194,7 @@ def _add(model: LlavaLlamaForCausalLM, lora: LoraAdapter) -> LlavaLlamaForCausal
     return model
 
 
-def _wrap(model: LlavaLlamaForCausalLM, lora: LoraAdapter, directory: ModelDirectory) -> PeftModel:
+def _wrap(model: LlavaLlamaForCausalLM, lora: LoraAdapter) -> PeftModel:
     """Put the adapter beside the weights, on exactly the modules it has matrices for."""
     modules = [name.removesuffix(".weight") for name in lora.factors]
     ranks = {name: lora.factors[name + ".weight"][0].shape[0] for name in modules}
