@@ -21,8 +21,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.usefixtures
 
 SECONDS = 240.0
 RUN = {"lora_dropout": "0.0", "group_by_modality_length": None, "max_steps": 3, "save_steps": 2}
-TOLERANCE = 1e-5
-"""Relative; the two machines' losses and gradients are added in another order than inside one batch."""
+TOLERANCE = 1e-6
+"""Relative; gradients are added in another order than inside one batch. Measured: 6e-8, the last digit of float32."""
 
 ENTRY = """
 import os, sys
