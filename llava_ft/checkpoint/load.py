@@ -136,8 +136,9 @@ def load_weights(
     ledger = Ledger()
     plan = plan_sources(model, sources, ledger, num_new_rows=num_new_rows, new_modules=new_modules)
     _initialise(model, ledger.initialised, dtype_of, device)
-    for name in ledger.initialised if division is not None else ():
-        division.divide(model.get_parameter(name))
+    if division is not None:
+        for name in ledger.initialised:
+            division.divide(model.get_parameter(name))
     for name, source, tensor in stream_planned(sources, plan):
         shape = tuple(model.get_parameter(name).shape)
         dtype = _dtype_to_read(model, name, tensor, dtype_of)

@@ -110,10 +110,6 @@ class ZeroOptimizer(SavedOptimizer):
         return self._states.get(_vector(self._parts[name][0]), {})
 
 
-_STAGES_1_2 = ("single_partition_of_fp32_groups", "base_optimizer_state")
-_STAGE_3 = ("fp32_flat_groups", OPTIMIZER)
-
-
 def _vector(part: Part) -> _Vector:
     return part.file, int(part.keys[-1])
 

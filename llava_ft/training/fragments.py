@@ -61,7 +61,8 @@ def fragments_of(model: nn.Module, zero_optimizer: Any = None) -> list[Fragment]
         zero_optimizer: DeepSpeed's optimizer, or None where nothing is divided.
     """
     fragments: list[Fragment] = []
-    for name, parameter in trained_parameters(model).items():
+    for name, trained in trained_parameters(model).items():
+        parameter: Any = trained  # with what DeepSpeed has added to it
         if hasattr(parameter, "ds_id"):
             group, offset, length = zero_optimizer.grad_position[zero_optimizer.get_param_id(parameter)]
             start = torch.distributed.get_rank(parameter.ds_process_group) * length
@@ -88,18 +89,19 @@ def _master_vectors(zero_optimizer: Any) -> list[torch.Tensor]:
     return zero_optimizer.fp32_groups_flat_partition
 
 
-def whole_value(parameter: nn.Parameter) -> torch.Tensor:
+def whole_value(given: nn.Parameter) -> torch.Tensor:
     """Return the value of a parameter, whole: the float32 master value if it is trained. All ranks call this together.
 
     The result may share memory with the parameter.
     """
+    parameter: Any = given  # with what DeepSpeed has added to it
     if hasattr(parameter, "ds_id"):
         if parameter.requires_grad and hasattr(parameter, "_z3_optimizer"):
-            return parameter._z3_optimizer.get_full_hp_param(parameter)  # pyright: ignore[reportCallIssue]
+            return parameter._z3_optimizer.get_full_hp_param(parameter)
         with gathered([parameter]):
             return parameter.detach().clone()
     if hasattr(parameter, "_hp_mapping"):
-        return parameter.get_full_hp_param()  # pyright: ignore[reportCallIssue]
+        return parameter.get_full_hp_param()
     return parameter.detach()
 
 

@@ -15,7 +15,7 @@ from llava_ft.checkpoint.base import BaseModel, find_base, load_base
 from llava_ft.checkpoint.directory import identify
 from llava_ft.checkpoint.fingerprint import language_model_fingerprint
 from llava_ft.checkpoint.load import WeightSource
-from llava_ft.checkpoint.names import is_projector
+from llava_ft.checkpoint.names import EMBEDDINGS, HEAD, is_projector
 from llava_ft.checkpoint.restore import check_base, plain_name, restore_trained, trained_files
 from llava_ft.checkpoint.resume import check_checkpoint, newest_complete_checkpoint, remove_staging
 from llava_ft.checkpoint.trained import quantization_in_training
@@ -181,7 +181,7 @@ def load_model_to_train(args: ParsedArgs, base: BaseModel, plan: TuningPlan, *, 
         division=zero_division(args.training),
     )
     ledger.log()
-    with gathered([model.get_input_embeddings().weight, model.lm_head.weight]):
+    with gathered([model.get_parameter(EMBEDDINGS), model.get_parameter(HEAD)] if num_new_rows else []):
         plan.separate_new_rows(model, num_new_rows)
     result: nn.Module = model
     if plan.method == "lora":

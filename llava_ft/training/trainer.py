@@ -24,7 +24,7 @@ from llava_ft.checkpoint.optimizer import open_saved_optimizer
 from llava_ft.checkpoint.restore import PutValue, restore_trained
 from llava_ft.checkpoint.resume import RankLayout, read_ranks
 from llava_ft.checkpoint.save import move_files, publish_directory, write_json
-from llava_ft.errors import BadSampleError, RunError
+from llava_ft.errors import BadSampleError, CheckpointError, RunError
 from llava_ft.training.artifacts import RunArtifacts, forget_manifest
 from llava_ft.training.evaluation import sum_losses
 from llava_ft.training.fragments import value_setter
@@ -324,13 +324,13 @@ class LlavaTrainer(Trainer):
         """Write the optimizer's state by name of parameter, or each rank's part of it under ZeRO; and the scheduler."""
         directory = Path(output_dir)
         if self._zero_optimizer is not None:
-            self.deepspeed.save_checkpoint(
+            self._engine.save_checkpoint(
                 output_dir, tag=f"global_step{self.state.global_step}", exclude_frozen_parameters=True
             )
         elif self.args.should_save:
             save_optimizer(self._torch_optimizer, self._trained_model, directory / OPTIMIZER)
         if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), directory / SCHEDULER)
+            torch.save(self._scheduler.state_dict(), directory / SCHEDULER)
             write_json(directory / RANKS, asdict(self._ranks()))
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any):
@@ -344,28 +344,41 @@ class LlavaTrainer(Trainer):
         """Restore weights, optimizer and scheduler."""
         if self.is_deepspeed_enabled:
             restore_trained(self._trained_model, checkpoint, put=self._put_value())
-            self.deepspeed.global_steps = self.state.global_step
+            self._engine.global_steps = self.state.global_step
         saved = open_saved_optimizer(checkpoint)
         load_optimizer(saved, self._torch_optimizer, self._trained_model, self._zero_optimizer)
-        self.lr_scheduler.load_state_dict(torch.load(checkpoint / SCHEDULER, weights_only=True))
-        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+        if not (checkpoint / SCHEDULER).is_file():
+            raise CheckpointError(f"{checkpoint} has no {SCHEDULER}, so its learning rates cannot be continued.")
+        self._scheduler.load_state_dict(torch.load(checkpoint / SCHEDULER, weights_only=True))
+        for group, rate in zip(self.optimizer.param_groups, self._scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
         self._load_scaler(str(checkpoint))
 
     @property
     def _zero_optimizer(self) -> Any:
         """DeepSpeed's optimizer where it divides the optimizer's state among the ranks, else None."""
-        if not self.is_deepspeed_enabled or self.deepspeed is None or not self.deepspeed.zero_optimization():
+        if not self.is_deepspeed_enabled or self._engine is None or not self._engine.zero_optimization():
             return None
-        return self.deepspeed.optimizer
+        return self._engine.optimizer
+
+    @property
+    def _engine(self) -> Any:
+        """DeepSpeed's engine; None before the model is wrapped."""
+        return self.deepspeed
 
     @property
     def _torch_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer without what distributed training wraps around it."""
-        optimizer = self.optimizer
+        optimizer: Any = self.optimizer
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
         return optimizer
+
+    @property
+    def _scheduler(self) -> torch.optim.lr_scheduler.LRScheduler:
+        """The schedule, which is there from the beginning of training on."""
+        assert isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
+        return self.lr_scheduler
 
     def _put_value(self) -> PutValue:
         return value_setter(self._trained_model, self._zero_optimizer)

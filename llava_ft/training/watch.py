@@ -24,7 +24,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from torch.distributed import DistError, Store, TCPStore
+from torch.distributed import (
+    DistError,
+    Store,  # pyright: ignore[reportPrivateImportUsage] - documented, but not in __all__
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 logger = logging.getLogger(__name__)
 
