@@ -14,13 +14,6 @@ pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("in_recordings")]
 
 
 @pytest.fixture(scope="module")
-def pools():
-    made = Pools()
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
 def straight(pools: Pools, tmp_path_factory: pytest.TempPathFactory):
     """Runs of six steps without interruption, with the checkpoint of the third, by method, setting and dtype."""
     made: dict[tuple[str, Setting, str], tuple[Path, tasks.Result]] = {}

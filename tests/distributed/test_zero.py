@@ -21,13 +21,6 @@ ALONE = Setting("none", 1)
 
 
 @pytest.fixture(scope="module")
-def pools():
-    made = Pools()
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
 def references(pools: Pools, tmp_path_factory: pytest.TempPathFactory):
     """Runs in one process without DeepSpeed, by method and dtype."""
     made: dict[tuple[str, str], tasks.Result] = {}
