@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from llava_ft.checkpoint.optimizer import OptimizerFile, SavedOptimizer, State, write_optimizer_file
 from llava_ft.errors import CheckpointError
@@ -54,6 +55,29 @@ def load_optimizer(
             optimizer.state[fragments[0].flat] = _divided_state(saved, optimizer, fragments)
         else:
             optimizer.state[fragments[0].flat] = _on_device(state, fragments[0].flat.device)
+
+
+def restore_schedule(scheduler: LRScheduler, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Restore the position in the schedule, and the rates that belong to it.
+
+    The rates are those of the schedule at hand, which may be longer than the one that the checkpoint was made with.
+
+    Args:
+        scheduler: The schedule of this run.
+        optimizer: The optimizer whose groups it sets.
+        path: `scheduler.pt` of the checkpoint.
+
+    Raises:
+        CheckpointError: The file is missing.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing, so the learning rates cannot be continued. Use another checkpoint.")
+    scheduler.load_state_dict(torch.load(path, weights_only=True))
+    if isinstance(scheduler, LambdaLR):
+        factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+        scheduler._last_lr = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
+    for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
 
 
 def _check_parameters(saved: SavedOptimizer, model: nn.Module) -> None:

@@ -24,7 +24,7 @@ from llava_ft.checkpoint.optimizer import open_saved_optimizer
 from llava_ft.checkpoint.restore import PutValue, restore_trained
 from llava_ft.checkpoint.resume import RankLayout, read_ranks
 from llava_ft.checkpoint.save import move_files, publish_directory, write_json
-from llava_ft.errors import BadSampleError, CheckpointError, RunError
+from llava_ft.errors import BadSampleError, RunError
 from llava_ft.training.artifacts import RunArtifacts, forget_manifest
 from llava_ft.training.evaluation import sum_losses
 from llava_ft.training.fragments import value_setter
@@ -37,7 +37,7 @@ from llava_ft.training.optim import (
     table_as_json,
     trainable_table,
 )
-from llava_ft.training.optimizer_state import load_optimizer, save_optimizer
+from llava_ft.training.optimizer_state import load_optimizer, restore_schedule, save_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -347,11 +347,7 @@ class LlavaTrainer(Trainer):
             self._engine.global_steps = self.state.global_step
         saved = open_saved_optimizer(checkpoint)
         load_optimizer(saved, self._torch_optimizer, self._trained_model, self._zero_optimizer)
-        if not (checkpoint / SCHEDULER).is_file():
-            raise CheckpointError(f"{checkpoint} has no {SCHEDULER}, so its learning rates cannot be continued.")
-        self._scheduler.load_state_dict(torch.load(checkpoint / SCHEDULER, weights_only=True))
-        for group, rate in zip(self.optimizer.param_groups, self._scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
+        restore_schedule(self._scheduler, self.optimizer, checkpoint / SCHEDULER)
         self._load_scaler(str(checkpoint))
 
     @property

@@ -59,6 +59,16 @@ def test_resuming_with_accumulation_and_workers(tmp_path: Path):
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
+def test_a_longer_run_continues_on_its_own_schedule(tmp_path: Path):
+    """A finished run, started again with more steps, does not begin at the rate of zero that it ended with."""
+    schedule = {"lr_scheduler_type": "linear", "save_steps": 3}
+    train(tmp_path / "out", max_steps=3, **schedule)
+    resumed = train(tmp_path / "out", max_steps=6, **schedule)
+    assert resumed.checkpoint == tmp_path / "out/checkpoint-3"
+    rates = [entry["learning_rate"] for entry in resumed.trainer.state.log_history if "learning_rate" in entry]
+    assert rates[3:] == pytest.approx([1e-3 * 3 / 6, 1e-3 * 2 / 6, 1e-3 * 1 / 6])
+
+
 COMPLETE = {
     "lora": {"adapter_model.bin", "non_lora_trainables.bin", "adapter_config.json"},
     "projector": {"mm_projector.bin"},
