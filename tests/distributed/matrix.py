@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from tests.conftest import RECORDINGS
@@ -167,6 +168,7 @@ def resuming(pools: Pools, folder: Path, method: str, dtype: str) -> Iterator[st
 def report(pools: Pools, folder: Path) -> Iterator[str]:
     """Lines of the page."""
     yield from INTRODUCTION.strip().splitlines()
+    yield "\nVersions: " + ", ".join(f"{name} {version(name)}" for name in PACKAGES) + f"; {os.cpu_count()} CPU cores."
     yield "\n## Losses\n"
     yield from correctness(pools, folder)
     for method, dtype in (("lora", "float32"), ("full", "float32"), ("projector", "float32"), ("lora", "bfloat16")):
@@ -174,6 +176,7 @@ def report(pools: Pools, folder: Path) -> Iterator[str]:
         yield from resuming(pools, folder, method, dtype)
 
 
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed")
 INTRODUCTION = """
 # What was run: ZeRO stage, ranks, dtype and method
 
