@@ -202,13 +202,16 @@ def test_the_fingerprint_knows_the_weights_and_not_the_files(tmp_path: Path):
 
 
 PEAK = """
-import resource, sys, torch
+import sys, torch
 from llava_ft.checkpoint.base import find_base, load_base
+
+def peak():  # ru_maxrss would begin with that of the parent process
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
 base = find_base(sys.argv[1])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 model, _ = load_base(base, dtype_of=lambda name: getattr(torch, sys.argv[2]))
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print((after - before) * 1024 / sum(p.nbytes for p in model.parameters()))
+print((peak() - before) * 1024 / sum(p.nbytes for p in model.parameters()))
 """
 
 

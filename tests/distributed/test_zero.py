@@ -133,6 +133,17 @@ def test_validation_counts_each_record_once(pools: Pools, tmp_path: Path, stage:
     assert list(got) == [3]
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_weights_under_zero_2_and_resumed_elsewhere(pools: Pools, tmp_path: Path, bits: int):
+    expected = pools.train(tmp_path / "1", "lora", ALONE, "float32", bits=bits)
+    got = pools.train(tmp_path / "2", "lora", Setting("zero2", 2), "float32", bits=bits)
+    assert difference(expected, got) <= TOLERANCES["float32"]
+    shutil.rmtree(tmp_path / "2/checkpoint-6")
+    resumed = pools.train(tmp_path / "2", "lora", ALONE, "float32", bits=bits)
+    assert resumed.resumed == "checkpoint-3"
+    assert difference(got, resumed, first_step=4) <= TOLERANCES["float32"]
+
+
 def test_no_rank_holds_the_whole_model_while_it_is_loaded(pools: Pools, tmp_path: Path):
     config = json.loads((RECORDINGS / "ckpt/base-llm/config.json").read_text())
     config |= {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 4096}
