@@ -214,8 +214,11 @@ def predict(case: Case, argv: list[str]) -> dict:
     args = parse_args(argv)
     plan = make_plan(args, plan_machine(args.inherited, gpus=case.ranks, nodes=1, gpu_memory="1000GiB"))
     memory = plan.memory
-    size = memory.tensors + (sum(memory.host.values()) if "--use_cpu" in argv else 0)
-    return {"bytes": size, "peak": memory.peak_phase, "components": dict(memory.components[memory.peak_phase])}
+    return {
+        "bytes": memory.tensors,
+        "peak": memory.peak_phase,
+        "components": dict(memory.components[memory.peak_phase]),
+    }
 
 
 def child(argv: list[str], warm_up: list[str]) -> None:
@@ -335,6 +338,8 @@ def main() -> int:
         make_data(folder / "data")
         for name in names:
             for device in devices:
+                if device == "cuda" and CASES[name].ranks > torch.cuda.device_count():
+                    continue
                 rows.append(compare(name, CASES[name], folder, device))
                 print(table(rows[-1:]).splitlines()[-1], flush=True)
                 if "error" in rows[-1]["measured"]:

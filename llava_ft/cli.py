@@ -92,8 +92,13 @@ def plan(argv: Sequence[str]) -> int:
     parser.add_argument("--gpu-memory", "--gpu_memory", help="of each GPU, such as 24GiB; this machine's when absent")
     parser.add_argument("--json", action="store_true", help="write JSON, sizes in bytes")
     options, flags = parser.parse_known_args(argv)
+    set_up_ranks(0)
     output = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # some libraries write to it when they are imported
+        import torch
+
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that there is no GPU
         from llava_ft.args import parse_args
         from llava_ft.planning.plan_command import run_plan
 

@@ -31,7 +31,7 @@ class Change:
         cost: What is given up for it.
         alone: Memory with it alone.
         together: Memory with it and those changes before it that have one too; None if they led to a run that fits, or
-            if it saves nothing on top of them.
+            if it would take more on top of them.
     """
 
     flags: str
@@ -69,7 +69,7 @@ def advise(planner: MemoryPlanner, request: PlanRequest, workload: Workload, cap
         following = kind.apply(so_far) if least > capacity else None
         if following is not None:
             together = planner.plan(following, workload.largest_batch(following.batch_size))
-            if together.total < least:
+            if together.total <= least:  # one that saves nothing yet may do so on top of a later one
                 so_far, least = following, together.total
             else:
                 together = None
@@ -101,18 +101,21 @@ def _stage(stage: int) -> Callable[[PlanRequest], PlanRequest | None]:
 def _four_bits(request: PlanRequest) -> PlanRequest | None:
     if request.quantization == Quantization(4) or request.tuning.train_language_model:
         return None
-    zero = _settings("zero2.json") if request.zero is not None and request.zero.stage == 3 else request.zero
+    is_divided = request.zero is not None and request.zero.stage == 3
+    zero = _settings("zero2.json") if is_divided or request.machine.world_size > 1 else request.zero
     return request.changed(quantization=Quantization(4), zero=zero)
 
 
-def _offload(request: PlanRequest) -> PlanRequest | None:
-    if request.machine.device == "cpu" or (request.zero is not None and request.zero.offload_optimizer):
-        return None
-    return request.changed(zero=_settings(_offload_file(request)))
+def _offload(stage: int) -> Callable[[PlanRequest], PlanRequest | None]:
+    def apply(request: PlanRequest) -> PlanRequest | None:
+        settings = _settings(f"zero{stage}_offload.json")
+        if request.machine.device == "cpu" or request.zero == settings:
+            return None
+        if stage == 3 and request.quantization is not None:
+            return None
+        return request.changed(zero=settings)
 
-
-def _offload_file(request: PlanRequest) -> str:
-    return "zero3_offload.json" if request.zero is not None and request.zero.stage == 3 else "zero2_offload.json"
+    return apply
 
 
 def _smaller_rank(request: PlanRequest) -> PlanRequest | None:
@@ -147,15 +150,12 @@ _KINDS = (
     _Kind(_fixed("--deepspeed zero2.json"), "communication", _stage(2)),
     _Kind(_fixed("--deepspeed zero3.json"), "more communication", _stage(3)),
     _Kind(
-        lambda r: "--bits 4" + (" --deepspeed zero2.json" if r.zero is not None and r.zero.stage == 2 else ""),
+        lambda r: "--bits 4" + (" --deepspeed zero2.json" if r.zero == _settings("zero2.json") else ""),
         "speed, and the precision of frozen weights",
         _four_bits,
     ),
-    _Kind(
-        lambda r: f"--deepspeed {_offload_file(r)}",
-        "much speed; host memory",
-        _offload,
-    ),
+    _Kind(_fixed("--deepspeed zero2_offload.json"), "much speed", _offload(2)),
+    _Kind(_fixed("--deepspeed zero3_offload.json"), "much speed", _offload(3)),
     _Kind(_fixed(f"--lora_r {_SMALLEST_RANK}"), "what the adapter can learn", _smaller_rank),
     _Kind(
         _fixed(f"--lora_enable True --lora_r {_RANK_OF_ADVICE} --lora_alpha {2 * _RANK_OF_ADVICE}"),

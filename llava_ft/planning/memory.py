@@ -6,7 +6,7 @@ from typing import Final
 
 import torch
 
-from llava_ft.planning.placement import Placement, place
+from llava_ft.planning.placement import TEMPORARIES, Placement, place
 from llava_ft.planning.request import PlanRequest
 from llava_ft.planning.shapes import ParameterShape, PlannedModel, build_model, parameter_shapes
 from llava_ft.planning.step import (
@@ -24,6 +24,7 @@ from llava_ft.planning.step import (
 from llava_ft.planning.tracker import Peak
 
 START, OPTIMIZER_STEP = "start", "optimizer step"
+OFFLOADED = "offloaded"
 COMPONENTS: Final = (
     "weights",
     "gathered weights",
@@ -34,7 +35,8 @@ COMPONENTS: Final = (
     COPIES,
     LOGITS,
     VISION,
-    "optimizer temporaries",
+    OFFLOADED,
+    TEMPORARIES,
 )
 """What memory is for, in the order of the report."""
 
@@ -157,10 +159,23 @@ def _put_together(placement: Placement, trace: Mapping[str, Peak], request: Plan
         components[phase] = parts
     components[OPTIMIZER_STEP] = always | {
         GRADIENTS: placement.step_gradients,
-        "optimizer temporaries": placement.step_temporaries,
+        TEMPORARIES: placement.step_temporaries,
     }
+    host = placement.host
+    if request.machine.device == "cpu":
+        _add_host(components, host)
+        host = {}
     most = max(sum(parts.values()) for parts in components.values())
-    return RankMemory(components, _allowances(most, request), placement.host)
+    return RankMemory(components, _allowances(most, request), host)
+
+
+def _add_host(components: Mapping[str, dict[str, int]], host: Mapping[str, int]) -> None:
+    """Count what is offloaded as the rank's own where both are one memory."""
+    lasting = sum(size for name, size in host.items() if name != TEMPORARIES)
+    for phase, parts in components.items():
+        if phase != START:
+            parts[OFFLOADED] = lasting
+    components[OPTIMIZER_STEP][TEMPORARIES] += host.get(TEMPORARIES, 0)
 
 
 def _allowances(tensors: int, request: PlanRequest) -> dict[str, int]:

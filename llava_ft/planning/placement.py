@@ -26,6 +26,8 @@ from llava_ft.planning.shapes import ParameterShape, largest
 from llava_ft.planning.step import Gradients
 from llava_ft.planning.zero import ZeroSettings
 
+TEMPORARIES = "optimizer temporaries"
+
 
 @dataclass
 class Placement:
@@ -146,6 +148,7 @@ def _stage_1_and_2(shapes: Sequence[ParameterShape], request: PlanRequest) -> Pl
         placement.optimizer = placement.backward_gradients = placement.step_temporaries = 0
         placement.buckets = size * largest(trained)
         placement.step_gradients = 0
+        placement.start = max(_as_loaded(shapes, request), weights + size * group)
     return placement
 
 
@@ -177,15 +180,17 @@ def _stage_3(shapes: Sequence[ParameterShape], request: PlanRequest) -> Placemen
         placement.host |= _host_step(kind, group, request)
         placement.optimizer = placement.step_temporaries = placement.step_gradients = 0
         placement.buckets = zero.reduce_bucket_size * size
+        placement.start -= masters
     if zero.offload_param:
         placement.host["weights"] = divided
         placement.weights = whole
+        placement.start -= divided
     return placement
 
 
 def _host_step(kind: OptimizerKind, count: int, request: PlanRequest) -> dict[str, int]:
     """What the step of an offloaded optimizer takes: nothing with DeepSpeed's, which is used where there is a GPU."""
-    return {} if _on_gpu(request) else {"optimizer temporaries": kind.step_bytes([count], on_gpu=False)}
+    return {} if _on_gpu(request) else {TEMPORARIES: kind.step_bytes([count], on_gpu=False)}
 
 
 def _gathered(shapes: Sequence[ParameterShape], request: PlanRequest, zero: ZeroSettings) -> int:

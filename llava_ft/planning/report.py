@@ -88,14 +88,13 @@ def _verdict(plan: Plan) -> list[str]:
     if plan.fits:
         return [f"Fits: {gib(total)} {each} of {there}, {gib(machine.memory - total)} to spare."]
     lines = [f"Does not fit: {gib(total)} {each} of {there}, {gib(total - machine.memory)} too much."]
-    solution = next((c for c in plan.changes if c.together and c.together.total <= machine.memory), None)
-    alone = next((c for c in plan.changes if c.alone.total <= machine.memory), None)
-    if alone is not None:
-        lines.append(f"It fits with {alone.flags} ({gib(alone.alone.total)}).")
-    elif solution is not None:
-        lines.append(f"It fits with all changes up to {solution.flags} ({gib(solution.together.total)}); see below.")  # type: ignore[union-attr]
-    else:
-        lines.append("None of the changes below makes it fit, alone or together.")
+    for change in plan.changes:
+        if change.alone.total <= machine.memory:
+            return [*lines, f"It fits with {change.flags} ({gib(change.alone.total)})."]
+        if change.together is not None and change.together.total <= machine.memory:
+            total = gib(change.together.total)
+            return [*lines, f"It fits with all changes down to {change.flags} ({total}); they are listed below."]
+    lines.append("None of the changes below makes it fit, alone or together.")
     return lines
 
 
@@ -204,7 +203,9 @@ def _changes(plan: Plan) -> list[str]:
         return "" if memory is None else gib(memory.total) + (" fits" if memory.total <= capacity else "     ")
 
     def row(change: Change) -> tuple[str, ...]:
-        return change.flags, cell(change.alone), cell(change.together), change.cost
+        host = sum(change.alone.host.values()) * plan.request.machine.gpus_per_node
+        needs = f"; {gib(host)} of host memory per machine" if host else ""
+        return change.flags, cell(change.alone), cell(change.together), change.cost + needs
 
     heading = ("What to change", "alone", "with those above", "costs")
     return _table(heading, [row(change) for change in plan.changes], left=(0, 3))

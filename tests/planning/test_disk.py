@@ -19,7 +19,7 @@ def files_of(argv: list[str], gpus: int = 1, **options: bool) -> dict[str, int]:
 
 
 def size_of(directory: Path, name: str) -> int:
-    pattern = "model*.safetensors" if name == WHOLE_MODEL else name
+    pattern = "model*.safetensors" if name == WHOLE_MODEL else name.replace("stepN", "step*")
     return sum(path.stat().st_size for path in directory.glob(pattern))
 
 
