@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from llava_ft.args import ParsedArgs
-from llava_ft.checkpoint.names import CONFIG
+from llava_ft.checkpoint.names import ADAPTER_CONFIG, CONFIG, PROJECTOR_BIN, PROJECTOR_SAFETENSORS
 from llava_ft.checkpoint.weights import read_json
 from llava_ft.constants import ORIGINAL_DEFAULTS
 from llava_ft.errors import CheckpointError
@@ -84,6 +84,7 @@ def find_planned_model(args: ParsedArgs) -> PlannedModel:
         UserError: A model is nowhere, is no LLaMA or CLIP, or a flag contradicts it.
     """
     base = find_architecture(args.model.model_name_or_path, cache_dir=args.flags.cache_dir)
+    _refuse_what_is_no_base(base)
     wishes: dict[str, Any] = {key: getattr(args.model, key, None) for key in ORIGINAL_DEFAULTS}
     wishes["image_aspect_ratio"] = args.data.image_aspect_ratio
     start = _starting_config(args.flags.lora_weight_path)
@@ -159,6 +160,22 @@ def parameter_shapes(model: nn.Module, request: PlanRequest) -> list[ParameterSh
 def native_model(model: nn.Module) -> LlavaLlamaForCausalLM:
     """Return the LLaVA model inside what PEFT wraps around it."""
     return next(module for module in model.modules() if isinstance(module, LlavaLlamaForCausalLM))
+
+
+def _refuse_what_is_no_base(base: Architecture) -> None:
+    directory = base.directory
+    if directory is None:
+        return
+    if (directory / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"{directory} holds a LoRA adapter and no language model. Give its base model, and the adapter with "
+            "--lora_weight_path."
+        )
+    if any((directory / name).is_file() for name in (PROJECTOR_BIN, PROJECTOR_SAFETENSORS)):
+        raise CheckpointError(
+            f"{directory} holds a projector and no language model. Give its language model, and the projector with "
+            "--pretrain_mm_mlp_adapter."
+        )
 
 
 def _starting_config(lora_weight_path: str) -> dict[str, Any]:

@@ -135,6 +135,20 @@ class TestMachine:
         assert (machine.world_size, machine.gpus_per_node) == (8, 4)
 
 
+class TestOffload:
+    def test_with_a_gpu_it_is_in_the_hosts_memory(self, tmp_path, capsys):
+        argv = [*write_configs(tmp_path), "--bf16", "True", "--deepspeed", "zero2_offload.json"]
+        _, out, _ = run([*argv, "--gpus", "2", "--gpu-memory", "24GiB"], capsys)
+        assert "Host memory per machine, for what is offloaded" in out
+
+    def test_on_a_cpu_it_is_the_ranks_own(self, tmp_path):
+        argv = [*write_configs(tmp_path), "--use_cpu", "True", "--deepspeed", "zero2_offload.json"]
+        memory = plan_of(argv).memory
+        assert memory.host == {}
+        assert memory.components["backward"]["offloaded"] > 0
+        assert "offloaded" not in memory.components["start"]
+
+
 class TestPrecision:
     def test_float16_is_float32_on_a_cpu(self, tmp_path):
         plan = plan_of([*write_configs(tmp_path), "--use_cpu", "True", "--fp16", "True"])

@@ -86,6 +86,16 @@ class TestRefused:
         with pytest.raises(CheckpointError, match=r"has no config\.json.*It holds notes\.txt"):
             request_of(["--model_name_or_path", str(tmp_path)])
 
+    @pytest.mark.parametrize(
+        ("file", "message"),
+        [("adapter_config.json", "holds a LoRA adapter"), ("mm_projector.bin", "holds a projector")],
+    )
+    def test_what_a_run_has_written_instead_of_its_base(self, tmp_path, file, message):
+        argv = write_configs(tmp_path)
+        (tmp_path / "llm" / file).write_text("{}")
+        with pytest.raises(CheckpointError, match=message):
+            request_of(argv)
+
     def test_another_architecture(self, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(TINY_LLAMA | {"model_type": "gpt2"}))
         with pytest.raises(UserError, match="'gpt2' model"):
