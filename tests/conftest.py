@@ -18,10 +18,23 @@ def _logging_as_before():
     """Take back what the command line does to logging in this process."""
     root, ours = logging.getLogger(), logging.getLogger("llava_ft")
     handlers, levels = list(root.handlers), (root.level, ours.level)
+    looks = [(handler, list(handler.filters), handler.formatter) for handler in handlers]
     yield
     root.handlers[:] = handlers
+    for handler, filters, formatter in looks:
+        handler.filters[:] = filters
+        handler.setFormatter(formatter)
     root.setLevel(levels[0])
     ours.setLevel(levels[1])
+
+
+@pytest.fixture(autouse=True)
+def _environment_as_before():
+    """Take back what runs in this process leave in the environment: rank, port, accelerator."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from llava_ft.checkpoint.restore import PutValue, plain_name
+from llava_ft.tuning.quant import return_freed_memory
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,8 @@ class ZeroDivision:
         holder = nn.Module()
         holder.register_parameter("parameter", parameter)
         deepspeed.zero.Init(module=holder, config_dict_or_path=self._config)
+        if parameter.device.type == "cpu":
+            return_freed_memory()
 
     def whole(self, parameter: nn.Parameter) -> AbstractContextManager[None]:
         """Make a divided parameter whole inside the context; what is changed in it then is kept."""

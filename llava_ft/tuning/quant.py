@@ -171,7 +171,7 @@ def set_quantized_weight(layer: nn.Module, value: torch.Tensor) -> int:
     """
     bnb = _bitsandbytes()
     if value.device.type == "cpu":
-        _return_freed_memory()
+        return_freed_memory()
     if isinstance(layer, bnb.nn.Linear8bitLt):
         data, scales, _ = bnb.functional.int8_vectorwise_quant(value.to(torch.float16))
         layer.weight = bnb.nn.Int8Params(data, requires_grad=False, has_fp16_weights=False, CB=data, SCB=scales)
@@ -195,11 +195,12 @@ def set_quantized_weight(layer: nn.Module, value: torch.Tensor) -> int:
     return size_in_memory(layer.weight)[1]
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Give memory that was freed back to the system.
 
-    Quantising a weight takes several times its size for a moment, and leaves a small part that stays. glibc keeps what
-    was freed around such parts: without this call a model loaded in 4 bits takes as much as in 16.
+    Quantising a weight, or dividing it among ranks, takes several times its size for a moment, and leaves a small part
+    that stays. glibc keeps what was freed around such parts: without this call a model loaded in 4 bits takes as much
+    as in 16.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
