@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from llava_ft.args.data import DataArguments
 from llava_ft.args.model import ModelArguments
 from llava_ft.args.training import TrainingFlags
-from llava_ft.constants import PROJECTOR_TYPE_PATTERN
+from llava_ft.constants import ASPECT_RATIO_PATTERN, PROJECTOR_TYPE_PATTERN
 from llava_ft.conversation import get_template
 from llava_ft.errors import UserError
 
@@ -38,7 +38,7 @@ def check_arguments(
         _limit_problems(training),
         _schedule_problems(inherited),
         _precision_problems(inherited),
-        _sampling_problems(training, inherited),
+        _sampling_problems(data, training, inherited),
         _evaluation_problems(data, inherited),
     )
     for problems in checks:
@@ -46,7 +46,7 @@ def check_arguments(
             raise UserError(problem)
 
 
-def find_idle_flags(model: ModelArguments, training: TrainingFlags) -> list[str]:
+def find_idle_flags(model: ModelArguments, data: DataArguments, training: TrainingFlags) -> list[str]:
     """Return a note for each flag that differs from its default and changes nothing in this combination."""
     notes: list[str] = []
     if training.lora_enable and model.freeze_backbone:
@@ -61,6 +61,8 @@ def find_idle_flags(model: ModelArguments, training: TrainingFlags) -> list[str]
     for name, condition in idle.items():
         if getattr(training, name) != getattr(defaults, name):
             notes.append(f"{name} has no effect {condition}.")
+    if data.vision_cache is None and data.vision_cache_dtype != "compute":
+        notes.append("vision_cache_dtype has no effect without vision_cache.")
     if training.mpt_attn_impl != defaults.mpt_attn_impl:
         notes.append("mpt_attn_impl has no effect: use attn_implementation.")
     return notes
@@ -81,6 +83,15 @@ def _vision_problems(model: ModelArguments) -> Iterator[str]:
 
 
 def _data_problems(data: DataArguments) -> Iterator[str]:
+    ratio = data.image_aspect_ratio
+    if ratio is not None and not ASPECT_RATIO_PATTERN.fullmatch(ratio):
+        yield (
+            f"image_aspect_ratio={ratio}: unknown. Allowed: square, pad, anyres, anyres_max_N with N from 1. "
+            "LLaVA v1.5 uses pad, LLaVA v1.6 anyres."
+        )
+    workers = data.preprocessing_num_workers
+    if workers is not None and workers < 1:
+        yield f"preprocessing_num_workers={workers}: must be at least 1. Leave it out to use every core."
     if not 0.0 <= data.validation_fraction < 1.0:
         yield (
             f"validation_fraction={data.validation_fraction}: allowed is at least 0 and below 1. Give the "
@@ -190,8 +201,23 @@ def _precision_problems(inherited: Mapping[str, object]) -> Iterator[str]:
             yield (f"bf16{suffix} and fp16{suffix} exclude each other. Give one of the two; bf16 where the GPU has it.")
 
 
-def _sampling_problems(training: TrainingFlags, inherited: Mapping[str, object]) -> Iterator[str]:
+def _sampling_problems(data: DataArguments, training: TrainingFlags, inherited: Mapping[str, object]) -> Iterator[str]:
     strategy = inherited.get("train_sampling_strategy", "random")
+    if data.packing and data.padding_free:
+        yield (
+            "packing and padding_free exclude each other: packed rows have no padding between samples anyway. Give one "
+            "of the two."
+        )
+    if data.packing and training.group_by_modality_length:
+        yield (
+            "packing and group_by_modality_length exclude each other: packed rows are all of one length. Leave out "
+            "one; --no_group_by_modality_length overrides a configuration file."
+        )
+    if data.packing and strategy == "group_by_length":
+        yield (
+            f"packing and train_sampling_strategy={strategy} exclude each other: packed rows are all of one length. "
+            "Leave out train_sampling_strategy."
+        )
     if training.group_by_modality_length and strategy != "random":
         yield (
             f"group_by_modality_length and train_sampling_strategy={strategy} exclude each other: both set "

@@ -11,7 +11,11 @@ class DataArguments:
     """The training and validation records and their images."""
 
     data_path: str | None = field(
-        default=None, metadata={"help": "Conversations: a .json list or a .jsonl file. Required to train."}
+        default=None,
+        metadata={
+            "help": "Conversations: a .json list, a .jsonl file, parquet, Arrow, tar shards, a dataset's directory or "
+            "name, or a .yaml mixture of these. Required to train."
+        },
     )
     lazy_preprocess: bool = field(
         default=False,
@@ -23,11 +27,19 @@ class DataArguments:
     image_folder: str | None = field(
         default=None, metadata={"help": "Directory to which the image paths of the records are relative."}
     )
-    image_aspect_ratio: Literal["square", "pad"] | None = field(
+    image_aspect_ratio: str | None = field(
         default=None,
         metadata={
-            "help": "square: the CLIP processor's own resize and crop; pad: padded to a square first. "
-            "Unset: checkpoint, else square."
+            "help": "square: the CLIP processor's own resize and crop; pad: padded to a square first; anyres: an "
+            "overview and tiles of a grid from image_grid_pinpoints; anyres_max_N: the same with at most N x the "
+            "tokens of one tile. Unset: checkpoint, else square."
+        },
+    )
+    image_grid_pinpoints: str | None = field(
+        default=None,
+        metadata={
+            "help": "With anyres: the sizes a tiled image may take, as '[[336, 672], [672, 336]]' (width, height) or "
+            "as a range of grids '(1x1),...,(3x3)'. Unset: checkpoint, else the five of LLaVA-1.6."
         },
     )
     validation_data_path: str | None = field(
@@ -48,4 +60,51 @@ class DataArguments:
     )
     image_exif_transpose: bool = field(
         default=False, metadata={"help": "Turn images the way their EXIF orientation says."}
+    )
+    image_fast_decode: bool = field(
+        default=False,
+        metadata={
+            "help": "Let the JPEG decoder shrink large photographs while decoding: several times faster, with slightly "
+            "other pixels."
+        },
+    )
+    truncation: Literal["error", "drop", "truncate"] = field(
+        default="truncate",
+        metadata={
+            "help": "What is done with a sample longer than model_max_length. error: the run is refused; drop: it is "
+            "left out; truncate: its last turns are left out, and an image never loses a part."
+        },
+    )
+    supervise: Literal["answers", "last_answer", "all"] = field(
+        default="answers",
+        metadata={
+            "help": "Text that is learnt. answers: what the assistant says; last_answer: only its last turn; all: the "
+            "prompt too."
+        },
+    )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Put several samples into one row of model_max_length tokens; attention and positions stay "
+            "separate, and the batch size counts rows."
+        },
+    )
+    padding_free: bool = field(
+        default=False,
+        metadata={"help": "Join the samples of a batch into one row instead of padding them to the longest one."},
+    )
+    vision_cache: str | None = field(
+        default=None,
+        metadata={"help": "Directory that keeps the features of the frozen vision tower, computed once per image."},
+    )
+    vision_cache_dtype: Literal["compute", "int8"] = field(
+        default="compute",
+        metadata={"help": "With vision_cache: the compute dtype of the run, or 8-bit, half the size and not exact."},
+    )
+    data_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where prepared records are kept. Unset: beside the caches of Hugging Face datasets."},
+    )
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that prepare the records. Unset: one for each core."}
     )

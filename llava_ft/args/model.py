@@ -57,9 +57,20 @@ class ModelArguments:
         default=None,
         metadata={"help": "Add <im_patch> to the vocabulary, as old checkpoints did. Unset: checkpoint, else false."},
     )
-    mm_patch_merge_type: Literal["flat"] | None = field(
+    mm_patch_merge_type: Literal["flat", "spatial", "spatial_unpad"] | None = field(
         default=None,
-        metadata={"help": "How the features of one image are laid out. Unset: checkpoint, else flat."},
+        metadata={
+            "help": "How the tiles of an anyres image are laid out. flat: one after the other; spatial: as one "
+            "picture, row by row; spatial_unpad: the same without padding and with a learnt newline after each row. Unset: "
+            "checkpoint, else flat."
+        },
+    )
+    s2_scales: str | None = field(
+        default=None,
+        metadata={
+            "help": "Sides in pixels, such as 336,672,1008, at which the tower sees each image (S2); their features "
+            "are joined channel by channel. Unset: checkpoint, else one scale."
+        },
     )
     mm_vision_select_feature: Literal["patch", "cls_patch"] | None = field(
         default=None,

@@ -185,23 +185,13 @@ def _convert_entry(entry: Entry, value_type: ValueType, name: str) -> object:
     try:
         value = convert(entry.value, value_type)
     except ConversionError as error:
-        special = _reserved(name, entry.value)
         nearest = _nearest(str(entry.value), [str(choice) for choice in value_type.choices])
         raise UserError(
-            f"{entry.where}={_shown(entry.value)}: {error}. Allowed: {value_type.describe()}.{special or nearest}"
+            f"{entry.where}={_shown(entry.value)}: {error}. Allowed: {value_type.describe()}.{nearest}"
         ) from error
     if name in _STEP_FLAGS and isinstance(value, float) and value.is_integer():
         return int(value)
     return value
-
-
-def _reserved(name: str, value: object) -> str:
-    """Explain values that LLaVA has and this program does not take yet."""
-    is_anyres = name == "image_aspect_ratio" and str(value).startswith("anyres")
-    is_spatial = name == "mm_patch_merge_type" and str(value).startswith("spatial")
-    if is_anyres or is_spatial:
-        return " Tiled images (anyres) are not supported yet: train with pad or square and mm_patch_merge_type flat."
-    return ""
 
 
 def _shown(value: object) -> str:
@@ -241,7 +231,7 @@ def _assemble(values: _Values, required: Sequence[str], notes: list[str], print_
     plain = {k: v for k, v in values.items() if k in inherited and k not in INHERITED_WITH_OWN_DEFAULT}
     notes.extend(_default_evaluation(data, plain))
     check_arguments(model, data, training, plain)
-    notes.extend(find_idle_flags(model, training))
+    notes.extend(find_idle_flags(model, data, training))
     return ParsedArgs(model, data, training, plain, notes, print_config)
 
 

@@ -52,7 +52,7 @@ class TrainingFlags:
     )
     model_max_length: int = field(
         default=512,
-        metadata={"help": "Longest sequence in tokens, image tokens included; longer ones lose their end."},
+        metadata={"help": "Longest sequence in tokens, image tokens included; see truncation."},
     )
     double_quant: bool = field(default=True, metadata={"help": "With bits 4: quantise the scales as well."})
     quant_type: Literal["nf4", "fp4"] = field(default="nf4", metadata={"help": "With bits 4: the data type."})

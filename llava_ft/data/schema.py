@@ -28,10 +28,17 @@ _SHOWN_CHARACTERS: Final = 60
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one side says once."""
+    """What one side says once.
+
+    Attributes:
+        role: Which side.
+        text: What it says.
+        weight: 0 takes an assistant's turn out of what is learnt, 1 leaves it in.
+    """
 
     role: Role
     text: str
+    weight: Literal[0, 1] = 1
 
 
 @dataclass(frozen=True, slots=True)
