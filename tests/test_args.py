@@ -493,7 +493,7 @@ REFUSED_FLAGS = [
     (["--packing", "--padding_free"], r"packing and padding_free exclude each other"),
     (["--packing", "--group_by_modality_length"], r"packing and group_by_modality_length exclude.*--no_group_by"),
     (["--packing", "--train_sampling_strategy", "group_by_length"], r"packing and train_sampling_strategy=group_by"),
-    (["--image_aspect_ratio", "sqare"], r"--image_aspect_ratio=sqare: .* Did you mean square\?"),
+    (["--image_aspect_ratio", "sqare"], r"image_aspect_ratio=sqare: unknown. Allowed: square, pad"),
     (["--pretrain_mm_mlp_adapter", ""], r"pretrain_mm_mlp_adapter is empty"),
     (["--attn_implementation", "flash"], r"Allowed: auto \| eager \| sdpa \| flash_attention_2"),
     (["--validation_fraction", "1.0"], r"validation_fraction=1.0: allowed is at least 0 and below 1"),

@@ -61,8 +61,8 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "How the tiles of an anyres image are laid out. flat: one after the other; spatial: as one "
-            "picture, row by row; spatial_unpad: the same without padding and with a learnt newline after each row. Unset: "
-            "checkpoint, else flat."
+            "picture, row by row; spatial_unpad: the same without padding and with a learnt newline after each row. "
+            "Unset: checkpoint, else flat."
         },
     )
     s2_scales: str | None = field(
