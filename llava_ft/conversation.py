@@ -50,10 +50,17 @@ class TurnsError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A piece of the prompt. `is_target` says whether the model is trained to produce it."""
+    """A piece of the prompt.
+
+    Attributes:
+        text: Its text.
+        is_target: Whether the model is trained to produce it.
+        turn: Position of the turn it is written for; None where it belongs to no turn, or to several.
+    """
 
     text: str
     is_target: bool
+    turn: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,20 +107,36 @@ class Template:
 
         Returns:
             Segments whose texts, joined, are the prompt. Target segments are what the model is trained to
-            produce, the marker that ends an answer included. An empty answer has no target, except in BLOCKS.
+            produce, the marker that ends an answer included. An empty answer has no target, except in BLOCKS and
+            PLAIN.
 
         Raises:
             TurnsError: The turns do not fit the template, or two turns of one role follow each other.
         """
-        turns = self._checked(turns)
+        return join_segments(self.render_turns(turns, system=system))
+
+    def render_turns(self, turns: Sequence[ChatTurn], *, system: str | None = None) -> list[Segment]:
+        """Write a finished conversation as training text, each turn in segments of its own.
+
+        The same as `render`, but for neighbours of one kind, which are not joined. A turn has one target segment at
+        most; in BLOCKS the last turn has a second one, for what ends the conversation.
+
+        Raises:
+            TurnsError: As in `render`.
+        """
+        checked = self._checked(turns)
         system = self.system if system is None else system
         if self.style is TemplateStyle.BLOCKS:
-            segments = self._render_blocks(turns, system)
+            segments = self._render_blocks(checked, system)
         elif self.style is TemplateStyle.PLAIN:
-            segments = self._render_plain(turns)
+            segments = self._render_plain(checked)
         else:
-            segments = self._render_chat(turns, system)
-        return _merge_neighbours(segments)
+            segments = self._render_chat(checked, system)
+        num_left_out = len(turns) - len(checked)
+        return [
+            Segment(segment.text, segment.is_target, None if segment.turn is None else segment.turn + num_left_out)
+            for segment in segments
+        ]
 
     def prompt(self, turns: Sequence[ChatTurn], *, system: str | None = None) -> str:
         """Write the text to be continued by the model at inference.
@@ -158,11 +181,10 @@ class Template:
     def _render_blocks(self, turns: Iterable[ChatTurn], system: str) -> list[Segment]:
         """Write `###` blocks. LLaVA supervises an assistant's block whole, its heading included."""
         segments = [Segment(f"{system}\n\n", False)]
-        is_target = False
-        for role, text in turns:
-            is_target = role == "gpt"
-            segments.append(Segment(f"{self.stop} {self._name_of(role)}: {text}\n", is_target))
-        segments.append(Segment(f"{self.stop} ", is_target))
+        for position, (role, text) in enumerate(turns):
+            segments.append(Segment(f"{self.stop} {self._name_of(role)}: {text}\n", role == "gpt", position))
+        last = segments[-1]
+        segments.append(Segment(f"{self.stop} ", last.is_target, last.turn))
         return segments
 
     def _render_plain(self, turns: Sequence[ChatTurn]) -> list[Segment]:
@@ -175,7 +197,7 @@ class Template:
                 f"not {len(turns)} turn(s) with {num_images} placeholder(s) in the first. Leave the record "
                 "out or choose another template with --version.",
             )
-        return [Segment(IMAGE_TOKEN * num_images, False), Segment(turns[1][1] + self.stop, True)]
+        return [Segment(IMAGE_TOKEN * num_images, False, 0), Segment(turns[1][1] + self.stop, True, 1)]
 
     def _render_chat(self, turns: Iterable[ChatTurn], system: str) -> list[Segment]:
         """Write PAIRS, INST or CHATML text; turns without text keep only their heading."""
@@ -187,11 +209,11 @@ class Template:
         else:
             segments = [Segment(f"<|im_start|>system\n{system}{self.stop}", False)]
             colon, gap, question_end = "", "", self.stop
-        for role, text in turns:
-            segments.append(Segment(self._name_of(role) + colon, False))
+        for position, (role, text) in enumerate(turns):
+            segments.append(Segment(self._name_of(role) + colon, False, position))
             if text:
                 end = self.stop if role == "gpt" else question_end
-                segments.append(Segment(gap + text + end, role == "gpt"))
+                segments.append(Segment(gap + text + end, role == "gpt", position))
         return segments
 
     def _render_inst(self, turns: Iterable[ChatTurn], system: str) -> list[Segment]:
@@ -199,25 +221,25 @@ class Template:
         segments: list[Segment] = []
         for position, (role, text) in enumerate(turns):
             if role == "gpt":
-                segments.append(Segment(f" {text} {self.stop}" if text else "", bool(text)))
+                segments.append(Segment(f" {text} {self.stop}" if text else "", bool(text), position))
                 continue
             if position == 0:
                 if not text:
                     raise TurnsError("empty-first-question", f"template {self.name!r} needs a first question.")
                 text = f"<<SYS>>\n{system}\n<</SYS>>\n\n{text}" if system else text
             start = self.turn_start if position else ""
-            segments.append(Segment(f"{start}[INST] {text} [/INST]" if text else "", False))
+            segments.append(Segment(f"{start}[INST] {text} [/INST]" if text else "", False, position))
         return segments
 
 
-def _merge_neighbours(segments: Iterable[Segment]) -> list[Segment]:
-    """Join adjacent segments of one kind and drop empty ones."""
+def join_segments(segments: Iterable[Segment]) -> list[Segment]:
+    """Join adjacent segments of one kind, whatever their turns, and drop empty ones."""
     merged: list[Segment] = []
     for segment in segments:
         if merged and merged[-1].is_target == segment.is_target:
             merged[-1] = Segment(merged[-1].text + segment.text, segment.is_target)
         elif segment.text:
-            merged.append(segment)
+            merged.append(Segment(segment.text, segment.is_target))
     return merged
 
 

@@ -1,28 +1,35 @@
 """From a sample to `input_ids` and `labels`.
 
 The whole prompt is tokenised once, split at image placeholders only, as LLaVA does at inference. A token is
-supervised when any of its characters belongs to a target segment of the template. LLaVA finds the targets by
+supervised when any of its characters belongs to a segment that is to be learnt. LLaVA finds these by
 tokenising each turn again and adding up lengths, and masks a whole sample where the sums disagree; characters
-cannot disagree (`docs/differences.md` lists what follows from that).
+cannot disagree (`docs/differences.md` lists what follows from that). Which segments are learnt is a choice
+(`Supervise`, `docs/masks.md`); by default what the template says the assistant produces.
 
 An image is one `IMAGE_TOKEN_INDEX` here. `expand_and_truncate` makes it as many as the image has tokens.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, cast
+from dataclasses import dataclass, field
+from typing import Final, Literal, cast
 
 from transformers import PreTrainedTokenizerFast
 
 from llava_ft.constants import IGNORE_INDEX, IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava_ft.conversation import Segment, Template, TurnsError
-from llava_ft.data.schema import Sample
+from llava_ft.conversation import Segment, Template, TurnsError, join_segments
+from llava_ft.data.schema import Sample, Turn
 from llava_ft.errors import BadSampleError, UserError
 
 _SKIP_HINT: Final = "Fix the record or pass --on_bad_sample skip."
 
-Offsets = list[tuple[int, int]]
-"""First and past-the-end character of each token."""
+Spans = list[tuple[int, int]]
+"""First and past-the-end character."""
+
+Supervise = Literal["answers", "last_answer", "all"]
+"""What is learnt: what the assistant says, only its last turn with text, or the prompt too."""
+
+SUPERVISE_CHOICES: Final = ("answers", "last_answer", "all")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +40,15 @@ class TokenizedSample:
         input_ids: Vocabulary ids, and one `IMAGE_TOKEN_INDEX` per image.
         labels: As long as `input_ids`: the id where it is supervised, elsewhere `IGNORE_INDEX`.
         num_images: Number of `IMAGE_TOKEN_INDEX` in `input_ids`.
+        answer_ends: For each assistant's turn that has text, in order and supervised or not, the number of tokens up to
+            and with its end marker: where the conversation may be cut off. In the `###` templates an answer ends with
+            its block, the last one with the conversation.
     """
 
     input_ids: list[int]
     labels: list[int]
     num_images: int
+    answer_ends: list[int] = field(default_factory=list[int])
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,17 +96,29 @@ def place_images(text: str, *, wraps_images: bool = False, mm_use_im_start_end: 
 class SampleTokenizer:
     """Turns samples into ids and labels with one tokenizer and one template."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, template: Template, *, mm_use_im_start_end: bool = False):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        template: Template,
+        *,
+        mm_use_im_start_end: bool = False,
+        supervise: Supervise = "answers",
+    ):
         """Set up for one tokenizer and template.
 
         Args:
             tokenizer: From `load_tokenizer`.
             template: From `get_template`.
             mm_use_im_start_end: Whether `<im_start>` and `<im_end>` go around each image.
+            supervise: "answers": what the assistant says; "last_answer": its last turn that has text; "all": every
+                token of the text, the prompt's too, but for the begin token. An assistant's turn of weight 0 is never
+                supervised.
 
         Raises:
-            UserError: `mm_use_im_start_end` without these entries in the vocabulary.
+            UserError: `mm_use_im_start_end` without these entries in the vocabulary, or `supervise` is unknown.
         """
+        if supervise not in SUPERVISE_CHOICES:
+            raise UserError(f"supervise is {supervise!r}; it can be {', '.join(SUPERVISE_CHOICES)}.")
         if mm_use_im_start_end:
             vocab = tokenizer.get_added_vocab()
             missing = [token for token in (IM_START_TOKEN, IM_END_TOKEN) if token not in vocab]
@@ -106,22 +129,16 @@ class SampleTokenizer:
                 )
         self.template = template
         self.mm_use_im_start_end = mm_use_im_start_end
+        self.supervise: Final = supervise
         self._encoder = _PieceEncoder(tokenizer)
 
     def segments(self, sample: Sample) -> list[Segment]:
-        """Write the sample as training text, placeholders in place.
+        """Write the sample as training text, placeholders in place; target segments are what is supervised.
 
         Raises:
             BadSampleError: The turns do not fit the template, or the placeholders do not fit the images.
         """
-        self._check_placeholders(sample)
-        turns = [
-            (turn.role, turn.text if turn.role == "gpt" else self._place_images(turn.text)) for turn in sample.turns
-        ]
-        try:
-            return self.template.render(turns, system=sample.system)
-        except TurnsError as error:
-            raise BadSampleError(sample.index, sample.id, error.kind, str(error)) from None
+        return join_segments(self._supervised(self._turn_segments(sample), sample))
 
     def __call__(self, sample: Sample) -> TokenizedSample:
         """Tokenise one sample.
@@ -130,16 +147,49 @@ class SampleTokenizer:
             BadSampleError: As in `segments`, or no token is supervised. Kinds: "placeholder-mismatch",
                 "image-in-answer", "image-in-system", "no-supervised-token" and those of `TurnsError`.
         """
-        segments = self.segments(sample)
-        input_ids, labels = self._encoder.encode_segments(segments)
+        segments = self._turn_segments(sample)
+        input_ids, spans = self._encoder.encode("".join(segment.text for segment in segments))
+        labels = _label(input_ids, spans, _target_spans(join_segments(self._supervised(segments, sample))))
         if labels.count(IGNORE_INDEX) == len(labels):
-            raise BadSampleError(
-                sample.index,
-                sample.id,
-                "no-supervised-token",
-                "the assistant says nothing, so there is nothing to learn. " + _SKIP_HINT,
-            )
-        return TokenizedSample(input_ids, labels, len(sample.images))
+            reason = f"{self._why_unsupervised(sample)}, so there is nothing to learn. {_SKIP_HINT}"
+            raise BadSampleError(sample.index, sample.id, "no-supervised-token", reason)
+        starts = [first for first, _ in spans]
+        answer_ends = [bisect_left(starts, end) for end in _answer_ends(segments, sample)]
+        return TokenizedSample(input_ids, labels, len(sample.images), answer_ends)
+
+    def _turn_segments(self, sample: Sample) -> list[Segment]:
+        self._check_placeholders(sample)
+        turns = [
+            (turn.role, turn.text if turn.role == "gpt" else self._place_images(turn.text)) for turn in sample.turns
+        ]
+        try:
+            return self.template.render_turns(turns, system=sample.system)
+        except TurnsError as error:
+            raise BadSampleError(sample.index, sample.id, error.kind, str(error)) from None
+
+    def _supervised(self, segments: Sequence[Segment], sample: Sample) -> list[Segment]:
+        """Make targets of the segments that are to be learnt, instead of all that the assistant produces."""
+        last = max((position for position, turn in enumerate(sample.turns) if _has_answer(turn)), default=None)
+
+        def is_supervised(segment: Segment) -> bool:
+            if not segment.is_target:
+                return self.supervise == "all"
+            assert segment.turn is not None
+            if self.supervise == "last_answer" and segment.turn != last:
+                return False
+            return sample.turns[segment.turn].weight == 1
+
+        return [Segment(segment.text, is_supervised(segment), segment.turn) for segment in segments]
+
+    def _why_unsupervised(self, sample: Sample) -> str:
+        answers = [turn for turn in sample.turns if _has_answer(turn)]
+        if not answers:
+            return "the assistant says nothing"
+        if self.supervise == "last_answer" and any(turn.weight for turn in answers):
+            return "its last answer has weight 0"
+        if any(turn.weight for turn in answers):
+            return f"template {self.template.name!r} leaves its answers out"
+        return "all its answers have weight 0"
 
     def _place_images(self, text: str) -> str:
         return place_images(
@@ -183,7 +233,7 @@ def tokenize_prompt(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
         Ids with the tokenizer's begin token in front if it sets one, and one `IMAGE_TOKEN_INDEX` for each
         `<image>` in `text`.
     """
-    return _PieceEncoder(tokenizer).encode_segments([Segment(text, False)])[0]
+    return _PieceEncoder(tokenizer).encode(text)[0]
 
 
 def expand_and_truncate(sample: TokenizedSample, tokens_per_image: Sequence[int], max_length: int) -> ExpandedSample:
@@ -220,7 +270,7 @@ def expand_and_truncate(sample: TokenizedSample, tokens_per_image: Sequence[int]
 
 
 class _PieceEncoder:
-    """Tokenises text around placeholders and labels the tokens by their characters."""
+    """Tokenises text around placeholders, and says which characters each token stands for."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self._tokenizer = tokenizer
@@ -228,10 +278,8 @@ class _PieceEncoder:
         empty = cast("list[int]", tokenizer("")["input_ids"])
         self._begin = empty[:1] if empty and empty[0] == tokenizer.bos_token_id else []
 
-    def encode_segments(self, segments: Sequence[Segment]) -> tuple[list[int], list[int]]:
-        """Tokenise the joined segments; return ids and labels of one length."""
-        text = "".join(segment.text for segment in segments)
-        targets = _target_spans(segments)
+    def encode(self, text: str) -> tuple[list[int], Spans]:
+        """Tokenise a text; return ids and spans of one length. The begin token stands before the first character."""
         pieces = text.split(IMAGE_TOKEN)
         encoded = self._tokenizer(
             pieces,
@@ -242,21 +290,25 @@ class _PieceEncoder:
             verbose=False,
         )
         input_ids = list(self._begin)
-        labels = [IGNORE_INDEX] * len(input_ids)
+        spans: Spans = [(-1, -1)] * len(input_ids)
         start = 0
         for position, piece in enumerate(pieces):
             if position:
                 input_ids.append(IMAGE_TOKEN_INDEX)
-                labels.append(IGNORE_INDEX)
-            ids = cast("list[int]", encoded["input_ids"][position])
-            input_ids += ids
-            labels += _label(ids, cast("Offsets", encoded["offset_mapping"][position]), start, targets)
+                spans.append((start - len(IMAGE_TOKEN), start))
+            input_ids += cast("list[int]", encoded["input_ids"][position])
+            offsets = cast("Spans", encoded["offset_mapping"][position])
+            spans += [(first + start, last + start) for first, last in offsets]
             start += len(piece) + len(IMAGE_TOKEN)
-        return input_ids, labels
+        return input_ids, spans
 
 
-def _target_spans(segments: Sequence[Segment]) -> Offsets:
-    spans: Offsets = []
+def _has_answer(turn: Turn) -> bool:
+    return turn.role == "gpt" and bool(turn.text)
+
+
+def _target_spans(segments: Sequence[Segment]) -> Spans:
+    spans: Spans = []
     start = 0
     for segment in segments:
         end = start + len(segment.text)
@@ -266,18 +318,29 @@ def _target_spans(segments: Sequence[Segment]) -> Offsets:
     return spans
 
 
-def _label(ids: Sequence[int], offsets: Offsets, start: int, targets: Offsets) -> list[int]:
+def _answer_ends(segments: Sequence[Segment], sample: Sample) -> list[int]:
+    """Find the past-the-end character of each turn of the assistant that has text and is in the prompt."""
+    ends: dict[int, int] = {}
+    end = 0
+    for segment in segments:
+        end += len(segment.text)
+        if segment.is_target and segment.turn is not None and _has_answer(sample.turns[segment.turn]):
+            ends[segment.turn] = end
+    return list(ends.values())
+
+
+def _label(input_ids: Sequence[int], spans: Spans, targets: Spans) -> list[int]:
     """Keep the ids whose characters touch a target span; both lists are in reading order.
 
     A token without characters of its own (a blank that the tokenizer puts in front) counts with the character
-    it stands before.
+    it stands before. Images and the begin token are never kept.
     """
     labels: list[int] = []
-    spans = iter([*targets, (1 << 62, 1 << 62)])
-    span_start, span_end = next(spans)
-    for token, (first, last) in zip(ids, offsets, strict=True):
-        first += start
-        while span_end <= first:
-            span_start, span_end = next(spans)
-        labels.append(token if span_start < max(last + start, first + 1) else IGNORE_INDEX)
+    remaining = iter([*targets, (1 << 62, 1 << 62)])
+    target_start, target_end = next(remaining)
+    for token, (first, last) in zip(input_ids, spans, strict=True):
+        while target_end <= first:
+            target_start, target_end = next(remaining)
+        is_target = target_start < max(last, first + 1) and token != IMAGE_TOKEN_INDEX
+        labels.append(token if is_target else IGNORE_INDEX)
     return labels
