@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 
 from llava_ft.constants import IGNORE_INDEX
 from llava_ft.data.image_files import IMAGE_CHECKS, ImageCheck, find_bad_images, resolve_image_path
-from llava_ft.data.images import ImageError, ImageTransform, load_image
+from llava_ft.data.image_reader import ImagePlace, ImageReader, ImageRef, ReadsImages
+from llava_ft.data.images import ImageError, ImageTransform
 from llava_ft.data.prepared import Array, PreparedSamples, prepare_samples
 from llava_ft.data.report import BadSamplePolicy, DataReport, apply_policy
 from llava_ft.data.schema import Sample, load_records, parse_record
@@ -29,26 +30,20 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     Args:
         prepared: The samples.
-        image_transform: Prepares one picture; None when no sample has images.
-        image_folder: Folder that relative paths of images start from.
-        exif_transpose: Whether pictures are turned as their EXIF orientation says.
+        image_reader: Gives the entries of an item that stand for its images, usually an `ImageReader`; None when no
+            sample has images.
         rows: Which of the samples belong to this data set, in order; None means all.
-
     """
 
     def __init__(
         self,
         prepared: PreparedSamples,
         *,
-        image_transform: ImageTransform | None = None,
-        image_folder: str | PathLike[str] | None = None,
-        exif_transpose: bool = False,
+        image_reader: ReadsImages | None = None,
         rows: Sequence[int] | Array | None = None,
     ):
         self.prepared = prepared
-        self.image_transform = image_transform
-        self.image_folder = image_folder
-        self.exif_transpose = exif_transpose
+        self.image_reader = image_reader
         self.rows: Array = np.arange(len(prepared)) if rows is None else np.asarray(rows, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -83,30 +78,26 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         }
         if expanded.num_images_kept == 0:
             return item
-        assert self.image_transform is not None, "a sample with images needs an image transform"
+        assert self.image_reader is not None, "a sample with images needs an image reader"
+        images = self.image_refs(position)
         try:
-            item["pixel_values"] = self._load_images(self.prepared.images(row)[: expanded.num_images_kept])
+            item.update(self.image_reader.read(images))
         except ImageError as error:
             item["labels"].fill_(IGNORE_INDEX)
-            item["pixel_values"] = self.image_transform.blank(expanded.num_images_kept)
+            item.update(self.image_reader.blank(images))
             item["bad_sample"] = self.prepared.bad_sample(row, error.kind, str(error))
         return item
 
-    def _load_images(self, images: Sequence[str]) -> torch.Tensor:
-        assert self.image_transform is not None
-        pictures: list[torch.Tensor] = []
-        for image in images:
-            path = resolve_image_path(image, self.image_folder)
-            pictures.append(self.image_transform(load_image(path, exif_transpose=self.exif_transpose)))
-        return torch.stack(pictures)
+    def image_refs(self, position: int) -> list[ImageRef]:
+        """Name the images of one sample that truncation leaves, in reading order."""
+        row = int(self.rows[position])
+        return [ImageRef(image) for image in self.prepared.images(row)[: int(self.prepared.num_images[row])]]
 
     def subset(self, positions: Sequence[int] | Array) -> "ConversationDataset":
         """Give a data set of some of the samples, sharing everything with this one."""
         return ConversationDataset(
             self.prepared,
-            image_transform=self.image_transform,
-            image_folder=self.image_folder,
-            exif_transpose=self.exif_transpose,
+            image_reader=self.image_reader,
             rows=self.rows[np.asarray(positions, dtype=np.int64)],
         )
 
@@ -267,13 +258,11 @@ class _Builder:
             num_images=int(prepared.num_images[rows].sum()),
         )
         apply_policy(report, self.on_bad_sample)
-        dataset = ConversationDataset(
-            prepared,
-            image_transform=self.image_transform,
-            image_folder=self.image_folder,
-            exif_transpose=self.exif_transpose,
-            rows=rows,
-        )
+        reader = None
+        if self.image_transform is not None:
+            places = [ImagePlace(self.image_folder)]
+            reader = ImageReader(self.image_transform, places, exif_transpose=self.exif_transpose)
+        dataset = ConversationDataset(prepared, image_reader=reader, rows=rows)
         return dataset, report
 
     def _parse(self, records: list[object], errors: list[BadSampleError]) -> Iterator[Sample]:

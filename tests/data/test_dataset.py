@@ -27,7 +27,7 @@ class TestItems:
         def refuse(*args, **kwargs):
             raise AssertionError("an image was decoded")
 
-        monkeypatch.setattr("llava_ft.data.dataset.load_image", refuse)
+        monkeypatch.setattr("llava_ft.data.image_reader.load_image", refuse)
         train = build(MIX).train
         lengths, modality_lengths = train.lengths, train.modality_lengths
         monkeypatch.undo()
