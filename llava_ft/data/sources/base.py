@@ -1,0 +1,65 @@
+"""What every source of records can do: name its state, be prepared once, and give records and images by number.
+
+A source yields raw records, as they are written; `llava_ft.data.schema.parse_record` checks them. It is small when
+pickled, so that processes which read different parts of it each get their own copy.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class RecordSource(ABC):
+    """Records in a fixed order, with the images that are stored beside them.
+
+    Attributes:
+        name: Path or name of the data set, for messages.
+        image_folder: Folder of the images that the records name by path; None means the run's.
+    """
+
+    name: str
+    image_folder: str | None
+
+    def __init__(self, name: str, image_folder: str | None = None):
+        self.name = name
+        self.image_folder = image_folder
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Give a short text that changes whenever a record or an image in the source may have changed.
+
+        Raises:
+            UserError: The source is missing or cannot be read.
+        """
+
+    @abstractmethod
+    def prepare(self, cache_dir: Path) -> None:
+        """Build what reading by number needs, once, and keep it in `cache_dir` under the fingerprint.
+
+        Raises:
+            UserError: The source is missing, damaged or empty.
+        """
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of records. Only known after `prepare`."""
+
+    @abstractmethod
+    def read(self, start: int, stop: int) -> Iterator[object]:
+        """Give the raw records `start` to `stop - 1` in order, with only a few of them in memory at a time.
+
+        Raises:
+            UserError: The source changed since it was prepared.
+        """
+
+    @abstractmethod
+    def image_bytes(self, index: int, position: int) -> bytes:
+        """Give the file content of an image that the source holds itself.
+
+        Args:
+            index: Number of the record.
+            position: Which of the record's images, counted from 0.
+
+        Raises:
+            ImageError: The record has no such image, or it is damaged.
+        """
