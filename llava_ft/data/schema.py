@@ -1,63 +1,53 @@
-r"""From a data file to samples: the only place that knows how a record is written.
+"""From a raw record to a sample: the only place that knows how records are written.
 
-A record is one conversation about any number of images, in the format of LLaVA:
-
-    {"id": "7", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat is it?"},
-                                                    {"from": "gpt", "value": "A hat."}]}
-
-`docs/data_format.md` describes every variation that is accepted. What is not accepted raises; nothing is
-repaired silently.
+A record is one conversation about any number of images. Three forms are told apart by their keys: LLaVA's
+`conversations`, the `messages` of OpenAI and Hugging Face, and the `texts` of The Cauldron. `docs/data_format.md`
+describes every variation that is accepted. What is not accepted raises; nothing is repaired silently.
 """
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from json import JSONDecodeError
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Final, Literal, NoReturn, TypeGuard, cast
+from pathlib import Path
+from typing import cast
 
+from llava_ft.constants import IMAGE_TOKEN
+from llava_ft.data.messages import ContentReader
+from llava_ft.data.record_checks import RecordChecks, is_list, is_mapping, kind_of
+from llava_ft.data.record_images import ImageValue, column_images
+from llava_ft.data.sample import EMBEDDED, Role, Sample, Turn, embedded_name, parse_embedded
+from llava_ft.data.turns import LLAVA, OPENAI, Form, Speaker, TextOf, TurnParser
 from llava_ft.errors import BadSampleError, UserError
 
-Role = Literal["human", "gpt"]
-
-_ROLE_HINTS: Final = {"user": "human", "assistant": "gpt", "model": "gpt", "bot": "gpt", "chatgpt": "gpt"}
-_SHOWN_CHARACTERS: Final = 60
-"""How much of a wrong value an error message repeats."""
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """What one side says once.
-
-    Attributes:
-        role: Which side.
-        text: What it says.
-        weight: 0 takes an assistant's turn out of what is learnt, 1 leaves it in.
-    """
-
-    role: Role
-    text: str
-    weight: Literal[0, 1] = 1
+__all__ = [
+    "EMBEDDED",
+    "BrokenRecord",
+    "Role",
+    "Sample",
+    "Turn",
+    "embedded_name",
+    "image_values",
+    "load_records",
+    "parse_embedded",
+    "parse_record",
+]
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """One checked record.
+class BrokenRecord:
+    """Stands in a source for a record that could not even be read, while its neighbours can.
 
     Attributes:
-        index: Position in the data set, counted from 0.
-        id: The record's own `id` as text, "" when it has none.
-        turns: At least one, the roles alternating; an assistant's turn may come first.
-        images: Paths as written in the record, in the order of their placeholders.
-        system: Text of a leading system turn, None when the record has none.
+        id: What the source calls it.
+        kind: As in `BadSampleError`.
+        reason: As in `BadSampleError`.
     """
 
-    index: int
     id: str
-    turns: tuple[Turn, ...]
-    images: tuple[str, ...]
-    system: str | None = None
+    kind: str
+    reason: str
 
 
 def load_records(path: str | Path) -> list[object]:
@@ -103,7 +93,7 @@ def _parse_list(text: str, path: Path) -> list[object]:
         raise UserError(f"Data file {path} cannot be read as JSON: {error}.") from None
     if not isinstance(value, list):
         raise UserError(
-            f"Data file {path} holds {_kind_of(value)}, not a list of records. "
+            f"Data file {path} holds {kind_of(value)}, not a list of records. "
             "Put the records into one JSON list, or one a line into a .jsonl file."
         )
     return cast("list[object]", value)
@@ -140,26 +130,53 @@ def parse_record(record: object, index: int) -> Sample:
     Whether placeholders and images fit each other is left to the tokenisation, which knows the template.
 
     Args:
-        record: What the file holds at this position.
-        index: The position, for messages.
+        record: What the source holds at this position.
+        index: The position, for messages and for the names of embedded images.
 
     Raises:
-        BadSampleError: The record cannot be used. Kinds: "not-an-object", "bad-id", "bad-image",
+        BadSampleError: The record cannot be used. Kinds: "not-an-object", "bad-id", "bad-image", "image-is-url",
             "missing-conversations", "bad-conversations", "empty-conversation", "bad-turn", "unknown-role",
-            "roles-not-alternating", "misplaced-system", "no-human-turn", "bad-text".
+            "tool-turn", "roles-not-alternating", "misplaced-system", "no-human-turn", "bad-text", "bad-part",
+            "bad-weight", "image-in-answer", "image-in-system", "placeholder-mismatch", those of `BrokenRecord`.
     """
-    if not _is_mapping(record):
+    sample_id, turns, system, values = _parse(record, index)
+    images = tuple(
+        value if isinstance(value, str) else embedded_name(index, position) for position, value in enumerate(values)
+    )
+    return Sample(index, sample_id, turns, images, system)
+
+
+def image_values(record: object, index: int) -> list[ImageValue]:
+    """Give the images of a record in the order of `Sample.images`, with the content of those it holds itself.
+
+    Raises:
+        BadSampleError: As in `parse_record`.
+    """
+    return _parse(record, index)[3]
+
+
+_Parsed = tuple[str, tuple[Turn, ...], str | None, list[ImageValue]]
+
+
+def _parse(record: object, index: int) -> _Parsed:
+    if isinstance(record, BrokenRecord):
+        raise BadSampleError(index, record.id, record.kind, record.reason)
+    if not is_mapping(record):
         raise BadSampleError(
-            index,
-            "",
-            "not-an-object",
-            f"the record is {_kind_of(record)}, not an object with 'conversations'.",
+            index, "", "not-an-object", f"the record is {kind_of(record)}, not an object with 'conversations'."
         )
     sample_id = _parse_id(record.get("id"), index)
-    parser = _RecordParser(index, sample_id)
-    images = parser.parse_images(record)
-    turns, system = parser.parse_turns(record)
-    return Sample(index, sample_id, turns, images, system)
+    checks = RecordChecks(index, sample_id)
+    images = column_images(record, checks)
+    form = _form_of(record, checks)
+    if form == "texts":
+        return sample_id, *_parse_texts(record["texts"], images, checks)
+    if form == "messages":
+        reader = ContentReader(images, checks)
+        turns, system = TurnParser(OPENAI, checks, reader.text_of).parse(record[form])
+        return sample_id, turns, system, reader.images()
+    turns, system = TurnParser(LLAVA, checks, _string_of(LLAVA.text, checks)).parse(record[form])
+    return sample_id, turns, system, images
 
 
 def _parse_id(value: object, index: int) -> str:
@@ -167,124 +184,58 @@ def _parse_id(value: object, index: int) -> str:
         return ""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise BadSampleError(
-            index, "", "bad-id", f"'id' is {_kind_of(value)}. Give a string or a number, or leave it out."
+            index, "", "bad-id", f"'id' is {kind_of(value)}. Give a string or a number, or leave it out."
         )
     if isinstance(value, float) and not math.isfinite(value):
         raise BadSampleError(index, "", "bad-id", f"'id' is {value}, which is not a finite number.")
     return str(value)
 
 
-@dataclass(frozen=True, slots=True)
-class _RecordParser:
-    """Checks the parts of one record; its position and id are in every message."""
-
-    index: int
-    sample_id: str
-
-    def fail(self, kind: str, reason: str) -> NoReturn:
-        raise BadSampleError(self.index, self.sample_id, kind, reason)
-
-    def parse_images(self, record: Mapping[str, object]) -> tuple[str, ...]:
-        value = record.get("image")
-        if value is None:
-            return ()
-        paths = list(value) if _is_list(value) else [value]
-        for position, path in enumerate(paths):
-            where = f"'image'[{position}]" if _is_list(value) else "'image'"
-            if not isinstance(path, str):
-                self.fail("bad-image", f"{where} is {_kind_of(path)}. Give the path of a file as a string.")
-            if not path.strip():
-                self.fail("bad-image", f"{where} is an empty path. For a record without image leave it out.")
-            if "\0" in path or PurePosixPath(path).name in ("", "..") or PureWindowsPath(path).name == "":
-                self.fail("bad-image", f"{where} is {_shown(path)}, which does not name a file.")
-            self.check_text(path, where, "bad-image")
-        return tuple(cast("list[str]", paths))
-
-    def parse_turns(self, record: Mapping[str, object]) -> tuple[tuple[Turn, ...], str | None]:
-        if "conversations" not in record:
-            known = ", ".join(sorted(str(key) for key in record)[:8]) or "none"
-            self.fail("missing-conversations", f"there is no 'conversations' (keys found: {known}).")
-        value = record["conversations"]
-        if not _is_list(value):
-            self.fail("bad-conversations", f"'conversations' is {_kind_of(value)}, not a list of turns.")
-        if not value:
-            self.fail("empty-conversation", "'conversations' is an empty list. It needs at least one question.")
-        turns: list[Turn] = []
-        system: str | None = None
-        for position, item in enumerate(value):
-            role, text = self.parse_turn(item, position)
-            if role == "system":
-                if position:
-                    self.fail("misplaced-system", f"turn {position} is a 'system' turn; only the first may be.")
-                system = text
-                continue
-            if turns and turns[-1].role == role:
-                self.fail(
-                    "roles-not-alternating",
-                    f"turns {position - 1} and {position} are both from {role!r}. Questions and answers have "
-                    "to alternate; join the two or leave one out.",
-                )
-            turns.append(Turn(role, text))
-        if not any(turn.role == "human" for turn in turns):
-            self.fail("no-human-turn", "no turn is from 'human'. A conversation needs a question.")
-        return tuple(turns), system
-
-    def parse_turn(self, item: object, position: int) -> tuple[Literal["human", "gpt", "system"], str]:
-        where = f"turn {position}"
-        if not _is_mapping(item):
-            self.fail("bad-turn", f"{where} is {_kind_of(item)}, not an object with 'from' and 'value'.")
-        missing = [key for key in ("from", "value") if key not in item]
-        if missing:
-            self.fail("bad-turn", f"{where} has no {missing[0]!r}. Each turn needs 'from' and 'value'.")
-        role, text = item["from"], item["value"]
-        if role not in ("human", "gpt", "system"):
-            shown = _shown(role) if isinstance(role, str) else _kind_of(role)
-            lowered = role.strip().lower() if isinstance(role, str) else ""
-            meant = lowered if lowered in ("human", "gpt", "system") else _ROLE_HINTS.get(lowered)
-            hint = f" Write {meant!r}." if meant else ""
-            self.fail("unknown-role", f"{where} is from {shown}; allowed are 'human', 'gpt', 'system'.{hint}")
-        if not isinstance(text, str):
-            self.fail("bad-text", f"the 'value' of {where} is {_kind_of(text)}, not a string.")
-        self.check_text(text, f"the 'value' of {where}", "bad-text")
-        return role, text
-
-    def check_text(self, text: str, where: str, kind: str) -> None:
-        """Refuse half a surrogate pair, such as a lone escape `ud83d`: no tokenizer can encode it."""
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            self.fail(
-                kind,
-                f"{where} holds half of a character (a lone surrogate) at position {error.start}. "
-                "Write the whole character.",
-            )
+def _form_of(record: Mapping[str, object], checks: RecordChecks) -> str:
+    """Name the key that holds the turns; a key without value, as tables have it, counts as absent beside another."""
+    present = [key for key in (LLAVA.turns, OPENAI.turns, "texts") if key in record]
+    given = [key for key in present if record[key] is not None]
+    if len(given) > 1:
+        checks.fail(
+            "bad-conversations", f"it has both {given[0]!r} and {given[1]!r}. Leave in the one that is to be learnt."
+        )
+    if not present:
+        known = ", ".join(sorted(str(key) for key in record)[:8]) or "none"
+        checks.fail(
+            "missing-conversations",
+            f"there is no 'conversations' (keys found: {known}). The turns of a record stand there, or under "
+            "'messages' or 'texts'.",
+        )
+    return given[0] if given else present[0]
 
 
-def _is_mapping(value: object) -> TypeGuard[Mapping[str, object]]:
-    return isinstance(value, Mapping)
+def _string_of(key: str, checks: RecordChecks) -> TextOf:
+    def text_of(value: object, speaker: Speaker, where: str) -> str:
+        del speaker
+        if not isinstance(value, str):
+            checks.fail("bad-text", f"the {key!r} of {where} is {kind_of(value)}, not a string.")
+        checks.check_text(value, f"the {key!r} of {where}", "bad-text")
+        return value
+
+    return text_of
 
 
-def _is_list(value: object) -> TypeGuard[Sequence[object]]:
-    return isinstance(value, (list, tuple))
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
-
-
-def _kind_of(value: object) -> str:
-    """Name a JSON value's type for a message, with the value itself where it is short."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return f"the truth value {str(value).lower()}"
-    if isinstance(value, (int, float)):
-        return f"the number {value}"
-    if isinstance(value, str):
-        return f"the string {_shown(value)}"
-    if _is_list(value):
-        return f"a list of {len(value)}"
-    if isinstance(value, Mapping):
-        return "an object"
-    return f"a {type(value).__name__}"
+def _parse_texts(
+    value: object, images: list[ImageValue], checks: RecordChecks
+) -> tuple[tuple[Turn, ...], str | None, list[ImageValue]]:
+    """Read pairs of `user` and `assistant`; images without placeholders stand before the first question."""
+    turns: object = value
+    if is_list(value):
+        pairs: list[object] = []
+        for position, pair in enumerate(value):
+            if not is_mapping(pair) or "user" not in pair or "assistant" not in pair:
+                checks.fail("bad-turn", f"'texts'[{position}] is not an object with 'user' and 'assistant'.")
+            pairs.append({"from": "human", "value": pair["user"]})
+            pairs.append({"from": "gpt", "value": pair["assistant"]})
+        turns = pairs
+    form = Form("texts", "from", "value", LLAVA.names)
+    parsed, _ = TurnParser(form, checks, _string_of("text", checks)).parse(turns)
+    if images and not any(IMAGE_TOKEN in turn.text for turn in parsed):
+        first = f"{IMAGE_TOKEN}\n" * len(images) + parsed[0].text
+        parsed = (Turn("human", first), *parsed[1:])
+    return parsed, None, images

@@ -47,7 +47,7 @@ def test_accepted_fields(fields, sample_id, images):
         ([turn("system", ""), turn("gpt", "Welcome!"), *TALK], ["gpt", "human", "gpt"], ""),
         ([*TALK, turn("human", "Sure?")], ["human", "gpt", "human"], None),
         ([turn("human", ""), turn("gpt", "")], ["human", "gpt"], None),
-        ([{**turn("human", "Hi"), "weight": 1}, turn("gpt", "\u2028 \U0001f600")], ["human", "gpt"], None),
+        ([{**turn("human", "Hi"), "weight": None}, turn("gpt", "\u2028 \U0001f600")], ["human", "gpt"], None),
     ],
 )
 def test_accepted_turns(turns, roles, system):
@@ -119,7 +119,7 @@ MALFORMED = [
         "turn 1 is a 'system' turn",
     ),
     (record(*TALK, image=7), "bad-image", "'image' is the number 7"),
-    (record(*TALK, image={"path": "a.jpg"}), "bad-image", "'image' is an object"),
+    (record(*TALK, image={"file": "a.jpg"}), "bad-image", "'image' is an object"),
     (record(*TALK, image=False), "bad-image", "'image' is the truth value false"),
     (record(*TALK, image=""), "bad-image", "'image' is an empty path"),
     (record(*TALK, image=["a.jpg", None]), "bad-image", r"'image'\[1\] is null"),

@@ -8,6 +8,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
+from llava_ft.data.record_images import EmbeddedImage, decode_content
+from llava_ft.data.schema import embedded_name, image_values
+
 
 class RecordSource(ABC):
     """Records in a fixed order, with the images that are stored beside them.
@@ -52,14 +55,25 @@ class RecordSource(ABC):
             UserError: The source changed since it was prepared.
         """
 
-    @abstractmethod
     def image_bytes(self, index: int, position: int) -> bytes:
         """Give the file content of an image that the source holds itself.
 
         Args:
             index: Number of the record.
-            position: Which of the record's images, counted from 0.
+            position: Which of the record's images, counted from 0; both numbers as in `embedded_name`.
 
         Raises:
-            ImageError: The record has no such image, or it is damaged.
+            ImageError: The image is damaged or not there any more.
+            UserError: The source changed since it was prepared.
         """
+        (record,) = self.read(index, index + 1)
+        value = image_values(record, index)[position]
+        assert not isinstance(value, str), "an image given by path is not in the source"
+        name = f"{embedded_name(index, position)} of {self.name}"
+        if isinstance(value, EmbeddedImage):
+            return self._stored_image(index, value, name)
+        return decode_content(value, name)
+
+    def _stored_image(self, index: int, image: EmbeddedImage, name: str) -> bytes:
+        """Read an image that `read` left where it was. Only sources that leave images have this."""
+        raise NotImplementedError(f"{type(self).__name__} leaves no image: {name}, record {index}, {image}")

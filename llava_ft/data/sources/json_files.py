@@ -74,10 +74,6 @@ class JsonSource(RecordSource):
                     yield decode_value(block[left:right])
                 start = end
 
-    def image_bytes(self, index: int, position: int) -> bytes:
-        """Refuse: no record has an image in the file."""
-        raise UserError(f"{self.name}: record {index} has no image {position} in the file itself.")
-
     def _scan(self) -> Array:
         with self._open_unchanged() as file:
             offsets = scan_lines(file, self.path) if self.has_lines else scan_list(file, self.path)
