@@ -35,6 +35,9 @@ The values are original LLaVA's but for `mm_use_im_patch_token`: true there, and
 since v1, because the entry it adds to the vocabulary is never used.
 """
 
+CHECKPOINT_FIELDS: Final = (*ORIGINAL_DEFAULTS, "image_grid_pinpoints", "s2_scales")
+"""What a LLaVA checkpoint settles where the user does not. The last two follow from the vision tower by default."""
+
 PROJECTOR_TYPE_PATTERN: Final = re.compile(r"linear|identity|mlp([1-9]\d*)x_gelu")
 """Every projector that can be built: one linear layer, none, or N linear layers with GELU between them."""
 

@@ -1,13 +1,19 @@
-"""The settings of a CLIP image processor: preprocessor_config.json in each form that was ever written."""
+"""The settings of a CLIP image processor: preprocessor_config.json in each form that was ever written.
+
+Rescaling and normalisation give each of the 256 levels of a channel one value, so both are a table (`PixelNormalizer`):
+pictures travel as bytes, a quarter of the size, and become numbers on the device.
+"""
 
 import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
+import numpy as np
+import torch
 from PIL import Image
 
 from llava_ft.errors import UserError
@@ -86,11 +92,68 @@ class ImageProcessorSettings:
             raise UserError(f"{file} holds a {type(values).__name__}; it must hold a JSON object.")
         return cls.from_dict(cast("dict[str, Any]", values), str(file))
 
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """Height and width of every prepared picture, in pixels.
+
+        Raises:
+            UserError: Pictures would come out in different sizes.
+        """
+        if self.do_center_crop:
+            return self.crop_size["height"], self.crop_size["width"]
+        if self.do_resize and "height" in self.size:
+            return self.size["height"], self.size["width"]
+        raise UserError(
+            f"An image processor with do_center_crop false, do_resize {str(self.do_resize).lower()} and size "
+            f"{self.size} gives pictures of different sizes; the vision tower needs one. Set do_center_crop "
+            "to true, or size to a height and a width."
+        )
+
+    def resized_to(self, side: int) -> "ImageProcessorSettings":
+        """Give the same settings for pictures of `side` x `side` pixels."""
+        square = {"height": side, "width": side}
+        return replace(self, size={"shortest_edge": side} if "shortest_edge" in self.size else square, crop_size=square)
+
     def to_dict(self) -> dict[str, Any]:
         """Give the content of a preprocessor_config.json that transformers and LLaVA read back."""
         values = asdict(self)
         values["image_mean"], values["image_std"] = list(self.image_mean), list(self.image_std)
         return {"image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, **values}
+
+
+class PixelNormalizer:
+    """Turns the bytes of prepared pictures into what the vision tower reads, on whatever device they are.
+
+    The values are CLIP's, bit for bit: rescaled in float64, rounded to float32, and normalised in float32.
+
+    Args:
+        settings: Rescaling and normalisation.
+    """
+
+    def __init__(self, settings: ImageProcessorSettings):
+        levels = np.arange(256, dtype=np.float64)
+        values = (levels * settings.rescale_factor if settings.do_rescale else levels).astype(np.float32)
+        table = np.tile(values, (3, 1))
+        if settings.do_normalize:
+            mean, std = (np.array(v, dtype=np.float32)[:, None] for v in (settings.image_mean, settings.image_std))
+            table = (table - mean) / std
+        self._table = torch.as_tensor(table)
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Normalise pictures.
+
+        Args:
+            pixels: `(..., 3, H, W)` uint8: red, green and blue.
+
+        Returns:
+            `(..., 3, H, W)` float32 on the same device.
+        """
+        table = self._table.to(pixels.device)
+        channels = [
+            table[channel].index_select(0, pixels.select(-3, channel).reshape(-1).int()) for channel in range(3)
+        ]
+        shape = (*pixels.shape[:-3], *pixels.shape[-2:])
+        return torch.stack([values.reshape(shape) for values in channels], dim=-3)
 
 
 class _Reader:

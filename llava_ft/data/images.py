@@ -1,25 +1,34 @@
 """From an image file to the tensor that the vision tower reads.
 
-The arithmetic is that of the CLIP image processor: resize, centre crop, rescale, normalise. It is written
-on Pillow and NumPy: a table of 256 values per channel holds rescaling and normalisation exactly, and the
-height of an image never has to be told from its channels by guessing (LLaVA fails on some heights).
+The arithmetic is that of the CLIP image processor: resize, centre crop, rescale, normalise. It is written on Pillow and
+a table of 256 values per channel (`PixelNormalizer`), and the height of an image never has to be told from its channels
+by guessing (LLaVA fails on some heights).
 """
 
+import io
 import os
 import stat
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from llava_ft.data.image_processor import ImageProcessorSettings
+from llava_ft.data.image_processor import ImageProcessorSettings, PixelNormalizer
+from llava_ft.data.tiles import cut_into_tiles, resize_in_two_passes
 from llava_ft.errors import UserError
+from llava_ft.geometry import ImageGeometry, SizeWH, fitted_size
 
 ASPECT_RATIOS: Final = ("square", "pad")
-"""Known values of `image_aspect_ratio`."""
+"""Values of `image_aspect_ratio` that need no geometry."""
+
+EMBEDDED_NAME: Final = "embedded in the data"
+"""What an image without a file is called in messages, if nothing better is known."""
+
+ImageSource = str | os.PathLike[str] | bytes
+"""An image file by its path, or its content."""
 
 MAX_SIDE: Final = 65_535
 """Longest side of an image, in pixels: JPEG's limit, kept for every format so that memory stays bounded."""
@@ -70,30 +79,46 @@ def check_image_file(path: str | os.PathLike[str]) -> None:
         raise ImageError(path, "image-empty", "is an empty file")
 
 
-def check_image_header(path: str | os.PathLike[str]) -> tuple[int, int]:
+def check_image_header(
+    source: ImageSource, *, exif_transpose: bool = False, name: str = EMBEDDED_NAME
+) -> tuple[int, int]:
     """Read the size of an image without decoding it.
 
+    Args:
+        source: Path or content of the file.
+        exif_transpose: Give the size after turning the picture as its EXIF orientation says. Some PNG files have to be
+            decoded to find that.
+        name: What content without a path is called in messages.
+
     Returns:
-        Width and height in pixels, as stored (EXIF orientation not applied).
+        Width and height in pixels; as stored, unless `exif_transpose` is set.
 
     Raises:
         ImageError: The file is missing, is not an image, or is too large to be decoded.
     """
-    check_image_file(path)
-    with _reading(path), Image.open(path) as image:
-        _check_size(path, image)
-        return image.size
+    with _opened(source, name) as image:
+        return _swapped(image.size) if exif_transpose and _is_on_its_side(image) else image.size
 
 
-def load_image(path: str | os.PathLike[str], *, exif_transpose: bool = False) -> Image.Image:
+def load_image(
+    source: ImageSource,
+    *,
+    exif_transpose: bool = False,
+    fast_decode_to: Callable[[SizeWH], SizeWH] | None = None,
+    name: str = EMBEDDED_NAME,
+) -> Image.Image:
     """Decode an image file as RGB.
 
     The conversion is Pillow's, as in LLaVA: transparency is dropped, an animation gives its first frame, and
     greys of more than 8 bits are cut off at 255 and not scaled.
 
     Args:
-        path: The file.
+        source: Path or content of the file.
         exif_transpose: Turn the picture as its EXIF orientation says. LLaVA ignores the orientation.
+        fast_decode_to: Lets the JPEG decoder shrink the picture to 1/2, 1/4 or 1/8 while decoding, which is several
+            times faster and gives slightly other pixels. The function is given the picture's size and returns the
+            smallest that will do, such as `ImageTransform.decode_size`.
+        name: What content without a path is called in messages.
 
     Returns:
         The picture, in mode "RGB".
@@ -101,12 +126,35 @@ def load_image(path: str | os.PathLike[str], *, exif_transpose: bool = False) ->
     Raises:
         ImageError: The file is missing, not an image, damaged, cut short, or too large to be decoded.
     """
-    check_image_file(path)
-    with _reading(path), Image.open(path) as image:
-        _check_size(path, image)
+    with _opened(source, name) as image:
+        if fast_decode_to is not None:
+            turned = exif_transpose and _is_on_its_side(image)
+            needed = fast_decode_to(_swapped(image.size) if turned else image.size)
+            image.draft(None, _swapped(needed) if turned else needed)
         image.load()
-        turned = ImageOps.exif_transpose(image) if exif_transpose else image
-        return _to_rgb(turned)
+        return _to_rgb(ImageOps.exif_transpose(image) if exif_transpose else image)
+
+
+@contextmanager
+def _opened(source: ImageSource, name: str) -> Generator[Image.Image]:
+    """Open an image of a size that can be decoded, and tell what goes wrong as an `ImageError`."""
+    path = name if isinstance(source, bytes) else source
+    if not isinstance(source, bytes):
+        check_image_file(source)
+    elif not source:
+        raise ImageError(path, "image-empty", "is empty")
+    with _reading(path), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        _check_size(path, image)
+        yield image
+
+
+def _is_on_its_side(image: Image.Image) -> bool:
+    """Whether turning the picture as its EXIF orientation says swaps width and height."""
+    return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+
+
+def _swapped(size: tuple[int, int]) -> tuple[int, int]:
+    return size[1], size[0]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -148,75 +196,134 @@ def _reading(path: str | os.PathLike[str]) -> Generator[None]:
 
 
 class ImageTransform:
-    """Prepares pictures for the vision tower: `(3, H, W)` float32, the same size for every picture.
+    """Prepares pictures for the vision tower.
 
-    "square" is the CLIP processor itself: the shortest edge is resized and the centre cropped. "pad" first
-    puts the picture in the middle of a square of CLIP's mean colour, so that nothing is cropped (LLaVA 1.5).
-
-    Resizing goes along the rows first and then along the columns, in two calls. Pillow up to 12.2 does the
-    same in one call; 13.0 gives some tall pictures other values when it is left to one call.
+    "square" is the CLIP processor itself: the shortest edge is resized and the centre cropped. "pad" first puts the
+    picture in the middle of a square of CLIP's mean colour, so that nothing is cropped (LLaVA 1.5). "anyres" gives an
+    overview and the tiles of a grid (LLaVA 1.6; `data/tiles.py`).
 
     Args:
         settings: Sizes, filter and normalisation.
         aspect_ratio: "square" or "pad"; None means "square".
+        geometry: How the model takes images, instead of `aspect_ratio`; anyres and S2 need it.
 
     Attributes:
-        output_size: Height and width of what comes out, in pixels.
+        output_size: Height and width of each tile, in pixels.
+        normalizer: Turns `pixels` into what the tower reads.
 
     Raises:
-        UserError: `aspect_ratio` is unknown, or `settings` would give pictures of different sizes.
+        UserError: `aspect_ratio` is unknown, `settings` would give pictures of different sizes, or they belong to
+            another tower than `geometry`.
     """
 
-    def __init__(self, settings: ImageProcessorSettings, aspect_ratio: str | None = None):
-        if aspect_ratio is not None and aspect_ratio not in ASPECT_RATIOS:
+    def __init__(
+        self,
+        settings: ImageProcessorSettings,
+        aspect_ratio: str | None = None,
+        *,
+        geometry: ImageGeometry | None = None,
+    ):
+        if geometry is not None:
+            settings, aspect_ratio = _fitting(settings, geometry), geometry.aspect_ratio
+        elif aspect_ratio is not None and aspect_ratio not in ASPECT_RATIOS:
             raise UserError(
                 f"image_aspect_ratio is {aspect_ratio!r}; it can be {' or '.join(map(repr, ASPECT_RATIOS))}."
             )
         self.settings = settings
         self.aspect_ratio = aspect_ratio or "square"
-        self.output_size = _output_size(settings)
+        self.geometry = geometry
+        self.output_size = settings.output_size
+        self.normalizer = PixelNormalizer(settings)
         self._fill = tuple(int(mean * 255) for mean in settings.image_mean)
         self._resample = Image.Resampling(settings.resample)
-        self._table = _value_table(settings)
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], aspect_ratio: str | None = None) -> "ImageTransform":
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        aspect_ratio: str | None = None,
+        *,
+        geometry: ImageGeometry | None = None,
+    ) -> "ImageTransform":
         """Read the settings beside a vision tower or model: a directory, a file, or a name on the hub.
 
         Raises:
-            UserError: There are no usable settings, or `aspect_ratio` is unknown.
+            UserError: There are no usable settings, or see `ImageTransform`.
         """
-        return cls(ImageProcessorSettings.from_pretrained(path), aspect_ratio)
+        return cls(ImageProcessorSettings.from_pretrained(path), aspect_ratio, geometry=geometry)
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Prepare one picture of any mode and size.
+    def pixels(self, image: Image.Image, size_wh: SizeWH | None = None) -> torch.Tensor:
+        """Prepare one picture of any mode and size, up to its normalisation.
+
+        Args:
+            image: The picture.
+            size_wh: Its size in pixels before the decoder shrank it (`fast_decode_to`); with anyres it decides the
+                grid. The picture's own size when absent.
 
         Returns:
-            `(3, H, W)` float32, red, green and blue.
+            `(K, 3, H, W)` uint8, red, green and blue, of K tiles; K is 1 without anyres.
 
         Raises:
             ImageError: The picture cannot be prepared within the memory limits.
         """
         picture = _to_rgb(image) if image.mode != "RGB" else image
-        if self.aspect_ratio == "pad" and picture.width != picture.height:
-            resized = self._resize_padded(picture)
+        if self.geometry is not None and self.geometry.needs_image_sizes:
+            tiles = cut_into_tiles(picture, self.geometry, self._overview_wh, size_wh or picture.size)
+            resized = [self._resize(tile) for tile in tiles]
+        elif self.aspect_ratio == "pad" and picture.width != picture.height:
+            resized = [self._resize_padded(picture)]
         else:
-            resized = self._resize(picture)
-        pixels_HWC = np.asarray(resized)  # noqa: N806
-        values_CHW = np.empty((3, *pixels_HWC.shape[:2]), dtype=np.float32)  # noqa: N806
-        for channel in range(3):
-            np.take(self._table[channel], pixels_HWC[:, :, channel], out=values_CHW[channel])
-        return torch.as_tensor(values_CHW)
+            resized = [self._resize(picture)]
+        pixels_KHWC = np.stack([np.asarray(tile) for tile in resized])  # noqa: N806
+        return torch.as_tensor(pixels_KHWC).permute(0, 3, 1, 2).contiguous()
 
-    def blank(self, num_images: int) -> torch.Tensor:
-        """Give `(num_images, 3, H, W)` zeros: what stands for pictures that could not be read."""
-        return torch.zeros(num_images, 3, *self.output_size)
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Prepare one picture of any mode and size.
+
+        Returns:
+            `(3, H, W)` float32, red, green and blue; `(K, 3, H, W)` for the K tiles of anyres.
+
+        Raises:
+            ImageError: The picture cannot be prepared within the memory limits.
+        """
+        values = self.normalizer(self.pixels(image))
+        return values if self.aspect_ratio.startswith("anyres") else values[0]
+
+    def decode_size(self, size_wh: SizeWH) -> SizeWH:
+        """Return the smallest width and height to which a picture may be shrunk without being enlarged afterwards."""
+        width, height = size_wh
+        if self.geometry is not None and self.geometry.needs_image_sizes:
+            fitted = fitted_size(size_wh, self.geometry.best_resolution(size_wh))
+            return max(fitted[0], self._overview_wh[0]), max(fitted[1], self._overview_wh[1])
+        if self.aspect_ratio == "pad":
+            side = max(size_wh)
+            square = self._resized_size(side, side)
+            return -(-width * square[0] // side), -(-height * square[1] // side)
+        return self._resized_size(width, height)
+
+    def blank(self, num_images: int, image_sizes: Sequence[SizeWH] = ()) -> torch.Tensor:
+        """Give uint8 zeros in the shape of `pixels`: what stands for pictures that could not be read.
+
+        Args:
+            num_images: How many pictures.
+            image_sizes: With anyres their widths and heights.
+        """
+        num_tiles = num_images
+        if self.geometry is not None and self.geometry.needs_image_sizes:
+            assert len(image_sizes) == num_images
+            num_tiles = sum(map(self.geometry.num_tiles, image_sizes))
+        return torch.zeros(num_tiles, 3, *self.output_size, dtype=torch.uint8)
+
+    @property
+    def _overview_wh(self) -> SizeWH:
+        """Size that a picture is squeezed into for the overview; it is square, as in LLaVA."""
+        return self._resized_size(*_swapped(self.output_size)) if self.settings.do_resize else self.output_size
 
     def _resize(self, picture: Image.Image) -> Image.Image:
         """Resize and crop, never holding more than `MAX_CANVAS_PIXELS` at a time."""
         width, height = self._resized_size(picture.width, picture.height)
         if width * height <= MAX_CANVAS_PIXELS:
-            return self._crop(self._two_passes(picture, width, height))
+            return self._crop(resize_in_two_passes(picture, (width, height), self._resample))
         # Only the part that the crop keeps: equal up to rounding, for pictures of extreme shape.
         out_height, out_width = self.output_size
         left, top = (width - out_width) // 2, (height - out_height) // 2
@@ -259,9 +366,6 @@ class ImageTransform:
             return shortest, int(shortest * height / width)
         return int(shortest * width / height), shortest
 
-    def _two_passes(self, picture: Image.Image, width: int, height: int) -> Image.Image:
-        return picture.resize((width, picture.height), self._resample).resize((width, height), self._resample)
-
     def _crop(self, picture: Image.Image) -> Image.Image:
         """Cut out the centre; where the picture is too small, black surrounds it, as in CLIP."""
         if not self.settings.do_center_crop:
@@ -271,25 +375,20 @@ class ImageTransform:
         return picture.crop((left, top, left + width, top + height))
 
 
-def _output_size(settings: ImageProcessorSettings) -> tuple[int, int]:
-    """Height and width of every prepared picture."""
-    if settings.do_center_crop:
-        return settings.crop_size["height"], settings.crop_size["width"]
-    if settings.do_resize and "height" in settings.size:
-        return settings.size["height"], settings.size["width"]
-    raise UserError(
-        f"An image processor with do_center_crop false, do_resize {str(settings.do_resize).lower()} and size "
-        f"{settings.size} gives pictures of different sizes; the vision tower needs one. Set do_center_crop "
-        "to true, or size to a height and a width."
-    )
-
-
-def _value_table(settings: ImageProcessorSettings) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Tabulate what each level of each channel becomes: `(3, 256)` float32, rounded as CLIP does."""
-    levels = np.arange(256, dtype=np.float64)
-    values = (levels * settings.rescale_factor if settings.do_rescale else levels).astype(np.float32)
-    table = np.tile(values, (3, 1))
-    if settings.do_normalize:
-        mean, std = (np.array(v, dtype=np.float32)[:, None] for v in (settings.image_mean, settings.image_std))
-        table = (table - mean) / std
-    return table
+def _fitting(settings: ImageProcessorSettings, geometry: ImageGeometry) -> ImageProcessorSettings:
+    """Check that settings belong to a model's tower; with S2 bring them to the largest scale."""
+    height, width = settings.output_size
+    if (height, width) != (geometry.image_size, geometry.image_size):
+        raise UserError(
+            f"The image processor makes images of {height} x {width} pixels, but the vision tower takes "
+            f"{geometry.image_size} x {geometry.image_size}. Its preprocessor_config.json belongs to another tower."
+        )
+    largest = max((w * h for w, h in geometry.grid_pinpoints), default=0)
+    if largest > MAX_CANVAS_PIXELS:
+        raise UserError(
+            f"image_grid_pinpoints has a size of {largest:,} pixels; {MAX_CANVAS_PIXELS:,} are allowed. Give smaller "
+            "ones."
+        )
+    if not geometry.s2_scales:
+        return settings
+    return settings.resized_to(geometry.input_size)

@@ -9,7 +9,14 @@ from transformers import CLIPVisionConfig
 
 from llava_ft.constants import ORIGINAL_DEFAULTS
 from llava_ft.errors import UserError
-from llava_ft.models.config import SELECT_FEATURES, LlavaLlamaConfig, hidden_state_index, projector_depth
+from llava_ft.geometry import (
+    DEFAULT_GRIDS,
+    DEFAULT_S2_SCALES,
+    SELECT_FEATURES,
+    parse_grid_pinpoints,
+    parse_s2_scales,
+)
+from llava_ft.models.config import LlavaLlamaConfig, hidden_state_index, projector_depth
 from llava_ft.models.llava import LlavaLlamaForCausalLM
 
 logger = logging.getLogger(__name__)
@@ -98,6 +105,8 @@ def settle_config(
     fields["mm_vision_config"] = dict(vision) if vision else None
     fields["mm_hidden_size"] = vision["hidden_size"] if vision else None
     fields["use_mm_proj"] = vision is not None
+    if vision is not None:
+        _settle_resolution(fields, wishes, vision, where if was_llava else "")
     config = LlavaLlamaConfig(**fields)
     config.architectures = [LlavaLlamaForCausalLM.__name__]
     _check(config)
@@ -118,6 +127,38 @@ def build_skeleton(config: LlavaLlamaConfig, *, attn_implementation: str = "sdpa
     return model
 
 
+def _settle_resolution(
+    fields: dict[str, Any], wishes: Mapping[str, Any], vision: Mapping[str, Any], where: str
+) -> None:
+    """Settle what depends on the tower's size: the sizes of tiled pictures and the scales of S2.
+
+    Args:
+        fields: The configuration so far, which holds what the base says; changed in place.
+        wishes: Fields the user set.
+        vision: Architecture of the tower.
+        where: Directory of a LLaVA checkpoint, for messages; "" for another base.
+    """
+    side = vision["image_size"]
+    if str(fields["image_aspect_ratio"]).startswith("anyres"):
+        known = fields.get("image_grid_pinpoints")
+        wish = wishes.get("image_grid_pinpoints")
+        default = [(columns * side, rows * side) for columns, rows in DEFAULT_GRIDS]
+        pinpoints = parse_grid_pinpoints(wish or known or default, side)
+        if wish and known and pinpoints != parse_grid_pinpoints(known, side):
+            logger.warning("image_grid_pinpoints: %s instead of %s, which %s was trained with.", wish, known, where)
+        fields["image_grid_pinpoints"] = [list(size) for size in pinpoints]
+    known_scales = (fields.get("s2_scales") or DEFAULT_S2_SCALES) if fields.get("s2") else None
+    scales = wishes.get("s2_scales") or known_scales
+    fields["s2"] = scales is not None
+    fields["s2_scales"] = None
+    if scales is not None:
+        settled = parse_s2_scales(scales)
+        if known_scales is not None and settled != parse_s2_scales(known_scales):
+            logger.warning("s2_scales: %s instead of %s, which %s was trained with.", scales, known_scales, where)
+        fields["s2_scales"] = ",".join(map(str, settled))
+        fields["mm_hidden_size"] = vision["hidden_size"] * len(settled)
+
+
 def _check(config: LlavaLlamaConfig) -> None:
     if config.mm_vision_select_feature not in SELECT_FEATURES:
         raise UserError(
@@ -129,10 +170,11 @@ def _check(config: LlavaLlamaConfig) -> None:
     if vision is None:
         return
     hidden_state_index(config.mm_vision_select_layer, vision.num_hidden_layers)
-    if depth == 0 and vision.hidden_size != config.hidden_size:
+    _ = config.image_geometry  # raises what contradicts itself
+    if depth == 0 and config.mm_hidden_size != config.hidden_size:
         raise UserError(
-            f"mm_projector_type is identity, but the vision tower is {vision.hidden_size} wide and the language model "
-            f"{config.hidden_size}. Use linear or mlp2x_gelu."
+            f"mm_projector_type is identity, but the vision tower is {config.mm_hidden_size} wide and the language "
+            f"model {config.hidden_size}. Use linear or mlp2x_gelu."
         )
 
 

@@ -10,8 +10,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from llava_ft.constants import PROJECTOR_TYPE_PATTERN
 from llava_ft.errors import UserError
-
-SELECT_FEATURES = ("patch", "cls_patch")
+from llava_ft.geometry import DEFAULT_S2_SCALES, ImageGeometry, parse_grid_pinpoints, parse_s2_scales
 
 
 class LlavaLlamaConfig(LlamaConfig):
@@ -25,6 +24,11 @@ class LlavaLlamaConfig(LlamaConfig):
         mm_projector_type: `linear`, `mlpNx_gelu` or `identity`.
         mm_vision_select_layer: Which hidden state is taken; 0 is the embedding, -1 the last layer's output.
         mm_vision_select_feature: `patch` drops the class token, `cls_patch` keeps it.
+        mm_patch_merge_type: How the features of a tiled image are laid out; `spatial_unpad` has `image_newline`.
+        image_aspect_ratio: How an image is brought into the tower's shape.
+        image_grid_pinpoints: With anyres: widths and heights that a tiled picture may take, in pixels.
+        s2: Whether the tower sees each image at several scales (S2).
+        s2_scales: Sides in pixels of these scales, with commas between them.
         conversation_template: Template the model was trained with. Original LLaVA ignores it.
     """
 
@@ -40,6 +44,9 @@ class LlavaLlamaConfig(LlamaConfig):
     mm_use_im_start_end: bool = False
     mm_use_im_patch_token: bool = False
     image_aspect_ratio: str = "square"
+    image_grid_pinpoints: list[list[int]] | None = None
+    s2: bool = False
+    s2_scales: str | None = None
     conversation_template: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,16 +65,39 @@ class LlavaLlamaConfig(LlamaConfig):
         return None if self.mm_vision_config is None else CLIPVisionConfig(**self.mm_vision_config)
 
     @property
-    def tokens_per_image(self) -> int:
-        """Number of tokens that one image takes; 0 for a text-only model."""
-        from llava_ft.geometry import num_image_tokens
+    def image_geometry(self) -> ImageGeometry | None:
+        """How an image becomes tiles and tokens; None for a text-only model.
 
+        Raises:
+            UserError: The settings contradict each other.
+        """
         vision = self.vision_config
         if vision is None:
-            return 0
+            return None
         assert isinstance(vision.image_size, int)
         assert isinstance(vision.patch_size, int)
-        return num_image_tokens(vision.image_size, vision.patch_size, self.mm_vision_select_feature)
+        is_tiled = self.image_aspect_ratio.startswith("anyres")
+        pinpoints = parse_grid_pinpoints(self.image_grid_pinpoints, vision.image_size) if is_tiled else ()
+        return ImageGeometry(
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            select_feature=self.mm_vision_select_feature,
+            aspect_ratio=self.image_aspect_ratio,
+            merge_type=self.mm_patch_merge_type,
+            grid_pinpoints=pinpoints,
+            s2_scales=parse_s2_scales(self.s2_scales or DEFAULT_S2_SCALES) if self.s2 else (),
+        )
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Most tokens that one image takes; 0 for a text-only model."""
+        geometry = self.image_geometry
+        return 0 if geometry is None else geometry.max_tokens
+
+    @property
+    def has_image_newline(self) -> bool:
+        """Whether the model has `image_newline`, the learnt vector behind each row of an unpadded picture."""
+        return self.mm_vision_config is not None and "unpad" in self.mm_patch_merge_type
 
 
 def projector_depth(projector_type: str) -> int:

@@ -6,9 +6,11 @@ and on disk: `model.vision_tower` and `model.mm_projector` beside `model.layers`
 What is notable: image placeholders are expanded by the data side, so the model does one masked scatter (`merge.py`);
 logits and loss are computed only where a label is supervised; a micro-batch without images does not run the tower.
 
-Shapes: B samples, T positions, D width, M images, N tokens per image, S supervised positions, V vocabulary.
+Shapes: B samples, T positions, D width, M images, K tiles (one an image, more with anyres), N features per tile,
+C width of the tower, S supervised positions, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -18,6 +20,8 @@ from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava_ft.constants import IGNORE_INDEX
+from llava_ft.geometry import ImageGeometry, SizeWH
+from llava_ft.models.anyres import merge_tiles
 from llava_ft.models.config import LlavaLlamaConfig
 from llava_ft.models.merge import image_positions, scatter_image_features
 from llava_ft.models.projector import build_projector
@@ -31,17 +35,25 @@ class LlavaMixin(_Base):
 
     config: LlavaLlamaConfig
 
+    runs_tower: bool = True
+    """Whether pixels are encoded here. False where `image_features` are handed in for every image of a run: a
+    micro-batch without images then leaves the tower alone too, which may not even be there."""
+
+    _geometry: ImageGeometry | None = None
+
     def _add_vision(self, config: LlavaLlamaConfig) -> None:
         """Add the tower and the projector that `config` describes; nothing for a text-only model."""
-        vision_config = config.vision_config
-        if vision_config is None:
+        vision_config, geometry = config.vision_config, config.image_geometry
+        if vision_config is None or geometry is None:
             return
-        self.model.vision_tower = CLIPVisionTower(
-            vision_config, config.mm_vision_select_layer, config.mm_vision_select_feature
+        tower = CLIPVisionTower(
+            vision_config, config.mm_vision_select_layer, config.mm_vision_select_feature, geometry.s2_scales
         )
-        self.model.mm_projector = build_projector(
-            config.mm_projector_type, vision_config.hidden_size, config.hidden_size
-        )
+        self._geometry = geometry
+        self.model.vision_tower = tower
+        self.model.mm_projector = build_projector(config.mm_projector_type, tower.width, config.hidden_size)
+        if config.has_image_newline:
+            self.model.image_newline = nn.Parameter(torch.empty(config.hidden_size))
 
     @property
     def _tower(self) -> CLIPVisionTower:
@@ -52,6 +64,11 @@ class LlavaMixin(_Base):
         return cast(nn.Module, self.model.mm_projector)
 
     @property
+    def _image_newline(self) -> nn.Parameter | None:
+        """The vector behind each row of an unpadded picture. Under ZeRO-3 asking for it gathers it on all ranks."""
+        return cast(nn.Parameter, self.model.image_newline) if self.config.has_image_newline else None
+
+    @property
     def has_vision(self) -> bool:
         """Whether the model has a vision tower."""
         return self.config.mm_vision_config is not None
@@ -60,58 +77,91 @@ class LlavaMixin(_Base):
         """Turn pixels into embeddings.
 
         Args:
-            pixel_values: `(M, 3, H, W)` normalised pixels.
+            pixel_values: `(K, 3, H, W)` normalised pixels.
 
         Returns:
-            `(M, N, D)` features in word-embedding space.
+            `(K, N, D)` features in word-embedding space.
         """
-        features_MNC = self._tower(pixel_values)
+        return self.project(self._tower(pixel_values))
+
+    def project(self, image_features: torch.Tensor) -> torch.Tensor:
+        """Turn features of the tower, `(K, N, C)`, into embeddings, `(K, N, D)`."""
         weight = next(self._projector.parameters(), None)
-        if weight is not None and not torch.is_autocast_enabled(features_MNC.device.type):
-            features_MNC = features_MNC.to(weight.dtype)
-        return self._projector(features_MNC)
+        if weight is not None and not torch.is_autocast_enabled(image_features.device.type):
+            image_features = image_features.to(weight.dtype)
+        return self._projector(image_features)
 
-    def embed_inputs(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
-        """Embed words and images.
-
-        Args:
-            input_ids: `(B, T)` int64, already expanded: each image token is one `IMAGE_TOKEN_INDEX`.
-            pixel_values: `(M, 3, H, W)` in reading order, or None without images.
+    def embed_inputs(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | Sequence[SizeWH] | None = None,
+        image_features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embed words and images; see `forward`.
 
         Returns:
             `(B, T, D)` embeddings.
 
         Raises:
-            ValueError: Image positions and image features differ in number.
+            ValueError: Image positions and image features differ in number, or anyres lacks the images' sizes.
         """
         mask_BT = image_positions(input_ids)
         embeds_BTD = self.get_input_embeddings()(input_ids.masked_fill(mask_BT, 0))
+        if image_features is not None and image_features.shape[0] > 0:
+            return scatter_image_features(embeds_BTD, self._lay_out(self.project(image_features), image_sizes), mask_BT)
         if pixel_values is not None and pixel_values.shape[0] > 0:
-            features_SD = self.encode_images(pixel_values).flatten(0, 1)
+            features_SD = self._lay_out(self.encode_images(pixel_values), image_sizes)
             return scatter_image_features(embeds_BTD, features_SD, mask_BT)
         if bool(mask_BT.any()):
-            raise ValueError("input_ids has image positions, but there are no pixel_values.")
+            raise ValueError("input_ids has image positions, but there are neither pixel_values nor image_features.")
         is_divided = self.has_vision and any(hasattr(p, "ds_id") for p in self._projector.parameters())
         if is_divided or (self.has_vision and self.training):
             return embeds_BTD + self._unused_vision_term(embeds_BTD.device, is_divided).to(embeds_BTD.dtype)
         return embeds_BTD
+
+    def _lay_out(self, features_KND: torch.Tensor, image_sizes: torch.Tensor | Sequence[SizeWH] | None) -> torch.Tensor:
+        """Put the features of all images in a row, `(S, D)`, each image's tiles laid out as the geometry says."""
+        geometry, newline_D = self._geometry, self._image_newline
+        assert geometry is not None
+        if not geometry.needs_image_sizes:
+            features_SD = features_KND.flatten(0, 1)
+            if newline_D is not None and newline_D.requires_grad:  # no rows to end, but it needs a gradient
+                features_SD = features_SD + 0.0 * newline_D.sum().to(features_SD.dtype)
+            return features_SD
+        if image_sizes is None:
+            raise ValueError("This model tiles images (anyres): image_sizes, their widths and heights, are needed.")
+        sizes = image_sizes.tolist() if isinstance(image_sizes, torch.Tensor) else image_sizes
+        sizes_wh = [(int(width), int(height)) for width, height in sizes]
+        num_tiles = [geometry.num_tiles(size_wh) for size_wh in sizes_wh]
+        if sum(num_tiles) != features_KND.shape[0]:
+            raise ValueError(
+                f"Images of {sizes_wh} pixels have {sum(num_tiles)} tiles, but there are {features_KND.shape[0]}. "
+                "pixel_values must hold the tiles of all images in the order of image_sizes."
+            )
+        images = zip(features_KND.split(num_tiles), sizes_wh, strict=True)
+        return torch.cat([merge_tiles(tiles, size_wh, geometry, newline_D) for tiles, size_wh in images])
 
     def _unused_vision_term(self, device: torch.device, is_divided: bool) -> torch.Tensor:
         """Zero that depends on every trainable vision parameter.
 
         A micro-batch without images would otherwise leave them without a gradient: data-parallel ranks would wait for
         each other, and the optimizer would skip their momentum. Where ZeRO-3 has divided the parameters, every rank
-        has to run the same modules, in evaluation too, so tower and projector run on one zero image.
+        has to run the same modules in the same order, in evaluation too, so they run on one zero image.
         """
-        tower_is_trained = any(parameter.requires_grad for parameter in self._tower.parameters())
-        if tower_is_trained or is_divided:
-            size = self._tower.image_size
-            return 0.0 * self.encode_images(torch.zeros(1, 3, size, size, device=device)).sum()
         term = torch.zeros((), device=device)
-        for parameter in self._projector.parameters():
-            if parameter.requires_grad:
-                term = term + 0.0 * parameter.sum()
-        return term
+        if self.runs_tower and (is_divided or any(p.requires_grad for p in self._tower.parameters())):
+            size = self._tower.input_size
+            term = 0.0 * self.encode_images(torch.zeros(1, 3, size, size, device=device)).sum()
+        elif is_divided:
+            assert self.config.mm_hidden_size is not None
+            term = 0.0 * self.project(torch.zeros(1, 1, self.config.mm_hidden_size, device=device)).sum()
+        else:
+            for parameter in self._projector.parameters():
+                if parameter.requires_grad:
+                    term = term + 0.0 * parameter.sum()
+        newline_D = self._image_newline
+        return term if newline_D is None else term + 0.0 * newline_D.sum()
 
     def forward(
         self,
@@ -123,6 +173,8 @@ class LlavaMixin(_Base):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | Sequence[SizeWH] | None = None,
+        image_features: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
@@ -138,16 +190,17 @@ class LlavaMixin(_Base):
             labels: `(B, T)` int64, `IGNORE_INDEX` where nothing is supervised. With labels the loss is returned and
                 no logits are: those of unsupervised positions are never computed.
             use_cache: Whether to return a cache.
-            pixel_values: `(M, 3, H, W)` normalised pixels of all images of the batch in reading order.
+            pixel_values: `(K, 3, H, W)` normalised pixels of the tiles of all images of the batch in reading order.
+            image_sizes: `(M, 2)`, width and height of each image in pixels; needed with anyres only.
+            image_features: `(K, N, C)` features of the tower for the same tiles, instead of `pixel_values`.
             logits_to_keep: Without labels: how many last positions get logits; 0 is all.
-            num_items_in_batch: Number by which the summed loss is divided; the supervised positions of this batch when
-                absent.
+            num_items_in_batch: Number by which the summed loss is divided; by default the supervised positions here.
             **kwargs: Passed to the language model.
         """
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("Either input_ids or inputs_embeds is needed.")
-            inputs_embeds = self.embed_inputs(input_ids, pixel_values)
+            inputs_embeds = self.embed_inputs(input_ids, pixel_values, image_sizes, image_features)
         outputs = self.model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -194,14 +247,16 @@ class LlavaMixin(_Base):
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | Sequence[SizeWH] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generate text; takes everything `transformers.GenerationMixin.generate` takes.
 
         Args:
             input_ids: `(B, T)` int64, already expanded, padded on the left if lengths differ.
-            pixel_values: `(M, 3, H, W)` pixels of all images in reading order, or None.
+            pixel_values: `(K, 3, H, W)` pixels of the tiles of all images in reading order, or None.
             attention_mask: `(B, T)`, true at real positions; all of them when absent.
+            image_sizes: `(M, 2)`, width and height of each image in pixels; needed with anyres only.
             **kwargs: Generation options.
 
         Returns:
@@ -211,7 +266,7 @@ class LlavaMixin(_Base):
             raise ValueError("generate needs input_ids.")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        embeds = self.embed_inputs(input_ids, pixel_values)
+        embeds = self.embed_inputs(input_ids, pixel_values, image_sizes)
         generate = super().generate  # pyright: ignore[reportAttributeAccessIssue] - its `self` is too narrow
         return generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
 
@@ -230,8 +285,8 @@ def parts(model: nn.Module) -> dict[str, str]:
     """Name the part of the model that each parameter belongs to.
 
     Returns:
-        Parameter name to one of "LoRA", "projector", "vision tower", "new token rows", "embeddings", "head" and
-        "language model".
+        Parameter name to one of "LoRA", "projector", "image newline", "vision tower", "new token rows", "embeddings",
+        "head" and "language model".
     """
     return {name: part_of(name) for name, _ in model.named_parameters()}
 
@@ -241,6 +296,7 @@ def part_of(name: str) -> str:
     markers = (
         ("lora_", "LoRA"),
         ("mm_projector", "projector"),
+        ("image_newline", "image newline"),
         ("vision_tower", "vision tower"),
         ("new_rows", "new token rows"),
         ("embed_tokens", "embeddings"),

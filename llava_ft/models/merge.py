@@ -42,7 +42,7 @@ def scatter_image_features(
     if num_positions != image_features.shape[0]:
         raise ValueError(
             f"{image_features.shape[0]} image features for {num_positions} image positions. input_ids must hold one "
-            f"{IMAGE_TOKEN_INDEX} for each image token, in the order of pixel_values."
+            f"{IMAGE_TOKEN_INDEX} for each image token, in the order of the images."
         )
     mask_BT1 = image_mask.unsqueeze(-1)
     return inputs_embeds.masked_scatter(mask_BT1, image_features.to(inputs_embeds.dtype))

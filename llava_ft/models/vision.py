@@ -10,6 +10,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava_ft.models.config import hidden_state_index
+from llava_ft.models.s2 import multiscale_features
 
 
 class _NamedVisionModel(nn.Module):
@@ -27,14 +28,19 @@ class CLIPVisionTower(nn.Module):
         config: Architecture of the encoder.
         select_layer: Hidden state to return; negative counts from the last one.
         select_feature: `patch` drops the class token, `cls_patch` keeps it.
+        s2_scales: Sides in pixels at which each image is seen (S2), the tower's own first; empty for that one alone.
     """
 
-    def __init__(self, config: CLIPVisionConfig, select_layer: int, select_feature: str):
+    def __init__(
+        self, config: CLIPVisionConfig, select_layer: int, select_feature: str, s2_scales: tuple[int, ...] = ()
+    ):
         super().__init__()
         self.num_layers_run = hidden_state_index(select_layer, config.num_hidden_layers)
         self.drop_class_token = select_feature == "patch"
         assert isinstance(config.image_size, int)
-        self.image_size = config.image_size
+        self.s2_scales = s2_scales
+        self.input_size = s2_scales[-1] if s2_scales else config.image_size
+        self.width = config.hidden_size * max(1, len(s2_scales))
         self.vision_tower = _NamedVisionModel(config)
 
     @property
@@ -47,15 +53,22 @@ class CLIPVisionTower(nn.Module):
         """Encode images.
 
         Args:
-            pixel_values: `(M, 3, H, W)` normalised pixels, H and W equal to the tower's image size.
+            pixel_values: `(M, 3, H, W)` normalised pixels, H and W equal to `input_size`.
 
         Returns:
-            `(M, N, C)` features in the tower's dtype: N tokens an image in reading order, width C.
+            `(M, N, C)` features in the tower's dtype: N tokens an image in reading order, width C; with S2 the
+            channels of all scales.
         """
-        encoder = self.vision_tower.vision_model
-        trained = any(parameter.requires_grad for parameter in encoder.parameters())
+        trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            hidden_MNC = encoder.pre_layrnorm(encoder.embeddings(pixel_values.to(self.dtype)))
-            for layer in encoder.encoder.layers[: self.num_layers_run]:
-                hidden_MNC = layer(hidden_MNC, None)
+            if self.s2_scales:
+                return multiscale_features(self._encode, pixel_values, self.s2_scales)
+            return self._encode(pixel_values)
+
+    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Encode pictures of the tower's own size."""
+        encoder = self.vision_tower.vision_model
+        hidden_MNC = encoder.pre_layrnorm(encoder.embeddings(pixel_values.to(self.dtype)))
+        for layer in encoder.encoder.layers[: self.num_layers_run]:
+            hidden_MNC = layer(hidden_MNC, None)
         return hidden_MNC[:, 1:] if self.drop_class_token else hidden_MNC
