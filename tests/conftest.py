@@ -11,6 +11,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 RECORDINGS = Path(__file__).parent / "golden"
+SEVERAL_RANKS = Path(__file__).parent / "distributed"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a file's tests in one process, and all that start ranks in the same one, which begins with them."""
+    for item in items:
+        starts_ranks = SEVERAL_RANKS in item.path.parents
+        item.add_marker(pytest.mark.xdist_group("distributed" if starts_ranks else str(item.path)))
+    items.sort(key=lambda item: SEVERAL_RANKS not in item.path.parents)
 
 
 @pytest.fixture(autouse=True)
