@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from llava_ft.checkpoint.directory import ModelDirectory, identify, resolve_model_path
 from llava_ft.checkpoint.load import Division, Ledger, WeightSource, load_weights
 from llava_ft.checkpoint.names import (
     CONFIG,
     EMBEDDINGS,
+    IMAGE_NEWLINE,
     PREPROCESSOR_CONFIG,
     clip_to_native_name,
     is_projector,
@@ -29,6 +31,7 @@ from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import build_skeleton, is_llava_config, settle_config, vision_fields
 from llava_ft.models.config import LlavaLlamaConfig
 from llava_ft.models.llava import LlavaLlamaForCausalLM
+from llava_ft.models.vision import CLIPVisionTower
 from llava_ft.tuning.quant import Quantization, check_quantized, quantize_linears
 
 logger = logging.getLogger(__name__)
@@ -43,6 +46,7 @@ class BaseModel:
         config: The settled configuration.
         sources: Where the weights lie, later ones winning.
         projector_is_new: Whether no file holds the projector, so that it starts from random weights.
+        newline_is_new: Whether the model has an `image_newline` that its base was not trained with and no file holds.
         vision_directory: The directory that describes how images are prepared; None for a text-only model.
         token_rows: File with embedding rows that projector pretraining trained for added tokens, if any.
     """
@@ -51,6 +55,7 @@ class BaseModel:
     config: LlavaLlamaConfig
     sources: tuple[WeightSource, ...]
     projector_is_new: bool
+    newline_is_new: bool
     vision_directory: Path | None
     token_rows: WeightFiles | None = None
 
@@ -103,8 +108,8 @@ def find_base(
         sources.append(WeightSource.of("vision tower", tower_files, clip_to_native_name))
     token_rows = None
     if projector_file is not None:
-        projector, token_rows = _open_projector(Path(projector_file), vision is not None)
-        sources = [_without_projector(source) for source in sources] + [projector]
+        projector, token_rows = _open_projector(Path(projector_file), config)
+        sources = [_only(source, lambda name: not is_projector(name)) for source in sources] + [projector]
     sources += extra_sources
     has_projector = any(is_projector(name) for source in sources for name in source.names.values())
     return BaseModel(
@@ -112,6 +117,7 @@ def find_base(
         config=config,
         sources=tuple(sources),
         projector_is_new=vision is not None and not has_projector,
+        newline_is_new=config.has_image_newline and not _has_newline(directory, sources),
         vision_directory=_image_settings_directory(directory, tower_directory) if vision is not None else None,
         token_rows=token_rows,
     )
@@ -126,6 +132,7 @@ def load_base(
     attn_implementation: str = "sdpa",
     quantization: Quantization | None = None,
     division: Division | None = None,
+    with_tower: bool = True,
 ) -> tuple[LlavaLlamaForCausalLM, Ledger]:
     """Build the model and read its weights.
 
@@ -138,6 +145,7 @@ def load_base(
         quantization: How the language model's linear layers are held; 16 bits when absent. `dtype_of` then says in
             which dtype their products are computed.
         division: Divides the parameters among the ranks (ZeRO-3); see `load_weights`.
+        with_tower: Whether the vision tower is loaded; without it the model takes `image_features` alone.
 
     Returns:
         The model, all of it frozen, and the ledger of what came from where.
@@ -148,13 +156,18 @@ def load_base(
     config = base.config
     config.vocab_size += num_new_rows
     model = build_skeleton(config, attn_implementation=attn_implementation)
+    sources = base.sources
+    if not with_tower and model.has_vision:
+        model.runs_tower = False
+        del model.model.vision_tower
+        sources = tuple(_only(source, lambda name: not is_vision(name)) for source in sources)
     if quantization is not None:
         quantize_linears(model, quantization, dtype_of)
     ledger = load_weights(
         model,
-        base.sources,
+        sources,
         dtype_of=dtype_of,
-        new_modules=("model.mm_projector",) if base.projector_is_new else (),
+        new_modules=[*(["model.mm_projector"] * base.projector_is_new), *([IMAGE_NEWLINE] * base.newline_is_new)],
         num_new_rows=num_new_rows,
         device=device,
         division=division,
@@ -165,6 +178,22 @@ def load_base(
         with division.whole(weight) if division is not None else nullcontext():
             _load_token_rows(weight, base.token_rows, num_new_rows)
     return model, ledger
+
+
+def load_tower(base: BaseModel, *, dtype: torch.dtype, device: torch.device | str) -> CLIPVisionTower:
+    """Load the vision tower alone, frozen.
+
+    Raises:
+        CheckpointError: A weight is missing, damaged or of another shape.
+    """
+    tower = build_skeleton(base.config).model.vision_tower
+    assert isinstance(tower, CLIPVisionTower)
+    alone: Any = nn.Module()  # the tower under the names that it has in a model
+    alone.config = LlavaLlamaConfig(tie_word_embeddings=False)
+    alone.model = nn.Module()
+    alone.model.vision_tower = tower
+    load_weights(alone, [_only(source, is_vision) for source in base.sources], dtype_of=lambda _: dtype, device=device)
+    return tower.to(device).eval()
 
 
 def _find_vision(
@@ -193,10 +222,16 @@ def _find_vision(
     return vision, tower
 
 
-def _open_projector(path: Path, has_vision: bool) -> tuple[WeightSource, WeightFiles | None]:
+def _has_newline(directory: ModelDirectory, sources: Sequence[WeightSource]) -> bool:
+    """Whether `image_newline` is in a file, or ought to be because the base was trained with it."""
+    was_trained_with = "unpad" in (directory.config.get("mm_patch_merge_type") or "")
+    return was_trained_with or any(IMAGE_NEWLINE in source.names.values() for source in sources)
+
+
+def _open_projector(path: Path, config: LlavaLlamaConfig) -> tuple[WeightSource, WeightFiles | None]:
     if not path.is_file():
         raise CheckpointError(f"The projector file {path} does not exist.")
-    if not has_vision:
+    if config.mm_vision_config is None:
         raise CheckpointError(f"The projector file {path} is of no use to a text-only model. Add --vision_tower.")
     files = WeightFiles.open(path)
     names = {key: native_name(key) for key in files.tensors}
@@ -206,12 +241,17 @@ def _open_projector(path: Path, has_vision: bool) -> tuple[WeightSource, WeightF
             f"{path} holds no projector: none of its {len(names)} tensors is named mm_projector. "
             f"The first are {', '.join(list(names)[:3])}."
         )
+    for key, name in names.items():
+        if name == IMAGE_NEWLINE and config.has_image_newline:
+            projector[key] = name
+        elif name == IMAGE_NEWLINE:
+            logger.info("%s of %s is not used with mm_patch_merge_type=%s.", name, path, config.mm_patch_merge_type)
     has_rows = EMBEDDINGS in names.values()
     return WeightSource("projector", files, projector, must_fit=True), files if has_rows else None
 
 
-def _without_projector(source: WeightSource) -> WeightSource:
-    names = {key: name for key, name in source.names.items() if not is_projector(name)}
+def _only(source: WeightSource, is_wanted: Callable[[str], bool]) -> WeightSource:
+    names = {key: name for key, name in source.names.items() if is_wanted(name)}
     return WeightSource(source.label, source.files, names, source.must_fit)
 
 

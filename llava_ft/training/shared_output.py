@@ -30,15 +30,8 @@ def check_shared_output(training: TrainingArguments) -> None:
     if training.world_size == 1:
         return
     directory = Path(training.output_dir or ".")
-    mark = directory / f".seen-by-all-{_from_first_rank(secrets.token_hex(8))}"
-    if training.process_index == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        mark.touch()
-    torch.distributed.barrier()
-    blind = [rank for rank, sees in enumerate(_from_all_ranks(mark.exists())) if not sees]
+    blind = blind_ranks(directory, training)
     machines = len(set(_from_all_ranks(training.process_index - training.local_process_index)))
-    if training.process_index == 0:
-        mark.unlink(missing_ok=True)
     if blind and not training.save_on_each_node:
         raise UserError(
             f"output_dir={directory} on the machine of rank 0 is another folder than on that of {_named(blind)}. "
@@ -50,6 +43,26 @@ def check_shared_output(training: TrainingArguments) -> None:
             f"save_on_each_node=True, but all {machines} machines share output_dir={directory} and would write over "
             "one another. Leave out save_on_each_node, or give a folder that each machine has for itself."
         )
+
+
+def blind_ranks(directory: Path, training: TrainingArguments) -> list[int]:
+    """Return the ranks for which a path leads to another folder than for the first rank. All ranks call this together.
+
+    Args:
+        directory: The path; the first rank makes the folder.
+        training: Arguments of the run; its process group exists if there are several ranks.
+    """
+    if training.world_size == 1:
+        return []
+    mark = directory / f".seen-by-all-{from_first_rank(secrets.token_hex(8), training.world_size)}"
+    if training.process_index == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    torch.distributed.barrier()
+    blind = [rank for rank, sees in enumerate(_from_all_ranks(mark.exists())) if not sees]
+    if training.process_index == 0:
+        mark.unlink(missing_ok=True)
+    return blind
 
 
 def check_same_checkpoint(checkpoint: Path | None, world_size: int) -> None:
@@ -76,9 +89,11 @@ def check_same_checkpoint(checkpoint: Path | None, world_size: int) -> None:
         )
 
 
-def _from_first_rank(text: str) -> str:
+def from_first_rank(text: str, world_size: int) -> str:
+    """Return what the first rank calls this with. All ranks call it together."""
     box = [text]
-    torch.distributed.broadcast_object_list(box, src=0)
+    if world_size > 1:
+        torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
 
 
