@@ -1,12 +1,16 @@
-"""From the items of a data set to one padded batch."""
+"""From the items of a data set to one batch: padded, packed, or joined without padding."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from llava_ft.constants import IGNORE_INDEX
-from llava_ft.errors import BadSampleError
+
+Item = Mapping[str, Any]
+
+IMAGE_KEYS: Final = ("pixel_values", "image_features", "image_sizes")
+"""Entries of an item that have one entry per tile or image, and are put one after the other in reading order."""
 
 
 class PaddingCollator:
@@ -20,7 +24,7 @@ class PaddingCollator:
     def __init__(self, pad_token_id: int):
         self.pad_token_id = pad_token_id
 
-    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         """Put items of `ConversationDataset` together.
 
         Args:
@@ -29,23 +33,105 @@ class PaddingCollator:
         Returns:
             `input_ids` `(B, T)` int64, already expanded: each image position holds `IMAGE_TOKEN_INDEX`;
             `labels` `(B, T)` int64, `IGNORE_INDEX` where nothing is learnt; `attention_mask` `(B, T)`
-            bool, False for padding; `pixel_values` `(M, 3, H, W)` float32, the images of all items in
-            reading order, absent when M is 0; `sample_indices`, the record of each row; `bad_samples`,
-            one error for each row that has no labels because of it.
+            bool, False for padding; what `collect` gives.
         """
-        pixel_values = [item["pixel_values"] for item in items if "pixel_values" in item]
         lengths = torch.tensor([len(item["input_ids"]) for item in items])
-        bad_samples: list[BadSampleError] = [item["bad_sample"] for item in items if "bad_sample" in item]
-        batch: dict[str, Any] = {
+        return {
             "input_ids": _pad([item["input_ids"] for item in items], self.pad_token_id),
             "labels": _pad([item["labels"] for item in items], IGNORE_INDEX),
             "attention_mask": torch.arange(int(lengths.max()))[None, :] < lengths[:, None],
-            "sample_indices": [int(item["index"]) for item in items],
-            "bad_samples": bad_samples,
+            **collect(items),
         }
-        if pixel_values:
-            batch["pixel_values"] = torch.cat(pixel_values)
-        return batch
+
+
+class PackedCollator:
+    """Writes the samples of each row one after the other; attention and positions stay separate.
+
+    What keeps the samples apart is `position_ids`, which restart at 0 with each sample, and the absence of an attention
+    mask: the language model then attends within a sample only. The first position of a sample has no label, because
+    what stands before it belongs to another one.
+
+    Args:
+        pad_token_id: Vocabulary entry in what is left over of a row, which is kept apart as a sample of its own.
+        row_length: Positions to which each row is filled up, the same on every rank; None leaves rows as long as they
+            are, which needs `flatten`.
+        flatten: Join the rows of a batch to one. FlashAttention keeps samples apart only in a batch of one row; for
+            eager and sdpa attention shorter rows cost less.
+
+    Raises:
+        ValueError: Neither `row_length` nor `flatten` is given.
+    """
+
+    def __init__(self, pad_token_id: int, *, row_length: int | None = None, flatten: bool = False):
+        if row_length is None and not flatten:
+            raise ValueError("Rows of different lengths do not fit into one tensor. Give a row_length or flatten.")
+        self.row_length = row_length
+        self.flatten = flatten
+        self._pad_samples = PaddingCollator(pad_token_id)
+
+    def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
+        """Put rows of a `RowDataset` together; plain samples, as validation data has them, are padded instead.
+
+        Args:
+            items: At least one row.
+
+        Returns:
+            `input_ids`, `labels` and `position_ids`, `(B, T)` int64 or, flattened, `(1, sum of T)`; what `collect`
+            gives for the samples of all rows.
+        """
+        if "samples" not in items[0]:
+            return self._pad_samples(items)
+        rows: list[Sequence[Item]] = [item["samples"] for item in items]
+        input_ids, labels, position_ids = zip(*map(self._row, rows), strict=True)
+        return {
+            "input_ids": self._join(input_ids),
+            "labels": self._join(labels),
+            "position_ids": self._join(position_ids),
+            **collect([sample for row in rows for sample in row]),
+        }
+
+    def _join(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(list(rows))[None] if self.flatten else torch.stack(list(rows))
+
+    def _row(self, samples: Sequence[Item]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Give the ids, labels and positions of one row, each `(T,)`."""
+        lengths = [len(sample["input_ids"]) for sample in samples]
+        used = sum(lengths)
+        size = used if self.row_length is None else self.row_length
+        if used > size:
+            raise ValueError(f"The samples of a row have {used} tokens, but it has room for {size}.")
+        input_ids = torch.full((size,), self._pad_samples.pad_token_id)
+        labels = torch.full((size,), IGNORE_INDEX)
+        position_ids = torch.arange(size)
+        start = 0
+        for sample, length in zip(samples, lengths, strict=True):
+            input_ids[start : start + length] = sample["input_ids"]
+            labels[start + 1 : start + length] = sample["labels"][1:]
+            start += length
+            position_ids[start:] -= length
+        return input_ids, labels, position_ids
+
+
+def collect(samples: Sequence[Item]) -> dict[str, Any]:
+    """Gather what a batch has beside its tokens.
+
+    Args:
+        samples: Items of `ConversationDataset`, in reading order.
+
+    Returns:
+        `pixel_values` `(num_tiles, 3, H, W)` uint8 or float32, or `image_features` `(num_tiles, N, C)` instead, and
+        `image_sizes` `(M, 2)` int64 (width, height): of all samples in reading order, each absent when no sample has
+        it. `sample_indices`, the record of each sample; `num_tokens`, positions that hold one; `bad_samples`, one error
+        for each sample that has no labels because of it.
+    """
+    gathered: dict[str, Any] = {}
+    for key in IMAGE_KEYS:
+        if tensors := [sample[key] for sample in samples if key in sample]:
+            gathered[key] = torch.cat(tensors)
+    gathered["sample_indices"] = [int(sample["index"]) for sample in samples]
+    gathered["num_tokens"] = sum(len(sample["input_ids"]) for sample in samples)
+    gathered["bad_samples"] = [sample["bad_sample"] for sample in samples if "bad_sample" in sample]
+    return gathered
 
 
 def _pad(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:

@@ -135,6 +135,23 @@ def mixed_steps(orders: Sequence[Sequence[int]], step_size: int, generator: torc
     return shuffled + sorted(leftover)
 
 
+def steps_per_epoch(
+    num_samples: int, batch_size: int, world_size: int, accumulation: int = 1, *, drop_last: bool = False
+) -> int:
+    """Count the optimizer steps of an epoch.
+
+    Args:
+        num_samples: Samples, or rows of packed ones.
+        batch_size: Samples of one rank in one micro-batch.
+        world_size: Number of ranks.
+        accumulation: Micro-batches of one step; the last step of an epoch may have fewer.
+        drop_last: Whether micro-batches that not every rank can fill are left out.
+    """
+    per_round = batch_size * world_size
+    micro_batches = num_samples // per_round if drop_last else -(-num_samples // per_round)
+    return max(1, -(-micro_batches // accumulation))
+
+
 def _permutation(size: int, generator: torch.Generator | None) -> list[int]:
     return [int(position) for position in torch.randperm(size, generator=generator).numpy()]
 

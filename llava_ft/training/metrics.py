@@ -7,6 +7,9 @@ import torch
 
 from llava_ft.constants import IGNORE_INDEX
 
+_ONE_PER_IMAGE = ("image_sizes", "pixel_values", "image_features")
+"""Where a batch shows how many images it has; without tiles the last two have one entry for each, too."""
+
 
 class Throughput:
     """Counts samples, tokens, supervised tokens and images between two log entries.
@@ -16,19 +19,25 @@ class Throughput:
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
-        self._tokens: torch.Tensor | int = 0
         self._supervised: torch.Tensor | int = 0
+        self._tokens = 0
         self._positions = 0
         self._images = 0
         self._samples = 0
 
-    def add(self, batch: dict[str, Any]) -> None:
-        """Count a batch as the collator makes it."""
-        self._tokens = self._tokens + batch["attention_mask"].sum()
+    def add(self, batch: dict[str, Any], *, num_samples: int, num_tokens: int) -> None:
+        """Count a batch.
+
+        Args:
+            batch: What the model gets.
+            num_samples: Samples in it; a packed row has several.
+            num_tokens: Positions of it that hold a token of a sample.
+        """
         self._supervised = self._supervised + (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+        self._tokens += num_tokens
         self._positions += batch["input_ids"].numel()
-        self._samples += batch["input_ids"].shape[0]
-        self._images += len(batch.get("pixel_values", ()))
+        self._samples += num_samples
+        self._images += next((len(batch[key]) for key in _ONE_PER_IMAGE if key in batch), 0)
 
     def pop(self, device: torch.device, world_size: int) -> dict[str, float]:
         """Return rates over all ranks since the last call, and start anew.
@@ -39,7 +48,7 @@ class Throughput:
         """
         seconds = max(time.perf_counter() - self._start, 1e-9)
         counts = torch.tensor(
-            [float(self._tokens), float(self._supervised), self._positions, self._images, self._samples],
+            [self._tokens, float(self._supervised), self._positions, self._images, self._samples],
             dtype=torch.float64 if device.type != "mps" else torch.float32,
             device=device,
         )

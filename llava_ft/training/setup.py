@@ -21,10 +21,11 @@ from llava_ft.checkpoint.resume import check_checkpoint, newest_complete_checkpo
 from llava_ft.checkpoint.trained import quantization_in_training
 from llava_ft.constants import ORIGINAL_DEFAULTS
 from llava_ft.conversation import get_template
-from llava_ft.data.collator import PaddingCollator
-from llava_ft.data.dataset import BuiltDatasets, build_datasets
+from llava_ft.data.collator import PackedCollator, PaddingCollator
+from llava_ft.data.dataset import BuiltDatasets, ConversationDataset, build_datasets
 from llava_ft.data.images import ImageTransform
-from llava_ft.data.sampler import EpochSampler
+from llava_ft.data.packing import PackedDataset, RowDataset, one_each
+from llava_ft.data.sampler import EpochSampler, steps_per_epoch
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.errors import UserError
@@ -242,8 +243,11 @@ def _build_trainer(
 ) -> tuple[LlavaTrainer, StopOnSignal]:
     training = args.training
     strategy = "modality_length" if args.flags.group_by_modality_length else _strategy(args)
+    pad = tokenizer.pad_token_id
+    assert isinstance(pad, int)
+    train_dataset, collator = _arrange_rows(args, datasets.train, pad)
     sampler = EpochSampler(
-        datasets.train,
+        train_dataset,
         strategy=strategy,
         batch_size=training.per_device_train_batch_size,
         world_size=training.world_size * training.gradient_accumulation_steps,
@@ -252,8 +256,6 @@ def _build_trainer(
     if training.ddp_find_unused_parameters is None:
         training.ddp_find_unused_parameters = False  # every trained parameter gets a gradient from every batch
     stop = StopOnSignal()
-    pad = tokenizer.pad_token_id
-    assert isinstance(pad, int)
     trainer = LlavaTrainer(
         model=model,
         args=training,
@@ -263,9 +265,9 @@ def _build_trainer(
         loss_normalization=args.flags.loss_normalization,
         mm_projector_lr=args.flags.mm_projector_lr,
         bad_sample_limit=args.flags.bad_sample_limit,
-        train_dataset=datasets.train,
+        train_dataset=train_dataset,
         eval_dataset=datasets.validation,
-        data_collator=PaddingCollator(pad),
+        data_collator=collator,
         callbacks=[stop, SetSamplerEpoch(sampler)],
     )
     for default in (PrinterCallback, ProgressCallback):
@@ -274,6 +276,36 @@ def _build_trainer(
     trainer.add_callback(Progress() if shows_bar else LogLines())
     attach_reporters(trainer, args, lambda: artifacts.table)
     return trainer, stop
+
+
+def _arrange_rows(
+    args: ParsedArgs, samples: ConversationDataset, pad_token_id: int
+) -> tuple[ConversationDataset | RowDataset, PaddingCollator | PackedCollator]:
+    """Decide what a row of a batch is: one padded sample, several packed ones, or the batch's samples joined to one."""
+    training = args.training
+    if args.data.padding_free:
+        return RowDataset(samples, one_each(len(samples))), PackedCollator(pad_token_id, flatten=True)
+    if not args.data.packing:
+        return samples, PaddingCollator(pad_token_id)
+    max_length = args.flags.model_max_length
+    packed = PackedDataset(samples, max_length, training.data_seed if training.data_seed is not None else training.seed)
+    logger.info(
+        "Packing: %d samples in %d rows of %d tokens, %.1f%% of which hold a token; %d steps an epoch.",
+        len(samples),
+        len(packed),
+        max_length,
+        100 * packed.efficiency,
+        steps_per_epoch(
+            len(packed),
+            training.per_device_train_batch_size,
+            training.world_size,
+            training.gradient_accumulation_steps,
+            drop_last=training.dataloader_drop_last,
+        ),
+    )
+    # FlashAttention tells samples apart by position_ids in a batch of one row only.
+    flatten = args.attn_implementation == "flash_attention_2"
+    return packed, PackedCollator(pad_token_id, row_length=max_length, flatten=flatten)
 
 
 def _strategy(args: ParsedArgs) -> str:

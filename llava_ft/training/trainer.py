@@ -99,11 +99,12 @@ class LlavaTrainer(Trainer):
         inputs = dict(inputs)
         indices = inputs.pop("sample_indices", [])
         bad = inputs.pop("bad_samples", [])
+        num_tokens = inputs.pop("num_tokens", 0)
         if self._trained_model.training:
             self._records_in_step += indices
             self._num_samples_seen += len(indices)
             self._note_bad_samples(bad)
-            self._throughput.add(inputs)
+            self._throughput.add(inputs, num_samples=len(indices), num_tokens=num_tokens)
         return super()._prepare_inputs(inputs)
 
     def _note_bad_samples(self, bad: list[BadSampleError]) -> None:
