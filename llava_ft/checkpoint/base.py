@@ -111,12 +111,11 @@ def find_base(
         projector, token_rows = _open_projector(Path(projector_file), config)
         sources = [_only(source, lambda name: not is_projector(name)) for source in sources] + [projector]
     sources += extra_sources
-    has_projector = any(is_projector(name) for source in sources for name in source.names.values())
     return BaseModel(
         directory=directory,
         config=config,
         sources=tuple(sources),
-        projector_is_new=vision is not None and not has_projector,
+        projector_is_new=vision is not None and not any(map(is_projector, _names(sources))),
         newline_is_new=config.has_image_newline and not _has_newline(directory, sources),
         vision_directory=_image_settings_directory(directory, tower_directory) if vision is not None else None,
         token_rows=token_rows,
@@ -222,10 +221,13 @@ def _find_vision(
     return vision, tower
 
 
+def _names(sources: Sequence[WeightSource]) -> set[str]:
+    return {name for source in sources for name in source.names.values()}
+
+
 def _has_newline(directory: ModelDirectory, sources: Sequence[WeightSource]) -> bool:
     """Whether `image_newline` is in a file, or ought to be because the base was trained with it."""
-    was_trained_with = "unpad" in (directory.config.get("mm_patch_merge_type") or "")
-    return was_trained_with or any(IMAGE_NEWLINE in source.names.values() for source in sources)
+    return "unpad" in (directory.config.get("mm_patch_merge_type") or "") or IMAGE_NEWLINE in _names(sources)
 
 
 def _open_projector(path: Path, config: LlavaLlamaConfig) -> tuple[WeightSource, WeightFiles | None]:

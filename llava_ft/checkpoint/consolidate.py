@@ -21,6 +21,7 @@ from llava_ft.checkpoint.names import (
     CONFIG,
     EMBEDDINGS,
     HEAD,
+    IMAGE_NEWLINE,
     NEW_ROWS_SUFFIX,
     PEFT_PREFIX,
     RUN_CONFIG,
@@ -229,9 +230,7 @@ def _counted(shards: ZeroShards, names: list[str]) -> list[str]:
 def _is_small_part(name: str) -> bool:
     """Whether a parameter is trained in every run that keeps the language model frozen."""
     native = native_name(name)
-    return (
-        "lora_" in name or is_projector(native) or native == "model.image_newline" or native.endswith(NEW_ROWS_SUFFIX)
-    )
+    return "lora_" in name or is_projector(native) or native == IMAGE_NEWLINE or native.endswith(NEW_ROWS_SUFFIX)
 
 
 def _write_lora(

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from llava_ft.checkpoint.names import EMBEDDINGS, HEAD, is_derived
+from llava_ft.checkpoint.names import EMBEDDINGS, HEAD, IMAGE_NEWLINE, is_derived
 from llava_ft.checkpoint.weights import TensorInfo, WeightFiles
 from llava_ft.errors import CheckpointError
 from llava_ft.models.llava import LlavaLlamaForCausalLM, part_of
@@ -121,7 +121,8 @@ def load_weights(
         model: The model; its parameters are on the meta device.
         sources: Where the weights lie. A later source wins over an earlier one.
         dtype_of: The dtype in memory for a parameter name.
-        new_modules: Names of modules that start from their random initialisation when no source holds them.
+        new_modules: Names of modules, or of `image_newline`, that start from their random initialisation when no source
+            holds them.
         num_new_rows: Rows by which embeddings and head may be larger than on disk; they start from the mean of the
             other rows, as in LLaVA's `initialize_vision_tokenizer`.
         device: Where the parameters are put.
@@ -172,7 +173,7 @@ def plan_sources(
         sources: Where the weights lie; a later one wins.
         ledger: Gets what is unexpected and what is to be initialised.
         num_new_rows: Rows by which embeddings and head may be larger than on disk.
-        new_modules: Names of modules that no source need hold.
+        new_modules: Names of modules, or of `image_newline`, that no source need hold.
 
     Returns:
         For each parameter the position of its source and the name on disk.
@@ -198,7 +199,7 @@ def plan_sources(
             ledger.unexpected[f"{source.label} {source.files.path}"] = unexpected
     _check_shapes(parameters, sources, plan, num_new_rows)
     missing = [name for name in parameters if name not in plan]
-    ledger.initialised = [name for name in missing if any(name.startswith(f"{module}.") for module in new_modules)]
+    ledger.initialised = [name for name in missing if any(f"{name}.".startswith(f"{new}.") for new in new_modules)]
     undeclared = [name for name in missing if name not in ledger.initialised]
     if undeclared:
         places = ", ".join(f"{source.label} ({source.files.path})" for source in sources)
@@ -247,8 +248,8 @@ def _check_shapes(
 def _initialise(
     model: nn.Module, names: Sequence[str], dtype_of: Callable[[str], torch.dtype], device: torch.device | str
 ) -> None:
-    """Give parameters PyTorch's own initialisation, drawn in float32 on the CPU whatever the dtype and device."""
-    for module_name in dict.fromkeys(name.rpartition(".")[0] for name in names):
+    """Give parameters the original's initialisation, drawn in float32 on the CPU whatever the dtype and device."""
+    for module_name in dict.fromkeys(name.rpartition(".")[0] for name in names if name != IMAGE_NEWLINE):
         module = model.get_submodule(module_name)
         assert isinstance(module, nn.Linear)
         module.to_empty(device="cpu", recurse=False)
@@ -257,6 +258,10 @@ def _initialise(
         for leaf, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{leaf}"
             _assign(model, name, parameter.detach().to(device=device, dtype=dtype_of(name)))
+    if IMAGE_NEWLINE in names:
+        width = model.get_parameter(IMAGE_NEWLINE).shape[0]
+        value = torch.randn(width) / width**0.5
+        _assign(model, IMAGE_NEWLINE, value.to(device=device, dtype=dtype_of(IMAGE_NEWLINE)))
 
 
 def _assign(model: nn.Module, name: str, value: torch.Tensor) -> int:

@@ -27,6 +27,7 @@ RANKS: Final = "ranks.json"
 PEFT_PREFIX: Final = "base_model.model."
 VISION_PREFIX: Final = "model.vision_tower.vision_tower.vision_model."
 PROJECTOR_PREFIX: Final = "model.mm_projector."
+IMAGE_NEWLINE: Final = "model.image_newline"
 EMBEDDINGS: Final = "model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"
 NEW_ROWS_SUFFIX: Final = ".new_rows"
@@ -76,7 +77,7 @@ def is_projector(name: str) -> bool:
 
 def is_language_model(name: str) -> bool:
     """Whether a native name belongs to the language model: what an adapter is trained on."""
-    return not (is_vision(name) or is_projector(name) or name == "model.image_newline")
+    return not (is_vision(name) or is_projector(name) or name == IMAGE_NEWLINE)
 
 
 def adapter_name(name: str) -> str:

@@ -189,6 +189,10 @@ def settle_model_config(settings: RunSettings, shapes: Shapes, base_config: Mapp
     for key, default in ORIGINAL_DEFAULTS.items():
         flag = settings.flags.get(key)
         fields[key] = flag if flag is not None else base_config.get(key, default)
+    for key in ("image_grid_pinpoints", "s2_scales"):
+        if settings.flags.get(key) is not None:
+            fields[key] = settings.flags[key]
+    fields["s2"] = bool(fields.get("s2") or settings.flags.get("s2_scales"))
     fields["mm_vision_tower"] = settings.flags.get("vision_tower") or base_config.get("mm_vision_tower")
     fields["use_mm_proj"] = fields["mm_vision_tower"] is not None
     if EMBEDDINGS in shapes:

@@ -215,7 +215,7 @@ def config_fields(config: LlavaLlamaConfig, dtype: torch.dtype) -> dict[str, Any
     fields = config.to_diff_dict()
     read_by_llava = [key for key in every if key.startswith(("mm_", "image_", "tokenizer_"))]
     for key in (*read_by_llava, "rope_theta", "rope_scaling", "tie_word_embeddings", "conversation_template"):
-        if key in every:
+        if key in every and not (key == "image_grid_pinpoints" and every[key] is None):
             fields[key] = every[key]
     fields["architectures"] = list(config.architectures or [])
     fields["model_type"] = config.model_type

@@ -11,11 +11,11 @@ from llava_ft.checkpoint.adapter import LoraAdapter
 from llava_ft.checkpoint.base import BaseModel, find_base
 from llava_ft.checkpoint.directory import ModelDirectory
 from llava_ft.checkpoint.load import WeightSource
-from llava_ft.checkpoint.names import ADAPTER_CONFIG, EMBEDDINGS, HEAD, NEW_ROWS_SUFFIX, RUN_CONFIG
+from llava_ft.checkpoint.names import ADAPTER_CONFIG, EMBEDDINGS, HEAD, IMAGE_NEWLINE, NEW_ROWS_SUFFIX, RUN_CONFIG
 from llava_ft.checkpoint.restore import plain_name
 from llava_ft.checkpoint.weights import WeightFiles, read_json
-from llava_ft.constants import ORIGINAL_DEFAULTS
 from llava_ft.errors import CheckpointError
+from llava_ft.models.builder import checkpoint_wishes
 from llava_ft.tuning.quant import Quantization
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def find_trained(
         if model_base is not None:
             logger.warning("%s is a whole model; the base %s is not used.", directory.path, model_base)
         return find_base(str(directory.path), vision_tower=vision_tower), None
-    wishes = _configuration_wishes(directory)
+    wishes = checkpoint_wishes(directory.config)
     tower = vision_tower or directory.config.get("mm_vision_tower")
     if directory.kind == "projector":
         if model_base is None:
@@ -50,6 +50,7 @@ def find_trained(
             )
         projector = str(directory.projector_file)
         base = find_base(model_base, vision_tower=tower, projector_file=projector, wishes=wishes)
+        _check_newline(directory, base)
         base.config.conversation_template = directory.config.get("conversation_template")
         return base, None
     if directory.kind != "lora":
@@ -60,6 +61,7 @@ def find_trained(
     lora = LoraAdapter.read(directory)
     beside = WeightSource("what was trained beside the adapter", lora.replaced, _replacements(lora.replaced))
     base = find_base(base_name, vision_tower=tower, wishes=wishes, extra_sources=[beside])
+    _check_newline(directory, base)
     base.config.conversation_template = directory.config.get("conversation_template")
     return base, lora
 
@@ -107,5 +109,11 @@ def _replacements(files: WeightFiles) -> dict[str, str]:
     return {key: name for key, name in names.items() if not name.endswith(NEW_ROWS_SUFFIX) and name not in rows}
 
 
-def _configuration_wishes(directory: ModelDirectory) -> dict[str, Any]:
-    return {key: directory.config.get(key) for key in ORIGINAL_DEFAULTS}
+def _check_newline(directory: ModelDirectory, base: BaseModel) -> None:
+    """Refuse a directory whose `image_newline` is nowhere: a random one would give wrong answers."""
+    if base.newline_is_new:
+        raise CheckpointError(
+            f"The configuration of {directory.path} says mm_patch_merge_type={base.config.mm_patch_merge_type}, which "
+            f"needs {IMAGE_NEWLINE}, but neither its files nor {base.directory.path} hold it. Use the directory of a "
+            "run that saved it; original LLaVA leaves it out of mm_projector.bin."
+        )

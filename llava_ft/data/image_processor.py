@@ -156,6 +156,14 @@ class PixelNormalizer:
         return torch.stack([values.reshape(shape) for values in channels], dim=-3)
 
 
+def normalize_batch(batch: dict[str, Any], normalizer: PixelNormalizer | None) -> dict[str, Any]:
+    """Normalise the bytes in a batch's `pixel_values`, if it has any."""
+    pixels = batch.get("pixel_values")
+    if normalizer is None or pixels is None or pixels.dtype != torch.uint8:
+        return batch
+    return {**batch, "pixel_values": normalizer(pixels)}
+
+
 class _Reader:
     """Reads single values of a preprocessor_config.json; a missing or null one is CLIP's default."""
 

@@ -8,7 +8,7 @@ by guessing (LLaVA fails on some heights).
 import io
 import os
 import stat
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Final
 
@@ -301,18 +301,15 @@ class ImageTransform:
             return -(-width * square[0] // side), -(-height * square[1] // side)
         return self._resized_size(width, height)
 
-    def blank(self, num_images: int, image_sizes: Sequence[SizeWH] = ()) -> torch.Tensor:
+    def blank(self, num_images: int, size_wh: SizeWH | None = None) -> torch.Tensor:
         """Give uint8 zeros in the shape of `pixels`: what stands for pictures that could not be read.
 
         Args:
             num_images: How many pictures.
-            image_sizes: With anyres their widths and heights.
+            size_wh: With anyres their width and height.
         """
-        num_tiles = num_images
-        if self.geometry is not None and self.geometry.needs_image_sizes:
-            assert len(image_sizes) == num_images
-            num_tiles = sum(map(self.geometry.num_tiles, image_sizes))
-        return torch.zeros(num_tiles, 3, *self.output_size, dtype=torch.uint8)
+        num_tiles = 1 if self.geometry is None else self.geometry.num_tiles(size_wh)
+        return torch.zeros(num_images * num_tiles, 3, *self.output_size, dtype=torch.uint8)
 
     @property
     def _overview_wh(self) -> SizeWH:

@@ -149,7 +149,7 @@ def load_model(
         result = _wrap(model, lora) if adapter == "beside" or quantization is not None else _add(model, lora)
     transform = None
     if base.vision_directory is not None:
-        transform = ImageTransform.from_pretrained(base.vision_directory, base.config.image_aspect_ratio)
+        transform = ImageTransform.from_pretrained(base.vision_directory, geometry=base.config.image_geometry)
     return LoadedModel(
         tokenizer=tokenizer,
         model=result.eval(),

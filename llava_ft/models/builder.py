@@ -7,7 +7,7 @@ from typing import Any
 from accelerate import init_empty_weights
 from transformers import CLIPVisionConfig
 
-from llava_ft.constants import ORIGINAL_DEFAULTS
+from llava_ft.constants import CHECKPOINT_FIELDS, ORIGINAL_DEFAULTS
 from llava_ft.errors import UserError
 from llava_ft.geometry import (
     DEFAULT_GRIDS,
@@ -59,6 +59,13 @@ def vision_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
         )
     full = CLIPVisionConfig(**{key: fields[key] for key in _VISION_FIELDS if key in fields})
     return {key: getattr(full, key) for key in _VISION_FIELDS}
+
+
+def checkpoint_wishes(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the `config.json` of something trained on a base asks of the whole model; see `settle_config`."""
+    wishes = {key: fields.get(key) for key in CHECKPOINT_FIELDS}
+    wishes["s2_scales"] = (fields.get("s2_scales") or DEFAULT_S2_SCALES) if fields.get("s2") else None
+    return wishes
 
 
 def settle_config(

@@ -10,7 +10,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from llava_ft.constants import PROJECTOR_TYPE_PATTERN
 from llava_ft.errors import UserError
-from llava_ft.geometry import DEFAULT_S2_SCALES, ImageGeometry, parse_grid_pinpoints, parse_s2_scales
+from llava_ft.geometry import DEFAULT_GRIDS, DEFAULT_S2_SCALES, ImageGeometry, parse_grid_pinpoints, parse_s2_scales
 
 
 class LlavaLlamaConfig(LlamaConfig):
@@ -77,7 +77,8 @@ class LlavaLlamaConfig(LlamaConfig):
         assert isinstance(vision.image_size, int)
         assert isinstance(vision.patch_size, int)
         is_tiled = self.image_aspect_ratio.startswith("anyres")
-        pinpoints = parse_grid_pinpoints(self.image_grid_pinpoints, vision.image_size) if is_tiled else ()
+        default = [(columns * vision.image_size, rows * vision.image_size) for columns, rows in DEFAULT_GRIDS]
+        pinpoints = parse_grid_pinpoints(self.image_grid_pinpoints or default, vision.image_size) if is_tiled else ()
         return ImageGeometry(
             image_size=vision.image_size,
             patch_size=vision.patch_size,

@@ -12,9 +12,9 @@ from torch import nn
 from llava_ft.args import ParsedArgs
 from llava_ft.checkpoint.names import ADAPTER_CONFIG, CONFIG, PROJECTOR_BIN, PROJECTOR_SAFETENSORS
 from llava_ft.checkpoint.weights import read_json
-from llava_ft.constants import ORIGINAL_DEFAULTS
+from llava_ft.constants import CHECKPOINT_FIELDS
 from llava_ft.errors import CheckpointError
-from llava_ft.models.builder import build_skeleton, is_llava_config, settle_config, vision_fields
+from llava_ft.models.builder import build_skeleton, checkpoint_wishes, is_llava_config, settle_config, vision_fields
 from llava_ft.models.config import LlavaLlamaConfig
 from llava_ft.models.llava import LlavaLlamaForCausalLM, part_of
 from llava_ft.planning.architectures import Architecture, find_architecture
@@ -23,7 +23,16 @@ from llava_ft.planning.request import PlanRequest
 from llava_ft.tuning.lora import add_lora
 from llava_ft.tuning.quant import is_quantized, quantize_linears
 
-PARTS: Final = ("embeddings", "language model", "head", "projector", "vision tower", "LoRA", "new token rows")
+PARTS: Final = (
+    "embeddings",
+    "language model",
+    "head",
+    "projector",
+    "image newline",
+    "vision tower",
+    "LoRA",
+    "new token rows",
+)
 """Parts of the model in the order of the report; see `part_of`."""
 
 
@@ -85,12 +94,10 @@ def find_planned_model(args: ParsedArgs) -> PlannedModel:
     """
     base = find_architecture(args.model.model_name_or_path, cache_dir=args.flags.cache_dir)
     _refuse_what_is_no_base(base)
-    wishes: dict[str, Any] = {key: getattr(args.model, key, None) for key in ORIGINAL_DEFAULTS}
-    wishes["image_aspect_ratio"] = args.data.image_aspect_ratio
     start = _starting_config(args.flags.lora_weight_path)
-    for key, wish in wishes.items():
-        if wish is None:
-            wishes[key] = start.get(key)
+    given: dict[str, Any] = {key: getattr(args.model, key, None) for key in CHECKPOINT_FIELDS}
+    given |= {key: getattr(args.data, key) for key in ("image_aspect_ratio", "image_grid_pinpoints")}
+    wishes = checkpoint_wishes(start) | {key: wish for key, wish in given.items() if wish is not None}
     tower_name = args.model.vision_tower or start.get("mm_vision_tower") or base.fields.get("mm_vision_tower")
     vision, tower = _vision(base, tower_name, args.model.vision_tower is not None, args.flags.cache_dir)
     config = settle_config(

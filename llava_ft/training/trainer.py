@@ -24,6 +24,7 @@ from llava_ft.checkpoint.optimizer import open_saved_optimizer
 from llava_ft.checkpoint.restore import PutValue, restore_trained
 from llava_ft.checkpoint.resume import RankLayout, read_ranks
 from llava_ft.checkpoint.save import move_files, publish_directory, write_json
+from llava_ft.data.image_processor import PixelNormalizer, normalize_batch
 from llava_ft.errors import BadSampleError, RunError
 from llava_ft.training.artifacts import RunArtifacts, forget_manifest
 from llava_ft.training.evaluation import sum_losses
@@ -55,6 +56,7 @@ class LlavaTrainer(Trainer):
             `micro_batch` averages the means of the micro-batches, as original LLaVA does.
         mm_projector_lr: Learning rate of the projector, if it has its own.
         bad_sample_limit: Share of the samples seen that may turn out unreadable before the run is ended.
+        pixel_normalizer: Turns the bytes of pictures into what the vision tower reads, on the device.
         **kwargs: For `transformers.Trainer`.
     """
 
@@ -67,6 +69,7 @@ class LlavaTrainer(Trainer):
         loss_normalization: Literal["tokens", "micro_batch"] = "tokens",
         mm_projector_lr: float | None = None,
         bad_sample_limit: float = 0.05,
+        pixel_normalizer: PixelNormalizer | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -76,6 +79,7 @@ class LlavaTrainer(Trainer):
         self._describe_record = describe_record
         self._mm_projector_lr = mm_projector_lr
         self._bad_sample_limit = bad_sample_limit
+        self._pixel_normalizer = pixel_normalizer
         self._throughput = Throughput()
         self._records_in_step: list[int] = []
         self._num_samples_seen = 0
@@ -105,7 +109,7 @@ class LlavaTrainer(Trainer):
             self._num_samples_seen += len(indices)
             self._note_bad_samples(bad)
             self._throughput.add(inputs, num_samples=len(indices), num_tokens=num_tokens)
-        return super()._prepare_inputs(inputs)
+        return normalize_batch(super()._prepare_inputs(inputs), self._pixel_normalizer)
 
     def _note_bad_samples(self, bad: list[BadSampleError]) -> None:
         for error in bad:

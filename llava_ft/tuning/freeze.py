@@ -6,9 +6,9 @@
 | LoRA (`lora_enable`) | LoRA weights, projector, input and output rows of added tokens |
 | full | language model, projector |
 
-`freeze_mm_mlp_adapter` takes the projector out, `freeze_backbone` the language model with its head. The vision tower is
-frozen. Trained parameters are float32, the master weights of a mixed-precision run; frozen ones are in the compute
-dtype.
+`image_newline`, where there is one, goes with the projector. `freeze_mm_mlp_adapter` takes both out, `freeze_backbone`
+the language model with its head. The vision tower is frozen. Trained parameters are float32, the master weights of a
+mixed-precision run; frozen ones are in the compute dtype.
 """
 
 import re
@@ -34,7 +34,7 @@ class TuningPlan:
 
     Attributes:
         method: Which of the three kinds of run it is.
-        train_projector: Whether the projector is trained.
+        train_projector: Whether the projector, and `image_newline` with it, is trained.
         train_language_model: Whether the language model's own weights are trained.
     """
 
@@ -74,7 +74,7 @@ class TuningPlan:
         part = part_of(name)
         if part in ("LoRA", "new token rows"):
             return True
-        if part == "projector":
+        if part in ("projector", "image newline"):
             return self.train_projector
         return part != "vision tower" and self.train_language_model
 
