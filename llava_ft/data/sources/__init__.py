@@ -1,6 +1,6 @@
-"""Where records come from. `open_source` is the one entry."""
+"""Where records come from. `open_source` opens one source, `open_mixture` several that are mixed."""
 
 from llava_ft.data.sources.base import RecordSource
-from llava_ft.data.sources.open import open_source
+from llava_ft.data.sources.open import is_mixture, open_source
 
-__all__ = ["RecordSource", "open_source"]
+__all__ = ["RecordSource", "is_mixture", "open_source"]

@@ -1,16 +1,158 @@
 """From what `--data_path` says to a source of records."""
 
+import glob
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from llava_ft.data.sources.base import RecordSource
+from llava_ft.data.sources.chain import ChainSource
 from llava_ft.data.sources.json_files import JsonSource
+from llava_ft.data.sources.tables import HubSource, SavedSource, ShardsSource, choose_split
+from llava_ft.data.sources.tar_shards import TarSource
+from llava_ft.errors import UserError
+
+_JSON: Final = (".json", ".jsonl", ".ndjson")
+_KINDS: Final = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".tar": "tar",
+    **dict.fromkeys(_JSON, "json"),
+}
+_COMPRESSED: Final = (".gz", ".tgz", ".zst", ".bz2", ".xz", ".zip", ".7z")
+_MIXTURE: Final = (".yaml", ".yml")
+_SHARD_NAME: Final = re.compile(r"(.+?)-\d{5}-of-\d{5}(-.*)?\.\w+")
+_RANGE: Final = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_HUB_NAME: Final = re.compile(
+    r"(?P<path>[\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?::(?P<config>[\w.-]+))??(?::(?P<split>[\w.-]+))?"
+)
+_MAX_SHARDS: Final = 100_000
 
 
-def open_source(path: str | Path, *, image_folder: str | None = None) -> RecordSource:
-    """Find out what kind of source a path is. Nothing is read yet.
+def is_mixture(path: str | Path) -> bool:
+    """Whether a path names a YAML file, which describes several sources."""
+    return Path(path).suffix.lower() in _MIXTURE
+
+
+def open_source(path: str | Path, *, split: str | None = None, image_folder: str | None = None) -> RecordSource:
+    """Find out what kind of source a path is. Records are not read yet.
 
     Args:
-        path: See `docs/data_format.md`.
+        path: See `docs/data_format.md`. A split may be part of it, as in `folder:validation`.
+        split: Split of a data set that has several.
         image_folder: Folder of the images that the records name by path; None means the run's.
+
+    Raises:
+        UserError: The path is of no known kind, or does not fit `split`.
     """
-    return JsonSource(path, image_folder)
+    name = str(path)
+    place = Path(path)
+    if place.is_dir():
+        return _open_folder(place, split, image_folder)
+    if place.exists():
+        return _open_files(name, [place], split, image_folder)
+    if files := _expand(name):
+        return _open_files(name, files, split, image_folder)
+    folder, colon, end = name.rpartition(":")
+    if colon and end and Path(folder).is_dir():
+        if split and split != end:
+            raise UserError(f"{name} names a split, and {split!r} is asked for. Give one of the two.")
+        return _open_folder(Path(folder), end, image_folder)
+    found = _HUB_NAME.fullmatch(name)
+    if found and place.suffix.lower() not in (*_KINDS, *_COMPRESSED, *_MIXTURE):
+        return HubSource(found["path"], found["config"], split or found["split"], image_folder)
+    raise UserError(f"Data file {name} does not exist. Check --data_path.")
+
+
+def looks_like_path(path: str) -> bool:
+    """Whether a text can only mean files, not the name of a data set on the hub."""
+    return bool(glob.has_magic(path) or _RANGE.search(path)) or Path(path).suffix.lower() in _KINDS
+
+
+def _open_files(name: str, files: Sequence[Path], split: str | None, image_folder: str | None) -> RecordSource:
+    """Open one file, or several of one kind."""
+    suffixes = {file.suffix.lower() for file in files}
+    kinds = {_KINDS.get(suffix, "json") for suffix in suffixes}
+    if compressed := suffixes & {*_COMPRESSED}:
+        raise UserError(
+            f"Data file {name} is compressed ({min(compressed)}), and records are read from anywhere in a file. "
+            "Unpack it first; images in tar shards are compressed as they are."
+        )
+    if suffixes & {*_MIXTURE}:
+        raise UserError(f"{name} is a mixture. A mixture cannot be part of another; write its sources there.")
+    if len(kinds) > 1:
+        raise UserError(f"{name} stands for files of several kinds ({', '.join(sorted(suffixes))}). Name one kind.")
+    if split:
+        raise UserError(f"{name} has no splits, but {split!r} is asked for. Leave it out.")
+    kind = kinds.pop()
+    if kind == "tar":
+        return TarSource(name, files, image_folder)
+    if kind != "json":
+        return ShardsSource(name, files, image_folder)
+    if len(files) == 1:
+        return JsonSource(files[0], image_folder)
+    return ChainSource(name, [JsonSource(file) for file in files], image_folder)
+
+
+def _open_folder(folder: Path, split: str | None, image_folder: str | None) -> RecordSource:
+    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return SavedSource(folder, split, image_folder)
+    files = _shards_in(folder) or _shards_in(folder / "data")
+    if not files:
+        raise UserError(
+            f"Data file {folder} is a folder. Give the .json or .jsonl file itself (--data_path). A folder has to hold "
+            ".parquet, .arrow or .tar files, or a data set that was saved with save_to_disk."
+        )
+    splits = {found[1] if (found := _SHARD_NAME.fullmatch(file.name)) else "" for file in files}
+    if (len(splits) > 1 and "" not in splits) or (split and splits != {""}):
+        wanted = split or choose_split(sorted(splits), str(folder))
+        if wanted not in splits:
+            raise UserError(f"Data set {folder} has no split {wanted!r}. There is: {', '.join(sorted(splits))}.")
+        files = [file for file in files if file.name.startswith(f"{wanted}-")]
+        split = None
+    return _open_files(str(folder), files, split, image_folder)
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    suffixes = [suffix for suffix, kind in _KINDS.items() if kind != "json"]
+    return sorted(file for file in folder.glob("*") if file.suffix in suffixes and not file.name.startswith("."))
+
+
+def _expand(name: str) -> list[Path]:
+    """Find the files that a pattern stands for, by name; none for a text without a pattern.
+
+    Raises:
+        UserError: The pattern is too wide, matches nothing, or names a file that is missing.
+    """
+    names = _expand_ranges(name)
+    if not any(map(glob.has_magic, names)):
+        if not _RANGE.search(name):
+            return []
+        missing = [each for each in names if not Path(each).is_file()]
+        if missing:
+            raise UserError(
+                f"{name} stands for {len(names)} files, and {len(missing)} of them do not exist; the first is "
+                f"{missing[0]}. Check the range."
+            )
+        return [Path(each) for each in names]
+    files = sorted({Path(found) for each in names for found in glob.glob(each, recursive=True)})
+    if not files:
+        raise UserError(f"{name} matches no file. Check --data_path.")
+    return files
+
+
+def _expand_ranges(name: str) -> list[str]:
+    found = _RANGE.search(name)
+    if not found:
+        return [name]
+    first, last = int(found[1]), int(found[2])
+    if first > last or last - first >= _MAX_SHARDS:
+        raise UserError(f"{name}: the range {found[0]} has to go upwards, over at most {_MAX_SHARDS} numbers.")
+    width = len(found[1])
+    starts = [f"{name[: found.start()]}{number:0{width}d}" for number in range(first, last + 1)]
+    ends = _expand_ranges(name[found.end() :])
+    if len(starts) * len(ends) > _MAX_SHARDS:
+        raise UserError(f"{name} stands for {len(starts) * len(ends)} files; at most {_MAX_SHARDS} can be read.")
+    return [start + end for start in starts for end in ends]

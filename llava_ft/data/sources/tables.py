@@ -1,0 +1,194 @@
+"""Records in tables: parquet and Arrow files, saved Hugging Face data sets, and data sets of the Hugging Face hub.
+
+All become a memory-mapped `datasets.Dataset`. Arrow files are mapped where they are; parquet files are converted once.
+"""
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import datasets  # pyright: ignore[reportMissingTypeStubs]
+from datasets.exceptions import DatasetsError  # pyright: ignore[reportMissingTypeStubs]
+
+from llava_ft.data.record_images import EmbeddedImage
+from llava_ft.data.sources.arrow_rows import binary_at, records_of
+from llava_ft.data.sources.base import RecordSource
+from llava_ft.errors import UserError
+
+_COLUMNS: Final = ("id", "image", "images", "conversations", "messages", "texts")
+_ROWS_AT_ONCE: Final = 64
+_PARQUET_BATCH: Final = 128
+"""Rows converted at once; a row group may hold thousands of images."""
+_DEFAULT_SPLIT: Final = "train"
+_IPC_FILE_MAGIC: Final = b"ARROW1"
+
+_Dataset: TypeAlias = "Any"
+"""A `datasets.Dataset`; its methods are not typed."""
+_hf: Any = datasets
+
+
+class TableSource(RecordSource):
+    """A data set of the `datasets` library."""
+
+    _dataset: Any = None
+
+    @abstractmethod
+    def _load(self, cache_dir: Path) -> _Dataset:
+        """Open the table, memory-mapped."""
+
+    def prepare(self, cache_dir: Path) -> None:
+        """Open the table, after converting it where that has to be."""
+        if self._dataset is not None:
+            return
+        dataset = self._opened(lambda: self._load(Path(cache_dir)))
+        if not len(dataset):
+            raise UserError(f"Data set {self.name} holds no record. It needs at least one.")
+        known = [name for name in dataset.column_names if name in _COLUMNS]
+        self._dataset = (dataset.select_columns(known) if known else dataset).with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self._prepared())
+
+    def read(self, start: int, stop: int) -> Iterator[object]:
+        """Decode a range of rows, without their images."""
+        dataset = self._prepared()
+        for first in range(start, stop, _ROWS_AT_ONCE):
+            yield from records_of(dataset[first : min(first + _ROWS_AT_ONCE, stop)])
+
+    def _stored_image(self, index: int, image: EmbeddedImage, name: str) -> bytes:
+        return binary_at(self._prepared()[index : index + 1], image.address)
+
+    def _prepared(self) -> _Dataset:
+        assert self._dataset is not None, "the source is not prepared"
+        return self._dataset
+
+    def _opened(self, load: Callable[[], _Dataset]) -> _Dataset:
+        try:
+            return load()
+        except UserError:
+            raise
+        # pyarrow's errors are ValueErrors and OSErrors.
+        except (OSError, ValueError, KeyError, TypeError, DatasetsError) as error:
+            cause = error.__cause__ or error
+            raise UserError(
+                f"Data set {self.name} cannot be read: {cause}. Check that its files are complete and of one schema, "
+                "and that there is room in the cache directory (--data_cache_dir)."
+            ) from error
+
+
+class ShardsSource(TableSource):
+    """Parquet or Arrow files, one after the other."""
+
+    def __init__(self, name: str, files: Sequence[Path], image_folder: str | None = None):
+        """Set up for files of one kind.
+
+        Args:
+            name: For messages.
+            files: All end in `.parquet`, or none does.
+            image_folder: As in `RecordSource`.
+        """
+        super().__init__(name, image_folder)
+        self.files = list(files)
+
+    def fingerprint(self) -> str:
+        """Give a hash of the names, sizes and times of the files."""
+        return fingerprint_files(self.files)
+
+    def _load(self, cache_dir: Path) -> _Dataset:
+        paths = [str(file) for file in self.files]
+        kind = "parquet" if self.files[0].suffix == ".parquet" else "arrow"
+        if kind == "arrow" and not any(_is_ipc_file(file) for file in self.files):
+            return _hf.concatenate_datasets([_hf.Dataset.from_file(path) for path in paths])
+        options = {"batch_size": _PARQUET_BATCH} if kind == "parquet" else {}
+        return _hf.load_dataset(kind, data_files=paths, split="train", cache_dir=str(cache_dir / "tables"), **options)
+
+
+class SavedSource(TableSource):
+    """A directory that `save_to_disk` wrote."""
+
+    def __init__(self, folder: Path, split: str | None = None, image_folder: str | None = None):
+        super().__init__(str(folder) + (f":{split}" if split else ""), image_folder)
+        self.folder = folder
+        self.split = split
+
+    def fingerprint(self) -> str:
+        """Give a hash of the names, sizes and times of the files of this split."""
+        folder = self._split_folder()
+        return fingerprint_files(sorted(file for file in folder.iterdir() if file.is_file()))
+
+    def _split_folder(self) -> Path:
+        if not (self.folder / "dataset_dict.json").is_file():
+            if self.split:
+                raise UserError(f"Data set {self.folder} has no splits, but {self.split!r} is asked for. Leave it out.")
+            return self.folder
+        splits = sorted(each.name for each in self.folder.iterdir() if (each / "dataset_info.json").is_file())
+        split = self.split or choose_split(splits, self.name)
+        if split not in splits:
+            raise UserError(f"Data set {self.folder} has no split {split!r}. There is: {', '.join(splits)}.")
+        return self.folder / split
+
+    def _load(self, cache_dir: Path) -> _Dataset:
+        return _hf.load_from_disk(str(self._split_folder()))
+
+
+class HubSource(TableSource):
+    """A data set of the Hugging Face hub, in the cache that all programs share."""
+
+    def __init__(self, path: str, config: str | None, split: str | None, image_folder: str | None = None):
+        super().__init__(":".join(filter(None, (path, config, split))), image_folder)
+        self.path = path
+        self.config = config
+        self.split = split or _DEFAULT_SPLIT
+
+    def fingerprint(self) -> str:
+        """Give a hash of the names, sizes and times of the files in the cache."""
+        self.prepare(Path())
+        files = [Path(file["filename"]) for file in self._prepared().cache_files]
+        return fingerprint_files(files)
+
+    def _load(self, cache_dir: Path) -> _Dataset:
+        try:
+            return _hf.load_dataset(self.path, self.config, split=self.split)
+        except (OSError, ValueError, DatasetsError) as error:
+            raise UserError(
+                f"Data set {self.path!r} is neither a file or folder here nor a data set that could be loaded from the "
+                f"Hugging Face hub: {error}. Check --data_path; without a connection the data set has to be in the "
+                "cache already, or be given as a folder."
+            ) from error
+
+
+def choose_split(splits: Sequence[str], name: str) -> str:
+    """Choose the split to be read when none is asked for: the only one, else `train`.
+
+    Raises:
+        UserError: There are several, and none is called `train`.
+    """
+    if len(splits) == 1:
+        return splits[0]
+    if _DEFAULT_SPLIT in splits:
+        return _DEFAULT_SPLIT
+    raise UserError(f"Data set {name} has the splits {', '.join(splits)}. Name one, as in {name}:{splits[0]}.")
+
+
+def fingerprint_files(files: Sequence[Path]) -> str:
+    """Give a hash of the names, sizes and times of files, whose content is too much to be read for it.
+
+    Raises:
+        UserError: One of them is not there.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        try:
+            status = file.stat()
+        except OSError as error:
+            raise UserError(f"Data file {file} cannot be read: {error.strerror}. Check --data_path.") from None
+        digest.update(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _is_ipc_file(file: Path) -> bool:
+    """Whether an Arrow file has the layout with a footer, which `datasets` does not map as it is."""
+    with file.open("rb") as opened:
+        return opened.read(len(_IPC_FILE_MAGIC)) == _IPC_FILE_MAGIC
