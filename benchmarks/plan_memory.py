@@ -121,8 +121,14 @@ CASES = {
 }
 
 
-def make_model(directory: Path, name: str) -> None:
-    """Write a LLaVA of random weights, its tower inside, with the tokenizer of data/tiny-llava."""
+def make_model(directory: Path, name: str, *, image_size: int = IMAGE_SIZE) -> None:
+    """Write a LLaVA of random weights, its tower inside, with the tokenizer of data/tiny-llava.
+
+    Args:
+        directory: Where it is written.
+        name: Its sizes, one of MODELS.
+        image_size: Pixels of a side of the images that the tower takes.
+    """
     import shutil
 
     import torch
@@ -148,7 +154,7 @@ def make_model(directory: Path, name: str) -> None:
         "intermediate_size": 4 * sizes["vision"],
         "num_hidden_layers": sizes["vision_layers"],
         "num_attention_heads": 4,
-        "image_size": IMAGE_SIZE,
+        "image_size": image_size,
         "patch_size": PATCH_SIZE,
     }
     wishes = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "image_aspect_ratio": "pad"}
@@ -161,7 +167,7 @@ def make_model(directory: Path, name: str) -> None:
     writer.finish()
     write_json(directory / "config.json", config_fields(config, torch.float32))
     settings = json.loads((TINY / "preprocessor_config.json").read_text())
-    settings |= {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
+    settings |= {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
     write_json(directory / "preprocessor_config.json", settings)
     for file in TINY.glob("tokenizer*"):
         shutil.copyfile(file, directory / file.name)

@@ -5,8 +5,10 @@ import time
 
 import numpy as np
 import pytest
+from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import BatchSampler
 
 from llava_ft.data.packing import PackedDataset, RowDataset, Rows, one_each, pack
 from llava_ft.data.sampler import EpochSampler, steps_per_epoch
@@ -81,12 +83,13 @@ class TestLaws:
         dataset = PackedDataset(Samples(lengths), room, seed)
         size = {"batch_size": batch, "world_size": ranks * accumulation}
         order = epoch_order(dataset, strategy, epoch, seed, **size)
-        dealt = [order[i : i + batch] for i in range(0, len(order), batch)]
-        by_rank = [dealt[rank::ranks] for rank in range(ranks)]
-        visited = [sample for batches in by_rank for rows in batches for row in rows for sample in dataset.rows[row]]
+        by_rank = [list(BatchSamplerShard(BatchSampler(order, batch, False), ranks, rank)) for rank in range(ranks)]
+        dealt = [row for step in zip(*by_rank, strict=True) for rows in step for row in rows]
+        visited = [sample for row in dealt[: len(order)] for sample in dataset.rows[row]]
         assert sorted(visited) == list(range(len(lengths)))
+        assert {len(rows) * room for batches in by_rank for rows in batches} <= {batch * room}  # equal on every rank
         steps = steps_per_epoch(len(dataset), batch, ranks, accumulation)
-        assert steps == max(1, -(-max(map(len, by_rank)) // accumulation))
+        assert steps == max(1, -(-len(by_rank[0]) // accumulation))
         done = data.draw(st.integers(0, len(order)))
         assert order[done:] == epoch_order(PackedDataset(Samples(lengths), room, seed), strategy, epoch, seed)[done:]
 

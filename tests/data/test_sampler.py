@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import BatchSampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from llava_ft.data.sampler import (
@@ -17,6 +19,7 @@ from llava_ft.data.sampler import (
     mixed_steps,
     modality_order,
     sorted_order,
+    steps_per_epoch,
 )
 from llava_ft.errors import UserError
 
@@ -108,6 +111,33 @@ class TestLaws:
         assert len(sampler) == len(lengths)
         torch.rand(3)
         assert list(sampler) == order
+
+    @given(
+        LENGTHS,
+        STEP,
+        st.integers(1, 5),
+        st.integers(1, 4),
+        st.sampled_from(STRATEGIES),
+        st.integers(0, 20),
+        st.data(),
+    )
+    def test_ranks_share_an_epoch_and_resume_anywhere(self, lengths, batch, ranks, accumulation, strategy, epoch, data):
+        """Whatever the ranks, together they visit each sample once; what is skipped is what had been visited."""
+
+        def loader_of(rank):
+            sampler = EpochSampler(Lengths(lengths), strategy=strategy, batch_size=batch, world_size=ranks)
+            sampler.set_epoch(epoch)
+            batches = BatchSampler(sampler, batch, drop_last=False)
+            return list(BatchSamplerShard(batches, ranks, rank, even_batches=True))
+
+        by_rank = [loader_of(rank) for rank in range(ranks)]
+        assert len({len(batches) for batches in by_rank}) == 1
+        dealt = [position for step in zip(*by_rank, strict=True) for positions in step for position in positions]
+        assert set(dealt) == set(range(len(lengths)))
+        assert len(set(dealt[: len(lengths)])) == len(lengths)
+        assert steps_per_epoch(len(lengths), batch, ranks, accumulation) == max(1, -(-len(by_rank[0]) // accumulation))
+        done = data.draw(st.integers(0, len(by_rank[0])))
+        assert [loader_of(rank)[done:] for rank in range(ranks)] == [batches[done:] for batches in by_rank]
 
     @given(LENGTHS, STEP, STEP, st.integers(0, 100))
     def test_whole_steps_hold_one_modality(self, lengths, batch, world, seed):
