@@ -493,6 +493,7 @@ REFUSED_FLAGS = [
     (["--packing", "--padding_free"], r"packing and padding_free exclude each other"),
     (["--packing", "--group_by_modality_length"], r"packing and group_by_modality_length exclude.*--no_group_by"),
     (["--packing", "--train_sampling_strategy", "group_by_length"], r"packing and train_sampling_strategy=group_by"),
+    (["--packing", "--train_sampling_strategy", "sequential"], r"packing and train_sampling_strategy=sequential"),
     (["--image_aspect_ratio", "sqare"], r"image_aspect_ratio=sqare: unknown. Allowed: square, pad"),
     (["--pretrain_mm_mlp_adapter", ""], r"pretrain_mm_mlp_adapter is empty"),
     (["--attn_implementation", "flash"], r"Allowed: auto \| eager \| sdpa \| flash_attention_2"),

@@ -213,10 +213,10 @@ def _sampling_problems(data: DataArguments, training: TrainingFlags, inherited: 
             "packing and group_by_modality_length exclude each other: packed rows are all of one length. Leave out "
             "one; --no_group_by_modality_length overrides a configuration file."
         )
-    if data.packing and strategy == "group_by_length":
+    if data.packing and strategy != "random":
         yield (
-            f"packing and train_sampling_strategy={strategy} exclude each other: packed rows are all of one length. "
-            "Leave out train_sampling_strategy."
+            f"packing and train_sampling_strategy={strategy} exclude each other: samples stand where there is room for "
+            "them, and packed rows are all of one length. Leave out train_sampling_strategy."
         )
     if training.group_by_modality_length and strategy != "random":
         yield (
