@@ -223,7 +223,11 @@ class ImageGeometry:
     @property
     def largest_size(self) -> SizeWH | None:
         """An image, by width and height in pixels, that takes the most positions; None without anyres: all take one."""
-        return _largest_size(self) if self.needs_image_sizes else None
+        return _largest_size(self, None) if self.needs_image_sizes else None
+
+    def largest_size_within(self, num_positions: int) -> SizeWH | None:
+        """The same of those that take at most `num_positions`; None without anyres, and if none fits."""
+        return _largest_size(self, num_positions) if self.needs_image_sizes else None
 
     @property
     def max_tokens(self) -> int:
@@ -363,12 +367,14 @@ def _num_anyres_tokens(geometry: ImageGeometry, size_wh: SizeWH) -> int:
 
 
 @lru_cache(maxsize=64)
-def _largest_size(geometry: ImageGeometry) -> SizeWH:
+def _largest_size(geometry: ImageGeometry, within: int | None) -> SizeWH | None:
     candidates = list(geometry.grid_pinpoints)
-    if geometry.max_tiles_of_tokens is not None:
-        # A picture that is narrower than the grid is reduced later, and may keep more features in the end.
+    if geometry.merge_type == "spatial_unpad":
+        # A picture that is narrower than its grid has fewer features, and `anyres_max_N` may leave it more of them.
         step = geometry.patch_size
         for width, height in geometry.grid_pinpoints:
             candidates += [(smaller, height) for smaller in range(width - step, 0, -step)]
             candidates += [(width, smaller) for smaller in range(height - step, 0, -step)]
-    return max(candidates, key=lambda size: (geometry.num_tokens(size), geometry.num_tiles(size)))
+    if within is not None:
+        candidates = [size for size in candidates if geometry.num_tokens(size) <= within]
+    return max(candidates, key=lambda size: (geometry.num_tokens(size), geometry.num_tiles(size)), default=None)

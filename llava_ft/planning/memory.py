@@ -1,7 +1,7 @@
 """The memory of one rank over a step: what it holds all the time, and what the step takes on top."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -119,7 +119,7 @@ class MemoryPlanner:
     def _trace(self, request: PlanRequest, batch: Batch, placement: Placement) -> dict[str, Peak]:
         on_gpu = request.machine.device == "cuda"
         needs_mask = batch.is_padded and request.attention != "flash_attention_2"
-        batch = Batch(batch.size, batch.length, batch.num_images, batch.num_supervised, needs_mask)
+        batch = replace(batch, is_padded=needs_mask)
         settings = StepSettings(
             batch=batch,
             autocast_dtype=request.compute_dtype
@@ -139,7 +139,7 @@ class MemoryPlanner:
                 else request.compute_dtype
                 for name, _ in model.named_parameters(remove_duplicate=False)
             }
-            self._traces[key] = trace_step(model, dtypes, self._planned.config.tokens_per_image, settings)
+            self._traces[key] = trace_step(model, dtypes, settings)
         return self._traces[key]
 
 

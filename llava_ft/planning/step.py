@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from llava_ft.geometry import SizeWH
 from llava_ft.models.llava import LlavaLlamaForCausalLM
 from llava_ft.planning.quantized import replace_kernel
 from llava_ft.planning.tracker import MemoryTracker, Peak
@@ -43,6 +44,7 @@ class Batch:
         num_images: Images of all samples.
         num_supervised: Positions of all samples that have to be predicted.
         is_padded: Whether lengths differ, so that an attention mask is needed.
+        image_size_wh: Width and height of each image in pixels; None where they do not matter.
     """
 
     size: int
@@ -50,6 +52,7 @@ class Batch:
     num_images: int
     num_supervised: int
     is_padded: bool
+    image_size_wh: SizeWH | None = None
 
 
 @dataclass(frozen=True)
@@ -73,22 +76,19 @@ class StepSettings:
     quantization: Quantization | None = None
 
 
-def trace_step(
-    model: nn.Module, dtypes: Mapping[str, torch.dtype], tokens_per_image: int, settings: StepSettings
-) -> dict[str, Peak]:
+def trace_step(model: nn.Module, dtypes: Mapping[str, torch.dtype], settings: StepSettings) -> dict[str, Peak]:
     """Run forward and backward pass without memory.
 
     Args:
         model: The run's model on the meta device, what is trained marked by `requires_grad`. It is used up.
         dtypes: Type of each parameter by name. Those of quantised weights are not looked at.
-        tokens_per_image: Positions that an image takes.
         settings: How the step is run.
 
     Returns:
         For each phase the bytes alive beside the model's weights at its highest point.
     """
     native = next(module for module in model.modules() if isinstance(module, LlavaLlamaForCausalLM))
-    tracker = _StepTracker(native, tokens_per_image, settings)
+    tracker = _StepTracker(native, settings)
     fake = FakeTensorMode()
     with fake:
         _give_fake_values(model, dtypes, settings)
@@ -113,10 +113,12 @@ def trace_step(
 class _StepTracker(MemoryTracker):
     """Answers what a step reads off its data, and tells logits and copies of weights from activations."""
 
-    def __init__(self, model: LlavaLlamaForCausalLM, tokens_per_image: int, settings: StepSettings):
+    def __init__(self, model: LlavaLlamaForCausalLM, settings: StepSettings):
         super().__init__(_CUDA_GRANULARITY if settings.on_gpu else 1)
         self._batch = settings.batch
-        self._num_image_positions = settings.batch.num_images * tokens_per_image
+        geometry = model.config.image_geometry
+        each = 0 if geometry is None else geometry.num_tokens(settings.batch.image_size_wh)
+        self._num_image_positions = settings.batch.num_images * each
         self._logits_shape = (settings.batch.num_supervised, model.config.vocab_size)
         self._weight_shapes: set[torch.Size] = set()
 
@@ -197,16 +199,17 @@ def _watch_gradients(model: nn.Module, tracker: MemoryTracker, gradients: Gradie
         parameter.register_post_accumulate_grad_hook(hook)
 
 
-def _inputs(batch: Batch, model: LlavaLlamaForCausalLM) -> dict[str, torch.Tensor | None]:
-    inputs: dict[str, torch.Tensor | None] = {
+def _inputs(batch: Batch, model: LlavaLlamaForCausalLM) -> dict[str, Any]:
+    inputs: dict[str, Any] = {
         "input_ids": torch.empty(batch.size, batch.length, dtype=torch.int64),
         "labels": torch.empty(batch.size, batch.length, dtype=torch.int64),
         "attention_mask": torch.empty(batch.size, batch.length, dtype=torch.bool) if batch.is_padded else None,
     }
-    vision = model.config.vision_config
-    if batch.num_images and vision is not None:
-        assert isinstance(vision.image_size, int)
-        inputs["pixel_values"] = torch.empty(batch.num_images, 3, vision.image_size, vision.image_size)
+    geometry = model.config.image_geometry
+    if batch.num_images and geometry is not None:
+        num_tiles, side = batch.num_images * geometry.num_tiles(batch.image_size_wh), geometry.input_size
+        inputs["pixel_values"] = torch.empty(num_tiles, 3, side, side)
+        inputs["image_sizes"] = [batch.image_size_wh] * batch.num_images
     return inputs
 
 

@@ -1,5 +1,7 @@
 """A step traced without memory equals the same step run for real."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -18,13 +20,16 @@ METHODS = {
     "lora": ["--lora_enable", "True", "--lora_r", "4", "--lora_dropout", "0.1"],
     "projector": ["--tune_mm_mlp_adapter", "True"],
 }
+ANYRES = ["--image_aspect_ratio", "anyres", "--image_grid_pinpoints", "(1x2),(2x1)"]
 
 
-def real_inputs(model: nn.Module, batch: Batch, tokens_per_image: int) -> dict[str, torch.Tensor]:
+def real_inputs(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
     """A batch with as many images and supervised positions as `batch` says."""
+    geometry = native_model(model).config.image_geometry
+    assert geometry is not None
     ids = torch.randint(3, 500, (batch.size, batch.length))
     if batch.num_images:
-        ids[:, 1 : 1 + tokens_per_image] = IMAGE_TOKEN_INDEX
+        ids[:, 1 : 1 + geometry.num_tokens(batch.image_size_wh)] = IMAGE_TOKEN_INDEX
     labels = torch.full_like(ids, IGNORE_INDEX)
     labels[:, -batch.num_supervised // batch.size :] = 5
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -32,11 +37,14 @@ def real_inputs(model: nn.Module, batch: Batch, tokens_per_image: int) -> dict[s
         mask[-1, -1] = False
     inputs = {"input_ids": ids, "labels": labels, "attention_mask": mask}
     if batch.num_images:
-        inputs["pixel_values"] = torch.randn(batch.num_images, 3, 28, 28)
+        num_tiles = batch.num_images * geometry.num_tiles(batch.image_size_wh)
+        inputs["pixel_values"] = torch.randn(num_tiles, 3, geometry.input_size, geometry.input_size)
+        if batch.image_size_wh is not None:
+            inputs["image_sizes"] = torch.tensor([batch.image_size_wh] * batch.num_images)
     return inputs
 
 
-def run_for_real(model: nn.Module, dtypes: dict[str, torch.dtype], settings: StepSettings, tokens: int) -> int:
+def run_for_real(model: nn.Module, dtypes: dict[str, torch.dtype], settings: StepSettings) -> int:
     """Give a skeleton random weights, run the step, and return the peak beside the weights."""
     for module_name, module in model.named_modules():
         prefix = f"{module_name}." if module_name else ""
@@ -49,7 +57,7 @@ def run_for_real(model: nn.Module, dtypes: dict[str, torch.dtype], settings: Ste
     if settings.gradients == "accumulated":
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    inputs = real_inputs(model, settings.batch, tokens)
+    inputs = real_inputs(model, settings.batch)
     model.train()
     with MemoryTracker() as tracker:
         tracker.ignore([*model.parameters(), *model.buffers()])
@@ -75,19 +83,24 @@ class TestTraceStep:
             ("lora", False, None, ["--mm_use_im_start_end", "True"]),
             ("projector", False, None, []),
             ("projector", True, BF16, ["--bf16", "True", "--mm_use_im_start_end", "True"]),
+            ("lora", False, None, [*ANYRES, "--mm_patch_merge_type", "flat"]),
+            ("full", False, None, [*ANYRES, "--mm_patch_merge_type", "spatial_unpad"]),
+            ("projector", False, BF16, [*ANYRES, "--mm_patch_merge_type", "spatial_unpad", "--bf16", "True"]),
+            ("lora", False, None, ["--s2_scales", "28,56"]),
         ],
     )
     def test_equals_the_step_run_for_real(self, tmp_path, method, checkpointing, autocast, extra):
         planned, request = request_of([*write_configs(tmp_path), *METHODS[method], *extra])
         gradients = place(parameter_shapes(build_model(planned, request), request), request).gradients
-        settings = StepSettings(BATCH, autocast, checkpointing, gradients, on_gpu=False)
+        geometry = planned.config.image_geometry
+        batch = replace(BATCH, length=80, image_size_wh=geometry.largest_size) if ANYRES[0] in extra else BATCH
+        settings = StepSettings(batch, autocast, checkpointing, gradients, on_gpu=False)
         dtypes = {
             name: request.tuning.dtype_of(name, request.compute_dtype)
             for name, _ in build_model(planned, request).named_parameters(remove_duplicate=False)
         }
-        tokens = planned.config.tokens_per_image
-        traced = trace_step(build_model(planned, request), dtypes, tokens, settings)
-        real = run_for_real(build_model(planned, request), dtypes, settings, tokens)
+        traced = trace_step(build_model(planned, request), dtypes, settings)
+        real = run_for_real(build_model(planned, request), dtypes, settings)
         assert max(peak.total for peak in traced.values()) == pytest.approx(real, rel=1e-3)
 
     def test_text_alone_needs_no_tower(self, tmp_path):
@@ -95,7 +108,7 @@ class TestTraceStep:
         settings = StepSettings(Batch(2, 48, 0, 20, True), None, False, "fresh", False)
         model = build_model(planned, request)
         dtypes = {name: torch.float32 for name, _ in model.named_parameters()}
-        traced = trace_step(model, dtypes, planned.config.tokens_per_image, settings)
+        traced = trace_step(model, dtypes, settings)
         assert traced[VISION].total == 0
         assert traced[BACKWARD].total > 0
 
@@ -106,7 +119,7 @@ class TestTraceStep:
         trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
         settings = StepSettings(Batch(1, 24, 1, 6, False), None, False, gradients, on_gpu=False)
         dtypes = {name: torch.float32 for name, _ in model.named_parameters()}
-        traced = trace_step(model, dtypes, planned.config.tokens_per_image, settings)
+        traced = trace_step(model, dtypes, settings)
         logits = 6 * 512 * 4
         assert traced["loss"].by_label[LOGITS] == pytest.approx(2 * logits, rel=0.1)  # and their log-softmax
         assert traced[VISION].by_label[VISION] > 0
@@ -120,6 +133,6 @@ class TestTraceStep:
             model = build_model(planned, request)
             dtypes = {name: torch.float32 for name, _ in model.named_parameters()}
             settings = StepSettings(Batch(2, 512, 2, 200, True), None, False, "fresh", on_gpu)
-            traced = trace_step(model, dtypes, planned.config.tokens_per_image, settings)
+            traced = trace_step(model, dtypes, settings)
             totals.append(max(peak.total for peak in traced.values()))
         assert totals[1] < totals[0]
