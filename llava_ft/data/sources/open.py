@@ -61,14 +61,23 @@ def open_source(path: str | Path, *, split: str | None = None, image_folder: str
             raise UserError(f"{name} names a split, and {split!r} is asked for. Give one of the two.")
         return _open_folder(Path(folder), end, image_folder)
     found = _HUB_NAME.fullmatch(name)
-    if found and place.suffix.lower() not in (*_KINDS, *_COMPRESSED, *_MIXTURE):
+    if found and _is_hub_name(name):
         return HubSource(found["path"], found["config"], split or found["split"], image_folder)
     raise UserError(f"Data file {name} does not exist. Check --data_path.")
 
 
-def looks_like_path(path: str) -> bool:
-    """Whether a text can only mean files, not the name of a data set on the hub."""
-    return bool(glob.has_magic(path) or _RANGE.search(path)) or Path(path).suffix.lower() in _KINDS
+def resolve_source(path: str, folder: Path) -> str:
+    """Let a path count from a folder, unless it is absolute or the name of a data set on the hub."""
+    place = folder / path
+    is_pattern = bool(glob.has_magic(path) or _RANGE.search(path))
+    without_split = folder / path.rpartition(":")[0] if ":" in path else place
+    is_here = is_pattern or place.exists() or without_split.is_dir()
+    return str(place) if is_here or not _is_hub_name(path) else path
+
+
+def _is_hub_name(path: str) -> bool:
+    suffix = Path(path).suffix.lower()
+    return bool(_HUB_NAME.fullmatch(path)) and suffix not in (*_KINDS, *_COMPRESSED, *_MIXTURE)
 
 
 def _open_files(name: str, files: Sequence[Path], split: str | None, image_folder: str | None) -> RecordSource:

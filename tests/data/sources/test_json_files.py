@@ -186,7 +186,7 @@ def test_a_file_that_changes_is_not_read_on(tmp_path):
 
 def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(UserError, match="Cannot write the index .* --data_cache_dir"):
+    with pytest.raises(UserError, match=r"Cannot write the index .* --data_cache_dir"):
         opened(write(tmp_path, "a.json", "[1]"), tmp_path)
 
 
@@ -194,7 +194,7 @@ def test_a_lost_index(tmp_path):
     source = opened(write(tmp_path, "a.json", "[1]"), tmp_path)
     for file in Path(tmp_path / "cache").rglob("*.npy"):
         file.write_bytes(b"damaged")
-    with pytest.raises(UserError, match="missing or damaged .* Delete that directory"):
+    with pytest.raises(UserError, match=r"missing or damaged .* Delete that directory"):
         len(source)
 
 

@@ -1,4 +1,4 @@
-"""Tables: parquet, Arrow, saved data sets and the hub give the same records; images stay where they are until asked for."""
+"""Tables: each kind gives the same records, and images stay where they are until asked for."""
 
 import io
 import pickle
@@ -253,14 +253,14 @@ def test_tables_that_cannot_be_read(table, tmp_path):
         with pytest.raises(UserError, match=rf"{name} cannot be read: .* Check that its files are complete"):
             opened(tmp_path / name, tmp_path)
     write_parquet(table.data.table.slice(0, 0), tmp_path / "empty.parquet")
-    with pytest.raises(UserError, match="empty.parquet cannot be read: .* no data"):
+    with pytest.raises(UserError, match=r"empty.parquet cannot be read: .* no data"):
         opened(tmp_path / "empty.parquet", tmp_path)
     write_stream(table.data.table.slice(0, 0), tmp_path / "empty.arrow")
-    with pytest.raises(UserError, match="empty.arrow holds no record"):
+    with pytest.raises(UserError, match=r"empty.arrow holds no record"):
         opened(tmp_path / "empty.arrow", tmp_path)
     source = open_source(tmp_path / "a.parquet")
     (tmp_path / "a.parquet").unlink()
-    with pytest.raises(UserError, match="a.parquet cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"a.parquet cannot be read: No such file"):
         source.fingerprint()
 
 

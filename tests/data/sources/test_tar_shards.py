@@ -134,7 +134,7 @@ def test_one_bad_record_does_not_stop_its_neighbours(members, kind, message, tmp
 
 def test_an_empty_image(tmp_path):
     source, _ = one(tmp_path, ("x.json", talk()), ("x.jpg", b""))
-    with pytest.raises(ImageError, match="'embedded:0/0 of .*a.tar' is an empty file"):
+    with pytest.raises(ImageError, match=r"'embedded:0/0 of .*a.tar' is an empty file"):
         source.image_bytes(0, 0)
 
 
@@ -151,7 +151,7 @@ def test_a_fault_in_the_middle(tmp_path):
     data = bytearray(path.read_bytes())
     data[1024:1100] = b"?" * 76
     path.write_bytes(data)
-    with pytest.raises(UserError, match="a.tar is damaged: no member starts where one should"):
+    with pytest.raises(UserError, match=r"a.tar is damaged: no member starts where one should"):
         opened(path, tmp_path)
 
 
@@ -167,9 +167,9 @@ def test_compressed_shards_links_and_empty_ones_are_refused(tmp_path):
         link = tarfile.TarInfo("x.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
-    with pytest.raises(UserError, match="holds 'x.jpg', which is a link or not a plain file"):
+    with pytest.raises(UserError, match=r"holds 'x.jpg', which is a link or not a plain file"):
         opened(tmp_path / "b.tar", tmp_path)
-    with pytest.raises(UserError, match="c.tar holds no record. Its shards need members such as"):
+    with pytest.raises(UserError, match=r"c.tar holds no record. Its shards need members such as"):
         opened(pack(tmp_path / "c.tar", [("README", "")]), tmp_path)
 
 
@@ -179,8 +179,8 @@ def test_shards_are_walked_once(tmp_path, monkeypatch):
     monkeypatch.setattr(tar_shards, "index_shards", lambda *_: pytest.fail("walked again"))
     source = opened(path, tmp_path)
     pack(path, [("x.json", talk(0)), ("y.json", talk(0))])
-    with pytest.raises(UserError, match="a.tar changed after it was first read"):
+    with pytest.raises(UserError, match=r"a.tar changed after it was first read"):
         list(source.read(0, 1))
     path.unlink()
-    with pytest.raises(UserError, match="a.tar cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"a.tar cannot be read: No such file"):
         list(source.read(0, 1))
