@@ -1,20 +1,56 @@
-"""Where the images of a data set are, and whether they can be used, before a run depends on them."""
+"""Where the images of a data set are: in files below a folder, or in the source of the records itself."""
 
 import os
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from dataclasses import dataclass
 from typing import Final, Literal
 
 from llava_ft.data.images import ImageError, check_image_file, check_image_header, load_image
+from llava_ft.data.sample import parse_embedded
+from llava_ft.data.sources.base import RecordSource
 
 ImageCheck = Literal["none", "exists", "header", "decode"]
 """How much of an image file is read before training."""
 
 IMAGE_CHECKS: Final = ("none", "exists", "header", "decode")
+"""From nothing to everything."""
 
-_FILES_PER_TASK: Final = 128
-_MAX_THREADS: Final = 32
+
+@dataclass(frozen=True, slots=True)
+class ImagePlace:
+    """Where the images of one source are.
+
+    Attributes:
+        folder: Folder that relative paths start from; None allows absolute paths only.
+        source: Holds the images that are embedded in the records; None if there are none.
+    """
+
+    folder: str | os.PathLike[str] | None = None
+    source: RecordSource | None = None
+
+    def locate(self, image: str) -> str:
+        """Name an image so that no other has the name: the path of its file, or its place in the source.
+
+        Raises:
+            ImageError: As `resolve_image_path`.
+        """
+        embedded = parse_embedded(image)
+        if embedded is None:
+            return resolve_image_path(image, self.folder)
+        name = self.source.name if self.source is not None else ""
+        return f"{name}#{embedded[0]}/{embedded[1]}"
+
+    def content(self, image: str) -> str | bytes:
+        """Give what an image is decoded from: the path of its file, or its bytes.
+
+        Raises:
+            ImageError: As `resolve_image_path`, or the source does not have the image.
+        """
+        embedded = parse_embedded(image)
+        if embedded is None:
+            return resolve_image_path(image, self.folder)
+        if self.source is None:
+            raise ImageError(image, "image-missing", "is not in the source of the records")
+        return self.source.image_bytes(*embedded)
 
 
 def resolve_image_path(image: str, image_folder: str | os.PathLike[str] | None) -> str:
@@ -55,38 +91,3 @@ def check_image(path: str | os.PathLike[str], level: ImageCheck) -> None:
         check_image_header(path)
     elif level == "decode":
         load_image(path)
-
-
-def find_bad_images(paths: Iterable[str], level: ImageCheck) -> dict[str, ImageError]:
-    """Check many files at once, each of them once, in threads.
-
-    Args:
-        paths: The files, in any order.
-        level: See `check_image`; "none" checks nothing.
-
-    Returns:
-        What is wrong with each file that cannot be used.
-    """
-    if level == "none":
-        return {}
-
-    def check_some(some: list[str]) -> dict[str, ImageError]:
-        found: dict[str, ImageError] = {}
-        for path in some:
-            try:
-                check_image(path, level)
-            except ImageError as error:
-                found[path] = error
-        return found
-
-    bad: dict[str, ImageError] = {}
-    with ThreadPoolExecutor(min(_MAX_THREADS, 4 * (os.cpu_count() or 1))) as pool:
-        for found in pool.map(check_some, list(_in_groups(dict.fromkeys(paths), _FILES_PER_TASK))):
-            bad.update(found)
-    return bad
-
-
-def _in_groups(paths: Iterable[str], size: int) -> Iterator[list[str]]:
-    remaining = iter(paths)
-    while group := list(islice(remaining, size)):
-        yield group

@@ -6,14 +6,14 @@ prepares pictures, and whatever keeps prepared ones can stand in its place (`Rea
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os import PathLike
 from typing import Any, Protocol
 
 import torch
 from PIL import Image
 
-from llava_ft.data.image_files import resolve_image_path
-from llava_ft.data.images import ImageTransform, load_image
+from llava_ft.data.image_files import ImagePlace
+from llava_ft.data.images import ImageError, ImageTransform, load_image
+from llava_ft.geometry import SizeWH
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,18 +28,7 @@ class ImageRef:
 
     image: str
     source: int = 0
-    size_wh: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ImagePlace:
-    """Where the images of one source are.
-
-    Attributes:
-        folder: Folder that relative paths start from; None allows absolute paths only.
-    """
-
-    folder: str | PathLike[str] | None = None
+    size_wh: SizeWH | None = None
 
 
 class ReadsImages(Protocol):
@@ -65,6 +54,7 @@ class ImageReader:
         transform: Prepares one picture.
         places: Where the images of each source are.
         exif_transpose: Whether pictures are turned as their EXIF orientation says.
+        fast_decode: Whether large photographs may be shrunk while they are decoded.
     """
 
     def __init__(
@@ -73,38 +63,79 @@ class ImageReader:
         places: Sequence[ImagePlace],
         *,
         exif_transpose: bool = False,
+        fast_decode: bool = False,
     ):
         self.transform = transform
         self.places = tuple(places)
         self.exif_transpose = exif_transpose
+        self.fast_decode = fast_decode
 
     def locate(self, image: ImageRef) -> str:
-        """Find the file of an image.
+        """Name an image so that no other has the name: the path of its file, or its place in the source.
 
         Raises:
             ImageError: The path may not be used.
         """
-        return resolve_image_path(image.image, self.places[image.source].folder)
+        return self.places[image.source].locate(image.image)
 
-    def load(self, image: ImageRef) -> Image.Image:
-        """Decode an image as RGB.
+    def content(self, image: ImageRef) -> str | bytes:
+        """Give what an image is decoded from: the path of its file, or its bytes.
 
         Raises:
-            ImageError: It cannot be used.
+            ImageError: It is not there, or its path may not be used.
         """
-        return load_image(self.locate(image), exif_transpose=self.exif_transpose)
+        return self.places[image.source].content(image.image)
+
+    def load(self, image: ImageRef) -> Image.Image:
+        """Decode an image as RGB, smaller than it is if that is allowed.
+
+        Raises:
+            ImageError: It cannot be used, or it is no longer as large as it was measured ("image-changed").
+        """
+        name = self.locate(image)
+
+        def decode_size(size_wh: SizeWH) -> SizeWH:
+            _check_size(image, name, size_wh)
+            return self.transform.decode_size(size_wh)
+
+        picture = load_image(
+            self.content(image),
+            exif_transpose=self.exif_transpose,
+            fast_decode_to=decode_size if self.fast_decode else None,
+            name=name,
+        )
+        if not self.fast_decode:
+            _check_size(image, name, picture.size)
+        return picture
 
     def read(self, images: Sequence[ImageRef]) -> dict[str, Any]:
         """Read the images of one sample.
 
         Returns:
-            `pixel_values` `(num_tiles, 3, H, W)`, the tiles of all images in reading order.
+            `pixel_values` `(num_tiles, 3, H, W)` uint8, the tiles of all images in reading order; where sizes matter
+            `image_sizes` `(M, 2)` int64, width and height of each image in pixels.
 
         Raises:
-            ImageError: One of them cannot be used.
+            ImageError: As in `load`.
         """
-        return {"pixel_values": torch.stack([self.transform(self.load(image)) for image in images])}
+        tiles = [self.transform.pixels(self.load(image), image.size_wh) for image in images]
+        return {"pixel_values": torch.cat(tiles), **_sizes(images)}
 
     def blank(self, images: Sequence[ImageRef]) -> dict[str, Any]:
         """Give zeros in the shapes of `read`."""
-        return {"pixel_values": self.transform.blank(len(images))}
+        tiles = [self.transform.blank(1, image.size_wh) for image in images]
+        return {"pixel_values": torch.cat(tiles), **_sizes(images)}
+
+
+def _check_size(image: ImageRef, name: str, size_wh: SizeWH) -> None:
+    if image.size_wh is not None and size_wh != image.size_wh:
+        raise ImageError(
+            name,
+            "image-changed",
+            f"is {size_wh[0]} x {size_wh[1]} pixels, but was {image.size_wh[0]} x {image.size_wh[1]} before the run",
+        )
+
+
+def _sizes(images: Sequence[ImageRef]) -> dict[str, Any]:
+    sizes = [image.size_wh for image in images if image.size_wh is not None]
+    return {"image_sizes": torch.tensor(sizes)} if sizes else {}

@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -12,6 +13,8 @@ logger = logging.getLogger(__name__)
 BadSamplePolicy = Literal["error", "skip"]
 """What is done with records that cannot be used: refuse the run, or leave them out."""
 
+BAD_SAMPLE_POLICIES: Final = ("error", "skip")
+
 _NUM_SHOWN: Final = 8
 """Errors that a message repeats in full."""
 
@@ -21,17 +24,23 @@ _NUM_NAMED: Final = 100
 
 @dataclass(frozen=True)
 class DataReport:
-    """What the checks before training found in one file.
+    """What the checks before training found in one source of records, or in several together.
 
     Attributes:
-        path: The file.
+        path: The source.
         num_records: Records in it.
         num_usable: Records that are left.
-        errors: Why each of the others is not, in the order of the records.
+        errors: Why others cannot be used, in the order of the records.
         num_truncated: Usable records that are cut off at `model_max_length`.
+        num_too_long: Records left out because they are longer than that.
+        num_lost_tokens: Tokens that were cut off, and all those of records left out for their length.
+        longest: Tokens of the longest record that is longer than `model_max_length`; 0 if there is none.
         num_tokens: Tokens of the usable records after expansion and truncation.
         num_supervised: How many of these have to be predicted.
         num_images: Images of the usable records.
+        truncated_ids: The records that are cut off, by id, or position where there is none.
+        too_long_ids: The records left out for their length, likewise.
+        sources: The reports of the single sources, if there are several.
     """
 
     path: str
@@ -39,9 +48,15 @@ class DataReport:
     num_usable: int
     errors: list[BadSampleError] = field(default_factory=list[BadSampleError])
     num_truncated: int = 0
+    num_too_long: int = 0
+    num_lost_tokens: int = 0
+    longest: int = 0
     num_tokens: int = 0
     num_supervised: int = 0
     num_images: int = 0
+    truncated_ids: list[str] = field(default_factory=list[str])
+    too_long_ids: list[str] = field(default_factory=list[str])
+    sources: list["DataReport"] = field(default_factory=list["DataReport"])
 
     @property
     def counts(self) -> dict[str, int]:
@@ -53,13 +68,16 @@ class DataReport:
         """The ids of the unusable records by kind; a record without id is named by its position."""
         found: dict[str, list[str]] = {kind: [] for kind in self.counts}
         for error in self.errors:
-            found[error.kind].append(error.sample_id or f"#{error.index}")
+            found[error.kind].append(name_of(error.sample_id, error.index))
         return found
 
     def to_dict(self) -> dict[str, Any]:
         """Give the report as JSON values."""
-        values = {name: value for name, value in vars(self).items() if name != "errors"}
-        return {**values, "counts": self.counts, "ids_by_kind": self.ids_by_kind}
+        values = {name: value for name, value in vars(self).items() if name not in ("errors", "sources")}
+        values |= {"counts": self.counts, "ids_by_kind": self.ids_by_kind}
+        if self.sources:
+            values["sources"] = [source.to_dict() for source in self.sources]
+        return values
 
     def describe(self) -> str:
         """Say in a line what is usable and how large it is."""
@@ -68,32 +86,96 @@ class DataReport:
             f"{self.path}: {self.num_usable} of {self.num_records} records are usable, with "
             f"{self.num_images} images and {self.num_tokens} tokens, {share:.1%} of them supervised"
         )
-        return text + (f"; {self.num_truncated} records are cut off." if self.num_truncated else ".")
+        if self.num_truncated:
+            text += f"; {self.num_truncated} records are cut off"
+        if self.num_too_long:
+            text += f"; {self.num_too_long} records are too long and left out"
+        return text + (f", {self.num_lost_tokens} tokens are lost." if self.num_lost_tokens else ".")
 
     def describe_errors(self) -> str:
         """Count the unusable records by kind: `image-missing: 2, bad-turn: 1`."""
         return ", ".join(f"{kind}: {count}" for kind, count in self.counts.items())
 
+    def lines(self) -> list[str]:
+        """Give the errors as text, with their source if there are several."""
+        if not self.sources:
+            return [str(error) for error in self.errors]
+        return [f"{source.path}: {error}" for source in self.sources for error in source.errors]
 
-def apply_policy(report: DataReport, on_bad_sample: BadSamplePolicy) -> None:
-    """Raise or log what the report says, as the user wants it: "error" or "skip".
+    def all_sources(self) -> list["DataReport"]:
+        """Give the reports of the single sources; this one if there is one only."""
+        return self.sources or [self]
+
+
+def name_of(sample_id: str, index: int) -> str:
+    """Name a record in a report: by its id, or its position where it has none."""
+    return sample_id or f"#{index}"
+
+
+def total(path: str, sources: Sequence[DataReport]) -> DataReport:
+    """Put the reports of several sources together."""
+    return DataReport(
+        path=path,
+        num_records=sum(source.num_records for source in sources),
+        num_usable=sum(source.num_usable for source in sources),
+        errors=[error for source in sources for error in source.errors],
+        num_truncated=sum(source.num_truncated for source in sources),
+        num_too_long=sum(source.num_too_long for source in sources),
+        num_lost_tokens=sum(source.num_lost_tokens for source in sources),
+        longest=max(source.longest for source in sources),
+        num_tokens=sum(source.num_tokens for source in sources),
+        num_supervised=sum(source.num_supervised for source in sources),
+        num_images=sum(source.num_images for source in sources),
+        truncated_ids=[name for source in sources for name in source.truncated_ids],
+        too_long_ids=[name for source in sources for name in source.too_long_ids],
+        sources=list(sources),
+    )
+
+
+def apply_policies(report: DataReport, on_bad_sample: BadSamplePolicy, *, max_length: int, refuses_long: bool) -> None:
+    """Raise or log what the report says, as the user wants it.
+
+    Args:
+        report: What was found.
+        on_bad_sample: "error" raises if any record cannot be used; "skip" names and counts them.
+        max_length: Tokens that a record may have, for messages.
+        refuses_long: Whether to raise if a record has more.
 
     Raises:
-        UserError: A record cannot be used and the policy is "error", or no record is left.
+        UserError: There are such records, or no record is left.
     """
-    shown = "\n".join(f"  {error}" for error in report.errors[:_NUM_SHOWN])
-    rest = f"\n  and {len(report.errors) - _NUM_SHOWN} more" if len(report.errors) > _NUM_SHOWN else ""
+    lines = report.lines()
+    shown = "\n".join(f"  {line}" for line in lines[:_NUM_SHOWN])
+    rest = f"\n  and {len(lines) - _NUM_SHOWN} more" if len(lines) > _NUM_SHOWN else ""
     counted = f"{len(report.errors)} of {report.num_records} records of {report.path} cannot be used"
     if report.errors and on_bad_sample == "error":
         raise UserError(
             f"{counted} ({report.describe_errors()}):\n{shown}{rest}\n"
             "Fix these records, or pass --on_bad_sample skip to train without them."
         )
+    too_long = (
+        f"{report.num_too_long} of {report.num_records} records of {report.path} are longer than model_max_length = "
+        f"{max_length} (the longest has {report.longest} tokens)"
+    )
+    if report.num_too_long and refuses_long:
+        raise UserError(
+            f"{too_long}: {_listed(report.too_long_ids, _NUM_SHOWN)}. Raise --model_max_length, or pass --truncation "
+            "truncate to cut them off or --truncation drop to train without them."
+        )
     if report.num_usable == 0:
-        raise UserError(f"{counted}, so none is left ({report.describe_errors()}):\n{shown}{rest}")
+        long = f"; {too_long}" if report.num_too_long else ""
+        raise UserError(f"{counted}{long}, so none is left ({report.describe_errors()}):\n{shown}{rest}")
     if report.errors:
         names = [repr(error.sample_id) if error.sample_id else str(error.index) for error in report.errors]
-        more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
-        named = ", ".join(names[:_NUM_NAMED])
-        logger.warning("%s and are left out (%s): %s%s", counted, report.describe_errors(), named, more)
+        logger.warning("%s and are left out (%s): %s", counted, report.describe_errors(), _listed(names, _NUM_NAMED))
+    if report.num_too_long:
+        logger.warning("%s and are left out: %s", too_long, _listed(report.too_long_ids, _NUM_NAMED))
+    for source in report.sources:
+        logger.info("%s", source.describe())
     logger.info("%s", report.describe())
+
+
+def _listed(names: Iterable[str], most: int) -> str:
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -127,6 +127,7 @@ class SampleTokenizer:
                     f"mm_use_im_start_end needs {missing[0]} in the tokenizer's vocabulary, and it is not "
                     "there. Add it first (add_image_tokens) or turn the flag off."
                 )
+        self.tokenizer = tokenizer
         self.template = template
         self.mm_use_im_start_end = mm_use_im_start_end
         self.supervise: Final = supervise

@@ -1,9 +1,9 @@
 """What a step has to work on: the largest micro-batch, and what an epoch holds.
 
-With the records here both are counted: the records are tokenised as in training, images are not opened. The largest
-micro-batch is made of the longest records, those with most supervised tokens and those with most images, as if they
-came together; no batch of the run is larger. Without records every sample is taken to be as long as `model_max_length`
-allows, with one image, and half of its text supervised.
+With the records here both are counted: the records are tokenised as in training, and kept for it. Images are not
+opened; only with anyres their headers are read. The largest micro-batch is made of the longest records, those with most
+supervised tokens and those with most images, as if they came together; no batch of the run is larger. Without records
+every sample is taken to be as long as `model_max_length` allows, with one image, and half of its text supervised.
 """
 
 import logging
@@ -17,11 +17,16 @@ import numpy as np
 
 from llava_ft.args import ParsedArgs
 from llava_ft.conversation import get_template
-from llava_ft.data.prepared import PreparedSamples, prepare_samples
-from llava_ft.data.schema import load_records, parse_record
+from llava_ft.data.image_facts import ImageChecks, ImageFacts, look_at_images
+from llava_ft.data.image_files import ImagePlace
+from llava_ft.data.measure import measure
+from llava_ft.data.prepare import PreparationSettings, prepare_rows
+from llava_ft.data.prepared import Limits
+from llava_ft.data.sources.open import open_source
 from llava_ft.data.tokenize import SampleTokenizer
+from llava_ft.data.tokenized_rows import TokenizedRows
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
-from llava_ft.errors import BadSampleError, UserError
+from llava_ft.errors import UserError
 from llava_ft.planning.request import PlanRequest
 from llava_ft.planning.shapes import PlannedModel
 from llava_ft.planning.step import Batch
@@ -143,7 +148,7 @@ def find_workload(args: ParsedArgs, planned: PlannedModel) -> Workload:
     records = None
     if not args.data.data_path:
         notes.append("No data_path is given, so steps and tokens per epoch are left out.")
-    elif not Path(args.data.data_path).is_file():
+    elif not Path(args.data.data_path).exists():
         notes.append(f"{args.data.data_path} is not on this machine, so steps and tokens per epoch are left out.")
     else:
         records = _measure(args, planned, notes)
@@ -164,15 +169,21 @@ def find_workload(args: ParsedArgs, planned: PlannedModel) -> Workload:
 
 def _measure(args: ParsedArgs, planned: PlannedModel, notes: list[str]) -> Records:
     assert args.data.data_path is not None
-    path = Path(args.data.data_path)
-    raw = load_records(path)
-    num_records = len(raw)
+    path = args.data.data_path
+    settings = _preparation(args)
+    source = open_source(path)
+    source.prepare(settings.directory)
+    num_records = len(source)
     directory = planned.directory
     if directory is None or not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         notes.append(f"{planned.name} has no tokenizer on this machine, so the records are counted but not tokenised.")
         nothing = np.empty(0, dtype=np.int64)
-        return Records(str(path), num_records, num_records, nothing, nothing, nothing)
-    prepared, num_bad = _tokenize(raw, args, planned, directory)
+        return Records(path, num_records, num_records, nothing, nothing, nothing)
+    limits = Limits(planned.config.image_geometry, args.flags.model_max_length, args.data.truncation)
+    rows = prepare_rows(source, _sample_tokenizer(args, planned, directory), settings)
+    place = ImagePlace(source.image_folder or args.data.image_folder, source)
+    found = measure(rows, limits, _known_sizes(args, planned, rows, place, notes))
+    prepared, num_bad = found.samples, len(found.errors)
     if len(prepared) == 0:
         raise UserError(
             f"None of the {num_records} records of {path} can be used. `llava-ft inspect data` with the same flags "
@@ -180,8 +191,14 @@ def _measure(args: ParsedArgs, planned: PlannedModel, notes: list[str]) -> Recor
         )
     if num_bad:
         notes.append(f"{num_bad} of {num_records} records cannot be used; `llava-ft inspect data` names them.")
+    if limits.truncation != "truncate" and len(found.too_long):
+        outcome = "the run will be refused" if limits.truncation == "error" else "they are left out"
+        notes.append(
+            f"{len(found.too_long)} of {num_records} records are longer than model_max_length = {limits.max_length} "
+            f"(the longest has {found.longest} tokens); with truncation {limits.truncation} {outcome}."
+        )
     return Records(
-        path=str(path),
+        path=path,
         num_records=num_records,
         num_usable=len(prepared),
         lengths=_descending(prepared.lengths),
@@ -190,9 +207,12 @@ def _measure(args: ParsedArgs, planned: PlannedModel, notes: list[str]) -> Recor
     )
 
 
-def _tokenize(
-    raw: list[object], args: ParsedArgs, planned: PlannedModel, directory: Path
-) -> tuple[PreparedSamples, int]:
+def _preparation(args: ParsedArgs) -> PreparationSettings:
+    cache_dir = Path(args.data.data_cache_dir) if args.data.data_cache_dir else None
+    return PreparationSettings(cache_dir, args.data.preprocessing_num_workers)
+
+
+def _sample_tokenizer(args: ParsedArgs, planned: PlannedModel, directory: Path) -> SampleTokenizer:
     config = planned.config
     tokenizer = load_tokenizer(directory, model_max_length=args.flags.model_max_length)
     add_image_tokens(
@@ -200,19 +220,30 @@ def _tokenize(
         mm_use_im_start_end=config.mm_use_im_start_end,
         mm_use_im_patch_token=config.mm_use_im_patch_token,
     )
-    tokenize = SampleTokenizer(
-        tokenizer, get_template(args.model.version), mm_use_im_start_end=config.mm_use_im_start_end
+    return SampleTokenizer(
+        tokenizer,
+        get_template(args.model.version),
+        mm_use_im_start_end=config.mm_use_im_start_end,
+        supervise=args.data.supervise,
     )
-    samples, num_bad = [], 0
-    for index, record in enumerate(raw):
-        try:
-            samples.append(parse_record(record, index))
-        except BadSampleError:
-            num_bad += 1
-    prepared, errors = prepare_samples(
-        samples, tokenize, tokens_per_image=config.tokens_per_image, max_length=args.flags.model_max_length
-    )
-    return prepared, num_bad + len(errors)
+
+
+def _known_sizes(
+    args: ParsedArgs, planned: PlannedModel, rows: TokenizedRows, place: ImagePlace, notes: list[str]
+) -> ImageFacts | None:
+    """Read how large the images are, if lengths depend on it; one that is not here is taken to be as long as any."""
+    geometry = planned.config.image_geometry
+    if geometry is None or not geometry.needs_image_sizes:
+        return None
+    checks = ImageChecks("none", needs_sizes=True, exif_transpose=args.data.image_exif_transpose)
+    facts = look_at_images(rows, place, checks, _preparation(args))
+    if facts.errors:
+        facts.sizes_wh[list(facts.errors)] = geometry.largest_size(args.flags.model_max_length - 1) or (1, 1)
+        notes.append(
+            f"{len(facts.errors)} of {len(facts.sizes_wh)} images cannot be read on this machine; they are taken to be "
+            "as long as any."
+        )
+    return ImageFacts(facts.numbers, facts.sizes_wh, {})
 
 
 def _descending(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

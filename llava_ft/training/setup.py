@@ -20,17 +20,16 @@ from llava_ft.checkpoint.restore import check_base, plain_name, restore_trained,
 from llava_ft.checkpoint.resume import check_checkpoint, newest_complete_checkpoint, remove_staging
 from llava_ft.checkpoint.trained import quantization_in_training
 from llava_ft.constants import ORIGINAL_DEFAULTS
-from llava_ft.conversation import get_template
+from llava_ft.data.build import BuiltDatasets
 from llava_ft.data.collator import PackedCollator, PaddingCollator
-from llava_ft.data.dataset import BuiltDatasets, ConversationDataset, build_datasets
-from llava_ft.data.images import ImageTransform
+from llava_ft.data.dataset import ConversationDataset
 from llava_ft.data.packing import PackedDataset, RowDataset, one_each
 from llava_ft.data.sampler import EpochSampler, steps_per_epoch
-from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.errors import UserError
 from llava_ft.training.artifacts import RunArtifacts
 from llava_ft.training.callbacks import LogLines, Progress, SetSamplerEpoch, StopOnSignal
+from llava_ft.training.data_setup import prepare_datasets
 from llava_ft.training.distributed import zero_division
 from llava_ft.training.fragments import gathered, value_setter
 from llava_ft.training.reporting import attach_reporters
@@ -139,31 +138,6 @@ def find_model(args: ParsedArgs) -> BaseModel:
         wishes=wishes,
         extra_sources=extra,
         cache_dir=args.flags.cache_dir,
-    )
-
-
-def prepare_datasets(args: ParsedArgs, base: BaseModel, tokenizer: PreTrainedTokenizerFast) -> BuiltDatasets:
-    """Read and check the records."""
-    transform = None
-    if base.vision_directory is not None:
-        transform = ImageTransform.from_pretrained(base.vision_directory, base.config.image_aspect_ratio)
-        _check_image_size(base, transform)
-    template = get_template(args.model.version)
-    logger.info("Conversation template: %s.", template.name)
-    assert args.data.data_path is not None
-    return build_datasets(
-        args.data.data_path,
-        tokenize=SampleTokenizer(tokenizer, template, mm_use_im_start_end=base.config.mm_use_im_start_end),
-        image_transform=transform,
-        image_folder=args.data.image_folder,
-        tokens_per_image=base.config.tokens_per_image,
-        model_max_length=args.flags.model_max_length,
-        on_bad_sample=args.data.on_bad_sample,
-        check_images=args.data.check_images,
-        exif_transpose=args.data.image_exif_transpose,
-        validation_path=args.data.validation_data_path,
-        validation_fraction=args.data.validation_fraction,
-        seed=args.training.data_seed if args.training.data_seed is not None else args.training.seed,
     )
 
 
@@ -338,17 +312,6 @@ def _check_same_base(args: ParsedArgs, earlier: Path, fingerprint: str, base: Ba
     warning = check_base(earlier, fingerprint, str(base.directory.path), allow_mismatch=allowed)
     if warning:
         logger.warning("%s", warning)
-
-
-def _check_image_size(base: BaseModel, transform: ImageTransform) -> None:
-    vision = base.config.vision_config
-    assert vision is not None
-    height, width = transform.output_size
-    if (height, width) != (vision.image_size, vision.image_size):
-        raise UserError(
-            f"preprocessor_config.json in {base.vision_directory} makes images of {height} x {width} pixels, but the "
-            f"vision tower takes {vision.image_size} x {vision.image_size}. It belongs to another tower."
-        )
 
 
 def _quantization(args: ParsedArgs) -> Quantization | None:

@@ -9,14 +9,16 @@ import pytest
 from PIL import Image
 
 from llava_ft.conversation import get_template
-from llava_ft.data.dataset import build_datasets
+from llava_ft.data.build import build_datasets
 from llava_ft.data.images import ImageTransform
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.data.tokenizer import load_tokenizer
+from llava_ft.geometry import ImageGeometry
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SOURCES = GOLDEN / "images" / "src"
-TOKENS_PER_IMAGE = 16
+GEOMETRY = ImageGeometry(image_size=56, patch_size=14, aspect_ratio="pad")
+TOKENS_PER_IMAGE = GEOMETRY.num_tokens()
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +49,7 @@ def build(tokenize, transform, tmp_path):
             "tokenize": tokenize,
             "image_transform": transform,
             "image_folder": SOURCES,
-            "tokens_per_image": TOKENS_PER_IMAGE,
+            "geometry": GEOMETRY,
             "model_max_length": 2048,
         }
         return build_datasets(path, **{**defaults, **options})

@@ -6,8 +6,9 @@ import logging
 import pytest
 
 from llava_ft.constants import IGNORE_INDEX
-from llava_ft.data.image_files import find_bad_images, resolve_image_path
+from llava_ft.data.image_files import resolve_image_path
 from llava_ft.data.images import ImageError
+from llava_ft.data.prepare import PreparationSettings
 from llava_ft.errors import UserError
 from tests.data.conftest import GOLDEN, SOURCES, record, turns
 
@@ -96,16 +97,15 @@ class TestMalformedRecords:
             datasets = build(records, image_folder=folder, check_images=level, on_bad_sample="skip")
             assert datasets.report.num_usable == num_usable
 
-    def test_every_file_is_checked_once(self, build, monkeypatch):
+    def test_every_file_is_opened_once(self, build, folder, tmp_path, monkeypatch):
         seen = []
-        monkeypatch.setattr("llava_ft.data.image_files.check_image", lambda path, level: seen.append(path))
-        build([record(image="square.png")] * 500 + [record(image="rgba.png")])
-        assert sorted(seen) == [str(SOURCES / "rgba.png"), str(SOURCES / "square.png")]
-
-    def test_many_files(self, folder):
-        paths = [str(folder / f"gone-{number}.png") for number in range(1000)]
-        bad = find_bad_images([*paths, str(folder / "good.jpg")], "exists")
-        assert list(bad) == paths
+        monkeypatch.setattr(
+            "llava_ft.data.image_facts.check_image_header", lambda path, **options: (seen.append(path), (8, 8))[1]
+        )
+        records = [record(image="good.jpg")] * 500 + [record(image="text.png")]
+        for _ in range(2):
+            build(records, image_folder=folder, preparation=PreparationSettings(tmp_path / "cache"))
+        assert sorted(seen) == [str(folder / "good.jpg"), str(folder / "text.png")]
 
     def test_path_inside_the_folder_may_go_up(self):
         assert resolve_image_path("a/../b.png", "/data") == "/data/a/../b.png"
@@ -193,7 +193,7 @@ class TestRunsWithoutImages:
         def refuse(*args):
             raise AssertionError("files were checked")
 
-        monkeypatch.setattr("llava_ft.data.dataset.find_bad_images", refuse)
+        monkeypatch.setattr("llava_ft.data.build.look_at_images", refuse)
 
     @pytest.mark.parametrize("policy", ["error", "skip"])
     def test_no_vision_tower(self, build, policy):
@@ -210,6 +210,5 @@ class TestRunsWithoutImages:
         with pytest.raises(UserError, match=r"The image folder '.*nowhere' is not a directory, but Sample 0"):
             build([record(image="a.png")], image_folder=tmp_path / "nowhere", on_bad_sample=policy)
 
-    def test_image_folder_does_not_matter_without_images(self, build, tmp_path, monkeypatch):
-        monkeypatch.setattr("llava_ft.data.dataset.find_bad_images", lambda paths, level: {})
+    def test_image_folder_does_not_matter_without_images(self, build, tmp_path):
         assert build([record()], image_folder=tmp_path / "nowhere").report.num_usable == 1

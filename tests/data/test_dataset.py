@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ft.data.collator import PaddingCollator
-from llava_ft.data.dataset import ConversationDataset, split_dataset
-from llava_ft.data.prepared import PackedStrings, prepare_samples
+from llava_ft.data.build import split_dataset
+from llava_ft.data.dataset import ConversationDataset
 from llava_ft.data.sampler import EpochSampler
 from llava_ft.data.schema import parse_record
 from llava_ft.data.tokenize import expand_and_truncate
@@ -62,15 +62,15 @@ class TestItems:
             assert ("pixel_values" in item) == ("image" in entry)
             if "image" in entry:
                 picture = Image.open(SOURCES / entry["image"]).convert("RGB")
-                assert torch.equal(item["pixel_values"], transform(picture)[None])
+                assert torch.equal(item["pixel_values"], transform.pixels(picture))
             num_positions = int((item["input_ids"] == IMAGE_TOKEN_INDEX).sum())
             assert num_positions == TOKENS_PER_IMAGE * tokens.num_images
 
     def test_several_images_are_in_reading_order(self, build, transform):
         names = ["square.png", "rgba.png", "square.png"]
         item = build([record(image=names)]).train[0]
-        pictures = [transform(Image.open(SOURCES / name).convert("RGB")) for name in names]
-        assert torch.equal(item["pixel_values"], torch.stack(pictures))
+        pictures = [transform.pixels(Image.open(SOURCES / name).convert("RGB")) for name in names]
+        assert torch.equal(item["pixel_values"], torch.cat(pictures))
 
     def test_absolute_paths_need_no_folder(self, build):
         item = build([record(image=str(SOURCES / "square.png"))], image_folder=None).train[0]
@@ -82,7 +82,7 @@ class TestItems:
         assert not torch.equal(plain, turned)
 
     def test_text_only_needs_no_vision(self, build):
-        train = build([record()], image_transform=None, image_folder=None, tokens_per_image=0).train
+        train = build([record()], image_transform=None, image_folder=None, geometry=None).train
         assert train.modality_lengths == [-length for length in train.lengths]
         assert "pixel_values" not in train[0]
 
@@ -272,29 +272,9 @@ class TestDatasetObject:
             if "pixel_values" in ours:
                 assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
 
-    def test_is_compact(self, tokenize):
-        entry = record(answer="the man is standing on a white table " * 30)
-        samples = [parse_record(entry, index) for index in range(200)]
-        prepared, errors = prepare_samples(samples, tokenize, tokens_per_image=16, max_length=4096)
-        assert not errors
-        num_bytes = prepared.token_ids.nbytes + prepared.is_target.nbytes
-        assert num_bytes == 5 * int(prepared.lengths.sum())
-
     def test_describe(self, build):
         records = [record("a"), "text", {"conversations": turns("hi", "yes")}]
         train = build(records, on_bad_sample="skip").train
         assert isinstance(train, ConversationDataset)
         assert train.describe(0) == "0 (id 'a')"
         assert train.describe(2) == "2"
-
-
-def test_packed_strings():
-    strings = ["", "a.jpg", "图片.png", "", "x"]
-    packed = PackedStrings(strings)
-    assert list(packed) == strings
-    assert packed[-1] == "x"
-    assert packed[1:3] == strings[1:3]
-    assert packed[2:2] == []
-    assert len(pickle.loads(pickle.dumps(packed))) == 5
-    with pytest.raises(IndexError):
-        packed[5]

@@ -1,0 +1,266 @@
+"""From the paths of a run to its data sets: open, prepare, measure, check, split."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from llava_ft.data.dataset import ConversationDataset, JoinedSamples
+from llava_ft.data.image_facts import ImageChecks, look_at_images
+from llava_ft.data.image_files import IMAGE_CHECKS, ImageCheck, ImagePlace
+from llava_ft.data.image_reader import ImageReader
+from llava_ft.data.images import ImageTransform
+from llava_ft.data.measure import Measured, measure
+from llava_ft.data.prepare import PreparationSettings, prepare_rows
+from llava_ft.data.prepared import CountsTokens, Limits
+from llava_ft.data.report import BAD_SAMPLE_POLICIES, BadSamplePolicy, DataReport, apply_policies, name_of, total
+from llava_ft.data.sample import parse_embedded
+from llava_ft.data.schema import parse_record
+from llava_ft.data.sources.base import RecordSource
+from llava_ft.data.sources.open import open_source
+from llava_ft.data.tokenize import SampleTokenizer
+from llava_ft.data.tokenized_rows import Array, TokenizedRows
+from llava_ft.data.truncation import TruncationPolicy, check_policy
+from llava_ft.errors import BadSampleError, UserError
+
+_RECORDS_TO_PEEK_AT = 100
+
+
+@dataclass(frozen=True)
+class BuiltDatasets:
+    """What a run trains and evaluates on.
+
+    Attributes:
+        train: The training data.
+        validation: The validation data, or None.
+        report: What was found in the training data, held-out records included.
+        validation_report: What was found in validation data of its own; None without.
+    """
+
+    train: ConversationDataset
+    validation: ConversationDataset | None
+    report: DataReport
+    validation_report: DataReport | None = None
+
+
+def build_datasets(
+    data_path: str | PathLike[str],
+    *,
+    tokenize: SampleTokenizer,
+    image_transform: ImageTransform | None,
+    image_folder: str | PathLike[str] | None,
+    geometry: CountsTokens | None,
+    model_max_length: int,
+    truncation: TruncationPolicy = "truncate",
+    on_bad_sample: BadSamplePolicy = "error",
+    check_images: ImageCheck = "header",
+    exif_transpose: bool = False,
+    fast_decode: bool = False,
+    validation_path: str | PathLike[str] | None = None,
+    validation_fraction: float = 0.0,
+    seed: int = 0,
+    preparation: PreparationSettings | None = None,
+) -> BuiltDatasets:
+    """Prepare, check, measure and split the records of a run.
+
+    Args:
+        data_path: Training records, see `docs/data_format.md`.
+        tokenize: Template and tokenizer.
+        image_transform: Prepares one picture; None for a model without vision tower.
+        image_folder: Folder that relative paths of images start from, where a source has none of its own.
+        geometry: Counts the tokens of images, usually an `ImageGeometry`; None for a model without vision tower.
+        model_max_length: Tokens that a sample may have.
+        truncation: What is done with one that has more: "error", "drop" or "truncate".
+        on_bad_sample: "error" raises if any record cannot be used; "skip" leaves it out, counts and logs it.
+        check_images: How much of each image file is read: "none", "exists", "header" or "decode".
+        exif_transpose: Whether pictures are turned as their EXIF orientation says.
+        fast_decode: Whether large photographs may be shrunk while they are decoded.
+        validation_path: Validation records of their own.
+        validation_fraction: Share of the usable training records that is held out for validation instead; at
+            least one record.
+        seed: Decides which records are held out.
+        preparation: Where prepared records are kept, and how many processes prepare them.
+
+    Raises:
+        UserError: A source cannot be read, no usable record is left, records have images but there is no vision
+            tower or no image folder, or a policy refuses a record.
+        RunError: The disk of the cache is full, or a process that prepared records was killed.
+    """
+    _check_split(validation_fraction, validation_path)
+    builder = _Builder(
+        tokenize=tokenize,
+        image_transform=image_transform,
+        image_folder=image_folder,
+        limits=Limits(geometry, model_max_length, truncation),
+        on_bad_sample=on_bad_sample,
+        checks=ImageChecks(check_images, geometry is not None and geometry.needs_image_sizes, exif_transpose),
+        fast_decode=fast_decode,
+        preparation=preparation or PreparationSettings(),
+    )
+    train, report = builder.build(data_path)
+    if validation_path is not None:
+        validation, validation_report = builder.build(validation_path)
+        return BuiltDatasets(train, validation, report, validation_report)
+    if validation_fraction:
+        train, validation = split_dataset(train, validation_fraction, seed)
+        return BuiltDatasets(train, validation, report)
+    return BuiltDatasets(train, None, report)
+
+
+def _check_split(validation_fraction: float, validation_path: str | PathLike[str] | None) -> None:
+    if not 0.0 <= validation_fraction < 1.0:
+        raise UserError(f"validation_fraction is {validation_fraction}; it must be at least 0 and below 1.")
+    if validation_fraction and validation_path is not None:
+        raise UserError(
+            "validation_fraction and validation_data_path are both given. Use one of them: a share of the "
+            "training records, or records of their own."
+        )
+
+
+def split_dataset(
+    dataset: ConversationDataset, fraction: float, seed: int
+) -> tuple[ConversationDataset, ConversationDataset]:
+    """Hold out a share of the samples, at least one; both parts keep the order of the records.
+
+    Returns:
+        The rest, and what is held out.
+
+    Raises:
+        UserError: There are fewer than two samples.
+    """
+    if len(dataset) < 2:
+        raise UserError(
+            f"validation_fraction is {fraction}, but there is only {len(dataset)} usable record. "
+            "Give more records, or leave it out."
+        )
+    num_held_out = min(max(1, round(len(dataset) * fraction)), len(dataset) - 1)
+    shuffled = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).numpy()
+    held_out, rest = np.sort(shuffled[:num_held_out]), np.sort(shuffled[num_held_out:])
+    return dataset.subset(rest), dataset.subset(held_out)
+
+
+@dataclass(frozen=True)
+class _Builder:
+    """Makes data sets of sources, all in the same way."""
+
+    tokenize: SampleTokenizer
+    image_transform: ImageTransform | None
+    image_folder: str | PathLike[str] | None
+    limits: Limits
+    on_bad_sample: BadSamplePolicy
+    checks: ImageChecks
+    fast_decode: bool
+    preparation: PreparationSettings
+
+    def __post_init__(self) -> None:
+        if self.on_bad_sample not in BAD_SAMPLE_POLICIES:
+            raise UserError(f"on_bad_sample is {self.on_bad_sample!r}; it can be 'error' or 'skip'.")
+        if self.checks.level not in IMAGE_CHECKS:
+            known = ", ".join(IMAGE_CHECKS)
+            raise UserError(f"check_images is {self.checks.level!r}; it can be {known}.")
+        check_policy(self.limits.truncation)
+
+    def build(self, path: str | PathLike[str]) -> tuple[ConversationDataset, DataReport]:
+        sources = [open_source(str(path))]
+        measured = [self._measure(source) for source in sources]
+        reports = [self._report(source.name, part) for source, part in zip(sources, measured, strict=True)]
+        report = reports[0] if len(reports) == 1 else total(str(path), reports)
+        apply_policies(
+            report,
+            self.on_bad_sample,
+            max_length=self.limits.max_length,
+            refuses_long=self.limits.truncation == "error",
+        )
+        samples = JoinedSamples([part.samples for part in measured], [source.name for source in sources])
+        return ConversationDataset(samples, image_reader=self._reader(sources)), report
+
+    def _reader(self, sources: Sequence[RecordSource]) -> ImageReader | None:
+        if self.image_transform is None:
+            return None
+        return ImageReader(
+            self.image_transform,
+            [self._place(source) for source in sources],
+            exif_transpose=self.checks.exif_transpose,
+            fast_decode=self.fast_decode,
+        )
+
+    def _place(self, source: RecordSource) -> ImagePlace:
+        return ImagePlace(source.image_folder or self.image_folder, source)
+
+    def _measure(self, source: RecordSource, wanted: Array | None = None) -> Measured:
+        source.prepare(self.preparation.directory)
+        place = self._place(source)
+        self._peek(source, place)
+        rows = prepare_rows(source, self.tokenize, self.preparation)
+        if rows.counts("image_positions").any():
+            self._check_place(rows, place)
+            facts = look_at_images(rows, place, self.checks, self.preparation, wanted)
+        else:
+            facts = None
+        return measure(rows, self.limits, facts, wanted)
+
+    def _peek(self, source: RecordSource, place: ImagePlace) -> None:
+        """Refuse a run that cannot read images at all before it spends minutes on the text."""
+        for index, record in enumerate(source.read(0, min(_RECORDS_TO_PEEK_AT, len(source)))):
+            try:
+                sample = parse_record(record, index)
+            except BadSampleError:
+                continue
+            self._check_images_can_be_read(sample.index, sample.id, sample.images, place)
+
+    def _check_place(self, rows: TokenizedRows, place: ImagePlace) -> None:
+        """Do the same with all records, at the first one with a relative path."""
+        numbers, images = rows.numbered_images()
+        first = next((number for number, image in enumerate(images) if _is_relative(image)), 0)
+        entry = int(np.argmax(numbers == first))
+        record = int(np.searchsorted(np.cumsum(rows.counts("image_positions")), entry, side="right"))
+        self._check_images_can_be_read(record, rows.sample_id(record), rows.images(record), place)
+
+    def _check_images_can_be_read(self, index: int, sample_id: str, images: Sequence[str], place: ImagePlace) -> None:
+        if not images:
+            return
+        name = f"Sample {index}" + (f" (id {sample_id!r})" if sample_id else "")
+        if self.image_transform is None:
+            raise UserError(
+                f"{name} has images, but the model has no vision tower. Pass --vision_tower, start from a "
+                "LLaVA checkpoint, or take the images out of the records."
+            )
+        relative = [image for image in images if _is_relative(image)]
+        if relative and place.folder is None:
+            raise UserError(
+                f"{name} has the image {relative[0]!r}, a relative path, but there is no image folder. "
+                "Pass --image_folder."
+            )
+        if relative and place.folder is not None and not Path(place.folder).is_dir():
+            raise UserError(
+                f"The image folder {str(place.folder)!r} is not a directory, but {name} has images in "
+                "it. Check --image_folder."
+            )
+
+    def _report(self, name: str, measured: Measured) -> DataReport:
+        samples = measured.samples
+        truncated: list[int] = samples.record_indices[samples.was_truncated].tolist()
+        too_long: list[int] = measured.too_long.tolist() if self.limits.truncation != "truncate" else []
+        return DataReport(
+            path=name,
+            num_records=len(samples.rows),
+            num_usable=len(samples),
+            errors=measured.errors,
+            num_truncated=len(truncated),
+            num_too_long=len(too_long),
+            num_lost_tokens=measured.num_lost_tokens,
+            longest=measured.longest,
+            num_tokens=int(samples.lengths.sum(dtype=np.int64)),
+            num_supervised=int(samples.num_supervised.sum(dtype=np.int64)),
+            num_images=int(samples.num_images.sum(dtype=np.int64)),
+            truncated_ids=[name_of(samples.rows.sample_id(record), record) for record in truncated],
+            too_long_ids=[name_of(samples.rows.sample_id(record), record) for record in too_long],
+        )
+
+
+def _is_relative(image: str) -> bool:
+    return not os.path.isabs(image) and parse_embedded(image) is None

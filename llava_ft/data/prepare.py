@@ -1,0 +1,142 @@
+"""Records tokenised once and kept: by as many processes as there are cores, for all ranks and runs of a machine.
+
+What is kept is independent of the length limit, the vision tower and the images (`tokenized_rows.py`), so a change of
+these takes no new preparation. `docs/preparation.md` says what does.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from llava_ft.data.build_once import open_or_build
+from llava_ft.data.fingerprint import key_of, made_from
+from llava_ft.data.processes import num_cores, run_tasks
+from llava_ft.data.progress import Progress
+from llava_ft.data.schema import Sample, parse_record
+from llava_ft.data.sources.base import RecordSource
+from llava_ft.data.tokenize import SampleTokenizer
+from llava_ft.data.tokenized_rows import RowWriter, TokenizedRows, write_manifest
+from llava_ft.errors import BadSampleError, UserError
+
+logger = logging.getLogger(__name__)
+
+RECORDS_FOR_PROCESSES: Final = 2_000
+"""Fewer records are tokenised in the process itself: starting others takes longer."""
+
+_MIN_SHARD: Final = 500
+_MAX_SHARD: Final = 20_000
+_SHARDS_PER_PROCESS: Final = 4
+_RECORDS_PER_NOTE: Final = 100
+
+
+@dataclass(frozen=True, slots=True)
+class PreparationSettings:
+    """How records are prepared.
+
+    Attributes:
+        cache_dir: Where what was prepared is kept; None means beside the caches of `datasets`.
+        num_processes: Processes that tokenise; None means one for each core.
+        goes_first: Whether this process begins at once, or lets another one of its machine go first.
+    """
+
+    cache_dir: Path | None = None
+    num_processes: int | None = None
+    goes_first: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_processes is not None and self.num_processes < 1:
+            raise UserError(
+                f"preprocessing_num_workers is {self.num_processes}; it must be at least 1. Leave it out for one "
+                "process on each core."
+            )
+
+    @property
+    def directory(self) -> Path:
+        """Where what was prepared is kept."""
+        if self.cache_dir is not None:
+            return Path(self.cache_dir)
+        from datasets import config  # takes half a second  # pyright: ignore[reportMissingTypeStubs]
+
+        return Path(config.HF_DATASETS_CACHE) / "llava_ft"
+
+    @property
+    def processes(self) -> int:
+        """Processes that may work at once."""
+        return self.num_processes or num_cores()
+
+
+def prepare_rows(
+    source: RecordSource, tokenize: SampleTokenizer, settings: PreparationSettings, *, prompt_prefix: str = ""
+) -> TokenizedRows:
+    """Tokenise the records of a source, or open what was tokenised before.
+
+    Args:
+        source: Prepared.
+        tokenize: Template and tokenizer.
+        settings: Where, and with how many processes.
+        prompt_prefix: Text put in front of the first question of each record.
+
+    Raises:
+        UserError: The source cannot be read, or the cache cannot be written.
+        RunError: The disk is full, or a process was killed.
+    """
+    parts = made_from(source, tokenize, prompt_prefix)
+    directory = settings.directory / "tokens" / key_of(parts)
+
+    def build(empty: Path) -> None:
+        work = _Tokenising(source, tokenize, prompt_prefix, empty)
+        processes = settings.processes if len(source) >= RECORDS_FOR_PROCESSES else 1
+        with Progress(f"Tokenising {source.name}", len(source), "records") as progress:
+            files = run_tasks(work, _cut(len(source), processes), processes, progress.advance)
+        write_manifest(empty, files, parts)
+        logger.info(
+            "Tokenised %d records of %s in %.1f s (%.0f a second). They are kept in %s.",
+            len(source), source.name, progress.seconds, progress.rate, directory,
+        )  # fmt: skip
+
+    return open_or_build(directory, TokenizedRows, build, goes_first=settings.goes_first)
+
+
+def _cut(num_records: int, num_processes: int) -> list[tuple[int, int]]:
+    """Cut the records into parts: small enough that no process waits long for the last one."""
+    size = math.ceil(num_records / (_SHARDS_PER_PROCESS * num_processes))
+    size = min(max(size, _MIN_SHARD), _MAX_SHARD)
+    return [(start, min(start + size, num_records)) for start in range(0, num_records, size)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokenising:
+    """The work of one process."""
+
+    source: RecordSource
+    tokenize: SampleTokenizer
+    prompt_prefix: str
+    directory: Path
+
+    def __call__(self, part: tuple[int, int], advance: Callable[[int], None]) -> Path:
+        """Tokenise the records from `part[0]` to before `part[1]` into a file."""
+        path = self.directory / f"records-{part[0]:09d}.arrow"
+        with RowWriter(path) as writer:
+            for index, record in enumerate(self.source.read(*part), start=part[0]):
+                try:
+                    sample = parse_record(record, index)
+                    if self.prompt_prefix:
+                        sample = with_prefix(sample, self.prompt_prefix)
+                    writer.add(sample, self.tokenize(sample))
+                except BadSampleError as error:
+                    writer.add_error(error)
+                if writer.num_rows % _RECORDS_PER_NOTE == 0:
+                    advance(_RECORDS_PER_NOTE)
+        advance(writer.num_rows % _RECORDS_PER_NOTE)
+        return path
+
+
+def with_prefix(sample: Sample, prefix: str) -> Sample:
+    """Put a text in front of the first question of a sample."""
+    turns = list(sample.turns)
+    first = next(position for position, turn in enumerate(turns) if turn.role == "human")
+    turns[first] = replace(turns[first], text=f"{prefix}{turns[first].text}")
+    return replace(sample, turns=tuple(turns))

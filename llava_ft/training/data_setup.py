@@ -1,0 +1,65 @@
+"""The data sets of a run, as its flags ask for them."""
+
+import logging
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from llava_ft.args import ParsedArgs
+from llava_ft.checkpoint.base import BaseModel
+from llava_ft.conversation import get_template
+from llava_ft.data.build import BuiltDatasets, build_datasets
+from llava_ft.data.images import ImageTransform
+from llava_ft.data.prepare import PreparationSettings
+from llava_ft.data.tokenize import SampleTokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_datasets(args: ParsedArgs, base: BaseModel, tokenizer: PreTrainedTokenizerFast) -> BuiltDatasets:
+    """Read, prepare and check the records.
+
+    Raises:
+        UserError: The records, or the images they name, do not fit the request.
+        RunError: They could not be prepared.
+    """
+    geometry = base.config.image_geometry
+    transform = None
+    if base.vision_directory is not None:
+        transform = ImageTransform.from_pretrained(base.vision_directory, geometry=geometry)
+    template = get_template(args.model.version)
+    logger.info("Conversation template: %s.", template.name)
+    assert args.data.data_path is not None
+    return build_datasets(
+        args.data.data_path,
+        tokenize=SampleTokenizer(
+            tokenizer,
+            template,
+            mm_use_im_start_end=base.config.mm_use_im_start_end,
+            supervise=args.data.supervise,
+        ),
+        image_transform=transform,
+        image_folder=args.data.image_folder,
+        geometry=geometry,
+        model_max_length=args.flags.model_max_length,
+        truncation=args.data.truncation,
+        on_bad_sample=args.data.on_bad_sample,
+        check_images=args.data.check_images,
+        exif_transpose=args.data.image_exif_transpose,
+        fast_decode=args.data.image_fast_decode,
+        validation_path=args.data.validation_data_path,
+        validation_fraction=args.data.validation_fraction,
+        seed=args.training.data_seed if args.training.data_seed is not None else args.training.seed,
+        preparation=preparation_settings(args, goes_first=args.training.local_process_index == 0),
+    )
+
+
+def preparation_settings(args: ParsedArgs, *, goes_first: bool = True) -> PreparationSettings:
+    """Settle where prepared records are kept, and how many processes prepare them.
+
+    Args:
+        args: The request.
+        goes_first: Whether this process begins at once, or lets another one of its machine go first.
+    """
+    cache_dir = Path(args.data.data_cache_dir) if args.data.data_cache_dir else None
+    return PreparationSettings(cache_dir, args.data.preprocessing_num_workers, goes_first)
