@@ -3,12 +3,17 @@
 import json
 import logging
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+# What tests prepare is theirs: it does not go into the caches of whoever runs them.
+_CACHE = tempfile.TemporaryDirectory(prefix="llava-ft-tests-")
+os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 
 RECORDINGS = Path(__file__).parent / "golden"
 SEVERAL_RANKS = Path(__file__).parent / "distributed"
