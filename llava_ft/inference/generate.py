@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from transformers.generation.streamers import BaseStreamer
 
 from llava_ft.constants import IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
@@ -13,6 +14,7 @@ from llava_ft.conversation import Template
 from llava_ft.data.images import load_image
 from llava_ft.data.tokenize import tokenize_prompt
 from llava_ft.errors import UserError
+from llava_ft.geometry import ImageGeometry
 from llava_ft.inference.load import LoadedModel
 
 
@@ -69,29 +71,50 @@ def prepare_inputs(loaded: LoadedModel, prompt: str, image_files: Sequence[str |
     """Turn a prompt and images into what the model takes.
 
     Returns:
-        `input_ids` `(1, T)`, expanded, and with images `pixel_values` `(M, 3, H, W)`, on the model's device.
+        `input_ids` `(1, T)`, expanded, and with images `pixel_values` `(K, 3, H, W)` of their K tiles and `image_sizes`
+        `(M, 2)`, on the model's device.
 
     Raises:
-        UserError: An image cannot be read, there is no vision tower, or the prompt is longer than the model's context.
+        UserError: An image cannot be read or has no placeholder, there is no vision tower, or the prompt is longer than
+            the model's context.
     """
     device = next(loaded.model.parameters()).device
     if image_files and loaded.image_transform is None:
         raise UserError("Images are given, but the model is text-only.")
-    per_image = loaded.model.config.tokens_per_image
-    ids: list[int] = []
-    for token in tokenize_prompt(prompt, loaded.tokenizer):
-        ids += [IMAGE_TOKEN_INDEX] * per_image if token == IMAGE_TOKEN_INDEX else [token]
+    pictures = [load_image(file) for file in image_files]
+    ids = _expanded(tokenize_prompt(prompt, loaded.tokenizer), pictures, loaded)
     if len(ids) >= loaded.context_len:
         raise UserError(
             f"The prompt is {len(ids)} tokens long, but the model's context is {loaded.context_len}. Shorten the query "
             "or give fewer images."
         )
     inputs = {"input_ids": torch.tensor([ids], device=device)}
-    if image_files:
-        assert loaded.image_transform is not None
-        pixels = [loaded.image_transform(load_image(file)) for file in image_files]
-        inputs["pixel_values"] = torch.stack(pixels).to(device)
+    if pictures:
+        transform = loaded.image_transform
+        assert transform is not None
+        pixels = torch.cat([transform.pixels(picture) for picture in pictures])
+        inputs["pixel_values"] = transform.normalizer(pixels.to(device))
+        inputs["image_sizes"] = torch.tensor([picture.size for picture in pictures])
     return inputs
+
+
+def _expanded(tokens: Sequence[int], pictures: Sequence[Image], loaded: LoadedModel) -> list[int]:
+    """Put as many entries in the place of each image as it takes positions."""
+    num_placeholders = sum(token == IMAGE_TOKEN_INDEX for token in tokens)
+    if num_placeholders != len(pictures):
+        raise UserError(
+            f"The prompt has {num_placeholders} {IMAGE_TOKEN}, but {len(pictures)} images are given. Each needs one."
+        )
+    geometry: ImageGeometry | None = loaded.model.config.image_geometry
+    remaining = iter(pictures)
+    ids: list[int] = []
+    for token in tokens:
+        if token == IMAGE_TOKEN_INDEX:
+            assert geometry is not None
+            ids += [IMAGE_TOKEN_INDEX] * geometry.num_tokens(next(remaining).size)
+        else:
+            ids.append(token)
+    return ids
 
 
 def generate_answer(

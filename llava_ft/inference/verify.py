@@ -10,6 +10,7 @@ import torch
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.constants import IMAGE_TOKEN_INDEX
 from llava_ft.errors import RunError
+from llava_ft.geometry import ImageGeometry
 from llava_ft.inference.load import LoadedModel, load_model
 from llava_ft.tuning.quant import Quantization
 
@@ -51,14 +52,16 @@ def fixed_inputs(loaded: LoadedModel) -> list[dict[str, torch.Tensor]]:
     vocab_size = loaded.model.config.vocab_size
     words = [1 + (index * 7919) % (vocab_size - 1) for index in range(24)]
     inputs = [{"input_ids": torch.tensor([words])}]
-    vision = loaded.model.config.vision_config
-    if vision is not None:
-        size = vision.image_size
-        assert isinstance(size, int)
-        row = torch.linspace(-1.5, 1.5, size)
-        pixels = torch.stack([row.expand(size, size), row.expand(size, size).T, row.outer(row)])
-        ids = [*words[:8], *[IMAGE_TOKEN_INDEX] * loaded.model.config.tokens_per_image, *words[8:]]
-        inputs.append({"input_ids": torch.tensor([ids]), "pixel_values": pixels.unsqueeze(0)})
+    geometry: ImageGeometry | None = loaded.model.config.image_geometry
+    if geometry is not None:
+        side = geometry.input_size
+        row = torch.linspace(-1.5, 1.5, side)
+        pixels = torch.stack([row.expand(side, side), row.expand(side, side).T, row.outer(row)])
+        size_wh = (3 * side // 2, side)
+        ids = [*words[:8], *[IMAGE_TOKEN_INDEX] * geometry.num_tokens(size_wh), *words[8:]]
+        tiles = [pixels * (1.0 - 0.05 * index) for index in range(geometry.num_tiles(size_wh))]
+        images = {"pixel_values": torch.stack(tiles), "image_sizes": torch.tensor([size_wh])}
+        inputs.append({"input_ids": torch.tensor([ids]), **images})
     return inputs
 
 
