@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Final, NoReturn, cast
+from typing import Any, Final, NoReturn, cast
 
 import yaml
 
@@ -257,15 +257,16 @@ def _read_yaml(path: Path) -> object:
         raise UserError(f"Mixture {path}{line}: not valid YAML: {problem}. See docs/mixture.md for examples.") from None
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, and reads `1e-2` as a number."""
+def _with_point_free_floats(rules: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """Add `1e-2` to what YAML takes for a number; YAML 1.1 itself wants `1.0e-2`."""
+    rule = ("tag:yaml.org,2002:float", re.compile(r"^[0-9]+[eE][-+]?[0-9]+$"))
+    return {first: [rule, *some] if first in "0123456789" else some for first, some in rules.items()}
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
-        first: [("tag:yaml.org,2002:float", re.compile(r"^[0-9]+[eE][-+]?[0-9]+$")), *rules]
-        if first in "0123456789"
-        else rules
-        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice."""
+
+    yaml_implicit_resolvers = _with_point_free_floats(yaml.SafeLoader.yaml_implicit_resolvers)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping of which each key occurs once."""
