@@ -15,18 +15,20 @@ from llava_ft.checkpoint.base import BaseModel, find_base, load_base
 from llava_ft.checkpoint.directory import identify
 from llava_ft.checkpoint.fingerprint import language_model_fingerprint
 from llava_ft.checkpoint.load import WeightSource
-from llava_ft.checkpoint.names import EMBEDDINGS, HEAD, is_projector
+from llava_ft.checkpoint.names import EMBEDDINGS, HEAD, IMAGE_NEWLINE, is_projector
 from llava_ft.checkpoint.restore import check_base, plain_name, restore_trained, trained_files
 from llava_ft.checkpoint.resume import check_checkpoint, newest_complete_checkpoint, remove_staging
 from llava_ft.checkpoint.trained import quantization_in_training
-from llava_ft.constants import ORIGINAL_DEFAULTS
+from llava_ft.constants import CHECKPOINT_FIELDS
 from llava_ft.data.build import BuiltDatasets
 from llava_ft.data.collator import PackedCollator, PaddingCollator
 from llava_ft.data.dataset import ConversationDataset
+from llava_ft.data.image_processor import ImageProcessorSettings, PixelNormalizer
 from llava_ft.data.packing import PackedDataset, RowDataset, one_each
 from llava_ft.data.sampler import EpochSampler, steps_per_epoch
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.errors import UserError
+from llava_ft.models.builder import checkpoint_wishes
 from llava_ft.training.artifacts import RunArtifacts
 from llava_ft.training.callbacks import LogLines, Progress, SetSamplerEpoch, StopOnSignal
 from llava_ft.training.data_setup import prepare_datasets
@@ -115,21 +117,19 @@ def prepare_run(args: ParsedArgs) -> Run:
 
 def find_model(args: ParsedArgs) -> BaseModel:
     """Find the model's files and settle its configuration, from the request and an adapter to start from."""
-    wishes: dict[str, Any] = {key: getattr(args.model, key, None) for key in ORIGINAL_DEFAULTS}
-    wishes["image_aspect_ratio"] = args.data.image_aspect_ratio
+    wishes: dict[str, Any] = {key: getattr(args.model, key, None) for key in CHECKPOINT_FIELDS}
+    wishes |= {key: getattr(args.data, key) for key in ("image_aspect_ratio", "image_grid_pinpoints")}
     vision_tower = args.model.vision_tower
     extra: list[WeightSource] = []
     if args.flags.lora_weight_path:
         start = identify(Path(args.flags.lora_weight_path))
         if start.kind != "lora":
             raise UserError(f"lora_weight_path {start.path} holds a {start.kind}, not a LoRA adapter.")
-        for key, wish in wishes.items():
-            if wish is None:
-                wishes[key] = start.config.get(key)
+        wishes = checkpoint_wishes(start.config) | {key: wish for key, wish in wishes.items() if wish is not None}
         vision_tower = vision_tower or start.config.get("mm_vision_tower")
         beside = trained_files(start)[1]
         names = {key: plain_name(key) for key in beside.tensors}
-        projector = {key: name for key, name in names.items() if is_projector(name)}
+        projector = {key: name for key, name in names.items() if is_projector(name) or name == IMAGE_NEWLINE}
         extra.append(WeightSource("projector of the adapter", beside, projector, must_fit=True))
     return find_base(
         args.model.model_name_or_path,
@@ -215,7 +215,7 @@ def _build_trainer(
     tokenizer: PreTrainedTokenizerFast,
     datasets: BuiltDatasets,
 ) -> tuple[LlavaTrainer, StopOnSignal]:
-    training = args.training
+    training, vision = args.training, artifacts.vision_directory
     strategy = "modality_length" if args.flags.group_by_modality_length else _strategy(args)
     pad = tokenizer.pad_token_id
     assert isinstance(pad, int)
@@ -239,6 +239,7 @@ def _build_trainer(
         loss_normalization=args.flags.loss_normalization,
         mm_projector_lr=args.flags.mm_projector_lr,
         bad_sample_limit=args.flags.bad_sample_limit,
+        pixel_normalizer=None if vision is None else PixelNormalizer(ImageProcessorSettings.from_pretrained(vision)),
         train_dataset=train_dataset,
         eval_dataset=datasets.validation,
         data_collator=collator,
