@@ -1,6 +1,5 @@
 """Reads the features of images where an `ImageReader` would decode them."""
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,13 +9,13 @@ import torch
 from llava_ft.data.entry_log import DIGEST, Array, find_digests
 from llava_ft.data.feature_files import FeatureFileError, FeatureStore
 from llava_ft.data.image_contents import digest_of
-from llava_ft.data.image_reader import ImageReader, ImageRef
+from llava_ft.data.image_reader import ImageReader, ImageRef, size_entries
 from llava_ft.data.images import ImageError
 
 
-def name_digest(path: str) -> bytes:
-    """Return the digest under which an image is looked up during a run."""
-    return digest_of(os.path.abspath(path).encode(errors="surrogateescape"))
+def name_digest(name: str) -> bytes:
+    """Return the digest of an image's name, under which it is looked up during a run; see `ImageReader.locate`."""
+    return digest_of(name.encode(errors="surrogateescape"))
 
 
 class FeatureReader:
@@ -39,30 +38,30 @@ class FeatureReader:
         """Read the features of the images of one sample.
 
         Returns:
-            `image_features` `(num_tiles, N, C)`, the tiles of all images in reading order.
+            `image_features` `(num_tiles, N, C)`, the tiles of all images in reading order; where sizes matter
+            `image_sizes` `(M, 2)` int64, width and height of each image in pixels.
 
         Raises:
-            ImageError: Those of an image are not there ("image-not-cached") or damaged ("image-features-damaged").
+            ImageError: An image cannot be read, its features are not there ("image-not-cached") or damaged
+                ("image-features-damaged").
         """
-        return {"image_features": torch.cat([self._read_one(image) for image in images])}
+        return {"image_features": torch.cat([self._read_one(image) for image in images]), **size_entries(images)}
 
     def blank(self, images: Sequence[ImageRef]) -> dict[str, Any]:
         """Give zeros in the shapes of `read`."""
-        tiles = self.store.settings.tiles
-        num_tiles = len(self.images.blank(images)["pixel_values"])
-        return {"image_features": torch.zeros(num_tiles, tiles.num_tokens, tiles.width, dtype=tiles.dtype)}
+        entries = self.images.blank(images)
+        tiles, num_tiles = self.store.settings.tiles, len(entries.pop("pixel_values"))
+        features = torch.zeros(num_tiles, tiles.num_tokens, tiles.width, dtype=tiles.dtype)
+        return {"image_features": features, **entries}
 
     def _read_one(self, image: ImageRef) -> torch.Tensor:
-        path = self.images.locate(image)
-        place = find_digests(self._names, _one(name_digest(path)))[0]
+        name = self.images.locate(image)
+        place = find_digests(self._names, np.frombuffer(name_digest(name), dtype=DIGEST))[0]
         position = int(self._positions[place]) if place >= 0 else -1
         if position < 0:
-            raise ImageError(path, "image-not-cached", "has no features in the vision cache")
+            self.images.read([image])  # says what is wrong with it
+            raise ImageError(name, "image-not-cached", "has no features in the vision cache; it could not be read then")
         try:
             return self.store.read(position)
         except FeatureFileError as error:
-            raise ImageError(path, "image-features-damaged", f"has no usable features: {error}") from None
-
-
-def _one(digest: bytes) -> Array:
-    return np.frombuffer(digest, dtype=DIGEST)
+            raise ImageError(name, "image-features-damaged", f"has no usable features: {error}") from None

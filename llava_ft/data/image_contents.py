@@ -1,25 +1,30 @@
-"""Which content an image file has: a digest of all its bytes, remembered between runs.
+"""Which content an image has: a digest of all bytes of its file, remembered between runs.
 
 A digest takes reading the file. It is remembered for the file's path, size and times of change, as Git does for a
-working tree, so a second start only asks the file system for these. Renamed and copied files are read again and have
-the digest they had.
+working tree, so a second start only asks the file system for these; an image inside a source of records keeps its
+digest as long as the source's fingerprint stays. Renamed and copied files are read again and have the digest they had.
 """
 
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from llava_ft.data.entry_log import CHECKSUM, DIGEST, Array, EntryReader, EntryWriter, find_digests, new_name
+from llava_ft.data.image_files import ImagePlace
+from llava_ft.data.images import ImageError
+from llava_ft.data.sample import parse_embedded
 from llava_ft.errors import RunError
 
 NO_CONTENT: Final = bytes(DIGEST.itemsize)
-"""Stands for the digest of a file that cannot be read."""
+"""Stands for the digest of an image that cannot be read."""
 
 _ENTRY: Final = np.dtype([("state", DIGEST), ("content", DIGEST), (CHECKSUM, "<u4")])
 _OWNER: Final = b"image contents"
@@ -30,8 +35,16 @@ _NUM_THREADS: Final = 16
 _TRIES: Final = 3
 
 
+@dataclass(frozen=True, slots=True)
+class LocatedImage:
+    """An image by its name in a record and the place that the name refers to."""
+
+    place: ImagePlace
+    name: str
+
+
 class ContentTable:
-    """Digests of files by their state, kept in a folder that several processes may use at once.
+    """Digests of images by their state, kept in a folder that several processes may use at once.
 
     Args:
         folder: The folder; made when something is added.
@@ -82,55 +95,78 @@ class ContentTable:
                 "space, or name another directory with --vision_cache."
             ) from error
 
+    def close(self) -> None:
+        """Close the file that was written, if any."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
 
 def digest_of(data: bytes) -> bytes:
     """Return a digest of 16 bytes."""
     return hashlib.blake2b(data, digest_size=DIGEST.itemsize).digest()
 
 
-def file_state(path: str) -> bytes:
-    """Return a digest of where a file is, its size and when it was changed; `NO_CONTENT` if it cannot be reached."""
+def image_states(images: Sequence[LocatedImage]) -> Array:
+    """Ask for the states of many images at once, in threads: `(I,)`, `NO_CONTENT` for one that cannot be reached."""
+    state = partial(_state, _fingerprints(images))
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        return _as_array(list(pool.map(state, images)))
+
+
+def image_contents(images: Sequence[LocatedImage], *, group: int = 1024) -> Iterator[tuple[Array, Array]]:
+    """Read many images in threads.
+
+    Args:
+        images: Where they are.
+        group: How many to read before they are given out.
+
+    Yields:
+        States and digests of one group after the other; both are `NO_CONTENT` for an image that cannot be read or does
+        not stop changing.
+    """
+    content = partial(_content, _fingerprints(images))
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        for start in range(0, len(images), group):
+            pairs = list(pool.map(content, images[start : start + group]))
+            yield _as_array([state for state, _ in pairs]), _as_array([content for _, content in pairs])
+
+
+def _fingerprints(images: Sequence[LocatedImage]) -> Mapping[ImagePlace, str]:
+    """Ask each source that holds images for its fingerprint, once."""
+    places = {image.place for image in images}
+    return {place: place.source.fingerprint() for place in places if place.source is not None}
+
+
+def _state(fingerprints: Mapping[ImagePlace, str], image: LocatedImage) -> bytes:
     try:
-        status = os.stat(path)
-    except (OSError, ValueError):
+        name = image.place.locate(image.name)
+        if parse_embedded(image.name) is not None:
+            values = (name, fingerprints.get(image.place, ""))
+        else:
+            status = os.stat(name)
+            values = (os.path.abspath(name), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    except (ImageError, OSError, ValueError):
         return NO_CONTENT
-    values = (os.path.abspath(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     return digest_of("\0".join(map(str, values)).encode(errors="surrogateescape"))
 
 
-def file_content(path: str) -> tuple[bytes, bytes]:
-    """Read a file.
-
-    Returns:
-        Its state and the digest of its content; both `NO_CONTENT` if it cannot be read or does not stop changing.
-    """
+def _content(fingerprints: Mapping[ImagePlace, str], image: LocatedImage) -> tuple[bytes, bytes]:
     try:
         for _ in range(_TRIES):
-            age = time.time() - os.stat(path).st_ctime
+            state, content = _state(fingerprints, image), image.place.content(image.name)
+            if isinstance(content, bytes):
+                return state, digest_of(content)
+            age = time.time() - os.stat(content).st_ctime
             if 0 <= age < _SETTLED_SECONDS:
                 time.sleep(_SETTLED_SECONDS - age)
-            state = file_state(path)
-            content = digest_of(Path(path).read_bytes())
-            if state == file_state(path):
-                return state, content
-    except (OSError, ValueError):
+            digest = digest_of(Path(content).read_bytes())
+            if state == _state(fingerprints, image):
+                return state, digest
+    except (ImageError, OSError, ValueError):
         pass
     return NO_CONTENT, NO_CONTENT
 
 
-def file_states(paths: Sequence[str]) -> Array:
-    """Ask for the states of many files at once, in threads: `(P,)`."""
-    with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        return _as_array(list(pool.map(file_state, paths, chunksize=256)))
-
-
-def file_contents(paths: Sequence[str], *, group: int = 1024) -> Iterator[tuple[Array, Array]]:
-    """Read many files in threads; yields states and digests of one group of files after the other."""
-    with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        for start in range(0, len(paths), group):
-            pairs = list(pool.map(file_content, paths[start : start + group]))
-            yield _as_array([state for state, _ in pairs]), _as_array([content for _, content in pairs])
-
-
-def _as_array(digests: Sequence[bytes]) -> np.ndarray[Any, np.dtype[Any]]:
+def _as_array(digests: Sequence[bytes]) -> Array:
     return np.frombuffer(b"".join(digests), dtype=DIGEST)

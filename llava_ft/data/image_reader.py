@@ -119,12 +119,12 @@ class ImageReader:
             ImageError: As in `load`.
         """
         tiles = [self.transform.pixels(self.load(image), image.size_wh) for image in images]
-        return {"pixel_values": torch.cat(tiles), **_sizes(images)}
+        return {"pixel_values": torch.cat(tiles), **size_entries(images)}
 
     def blank(self, images: Sequence[ImageRef]) -> dict[str, Any]:
         """Give zeros in the shapes of `read`."""
         tiles = [self.transform.blank(1, image.size_wh) for image in images]
-        return {"pixel_values": torch.cat(tiles), **_sizes(images)}
+        return {"pixel_values": torch.cat(tiles), **size_entries(images)}
 
 
 def _check_size(image: ImageRef, name: str, size_wh: SizeWH) -> None:
@@ -136,6 +136,7 @@ def _check_size(image: ImageRef, name: str, size_wh: SizeWH) -> None:
         )
 
 
-def _sizes(images: Sequence[ImageRef]) -> dict[str, Any]:
+def size_entries(images: Sequence[ImageRef]) -> dict[str, Any]:
+    """Give `image_sizes` `(M, 2)` int64, width and height of each image in pixels, where they matter."""
     sizes = [image.size_wh for image in images if image.size_wh is not None]
     return {"image_sizes": torch.tensor(sizes)} if sizes else {}

@@ -71,4 +71,5 @@ class CLIPVisionTower(nn.Module):
         hidden_MNC = encoder.pre_layrnorm(encoder.embeddings(pixel_values.to(self.dtype)))
         for layer in encoder.encoder.layers[: self.num_layers_run]:
             hidden_MNC = layer(hidden_MNC, None)
-        return hidden_MNC[:, 1:] if self.drop_class_token else hidden_MNC
+        # Contiguous as features from a file are: in bfloat16 the projector's gradients depend on the layout.
+        return hidden_MNC[:, 1:].contiguous() if self.drop_class_token else hidden_MNC

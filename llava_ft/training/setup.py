@@ -37,6 +37,7 @@ from llava_ft.training.fragments import gathered, value_setter
 from llava_ft.training.reporting import attach_reporters
 from llava_ft.training.shared_output import check_same_checkpoint, check_shared_output
 from llava_ft.training.trainer import LlavaTrainer
+from llava_ft.training.vision_cache import use_vision_cache
 from llava_ft.tuning.freeze import TuningPlan
 from llava_ft.tuning.lora import add_lora
 from llava_ft.tuning.quant import Quantization, check_quantization
@@ -92,7 +93,9 @@ def prepare_run(args: ParsedArgs) -> Run:
         if earlier:
             _check_same_base(args, Path(earlier), fingerprint, base)
     _complete_config(args, base)
-    model = load_model_to_train(args, base, plan, num_new_rows=max(0, len(tokenizer) - base.config.vocab_size))
+    encodes_images = not use_vision_cache(args, base, plan, datasets, compute_dtype(args))
+    num_new_rows = max(0, len(tokenizer) - base.config.vocab_size)
+    model = load_model_to_train(args, base, plan, num_new_rows=num_new_rows, encodes_images=encodes_images)
     if args.flags.lora_weight_path:
         restore_trained(model, Path(args.flags.lora_weight_path), as_start=True, put=value_setter(model))
         logger.info("Starting from the adapter and projector in %s.", args.flags.lora_weight_path)
@@ -141,8 +144,13 @@ def find_model(args: ParsedArgs) -> BaseModel:
     )
 
 
-def load_model_to_train(args: ParsedArgs, base: BaseModel, plan: TuningPlan, *, num_new_rows: int) -> nn.Module:
-    """Load the weights and make trainable what the plan says."""
+def load_model_to_train(
+    args: ParsedArgs, base: BaseModel, plan: TuningPlan, *, num_new_rows: int, encodes_images: bool = True
+) -> nn.Module:
+    """Load the weights and make trainable what the plan says.
+
+    A run that does not encode images is given features of them; the tower is loaded then only if it is to be saved.
+    """
     dtype = compute_dtype(args)
     # DeepSpeed keeps float32 master values in its optimizer, and the model's own in the compute dtype.
     master_dtype = dtype if args.training.deepspeed else torch.float32
@@ -154,7 +162,9 @@ def load_model_to_train(args: ParsedArgs, base: BaseModel, plan: TuningPlan, *, 
         attn_implementation=args.attn_implementation,
         quantization=_quantization(args),
         division=zero_division(args.training),
+        with_tower=encodes_images or (plan.method == "full" and args.flags.save_vision_tower),
     )
+    model.runs_tower = encodes_images
     ledger.log()
     with gathered([model.get_parameter(EMBEDDINGS), model.get_parameter(HEAD)] if num_new_rows else []):
         plan.separate_new_rows(model, num_new_rows)

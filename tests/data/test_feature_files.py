@@ -21,7 +21,16 @@ from llava_ft.data import entry_log
 from llava_ft.data.entry_log import CHECKSUM, DIGEST, EntryReader, EntryWriter, find_digests
 from llava_ft.data.feature_files import FeatureFileError, FeatureSettings, FeatureStore, FeatureWriter
 from llava_ft.data.feature_format import FeatureFormat
-from llava_ft.data.image_contents import NO_CONTENT, ContentTable, digest_of, file_content, file_contents, file_states
+from llava_ft.data.image_contents import (
+    NO_CONTENT,
+    ContentTable,
+    LocatedImage,
+    digest_of,
+    image_contents,
+    image_states,
+)
+from llava_ft.data.image_files import ImagePlace
+from llava_ft.data.sample import embedded_name
 from llava_ft.errors import RunError, UserError
 from tests.conftest import RECORDINGS
 
@@ -348,59 +357,93 @@ class TestEntryLog:
         assert found.tolist() == [known.index(one) if one in known else -1 for one in wanted]
 
 
-class TestContents:
-    """Digests of files, remembered by path, size and times."""
+class _Source:
+    """A source of records that holds images itself."""
 
-    def old_file(self, path: Path, content: bytes) -> str:
-        path.write_bytes(content)
-        return str(path)
+    name = "source"
+
+    def __init__(self, state: str, images: list[bytes]):
+        self.state, self.images, self.num_read = state, images, 0
+
+    def fingerprint(self) -> str:
+        return self.state
+
+    def image_bytes(self, index: int, position: int) -> bytes:
+        self.num_read += 1
+        return self.images[index + position]
+
+
+class TestContents:
+    """Digests of images, remembered by path, size and times, or by the source that holds them."""
 
     @pytest.fixture(autouse=True)
     def _no_waiting(self, monkeypatch):
         monkeypatch.setattr("llava_ft.data.image_contents._SETTLED_SECONDS", 0.0)
 
+    def image(self, path: Path, content: bytes | None = None) -> LocatedImage:
+        if content is not None:
+            path.write_bytes(content)
+        return LocatedImage(ImagePlace(), str(path))
+
+    def contents(self, *images: LocatedImage) -> list[bytes]:
+        return [bytes(one) for _, contents in image_contents(images, group=2) for one in contents]
+
+    def remember(self, table: ContentTable, images: list[LocatedImage]) -> None:
+        for states, contents in image_contents(images):
+            table.add(states, contents)
+        table.close()
+        table.refresh()
+
+    def found(self, table: ContentTable, images: list[LocatedImage]) -> list[bytes]:
+        return [bytes(one) for one in table.find(image_states(images))]
+
     def test_copies_and_renamed_files_have_the_same_content(self, tmp_path):
-        names = [self.old_file(tmp_path / name, b"picture") for name in ("a", "b")]
-        os.rename(names[1], tmp_path / "c")
-        _, one = file_content(names[0])
-        _, other = file_content(str(tmp_path / "c"))
-        assert one == other == digest_of(b"picture")
+        images = [self.image(tmp_path / name, b"picture") for name in ("a", "b", "c")]
+        (tmp_path / "c").rename(tmp_path / "d")
+        images[2] = self.image(tmp_path / "d")
+        assert self.contents(*images) == [digest_of(b"picture")] * 3
 
     def test_a_second_look_reads_nothing(self, tmp_path):
-        paths = [self.old_file(tmp_path / str(number), bytes([number])) for number in range(5)]
-        table = ContentTable(tmp_path / "table")
-        for states, contents in file_contents(paths, group=2):
-            table.add(states, contents)
+        images = [self.image(tmp_path / str(number), bytes([number])) for number in range(5)]
+        self.remember(ContentTable(tmp_path / "table"), images)
         again = ContentTable(tmp_path / "table")
-        found = again.find(file_states(paths))
-        assert [bytes(one) for one in found] == [digest_of(bytes([number])) for number in range(5)]
+        assert self.found(again, images) == [digest_of(bytes([number])) for number in range(5)]
 
     @pytest.mark.parametrize("same_times", [False, True])
     def test_a_changed_file_is_not_taken_for_the_old_one(self, tmp_path, same_times):
-        path = self.old_file(tmp_path / "a", b"old")
-        before = os.stat(path)
+        image = self.image(tmp_path / "a", b"old")
+        before = (tmp_path / "a").stat()
         table = ContentTable(tmp_path / "table")
-        for states, contents in file_contents([path]):
-            table.add(states, contents)
+        self.remember(table, [image])
         time.sleep(0.02)
-        self.old_file(tmp_path / "a", b"new")
+        self.image(tmp_path / "a", b"new")
         if same_times:
-            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-        table.refresh()
-        assert bytes(table.find(file_states([path]))[0]) == NO_CONTENT
+            os.utime(tmp_path / "a", ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert self.found(table, [image]) == [NO_CONTENT]
 
     def test_a_file_changed_just_now_is_read_later(self, tmp_path, monkeypatch):
         monkeypatch.setattr("llava_ft.data.image_contents._SETTLED_SECONDS", 0.3)
-        path = self.old_file(tmp_path / "a", b"new")
+        image = self.image(tmp_path / "a", b"new")
         start = time.monotonic()
-        assert file_content(path)[1] == digest_of(b"new")
+        assert self.contents(image) == [digest_of(b"new")]
         assert time.monotonic() - start > 0.25
 
+    def test_an_image_in_a_source_is_known_by_the_sources_fingerprint(self, tmp_path):
+        table = ContentTable(tmp_path / "table")
+        source = _Source("one", [b"a", b"b"])
+        images = [LocatedImage(ImagePlace(None, source), embedded_name(index, 0)) for index in range(2)]
+        self.remember(table, images)
+        assert source.num_read == 2
+        assert self.found(table, images) == [digest_of(b"a"), digest_of(b"b")]
+        assert source.num_read == 2
+        source.state = "two"
+        assert self.found(table, images) == [NO_CONTENT] * 2
+
     def test_files_that_cannot_be_read_have_no_content(self, tmp_path):
-        paths = [str(tmp_path / "missing"), str(tmp_path), "\0", ""]
-        assert [bytes(one) for one in file_states(paths[:1] + paths[2:])] == [NO_CONTENT] * 3
-        ((states, contents),) = file_contents(paths)
-        assert [bytes(one) for one in contents] == [bytes(one) for one in states] == [NO_CONTENT] * 4
+        images = [self.image(path) for path in (tmp_path / "missing", tmp_path, Path("\0"))]
+        images.append(LocatedImage(ImagePlace(), "relative.jpg"))
+        assert [bytes(one) for one in image_states(images)][::2] == [NO_CONTENT] * 2
+        assert self.contents(*images) == [NO_CONTENT] * 4
 
     def test_digests_that_cannot_be_kept(self, tmp_path):
         (tmp_path / "file").write_text("")
