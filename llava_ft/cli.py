@@ -1,4 +1,4 @@
-"""The command line: `llava-ft train | plan | merge | consolidate | generate | inspect`.
+"""The command line: `llava-ft train | plan | check-data | inspect | merge | consolidate | generate`.
 
 Exit status: 0 done, 1 the run failed, 2 the request was wrong. Messages go to standard error; standard output holds
 what was asked for and nothing else.
@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from llava_ft.errors import RunError, UserError
@@ -55,10 +56,11 @@ def _commands() -> dict[str, tuple[Callable[[Sequence[str]], int], str]]:
     return {
         "train": (train, "fine-tune a model: LoRA, full or projector only; the same command resumes"),
         "plan": (plan, "say what a run will take - memory, disk, steps - before any weight is loaded"),
+        "check-data": (check_data, "find what would stop or spoil a run in its records and images; repair a copy"),
+        "inspect": (inspect, "inspect data: what the model will see of each record"),
         "merge": (merge, "put an adapter, or a projector, into its base model and verify the result"),
         "consolidate": (consolidate, "get the weights out of DeepSpeed's files, when nothing else is left of a run"),
         "generate": (generate, "answer one question about images"),
-        "inspect": (inspect, "inspect data: what the model will see of each record"),
     }
 
 
@@ -194,16 +196,65 @@ def generate(argv: Sequence[str]) -> int:
     return DONE
 
 
+def check_data(argv: Sequence[str]) -> int:
+    """Check the records and images of a run."""
+    parser = _Parser(
+        "llava-ft check-data",
+        "Check every record and decode every image of a run's data. Takes the flags of `llava-ft train`, --config "
+        "among them, and those below. Exits with 1 if something would stop or spoil a run.",
+    )
+    parser.add_argument("--fix", metavar="OUT", help="write the usable records of --data_path to this .json or .jsonl")
+    parser.add_argument("--html", metavar="FILE", help="write the report as a page too, with charts and thumbnails")
+    parser.add_argument("--json", action="store_true", help="write the report as JSON")
+    parser.add_argument("--workers", type=int, help="processes; when absent, one for each core")
+    options, flags = parser.parse_known_args(argv)
+    set_up_ranks(0)
+    output = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # some libraries write to it when they are imported
+        from llava_ft.args import parse_args
+        from llava_ft.training.check_data_command import CheckOptions, run_check_data
+
+        wishes = CheckOptions(
+            fix=Path(options.fix) if options.fix else None,
+            html=Path(options.html) if options.html else None,
+            as_json=options.json,
+            num_workers=options.workers,
+        )
+        passed = run_check_data(parse_args(flags, required=("model_name_or_path", "data_path")), output, wishes)
+    return DONE if passed else FAILED
+
+
 def inspect(argv: Sequence[str]) -> int:
     """Show what the model will see."""
-    if not argv or argv[0] != "data":
+    if not argv or argv[0] not in ("data", "-h", "--help"):
         raise UserError("`llava-ft inspect` needs to know what to inspect. Known is: data.")
+    parser = _Parser(
+        "llava-ft inspect data",
+        "Show records as the model will see them: what is supervised, what is cut off, and what is wrong with those "
+        "that cannot be used. Takes the flags of `llava-ft train`, --config among them, and those below. Exits with 1 "
+        "if a record that is shown cannot be used.",
+    )
+    parser.add_argument("--limit", type=int, help="show at most so many records")
+    parser.add_argument("--index", type=int, nargs="+", default=[], help="show the records at these positions, from 0")
+    parser.add_argument("--id", nargs="+", default=[], help="show the records with these ids")
+    parser.add_argument("--json", action="store_true", help="write one JSON object a line")
+    parser.add_argument("--html", metavar="FILE", help="write a page with thumbnails instead")
+    options, flags = parser.parse_known_args(argv[1:] if argv[0] == "data" else argv)
+    if options.limit is not None and options.limit < 1:
+        raise UserError(f"--limit is {options.limit}; it must be at least 1.")
+    if options.json and options.html:
+        raise UserError("--json and --html exclude each other. Give one of them.")
     from llava_ft.args import parse_args
+    from llava_ft.data.inspect import Selection
     from llava_ft.training.inspect_command import run_inspect_data
 
-    rest = [argument for argument in argv[1:] if argument != "--json"]
-    args = parse_args(rest, required=("model_name_or_path", "data_path"))
-    all_usable = run_inspect_data(args, sys.stdout, as_json="--json" in argv)
+    all_usable = run_inspect_data(
+        parse_args(flags, required=("model_name_or_path", "data_path")),
+        sys.stdout,
+        as_json=options.json,
+        html=Path(options.html) if options.html else None,
+        selection=Selection(options.limit, tuple(options.index), tuple(options.id)),
+    )
     return DONE if all_usable else FAILED
 
 

@@ -4,31 +4,35 @@ It takes a tokenizer, a template and the records: no weights and, unless asked f
 """
 
 import os
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import groupby
-from pathlib import Path
-from typing import Any, Final, TextIO, TypedDict
+from itertools import groupby, islice
+from typing import Any, Final, TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
 from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava_ft.data.image_files import ImageCheck, check_image, resolve_image_path
-from llava_ft.data.images import ImageError
-from llava_ft.data.prepared import expand_checked
-from llava_ft.data.schema import Sample, load_records, parse_record
+from llava_ft.data.image_files import ImageCheck, ImagePlace, check_image
+from llava_ft.data.images import ImageError, check_image_header
+from llava_ft.data.judge import judge
+from llava_ft.data.prepared import Limits
+from llava_ft.data.sample import Sample, parse_embedded
+from llava_ft.data.schema import parse_record
+from llava_ft.data.sources.base import RecordSource
+from llava_ft.data.terminal import visible
 from llava_ft.data.tokenize import TokenizedSample
-from llava_ft.errors import BadSampleError
+from llava_ft.errors import BadSampleError, UserError
+from llava_ft.geometry import SizeWH
 
 _GREEN: Final = "\x1b[32m"
+_CUT: Final = "\x1b[9;31m"
+"""Struck through and red."""
 _PLAIN: Final = "\x1b[0m"
 _MARKS: Final = ("[[", "]]")
 """What stands around supervised text where there is no colour."""
-
-_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Characters that could steer a terminal; tab and newline are not among them."""
+_CUT_MARKS: Final = ("{-", "-}")
+"""What stands around text that is cut off where there is no colour."""
 
 
 class RecordView(TypedDict):
@@ -41,7 +45,9 @@ class RecordView(TypedDict):
         labels: As long as `input_ids`; `IGNORE_INDEX` where nothing is supervised.
         num_images: Images of the record; 0 if unusable.
         num_image_tokens: Positions that all images together take. None if there are images and no vision
-            tower is known.
+            tower is known, or their sizes matter and they cannot be opened.
+        num_kept: How many of `input_ids` `model_max_length` leaves; all where that is not known.
+        images: The images as the record names them; those whose content is in the source as `embedded:...`.
         error: Why the record cannot be used, else None.
     """
 
@@ -51,12 +57,14 @@ class RecordView(TypedDict):
     labels: list[int]
     num_images: int
     num_image_tokens: int | None
+    num_kept: int
+    images: list[str]
     error: str | None
 
 
 @dataclass
 class InspectionSummary:
-    """What was seen so far; `inspect_records` adds to it.
+    """What was seen so far; an `Inspector` adds to it.
 
     Attributes:
         num_records: Records seen.
@@ -65,6 +73,7 @@ class InspectionSummary:
         num_tokens: Tokens of the usable records before truncation, with those of images where known.
         num_supervised: How many of these are supervised.
         num_images: Images of the usable records.
+        num_cut: Usable records that are cut off.
     """
 
     num_records: int = 0
@@ -73,6 +82,7 @@ class InspectionSummary:
     num_tokens: int = 0
     num_supervised: int = 0
     num_images: int = 0
+    num_cut: int = 0
 
     def add_usable(self, view: RecordView) -> None:
         """Count a usable record."""
@@ -81,6 +91,7 @@ class InspectionSummary:
         self.num_tokens += len(view["input_ids"]) - view["num_images"] + (view["num_image_tokens"] or 0)
         self.num_supervised += _num_supervised(view)
         self.num_images += view["num_images"]
+        self.num_cut += view["num_kept"] < len(view["input_ids"])
 
     def add_unusable(self, error: BadSampleError) -> None:
         """Count a record that cannot be used."""
@@ -95,65 +106,133 @@ class InspectionSummary:
             f"{self.num_tokens} tokens, {self.num_supervised} supervised ({share:.1%})",
             f"{self.num_images} images",
         ]
+        if self.num_cut:
+            lines.append(f"{self.num_cut} cut off at model_max_length")
         lines += [f"{count} unusable: {kind}" for kind, count in self.counts.most_common()]
         return "\n".join(lines)
 
 
-def inspect_records(
-    data_path: str | os.PathLike[str],
-    tokenize: Callable[[Sample], TokenizedSample],
-    *,
-    num_image_tokens: int | None = None,
-    model_max_length: int | None = None,
-    image_folder: str | os.PathLike[str] | None = None,
-    check_images: ImageCheck = "none",
-    summary: InspectionSummary | None = None,
-) -> Iterator[RecordView]:
-    """Show every record of a file as the model will see it, in order.
+@dataclass(frozen=True)
+class Selection:
+    """Which records of a source are shown.
 
-    Args:
-        data_path: Records, `.json` or `.jsonl`.
-        tokenize: Usually a `SampleTokenizer`.
-        num_image_tokens: Positions that one image takes; None when no vision tower is known.
-        model_max_length: Tokens after which a sample is cut off: a record of which no answer is left is
-            unusable. None checks nothing; neither does a record with images when their tokens are not known.
-        image_folder: Folder that relative paths of images start from. Without one they are not checked.
-        check_images: How much of each image file is read: "none", "exists", "header" or "decode".
-        summary: Counts what is seen.
-
-    Raises:
-        UserError: The file itself cannot be read.
+    Attributes:
+        limit: At most so many; None means all.
+        indices: Only these positions; empty means all.
+        ids: Only records with these ids; empty means all.
     """
-    summary = summary if summary is not None else InspectionSummary()
-    records = load_records(Path(data_path))
-    for index in range(len(records)):
-        record, records[index] = records[index], None
+
+    limit: int | None = None
+    indices: tuple[int, ...] = ()
+    ids: tuple[str, ...] = ()
+
+    def records(self, source: RecordSource) -> Iterator[tuple[int, object]]:
+        """Give the positions and raw records that may be shown; ids are not looked at.
+
+        Raises:
+            UserError: There is no record at one of the positions.
+        """
+        if not self.indices:
+            yield from enumerate(source.read(0, len(source)))
+            return
+        for index in self.indices:
+            if not 0 <= index < len(source):
+                raise UserError(
+                    f"There is no record {index} in {source.name}, which has {len(source)}. Allowed is 0 to "
+                    f"{len(source) - 1}."
+                )
+            yield index, next(iter(source.read(index, index + 1)))
+
+
+@dataclass(frozen=True)
+class Inspector:
+    """Looks at records as a run would.
+
+    Attributes:
+        tokenize: Usually a `SampleTokenizer`.
+        limits: How long a record may be, and how many tokens an image has. None checks no length.
+        image_folder: Folder that relative paths of images start from. Without one they are not opened.
+        check_images: How much of each image file is read: "none", "exists", "header" or "decode".
+        exif_transpose: Whether pictures are turned as their EXIF orientation says.
+    """
+
+    tokenize: Callable[[Sample], TokenizedSample]
+    limits: Limits | None = None
+    image_folder: str | os.PathLike[str] | None = None
+    check_images: ImageCheck = "none"
+    exif_transpose: bool = False
+
+    def views(
+        self, source: RecordSource, summary: InspectionSummary, selection: Selection | None = None
+    ) -> Iterator[RecordView]:
+        """Show records as the model will see them, in order.
+
+        Args:
+            source: A prepared source.
+            summary: Counts what is seen.
+            selection: Which records; None means all.
+        """
+        selection = selection or Selection()
+        place = self.place_of(source)
+        seen = (self._view(record, index, place, selection.ids) for index, record in selection.records(source))
+        for view in islice((view for view in seen if view is not None), selection.limit):
+            if isinstance(view, BadSampleError):
+                summary.add_unusable(view)
+                yield _unusable(view)
+            else:
+                summary.add_usable(view)
+                yield view
+
+    def place_of(self, source: RecordSource) -> ImagePlace:
+        """Say where the images of a source are."""
+        return ImagePlace(source.image_folder or self.image_folder, source)
+
+    def _view(
+        self, record: object, index: int, place: ImagePlace, ids: tuple[str, ...]
+    ) -> RecordView | BadSampleError | None:
         try:
             sample = parse_record(record, index)
-            _check_sample_images(sample, image_folder, check_images)
-            tokens = tokenize(sample)
-            if model_max_length is not None and (num_image_tokens is not None or not sample.images):
-                expand_checked(sample, tokens, num_image_tokens or 0, model_max_length)
+            if ids and sample.id not in ids:
+                return None
+            tokens = self.tokenize(sample)
+            return self._usable(sample, tokens, self._sizes(sample, place))
         except BadSampleError as error:
-            summary.add_unusable(error)
-            yield _unusable(error)
-            continue
-        view = _usable(sample, tokens, num_image_tokens)
-        summary.add_usable(view)
-        yield view
+            return None if ids and error.sample_id not in ids else error
 
+    def _usable(self, sample: Sample, tokens: TokenizedSample, sizes: list[SizeWH | None]) -> RecordView:
+        geometry = self.limits.geometry if self.limits else None
+        needs_sizes = geometry is not None and geometry.needs_image_sizes
+        is_known = not sizes or (geometry is not None and (not needs_sizes or None not in sizes))
+        judged = judge(sample, tokens, sizes, self.limits) if self.limits and is_known else None
+        num_image_tokens = judged.num_image_tokens if judged else 0
+        return {
+            "index": sample.index,
+            "id": sample.id,
+            "input_ids": tokens.input_ids,
+            "labels": tokens.labels,
+            "num_images": tokens.num_images,
+            "num_image_tokens": num_image_tokens if is_known else None,
+            "num_kept": judged.cut if judged else len(tokens.input_ids),
+            "images": list(sample.images),
+            "error": None,
+        }
 
-def _usable(sample: Sample, tokens: TokenizedSample, num_image_tokens: int | None) -> RecordView:
-    is_unknown = num_image_tokens is None and tokens.num_images > 0
-    return {
-        "index": sample.index,
-        "id": sample.id,
-        "input_ids": tokens.input_ids,
-        "labels": tokens.labels,
-        "num_images": tokens.num_images,
-        "num_image_tokens": None if is_unknown else (num_image_tokens or 0) * tokens.num_images,
-        "error": None,
-    }
+    def _sizes(self, sample: Sample, place: ImagePlace) -> list[SizeWH | None]:
+        """Check the images, and measure them where their sizes matter."""
+        geometry = self.limits.geometry if self.limits else None
+        sizes: list[SizeWH | None] = []
+        for image in sample.images:
+            if place.folder is None and not os.path.isabs(image) and parse_embedded(image) is None:
+                sizes.append(None)
+                continue
+            try:
+                content = place.content(image)
+                check_image(content, self.check_images)
+                needed = geometry is not None and geometry.needs_image_sizes
+                sizes.append(check_image_header(content, exif_transpose=self.exif_transpose) if needed else None)
+            except ImageError as error:
+                raise BadSampleError(sample.index, sample.id, error.kind, str(error)) from None
+        return sizes
 
 
 def _unusable(error: BadSampleError) -> RecordView:
@@ -164,77 +243,93 @@ def _unusable(error: BadSampleError) -> RecordView:
         "labels": [],
         "num_images": 0,
         "num_image_tokens": 0,
+        "num_kept": 0,
+        "images": [],
         "error": f"{error.kind}: {error.reason}",
     }
-
-
-def _check_sample_images(sample: Sample, image_folder: str | os.PathLike[str] | None, check_images: ImageCheck) -> None:
-    for image in sample.images:
-        if image_folder is None and not os.path.isabs(image):
-            continue
-        try:
-            check_image(resolve_image_path(image, image_folder), check_images)
-        except ImageError as error:
-            raise BadSampleError(sample.index, sample.id, error.kind, str(error)) from None
-
-
-def has_color(stream: TextIO) -> bool:
-    """Whether text for `stream` may be coloured: it is a terminal, and NO_COLOR and TERM do not forbid it."""
-    is_forbidden = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
-    return stream.isatty() and not is_forbidden
 
 
 def render_colored(view: RecordView, tokenizer: PreTrainedTokenizerBase, *, color: bool) -> str:
     """Write one record for a person to read: its numbers, and the prompt with the supervised text marked.
 
     Args:
-        view: From `inspect_records`.
+        view: From an `Inspector`.
         tokenizer: The one that made its ids.
-        color: Whether supervised text is green, else it stands in `[[ ]]`. See `has_color`.
+        color: Whether supervised text is green and what is cut off struck through, else they stand in `[[ ]]` and
+            `{- -}`. See `terminal.has_color`.
 
     Returns:
         Text without a final newline. Control characters in the data are shown as escapes.
     """
-    name = f"Record {view['index']}" + (f" (id {_visible(view['id'])!r})" if view["id"] else "")
     if view["error"] is not None:
-        return f"{name} cannot be used: {_visible(view['error'])}"
-    before, after = (_GREEN, _PLAIN) if color else _MARKS
-    text = "".join(
-        f"{before}{_visible(part)}{after}" if is_target else _visible(part)
-        for part, is_target in _decode(view["input_ids"], view["labels"], tokenizer)
-    )
+        return f"{title_of(view)} cannot be used: {visible(view['error'])}"
+    marks = {"target": (_GREEN, _PLAIN), "cut": (_CUT, _PLAIN)} if color else {"target": _MARKS, "cut": _CUT_MARKS}
+    text = ""
+    for part in decode_parts(view, tokenizer):
+        before, after = marks["cut"] if part.is_cut else marks["target"] if part.is_target else ("", "")
+        text += f"{before}{visible(part.text)}{after}"
+    return f"{title_of(view)}: {describe_view(view)}\n{text}"
+
+
+def title_of(view: RecordView) -> str:
+    """Name a record by its position and, where it has one, its id."""
+    return f"Record {view['index']}" + (f" (id {visible(view['id'])!r})" if view["id"] else "")
+
+
+def describe_view(view: RecordView) -> str:
+    """Give the numbers of a record in a line."""
     num_text_tokens = len(view["input_ids"]) - view["num_images"]
     numbers = f"{num_text_tokens} text tokens ({_num_supervised(view)} supervised), {view['num_images']} images"
     if view["num_images"] and view["num_image_tokens"] is not None:
         numbers += f" ({view['num_image_tokens']} tokens)"
-    return f"{name}: {numbers}\n{text}"
+    num_cut = len(view["input_ids"]) - view["num_kept"]
+    if num_cut:
+        num_images = view["input_ids"][view["num_kept"] :].count(IMAGE_TOKEN_INDEX)
+        numbers += f"; model_max_length cuts off {num_cut - num_images} text tokens and {num_images} images"
+    return numbers
 
 
-def _decode(
-    input_ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[str, bool]]:
-    """Give the text of each stretch of tokens, and whether it is supervised.
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of a record's text.
+
+    Attributes:
+        text: The text; `<image>` for an image.
+        is_target: Whether it is supervised.
+        is_cut: Whether truncation cuts it off.
+        num_images: How many images it stands for.
+    """
+
+    text: str
+    is_target: bool
+    is_cut: bool
+    num_images: int = 0
+
+
+def decode_parts(view: RecordView, tokenizer: PreTrainedTokenizerBase) -> Iterator[Part]:
+    """Give the text of a usable record stretch by stretch.
 
     A tokenizer may drop a blank where a text begins, so each stretch is what it adds to the text before it.
     """
-    pairs = zip(input_ids, (label != IGNORE_INDEX for label in labels), strict=True)
+    kinds = (
+        (token == IMAGE_TOKEN_INDEX, label != IGNORE_INDEX, position >= view["num_kept"])
+        for position, (token, label) in enumerate(zip(view["input_ids"], view["labels"], strict=True))
+    )
     so_far: list[int] = []
     shown = ""
-    for (is_image, is_target), group in groupby(pairs, key=lambda pair: (pair[0] == IMAGE_TOKEN_INDEX, pair[1])):
-        ids = [token for token, _ in group]
+    for (is_image, is_target, is_cut), group in groupby(
+        zip(kinds, view["input_ids"], strict=True), key=lambda pair: pair[0]
+    ):
+        ids = [token for _, token in group]
         if is_image:
-            yield IMAGE_TOKEN * len(ids), False
+            yield Part(IMAGE_TOKEN * len(ids), False, is_cut, len(ids))
             so_far, shown = [], ""
             continue
         so_far += ids
         text = tokenizer.decode(so_far, skip_special_tokens=False, clean_up_tokenization_spaces=False)  # pyright: ignore[reportUnknownMemberType]
         assert isinstance(text, str)
-        yield text[len(shown) :], is_target
+        yield Part(text[len(shown) :], is_target, is_cut)
         shown = text
-
-
-def _visible(text: str) -> str:
-    return _CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
 
 
 def _num_supervised(view: Mapping[str, Any] | RecordView) -> int:

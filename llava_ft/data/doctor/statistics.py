@@ -1,0 +1,243 @@
+"""Numbers about the usable records: how long they are, what truncation takes away, what packing will give."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from llava_ft.data.doctor.check import Array, SourceCheck
+from llava_ft.data.packing import pack
+
+_MOST_BINS: Final = 16
+_NICE_STEPS: Final = (1, 2, 4, 5, 8, 10)
+_SHARE_IN_BINS: Final = 0.995
+"""Records that the bins of equal width hold at least; the rest share the last bin."""
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Numbers of records by length.
+
+    Attributes:
+        edges: Where each bin starts, ascending; the last one has no end.
+        counts: Records in each bin.
+    """
+
+    edges: list[int]
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long records are, before truncation, with the tokens of images.
+
+    Attributes:
+        shortest: Tokens.
+        median: Tokens.
+        mean: Tokens.
+        p99: Tokens that 99% of the records do not exceed.
+        longest: Tokens.
+        histogram: Records by tokens.
+    """
+
+    shortest: int
+    median: int
+    mean: float
+    p99: int
+    longest: int
+    histogram: Histogram
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """What is lost at `model_max_length`.
+
+    Attributes:
+        max_length: The limit.
+        policy: What the run does with longer records.
+        records_cut: Records that lose something.
+        records_dropped: Records that are left out because they are too long.
+        tokens_lost: Tokens of the usable records.
+        supervised_lost: How many of these would have been learnt.
+        answers_lost: Answers that are not whole any more.
+        images_lost: Images.
+    """
+
+    max_length: int
+    policy: str
+    records_cut: int
+    records_dropped: int
+    tokens_lost: int
+    supervised_lost: int
+    answers_lost: int
+    images_lost: int
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What `--packing true` would give.
+
+    Attributes:
+        rows: Rows of `max_length` tokens.
+        max_length: Length of a row.
+        records_per_row: On average.
+        efficiency: Share of the computed positions that hold a token.
+        padded_efficiency: The same without packing, one record after the other padded to the longest of its batch.
+        batch_size: Records in these batches.
+    """
+
+    rows: int
+    max_length: int
+    records_per_row: float
+    efficiency: float
+    padded_efficiency: float
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Everything that is counted.
+
+    Attributes:
+        records: Records in the source.
+        usable: Records that a run trains on.
+        images: Images that the records name, each time they do.
+        image_files: Distinct ones.
+        image_bytes: Size of the distinct ones that can be used.
+        unusable_images: Distinct ones that cannot be used.
+        tokens: Tokens of the usable records, after truncation.
+        supervised: How many of these have to be predicted.
+        lengths: None without a usable record.
+        truncation: What is lost.
+    """
+
+    records: int
+    usable: int
+    images: int
+    image_files: int
+    image_bytes: int
+    unusable_images: int
+    tokens: int
+    supervised: int
+    lengths: Lengths | None
+    truncation: Truncation
+
+    @property
+    def supervised_share(self) -> float:
+        """Share of the tokens that have to be predicted."""
+        return self.supervised / max(1, self.tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the numbers as JSON values."""
+        return {**asdict(self), "supervised_share": round(self.supervised_share, 6)}
+
+
+def count_all(check: SourceCheck, *, max_length: int, policy: str) -> Statistics:
+    """Count what was found in a source.
+
+    Args:
+        check: What was found.
+        max_length: `model_max_length`.
+        policy: What the run does with longer records.
+    """
+    columns = check.columns
+    lost = {name: int((columns[name] - columns[f"kept_{name}"]).sum()) for name in _KEPT}
+    decoded = check.images.decoded
+    kept: Array = columns["kept_tokens"]
+    return Statistics(
+        records=check.num_records,
+        usable=len(kept),
+        images=len(check.images.numbers),
+        image_files=len(decoded),
+        image_bytes=sum(image.num_bytes for image in decoded),
+        unusable_images=sum(image.problem is not None for image in decoded),
+        tokens=int(kept.sum()),
+        supervised=int(columns["kept_supervised"].sum()),
+        lengths=_lengths(columns["tokens"]) if len(kept) else None,
+        truncation=Truncation(
+            max_length=max_length,
+            policy=policy,
+            records_cut=int((kept < columns["tokens"]).sum()),
+            records_dropped=sum(len(tally.indices) for tally in check.dropped.values()),
+            tokens_lost=lost["tokens"],
+            supervised_lost=lost["supervised"],
+            answers_lost=lost["answers"],
+            images_lost=lost["images"],
+        ),
+    )
+
+
+_KEPT: Final = ("tokens", "supervised", "answers", "images")
+
+
+def _lengths(tokens: Array) -> Lengths:
+    ordered = np.sort(tokens)
+    return Lengths(
+        shortest=int(ordered[0]),
+        median=int(ordered[(len(ordered) - 1) // 2]),
+        mean=round(float(ordered.mean()), 1),
+        p99=int(ordered[math.ceil(0.99 * len(ordered)) - 1]),
+        longest=int(ordered[-1]),
+        histogram=make_histogram(ordered),
+    )
+
+
+def make_histogram(ordered: Array) -> Histogram:
+    """Count lengths in bins of one round width; the last bin takes everything beyond."""
+    most = int(ordered[math.ceil(_SHARE_IN_BINS * len(ordered)) - 1])
+    first = int(ordered[0])
+    width = _nice((most + 1 - first) / _MOST_BINS)
+    edges = list(range(first // width * width, most + 1, width))
+    counts = np.histogram(ordered, bins=[*edges, max(edges[-1] + width, int(ordered[-1]) + 1)])[0]
+    return Histogram(edges, counts.tolist())
+
+
+def _nice(step: float) -> int:
+    """Round up to a number that is easily read."""
+    size = 10 ** max(0, math.floor(math.log10(max(step, 1))))
+    return max(1, next(size * nice for nice in _NICE_STEPS if size * nice >= step))
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What an epoch of the training data is made of.
+
+    Attributes:
+        records: Records, each as often as it is taken.
+        tokens: Their tokens after truncation.
+        supervised: How many of these have to be predicted.
+        packing: What packing would make of them.
+    """
+
+    records: int
+    tokens: int
+    supervised: int
+    packing: Packing
+
+
+def count_epoch(lengths: Array, supervised: Array, *, max_length: int, batch_size: int, seed: int) -> Epoch:
+    """Put the records of an epoch together.
+
+    Args:
+        lengths: Tokens of each record after truncation; at least one record.
+        supervised: Tokens of each record that have to be predicted.
+        max_length: `model_max_length`.
+        batch_size: Records of one rank's batch, for the comparison of packing with padding.
+        seed: Seed of the run.
+    """
+    rows = len(pack(lengths, max_length, seed))
+    shuffled = np.random.default_rng(seed).permutation(lengths)
+    starts = np.arange(0, len(shuffled), batch_size)
+    sizes = np.minimum(batch_size, len(shuffled) - starts)
+    padded = int((np.maximum.reduceat(shuffled, starts) * sizes).sum())
+    total = int(lengths.sum())
+    packing = Packing(
+        rows=rows,
+        max_length=max_length,
+        records_per_row=round(len(lengths) / rows, 2),
+        efficiency=round(total / (rows * max_length), 4),
+        padded_efficiency=round(total / padded, 4),
+        batch_size=batch_size,
+    )
+    return Epoch(len(lengths), total, int(supervised.sum()), packing)

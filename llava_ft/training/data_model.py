@@ -1,0 +1,128 @@
+"""What looking at data takes of a model: tokenizer, template and how many tokens an image has. No weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from transformers import PreTrainedTokenizerFast
+
+from llava_ft.args import ParsedArgs
+from llava_ft.checkpoint.directory import resolve_model_path
+from llava_ft.checkpoint.names import CONFIG
+from llava_ft.checkpoint.weights import read_json
+from llava_ft.constants import CHECKPOINT_FIELDS
+from llava_ft.conversation import get_template
+from llava_ft.data.prepared import Limits
+from llava_ft.data.sources.base import RecordSource
+from llava_ft.data.sources.mixture import Mixture, open_mixture
+from llava_ft.data.sources.open import is_mixture, open_source
+from llava_ft.data.tokenize import SampleTokenizer
+from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
+from llava_ft.geometry import ImageGeometry
+from llava_ft.models.builder import checkpoint_wishes, settle_config, vision_fields
+from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.training.data_setup import preparation_settings
+
+_UNKNOWN_MODEL: Final[dict[str, Any]] = {"model_type": "llama"}
+"""Stands in for the `config.json` of a directory that has a tokenizer alone."""
+
+
+@dataclass(frozen=True)
+class DataModel:
+    """A model as far as data is concerned.
+
+    Attributes:
+        tokenizer: Its tokenizer, with the tokens that the run adds.
+        tokenize: Makes ids and labels of a sample.
+        geometry: Tokens of an image; None without a vision tower.
+        limits: How long a sample may be.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    tokenize: SampleTokenizer
+    geometry: ImageGeometry | None
+    limits: Limits
+
+
+def find_data_model(args: ParsedArgs) -> DataModel:
+    """Settle tokenizer, template and geometry as a run would, from small files alone.
+
+    Args:
+        args: The request; a directory with a tokenizer is enough of a model.
+
+    Raises:
+        UserError: A file is missing or damaged, or the request contradicts it.
+    """
+    directory = resolve_model_path(args.model.model_name_or_path, cache_dir=args.flags.cache_dir)
+    config = _find_config(args, directory)
+    tokenizer = load_tokenizer(directory, model_max_length=args.flags.model_max_length)
+    add_image_tokens(
+        tokenizer,
+        mm_use_im_start_end=config.mm_use_im_start_end,
+        mm_use_im_patch_token=config.mm_use_im_patch_token,
+    )
+    tokenize = SampleTokenizer(
+        tokenizer,
+        get_template(args.model.version),
+        mm_use_im_start_end=config.mm_use_im_start_end,
+        supervise=args.data.supervise,
+    )
+    geometry = config.image_geometry
+    return DataModel(tokenizer, tokenize, geometry, Limits(geometry, args.flags.model_max_length, args.data.truncation))
+
+
+@dataclass(frozen=True)
+class DataPart:
+    """One source of a run's data.
+
+    Attributes:
+        source: The source, prepared.
+        prompt_prefix: Text that the run puts before the first question of each record.
+    """
+
+    source: RecordSource
+    prompt_prefix: str = ""
+
+
+def open_data(args: ParsedArgs, path: str) -> tuple[list[DataPart], Mixture | None]:
+    """Open what `--data_path` or `--validation_data_path` names.
+
+    Returns:
+        The sources, and the mixture that they are those of; None for a single one.
+
+    Raises:
+        UserError: A source is missing or cannot be read.
+    """
+    mixture = open_mixture(path) if is_mixture(path) else None
+    if mixture is None:
+        parts = [DataPart(open_source(path))]
+    else:
+        entries = zip(mixture.open_sources(), mixture.entries, strict=True)
+        parts = [DataPart(source, entry.prompt_prefix) for source, entry in entries]
+    for part in parts:
+        part.source.prepare(preparation_settings(args).directory)
+    return parts, mixture
+
+
+def _find_config(args: ParsedArgs, directory: Path) -> LlavaLlamaConfig:
+    base: dict[str, Any] = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else _UNKNOWN_MODEL
+    wishes: dict[str, Any] = {key: getattr(args.model, key, None) for key in CHECKPOINT_FIELDS}
+    wishes |= {key: getattr(args.data, key) for key in ("image_aspect_ratio", "image_grid_pinpoints")}
+    tower_name = args.model.vision_tower
+    if args.flags.lora_weight_path:
+        start = read_json(Path(args.flags.lora_weight_path) / CONFIG)
+        wishes = checkpoint_wishes(start) | {key: wish for key, wish in wishes.items() if wish is not None}
+        tower_name = tower_name or start.get("mm_vision_tower")
+    fields = None if args.model.vision_tower else base.get("mm_vision_config")
+    tower_name = tower_name or base.get("mm_vision_tower")
+    if fields is None and tower_name is not None:
+        tower = resolve_model_path(tower_name, cache_dir=args.flags.cache_dir, relative_to=directory)
+        fields = read_json(tower / CONFIG)
+    return settle_config(
+        base,
+        str(directory),
+        wishes=wishes,
+        vision_tower=tower_name,
+        vision=None if fields is None else vision_fields(fields, str(tower_name)),
+        projector_is_replaced=True,  # no weights are read, so none can contradict the type
+    )
