@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
@@ -15,15 +15,25 @@ from llava_ft.data.image_files import IMAGE_CHECKS, ImageCheck, ImagePlace
 from llava_ft.data.image_reader import ImageReader
 from llava_ft.data.images import ImageTransform
 from llava_ft.data.measure import Measured, measure
+from llava_ft.data.opened import OpenedData
 from llava_ft.data.prepare import PreparationSettings, prepare_rows
 from llava_ft.data.prepared import CountsTokens, Limits
-from llava_ft.data.report import BAD_SAMPLE_POLICIES, BadSamplePolicy, DataReport, apply_policies, name_of, total
+from llava_ft.data.report import (
+    BAD_SAMPLE_POLICIES,
+    BadSamplePolicy,
+    DataReport,
+    check_policies,
+    log_report,
+    name_of,
+    total,
+)
 from llava_ft.data.sample import parse_embedded
 from llava_ft.data.schema import parse_record
 from llava_ft.data.sources.base import RecordSource
-from llava_ft.data.sources.open import open_source
+from llava_ft.data.sources.mixture import open_mixture
+from llava_ft.data.sources.open import is_mixture
 from llava_ft.data.tokenize import SampleTokenizer
-from llava_ft.data.tokenized_rows import Array, TokenizedRows
+from llava_ft.data.tokenized_rows import TokenizedRows
 from llava_ft.data.truncation import TruncationPolicy, check_policy
 from llava_ft.errors import BadSampleError, UserError
 
@@ -82,7 +92,7 @@ def build_datasets(
         validation_path: Validation records of their own.
         validation_fraction: Share of the usable training records that is held out for validation instead; at
             least one record.
-        seed: Decides which records are held out.
+        seed: Decides which records are held out, and which a mixture takes.
         preparation: Where prepared records are kept, and how many processes prepare them.
 
     Raises:
@@ -90,7 +100,7 @@ def build_datasets(
             tower or no image folder, or a policy refuses a record.
         RunError: The disk of the cache is full, or a process that prepared records was killed.
     """
-    _check_split(validation_fraction, validation_path)
+    _check_split(str(data_path), validation_fraction, None if validation_path is None else str(validation_path))
     builder = _Builder(
         tokenize=tokenize,
         image_transform=image_transform,
@@ -99,19 +109,20 @@ def build_datasets(
         on_bad_sample=on_bad_sample,
         checks=ImageChecks(check_images, geometry is not None and geometry.needs_image_sizes, exif_transpose),
         fast_decode=fast_decode,
+        seed=seed,
         preparation=preparation or PreparationSettings(),
     )
-    train, report = builder.build(data_path)
+    train, held_out, report = builder.build(str(data_path))
     if validation_path is not None:
-        validation, validation_report = builder.build(validation_path)
+        validation, _, validation_report = builder.build(str(validation_path))
         return BuiltDatasets(train, validation, report, validation_report)
     if validation_fraction:
-        train, validation = split_dataset(train, validation_fraction, seed)
-        return BuiltDatasets(train, validation, report)
-    return BuiltDatasets(train, None, report)
+        train, held_out = split_dataset(train, validation_fraction, seed)
+    return BuiltDatasets(train, held_out, report)
 
 
-def _check_split(validation_fraction: float, validation_path: str | PathLike[str] | None) -> None:
+def _check_split(data_path: str, validation_fraction: float, validation_path: str | None) -> None:
+    """Refuse contradictions about what is validated on, before anything takes time."""
     if not 0.0 <= validation_fraction < 1.0:
         raise UserError(f"validation_fraction is {validation_fraction}; it must be at least 0 and below 1.")
     if validation_fraction and validation_path is not None:
@@ -119,6 +130,25 @@ def _check_split(validation_fraction: float, validation_path: str | PathLike[str
             "validation_fraction and validation_data_path are both given. Use one of them: a share of the "
             "training records, or records of their own."
         )
+    if validation_fraction and is_mixture(data_path):
+        raise UserError(
+            f"validation_fraction is {validation_fraction}, and {data_path} is a mixture, which may take a record "
+            "several times. Say in it, with held_out, what each source keeps for validation."
+        )
+    if validation_path is not None and _holds_out(data_path):
+        raise UserError(
+            f"{data_path} holds out records for validation (held_out), and validation_data_path is given. Use one of "
+            "the two."
+        )
+    if validation_path is not None and _holds_out(validation_path):
+        raise UserError(
+            f"The validation data {validation_path} holds out records itself (held_out). Take held_out out of it, or "
+            "train on it and leave validation_data_path out."
+        )
+
+
+def _holds_out(path: str) -> bool:
+    return is_mixture(path) and any(entry.held_out for entry in open_mixture(path).entries)
 
 
 def split_dataset(
@@ -154,6 +184,7 @@ class _Builder:
     on_bad_sample: BadSamplePolicy
     checks: ImageChecks
     fast_decode: bool
+    seed: int
     preparation: PreparationSettings
 
     def __post_init__(self) -> None:
@@ -164,19 +195,30 @@ class _Builder:
             raise UserError(f"check_images is {self.checks.level!r}; it can be {known}.")
         check_policy(self.limits.truncation)
 
-    def build(self, path: str | PathLike[str]) -> tuple[ConversationDataset, DataReport]:
-        sources = [open_source(str(path))]
-        measured = [self._measure(source) for source in sources]
-        reports = [self._report(source.name, part) for source, part in zip(sources, measured, strict=True)]
-        report = reports[0] if len(reports) == 1 else total(str(path), reports)
-        apply_policies(
-            report,
-            self.on_bad_sample,
-            max_length=self.limits.max_length,
-            refuses_long=self.limits.truncation == "error",
-        )
-        samples = JoinedSamples([part.samples for part in measured], [source.name for source in sources])
-        return ConversationDataset(samples, image_reader=self._reader(sources)), report
+    def build(self, path: str) -> tuple[ConversationDataset, ConversationDataset | None, DataReport]:
+        """Make the data set of a path, that of what a mixture holds out, and the report."""
+        data = OpenedData.open(path, self.preparation.directory)
+        measured = [
+            self._measure(source, prefix) for source, prefix in zip(data.sources, data.prompt_prefixes, strict=True)
+        ]
+        reports = [self._report(source.name, part) for source, part in zip(data.sources, measured, strict=True)]
+        report = reports[0] if data.mixture is None else total(path, reports)
+        max_length = self.limits.max_length
+        refuses_long = self.limits.truncation == "error"
+        check_policies(report, self.on_bad_sample, max_length=max_length, refuses_long=refuses_long)
+        chosen = data.choose([len(part.samples) for part in measured], self.seed)
+        if data.mixture is not None:
+            counts = zip(reports, chosen.num_train, chosen.num_held_out, strict=True)
+            reports = [replace(part, num_taken=taken, num_held_out=held) for part, taken, held in counts]
+            report = total(path, reports)
+        log_report(report, max_length=max_length)
+        samples = JoinedSamples([part.samples for part in measured], [source.name for source in data.sources])
+        reader = self._reader(data.sources)
+        train = ConversationDataset(samples, image_reader=reader, rows=chosen.train)
+        held_out = None
+        if len(chosen.held_out):
+            held_out = ConversationDataset(samples, image_reader=reader, rows=chosen.held_out)
+        return train, held_out, report
 
     def _reader(self, sources: Sequence[RecordSource]) -> ImageReader | None:
         if self.image_transform is None:
@@ -191,17 +233,15 @@ class _Builder:
     def _place(self, source: RecordSource) -> ImagePlace:
         return ImagePlace(source.image_folder or self.image_folder, source)
 
-    def _measure(self, source: RecordSource, wanted: Array | None = None) -> Measured:
-        source.prepare(self.preparation.directory)
+    def _measure(self, source: RecordSource, prompt_prefix: str) -> Measured:
         place = self._place(source)
         self._peek(source, place)
-        rows = prepare_rows(source, self.tokenize, self.preparation)
+        rows = prepare_rows(source, self.tokenize, self.preparation, prompt_prefix=prompt_prefix)
+        facts = None
         if rows.counts("image_positions").any():
             self._check_place(rows, place)
-            facts = look_at_images(rows, place, self.checks, self.preparation, wanted)
-        else:
-            facts = None
-        return measure(rows, self.limits, facts, wanted)
+            facts = look_at_images(rows, place, self.checks, self.preparation)
+        return measure(rows, self.limits, facts)
 
     def _peek(self, source: RecordSource, place: ImagePlace) -> None:
         """Refuse a run that cannot read images at all before it spends minutes on the text."""

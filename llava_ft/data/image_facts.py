@@ -85,11 +85,7 @@ class ImageChecks:
 
 
 def look_at_images(
-    rows: TokenizedRows,
-    place: ImagePlace,
-    checks: ImageChecks,
-    settings: PreparationSettings,
-    wanted: Array | None = None,
+    rows: TokenizedRows, place: ImagePlace, checks: ImageChecks, settings: PreparationSettings
 ) -> ImageFacts:
     """Find out what has to be known about the images of tokenised records.
 
@@ -98,23 +94,17 @@ def look_at_images(
         place: Where the images are.
         checks: What has to be known.
         settings: Where earlier findings are kept, and with how many processes to work.
-        wanted: `(W,)` records whose images matter; None means all.
     """
     numbers, images = rows.numbered_images()
-    if wanted is not None:
-        records = np.repeat(np.arange(len(rows)), rows.counts("image_positions"))
-        asked = np.unique(numbers[np.isin(records, wanted)]).tolist()
-    else:
-        asked = list(range(len(images)))
-    sizes_wh, errors = _look(images, asked, place, checks, settings)
+    sizes_wh, errors = _look(images, place, checks, settings)
     return ImageFacts(numbers, sizes_wh, errors)
 
 
 def _look(
-    images: Sequence[str], asked: Sequence[int], place: ImagePlace, checks: ImageChecks, settings: PreparationSettings
+    images: Sequence[str], place: ImagePlace, checks: ImageChecks, settings: PreparationSettings
 ) -> tuple[Array, dict[int, ImageError]]:
     sizes_wh, errors = np.zeros((len(images), 2), dtype=np.int64), dict[int, ImageError]()
-    names = _collect(asked, lambda number: place.locate(images[number]), errors)
+    names = _collect(range(len(images)), lambda number: place.locate(images[number]), errors)
     if checks.rank == 0:
         return sizes_wh, errors
     states = _states(names, {n for n in names if parse_embedded(images[n]) is None}, errors)

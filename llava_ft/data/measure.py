@@ -39,9 +39,7 @@ class Measured:
     num_lost_tokens: int
 
 
-def measure(
-    rows: TokenizedRows, limits: Limits, facts: ImageFacts | None = None, wanted: Array | None = None
-) -> Measured:
+def measure(rows: TokenizedRows, limits: Limits, facts: ImageFacts | None = None) -> Measured:
     """Find out which records can be used, and how long they are.
 
     A record that is too long is cut with "truncate", and left out otherwise.
@@ -50,13 +48,10 @@ def measure(
         rows: The tokenised records.
         limits: What decides that.
         facts: What is known about their images; None if nothing was looked at.
-        wanted: `(W,)` records to look at, ascending; None means all.
     """
     table = _Table(rows, limits, facts)
     errors = table.errors()
-    records = np.arange(len(rows)) if wanted is None else wanted
-    errors = {record: errors[record] for record in _both(records, list(errors)).tolist()}
-    good = _without(records, list(errors))
+    good = _without(np.arange(len(rows)), list(errors))
     too_long = good[table.full_lengths[good] > limits.max_length]
     cuts, num_supervised = table.num_tokens.copy(), table.num_supervised.copy()
     dropped: list[int] = []
@@ -79,10 +74,6 @@ def measure(
         longest=int(table.full_lengths[too_long].max(initial=0)),
         num_lost_tokens=int(lost),
     )
-
-
-def _both(records: Array, some: list[int]) -> Array:
-    return records[np.isin(records, np.array(some, dtype=np.int64))]
 
 
 def _without(records: Array, some: list[int]) -> Array:

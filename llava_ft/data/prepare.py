@@ -7,7 +7,7 @@ these takes no new preparation. `docs/preparation.md` says what does.
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -15,8 +15,9 @@ from llava_ft.data.build_once import open_or_build
 from llava_ft.data.fingerprint import key_of, made_from
 from llava_ft.data.processes import num_cores, run_tasks
 from llava_ft.data.progress import Progress
-from llava_ft.data.schema import Sample, parse_record
+from llava_ft.data.schema import parse_record
 from llava_ft.data.sources.base import RecordSource
+from llava_ft.data.sources.mixture import with_prompt_prefix
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.data.tokenized_rows import RowWriter, TokenizedRows, write_manifest
 from llava_ft.errors import BadSampleError, UserError
@@ -122,9 +123,7 @@ class _Tokenising:
         with RowWriter(path) as writer:
             for index, record in enumerate(self.source.read(*part), start=part[0]):
                 try:
-                    sample = parse_record(record, index)
-                    if self.prompt_prefix:
-                        sample = with_prefix(sample, self.prompt_prefix)
+                    sample = with_prompt_prefix(parse_record(record, index), self.prompt_prefix)
                     writer.add(sample, self.tokenize(sample))
                 except BadSampleError as error:
                     writer.add_error(error)
@@ -132,11 +131,3 @@ class _Tokenising:
                     advance(_RECORDS_PER_NOTE)
         advance(writer.num_rows % _RECORDS_PER_NOTE)
         return path
-
-
-def with_prefix(sample: Sample, prefix: str) -> Sample:
-    """Put a text in front of the first question of a sample."""
-    turns = list(sample.turns)
-    first = next(position for position, turn in enumerate(turns) if turn.role == "human")
-    turns[first] = replace(turns[first], text=f"{prefix}{turns[first].text}")
-    return replace(sample, turns=tuple(turns))

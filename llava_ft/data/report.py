@@ -40,6 +40,8 @@ class DataReport:
         num_images: Images of the usable records.
         truncated_ids: The records that are cut off, by id, or position where there is none.
         too_long_ids: The records left out for their length, likewise.
+        num_taken: Samples that a mixture takes for an epoch; None outside a mixture.
+        num_held_out: Samples that a mixture holds out for validation; None outside a mixture.
         sources: The reports of the single sources, if there are several.
     """
 
@@ -56,6 +58,8 @@ class DataReport:
     num_images: int = 0
     truncated_ids: list[str] = field(default_factory=list[str])
     too_long_ids: list[str] = field(default_factory=list[str])
+    num_taken: int | None = None
+    num_held_out: int | None = None
     sources: list["DataReport"] = field(default_factory=list["DataReport"])
 
     @property
@@ -90,7 +94,13 @@ class DataReport:
             text += f"; {self.num_truncated} records are cut off"
         if self.num_too_long:
             text += f"; {self.num_too_long} records are too long and left out"
-        return text + (f", {self.num_lost_tokens} tokens are lost." if self.num_lost_tokens else ".")
+        if self.num_lost_tokens:
+            text += f", {self.num_lost_tokens} tokens are lost"
+        if self.num_taken is not None:
+            text += f"; {self.num_taken} samples make an epoch"
+        if self.num_held_out:
+            text += f" and {self.num_held_out} are held out"
+        return text + "."
 
     def describe_errors(self) -> str:
         """Count the unusable records by kind: `image-missing: 2, bad-turn: 1`."""
@@ -101,10 +111,6 @@ class DataReport:
         if not self.sources:
             return [str(error) for error in self.errors]
         return [f"{source.path}: {error}" for source in self.sources for error in source.errors]
-
-    def all_sources(self) -> list["DataReport"]:
-        """Give the reports of the single sources; this one if there is one only."""
-        return self.sources or [self]
 
 
 def name_of(sample_id: str, index: int) -> str:
@@ -128,18 +134,20 @@ def total(path: str, sources: Sequence[DataReport]) -> DataReport:
         num_images=sum(source.num_images for source in sources),
         truncated_ids=[name for source in sources for name in source.truncated_ids],
         too_long_ids=[name for source in sources for name in source.too_long_ids],
+        num_taken=sum(source.num_taken or 0 for source in sources),
+        num_held_out=sum(source.num_held_out or 0 for source in sources),
         sources=list(sources),
     )
 
 
-def apply_policies(report: DataReport, on_bad_sample: BadSamplePolicy, *, max_length: int, refuses_long: bool) -> None:
-    """Raise or log what the report says, as the user wants it.
+def check_policies(report: DataReport, on_bad_sample: BadSamplePolicy, *, max_length: int, refuses_long: bool) -> None:
+    """Refuse what was found, if the user wants that.
 
     Args:
         report: What was found.
-        on_bad_sample: "error" raises if any record cannot be used; "skip" names and counts them.
+        on_bad_sample: "error" refuses records that cannot be used.
         max_length: Tokens that a record may have, for messages.
-        refuses_long: Whether to raise if a record has more.
+        refuses_long: Whether to refuse records that have more.
 
     Raises:
         UserError: There are such records, or no record is left.
@@ -147,32 +155,46 @@ def apply_policies(report: DataReport, on_bad_sample: BadSamplePolicy, *, max_le
     lines = report.lines()
     shown = "\n".join(f"  {line}" for line in lines[:_NUM_SHOWN])
     rest = f"\n  and {len(lines) - _NUM_SHOWN} more" if len(lines) > _NUM_SHOWN else ""
-    counted = f"{len(report.errors)} of {report.num_records} records of {report.path} cannot be used"
     if report.errors and on_bad_sample == "error":
         raise UserError(
-            f"{counted} ({report.describe_errors()}):\n{shown}{rest}\n"
+            f"{_counted_errors(report)} ({report.describe_errors()}):\n{shown}{rest}\n"
             "Fix these records, or pass --on_bad_sample skip to train without them."
         )
-    too_long = (
+    if report.num_too_long and refuses_long:
+        raise UserError(
+            f"{_counted_long(report, max_length)}: {_listed(report.too_long_ids, _NUM_SHOWN)}. Raise "
+            "--model_max_length, or pass --truncation truncate to cut them off or --truncation drop to train without "
+            "them."
+        )
+    if report.num_usable == 0:
+        long = f"; {_counted_long(report, max_length)}" if report.num_too_long else ""
+        raise UserError(
+            f"{_counted_errors(report)}{long}, so none is left ({report.describe_errors()}):\n{shown}{rest}"
+        )
+
+
+def log_report(report: DataReport, *, max_length: int) -> None:
+    """Say what is trained on, and name what is left out."""
+    if report.errors:
+        names = [repr(error.sample_id) if error.sample_id else str(error.index) for error in report.errors]
+        counted, kinds = _counted_errors(report), report.describe_errors()
+        logger.warning("%s and are left out (%s): %s", counted, kinds, _listed(names, _NUM_NAMED))
+    if report.num_too_long:
+        named = _listed(report.too_long_ids, _NUM_NAMED)
+        logger.warning("%s and are left out: %s", _counted_long(report, max_length), named)
+    for source in [*report.sources, report]:
+        logger.info("%s", source.describe())
+
+
+def _counted_errors(report: DataReport) -> str:
+    return f"{len(report.errors)} of {report.num_records} records of {report.path} cannot be used"
+
+
+def _counted_long(report: DataReport, max_length: int) -> str:
+    return (
         f"{report.num_too_long} of {report.num_records} records of {report.path} are longer than model_max_length = "
         f"{max_length} (the longest has {report.longest} tokens)"
     )
-    if report.num_too_long and refuses_long:
-        raise UserError(
-            f"{too_long}: {_listed(report.too_long_ids, _NUM_SHOWN)}. Raise --model_max_length, or pass --truncation "
-            "truncate to cut them off or --truncation drop to train without them."
-        )
-    if report.num_usable == 0:
-        long = f"; {too_long}" if report.num_too_long else ""
-        raise UserError(f"{counted}{long}, so none is left ({report.describe_errors()}):\n{shown}{rest}")
-    if report.errors:
-        names = [repr(error.sample_id) if error.sample_id else str(error.index) for error in report.errors]
-        logger.warning("%s and are left out (%s): %s", counted, report.describe_errors(), _listed(names, _NUM_NAMED))
-    if report.num_too_long:
-        logger.warning("%s and are left out: %s", too_long, _listed(report.too_long_ids, _NUM_NAMED))
-    for source in report.sources:
-        logger.info("%s", source.describe())
-    logger.info("%s", report.describe())
 
 
 def _listed(names: Iterable[str], most: int) -> str:

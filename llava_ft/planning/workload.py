@@ -19,14 +19,15 @@ from llava_ft.args import ParsedArgs
 from llava_ft.conversation import get_template
 from llava_ft.data.image_facts import ImageChecks, ImageFacts, look_at_images
 from llava_ft.data.image_files import ImagePlace
-from llava_ft.data.measure import measure
+from llava_ft.data.measure import Measured, measure
+from llava_ft.data.opened import OpenedData
 from llava_ft.data.prepare import PreparationSettings, prepare_rows
 from llava_ft.data.prepared import Limits
-from llava_ft.data.sources.open import open_source
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.data.tokenized_rows import TokenizedRows
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.errors import UserError
+from llava_ft.geometry import SizeWH
 from llava_ft.planning.request import PlanRequest
 from llava_ft.planning.shapes import PlannedModel
 from llava_ft.planning.step import Batch
@@ -35,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 SUPERVISED_SHARE: Final = 0.5
 """Share of the text positions that is taken to be supervised where the records are not here."""
+
+_DEFAULT_SEED: Final = 42
+"""That of `transformers.TrainingArguments`."""
 
 _TOKENIZER_FILES: Final = ("tokenizer.model", "tokenizer.json")
 
@@ -46,7 +50,8 @@ class Records:
     Attributes:
         path: Their file.
         num_records: Records in the file.
-        num_usable: Records that can be tokenised; what is planned for. Images were not looked at.
+        num_usable: Samples that can be tokenised, of a mixture those that it takes; what is planned for. Images were
+            not looked at.
         lengths: Positions of each sample after truncation, longest first; empty without a tokenizer.
         num_supervised: Tokens of each sample that have to be predicted, most first.
         num_images: Images of each sample, most first.
@@ -72,7 +77,9 @@ class Workload:
     Attributes:
         records: The records, if they are here.
         max_length: Positions after which a sample is cut off.
-        tokens_per_image: Positions of one image; 0 for a text-only model.
+        tokens_per_image: Positions of one image, with anyres of the largest that fits into a sample; 0 for a text-only
+            model.
+        image_size_wh: Width and height of that image in pixels; None without anyres.
         validation_fraction: Share of the records that is held out.
         notes: What was assumed.
     """
@@ -80,6 +87,7 @@ class Workload:
     records: Records | None
     max_length: int
     tokens_per_image: int
+    image_size_wh: SizeWH | None
     validation_fraction: float
     notes: tuple[str, ...]
 
@@ -95,7 +103,8 @@ class Workload:
             num_images = size if self.tokens_per_image and self.max_length > self.tokens_per_image else 0
             text = size * (self.max_length - 1) - num_images * self.tokens_per_image
             share = 1.0 if supervise_all else SUPERVISED_SHARE
-            return Batch(size, self.max_length, num_images, max(1, round(text * share)), is_padded=size > 1)
+            supervised = max(1, round(text * share))
+            return Batch(size, self.max_length, num_images, supervised, size > 1, self.image_size_wh)
         length = int(records.lengths[0])
         num_images = int(records.num_images[:size].sum())
         text = max(1, size * (length - 1) - num_images * self.tokens_per_image)
@@ -106,6 +115,7 @@ class Workload:
             num_images=num_images,
             num_supervised=max(1, min(supervised, size * (length - 1))),
             is_padded=size > 1 and int(records.lengths[-1]) != length,
+            image_size_wh=self.image_size_wh,
         )
 
     def epoch(self, request: PlanRequest, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,53 +168,89 @@ def find_workload(args: ParsedArgs, planned: PlannedModel) -> Workload:
             f"Samples are taken to be {args.flags.model_max_length} positions long (model_max_length), with {images}"
             f"{SUPERVISED_SHARE:.0%} of their text supervised. Shorter ones take less."
         )
+    tokens_per_image, image_size_wh = _largest_image(planned, args.flags.model_max_length, notes)
     return Workload(
         records=records,
         max_length=args.flags.model_max_length,
-        tokens_per_image=planned.config.tokens_per_image,
+        tokens_per_image=tokens_per_image,
+        image_size_wh=image_size_wh,
         validation_fraction=args.data.validation_fraction,
         notes=tuple(notes),
     )
 
 
+def _largest_image(planned: PlannedModel, max_length: int, notes: list[str]) -> tuple[int, SizeWH | None]:
+    """Find the image that takes the most positions of those that fit into a sample: what is planned for with anyres."""
+    geometry = planned.config.image_geometry
+    if geometry is None or not geometry.needs_image_sizes:
+        return planned.config.tokens_per_image, None
+    size_wh = geometry.largest_size_within(max_length - 1)
+    if size_wh is None:
+        notes.append(
+            f"No image fits into model_max_length={max_length}: the overview alone takes {geometry.tokens_per_tile}."
+        )
+        return 0, None
+    tokens = geometry.num_tokens(size_wh)
+    notes.append(
+        f"{geometry.aspect_ratio}: every image is taken to be {size_wh[0]} x {size_wh[1]} pixels, the size that takes "
+        f"the most positions: {tokens:,}, from {geometry.num_tiles(size_wh)} tiles. Other images take less."
+    )
+    if tokens < geometry.max_tokens:
+        notes.append(
+            f"An image can take {geometry.max_tokens:,} positions, which model_max_length={max_length} has no room for."
+        )
+    return tokens, size_wh
+
+
 def _measure(args: ParsedArgs, planned: PlannedModel, notes: list[str]) -> Records:
     assert args.data.data_path is not None
-    path = args.data.data_path
-    settings = _preparation(args)
-    source = open_source(path)
-    source.prepare(settings.directory)
-    num_records = len(source)
+    path, settings = args.data.data_path, _preparation(args)
+    data = OpenedData.open(path, settings.directory)
+    num_records = sum(map(len, data.sources))
     directory = planned.directory
+    given = (args.inherited.get("data_seed"), args.inherited.get("seed"), _DEFAULT_SEED)
+    seed = next(value for value in given if isinstance(value, int))
     if directory is None or not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         notes.append(f"{planned.name} has no tokenizer on this machine, so the records are counted but not tokenised.")
         nothing = np.empty(0, dtype=np.int64)
-        return Records(path, num_records, num_records, nothing, nothing, nothing)
+        num_taken = len(data.choose([len(source) for source in data.sources], seed).train)
+        return Records(path, num_records, num_taken, nothing, nothing, nothing)
     limits = Limits(planned.config.image_geometry, args.flags.model_max_length, args.data.truncation)
-    rows = prepare_rows(source, _sample_tokenizer(args, planned, directory), settings)
-    place = ImagePlace(source.image_folder or args.data.image_folder, source)
-    found = measure(rows, limits, _known_sizes(args, planned, rows, place, notes))
-    prepared, num_bad = found.samples, len(found.errors)
-    if len(prepared) == 0:
+    tokenize = _sample_tokenizer(args, planned, directory)
+    parts: list[Measured] = []
+    for source, prefix in zip(data.sources, data.prompt_prefixes, strict=True):
+        rows = prepare_rows(source, tokenize, settings, prompt_prefix=prefix)
+        place = ImagePlace(source.image_folder or args.data.image_folder, source)
+        parts.append(measure(rows, limits, _known_sizes(args, planned, rows, place, notes)))
+    num_usable = [len(part.samples) for part in parts]
+    if not any(num_usable):
         raise UserError(
             f"None of the {num_records} records of {path} can be used. `llava-ft inspect data` with the same flags "
             "says why for each."
         )
-    if num_bad:
-        notes.append(f"{num_bad} of {num_records} records cannot be used; `llava-ft inspect data` names them.")
-    if limits.truncation != "truncate" and len(found.too_long):
-        outcome = "the run will be refused" if limits.truncation == "error" else "they are left out"
-        notes.append(
-            f"{len(found.too_long)} of {num_records} records are longer than model_max_length = {limits.max_length} "
-            f"(the longest has {found.longest} tokens); with truncation {limits.truncation} {outcome}."
-        )
+    _note_losses(parts, num_records, limits, notes)
+    taken = data.choose(num_usable, seed).train
     return Records(
         path=path,
         num_records=num_records,
-        num_usable=len(prepared),
-        lengths=_descending(prepared.lengths),
-        num_supervised=_descending(prepared.num_supervised),
-        num_images=_descending(prepared.num_images),
+        num_usable=len(taken),
+        lengths=_descending(np.concatenate([part.samples.lengths for part in parts])[taken]),
+        num_supervised=_descending(np.concatenate([part.samples.num_supervised for part in parts])[taken]),
+        num_images=_descending(np.concatenate([part.samples.num_images for part in parts])[taken]),
     )
+
+
+def _note_losses(parts: list[Measured], num_records: int, limits: Limits, notes: list[str]) -> None:
+    num_bad = sum(len(part.errors) for part in parts)
+    if num_bad:
+        notes.append(f"{num_bad} of {num_records} records cannot be used; `llava-ft inspect data` names them.")
+    num_long = sum(len(part.too_long) for part in parts)
+    if limits.truncation != "truncate" and num_long:
+        outcome = "the run will be refused" if limits.truncation == "error" else "they are left out"
+        notes.append(
+            f"{num_long} of {num_records} records are longer than model_max_length = {limits.max_length} (the longest "
+            f"has {max(part.longest for part in parts)} tokens); with truncation {limits.truncation} {outcome}."
+        )
 
 
 def _preparation(args: ParsedArgs) -> PreparationSettings:
@@ -238,7 +284,7 @@ def _known_sizes(
     checks = ImageChecks("none", needs_sizes=True, exif_transpose=args.data.image_exif_transpose)
     facts = look_at_images(rows, place, checks, _preparation(args))
     if facts.errors:
-        facts.sizes_wh[list(facts.errors)] = geometry.largest_size(args.flags.model_max_length - 1) or (1, 1)
+        facts.sizes_wh[list(facts.errors)] = geometry.largest_size_within(args.flags.model_max_length - 1) or (1, 1)
         notes.append(
             f"{len(facts.errors)} of {len(facts.sizes_wh)} images cannot be read on this machine; they are taken to be "
             "as long as any."
