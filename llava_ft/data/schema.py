@@ -5,21 +5,17 @@ A record is one conversation about any number of images. Three forms are told ap
 describes every variation that is accepted. What is not accepted raises; nothing is repaired silently.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from json import JSONDecodeError
-from pathlib import Path
-from typing import cast
 
 from llava_ft.constants import IMAGE_TOKEN
-from llava_ft.data.messages import ContentReader
 from llava_ft.data.record_checks import RecordChecks, is_list, is_mapping, kind_of
 from llava_ft.data.record_images import ImageValue, column_images
+from llava_ft.data.record_messages import ContentReader
 from llava_ft.data.sample import EMBEDDED, Role, Sample, Turn, embedded_name, parse_embedded
 from llava_ft.data.turns import LLAVA, OPENAI, Form, Speaker, TextOf, TurnParser
-from llava_ft.errors import BadSampleError, UserError
+from llava_ft.errors import BadSampleError
 
 __all__ = [
     "EMBEDDED",
@@ -29,7 +25,6 @@ __all__ = [
     "Turn",
     "embedded_name",
     "image_values",
-    "load_records",
     "parse_embedded",
     "parse_record",
 ]
@@ -48,80 +43,6 @@ class BrokenRecord:
     id: str
     kind: str
     reason: str
-
-
-def load_records(path: str | Path) -> list[object]:
-    """Read the raw records of a `.json` file (one list) or a `.jsonl` file (one record a line).
-
-    Blank lines of a `.jsonl` file are passed over. The records themselves are not checked here.
-
-    Raises:
-        UserError: The file is missing, unreadable, not UTF-8, not JSON, not a list, or empty.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"Data file {path} is a folder. Give the .json or .jsonl file itself (--data_path).")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"Data file {path} does not exist. Check --data_path.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"Data file {path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
-    except OSError as error:
-        raise UserError(f"Data file {path} cannot be read: {error.strerror}.") from None
-    if not text.strip():
-        raise UserError(f"Data file {path} is empty. It needs at least one record.")
-    records = _parse_lines(text, path) if path.suffix.lower() in (".jsonl", ".ndjson") else _parse_list(text, path)
-    if not records:
-        raise UserError(f"Data file {path} holds no record. It needs at least one.")
-    return records
-
-
-def _parse_list(text: str, path: Path) -> list[object]:
-    try:
-        value: object = json.loads(text)
-    except JSONDecodeError as error:
-        hint = ""
-        if error.msg == "Extra data" and _is_json(text.splitlines()[0]):
-            hint = " If it holds one record a line, name it .jsonl."
-        elif error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip()) - 1:
-            hint = " It looks truncated."
-        raise UserError(
-            f"Data file {path} is not valid JSON (line {error.lineno}, column {error.colno}): {error.msg}.{hint}"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"Data file {path} cannot be read as JSON: {error}.") from None
-    if not isinstance(value, list):
-        raise UserError(
-            f"Data file {path} holds {kind_of(value)}, not a list of records. "
-            "Put the records into one JSON list, or one a line into a .jsonl file."
-        )
-    return cast("list[object]", value)
-
-
-def _parse_lines(text: str, path: Path) -> list[object]:
-    records: list[object] = []
-    # str.splitlines also splits at characters such as U+2028, which JSON strings may hold as they are.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            where = f"{error.msg} at column {error.colno}" if isinstance(error, JSONDecodeError) else error
-            hint = " If it holds one JSON list, name it .json." if line.lstrip().startswith("[") else ""
-            raise UserError(f"Data file {path}, line {number}: not valid JSON: {where}.{hint}") from None
-    if len(records) == 1 and isinstance(records[0], list):
-        raise UserError(f"Data file {path} holds one JSON list, not one record a line. Name it .json.")
-    return records
-
-
-def _is_json(line: str) -> bool:
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return True
 
 
 def parse_record(record: object, index: int) -> Sample:

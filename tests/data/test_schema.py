@@ -1,12 +1,11 @@
-"""Data files and records: what is accepted, and one clear error for each thing that is not."""
+"""Records: what is accepted, and one clear error for each thing that is not."""
 
-import json
 import pickle
 
 import pytest
 
-from llava_ft.data.schema import Sample, Turn, load_records, parse_record
-from llava_ft.errors import BadSampleError, UserError
+from llava_ft.data.schema import Sample, Turn, parse_record
+from llava_ft.errors import BadSampleError
 
 TALK = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
 
@@ -151,57 +150,6 @@ def test_long_wrong_value_is_shortened():
     with pytest.raises(BadSampleError) as caught:
         parse_record("x" * 10_000, 0)
     assert len(str(caught.value)) < 200
-
-
-def write(tmp_path, name, text):
-    path = tmp_path / name
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return path
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("a.json", json.dumps([{"a": 1}, {"b": "\u2028é"}])),
-        ("a.json", "\ufeff" + json.dumps([{"a": 1}, {"b": "\u2028é"}], ensure_ascii=False, indent=1)),
-        ("a.jsonl", '{"a": 1}\n\n{"b": "\u2028é"}\r\n'),
-        ("a.JSONL", '{"a": 1}\n{"b": "\u2028\\u00e9"}'),
-    ],
-)
-def test_load_records(name, text, tmp_path):
-    assert load_records(write(tmp_path, name, text)) == [{"a": 1}, {"b": "\u2028é"}]
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.json", "", "a.json is empty. It needs at least one record"),
-        ("a.jsonl", " \n \n", "a.jsonl is empty"),
-        ("a.json", "[]", "a.json holds no record"),
-        ("a.json", '{"id": 1}', "a.json holds an object, not a list of records"),
-        ("a.json", "null", "a.json holds null, not a list"),
-        ("a.json", '[{"id": 1}, {"id', r"not valid JSON \(line 1, column 14\): .* It looks truncated"),
-        ("a.json", '[{"id": 1},\n {"id": 2}', r"\(line 2, column 11\): .* It looks truncated"),
-        ("a.json", "[{'id': 1}]", r"\(line 1, column 3\): Expecting property name"),
-        ("a.json", '{"id": 1}\n{"id": 2}\n', r"\(line 2, column 1\): Extra data. If it holds one record"),
-        ("a.json", b"[{\"id\": \"\xff\"}]", r"a.json is not UTF-8 text \(byte 9\)"),
-        ("a.json", "[" * 100_000, "a.json cannot be read as JSON"),
-        ("a.json", "[" + "1" * 5000 + "]", "a.json cannot be read as JSON: Exceeds the limit"),
-        ("a.jsonl", '{"id": 1}\n{"id": 2\n', "line 2: not valid JSON: Expecting ',' delimiter at column 9"),
-        ("a.jsonl", '[\n{"id": 1}\n]', "a.jsonl, line 1: not valid JSON: .* If it holds one JSON list"),
-        ("a.jsonl", '[{"id": 1}, {"id": 2}]', "a.jsonl holds one JSON list, not one record"),
-    ],
-)  # fmt: skip
-def test_bad_file(name, text, message, tmp_path):
-    with pytest.raises(UserError, match=message):
-        load_records(write(tmp_path, name, text))
-
-
-def test_missing_file_and_folder(tmp_path):
-    with pytest.raises(UserError, match=r"none.json does not exist. Check --data_path"):
-        load_records(tmp_path / "none.json")
-    with pytest.raises(UserError, match=r"is a folder\. Give the .json or .jsonl file itself"):
-        load_records(tmp_path)
 
 
 def test_samples_are_frozen_and_hashable():

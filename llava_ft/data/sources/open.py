@@ -49,21 +49,29 @@ def open_source(path: str | Path, *, split: str | None = None, image_folder: str
     """
     name = str(path)
     place = Path(path)
-    if place.is_dir():
-        return _open_folder(place, split, image_folder)
-    if place.exists():
+    try:
+        if place.is_dir():
+            return _open_folder(place, split, image_folder)
+        exists = place.exists()
+    except OSError as error:
+        raise UserError(f"Data file {name} cannot be read: {error.strerror}. Check --data_path.") from None
+    if exists:
         return _open_files(name, [place], split, image_folder)
     if files := _expand(name):
         return _open_files(name, files, split, image_folder)
     folder, colon, end = name.rpartition(":")
     if colon and end and Path(folder).is_dir():
-        if split and split != end:
-            raise UserError(f"{name} names a split, and {split!r} is asked for. Give one of the two.")
-        return _open_folder(Path(folder), end, image_folder)
+        return _open_folder(Path(folder), _one_split(name, end, split), image_folder)
     found = _HUB_NAME.fullmatch(name)
     if found and _is_hub_name(name):
-        return HubSource(found["path"], found["config"], split or found["split"], image_folder)
+        return HubSource(found["path"], found["config"], _one_split(name, found["split"], split), image_folder)
     raise UserError(f"Data file {name} does not exist. Check --data_path.")
+
+
+def _one_split(name: str, in_name: str | None, split: str | None) -> str | None:
+    if in_name and split and in_name != split:
+        raise UserError(f"{name} names a split, and {split!r} is asked for. Give one of the two.")
+    return in_name or split
 
 
 def resolve_source(path: str, folder: Path) -> str:
@@ -146,7 +154,8 @@ def _expand(name: str) -> list[Path]:
                 f"{missing[0]}. Check the range."
             )
         return [Path(each) for each in names]
-    files = sorted({Path(found) for each in names for found in glob.glob(each, recursive=True)})
+    found = (Path(found) for each in names for found in glob.glob(each, recursive=True))
+    files = sorted({file for file in found if file.is_file()})
     if not files:
         raise UserError(f"{name} matches no file. Check --data_path.")
     return files

@@ -76,7 +76,7 @@ def _num_held_out(entry: MixtureEntry, number: int) -> int:
     if wanted >= number:
         raise UserError(
             f"Source {entry.name} of the mixture has {number} usable record(s), and held_out = {entry.held_out} leaves "
-            "none to train on. Hold out fewer, or use it with --validation_data_path alone."
+            "none to train on. Hold out fewer, or name the source with --validation_data_path instead."
         )
     return wanted
 

@@ -56,19 +56,23 @@ def index_shards(files: Sequence[Path]) -> dict[str, Array]:
     Raises:
         UserError: A shard is missing, compressed, truncated or damaged, or holds links.
     """
-    members: list[tuple[int, int, int, int]] = []
+    members: list[Array] = []
     names = bytearray()
     record_ends, shard_ends = array("q", [0]), array("q", [0])
     states: list[tuple[int, int]] = []
+    num_members = 0
     for file in files:
+        rows: list[tuple[int, int, int, int]] = []
         for record in _records_in(file, states):
             for name, offset, size, kind in sorted(record, key=_place_in_record):
                 names += name.encode("utf-8", "surrogateescape")
-                members.append((offset, size, len(names), kind))
-            record_ends.append(len(members))
+                rows.append((offset, size, len(names), kind))
+            record_ends.append(num_members + len(rows))
         shard_ends.append(len(record_ends) - 1)
+        num_members += len(rows)
+        members.append(np.array(rows, dtype=MEMBER))
     return {
-        "members": np.array(members, dtype=MEMBER),
+        "members": np.concatenate(members),
         "names": np.frombuffer(bytes(names), dtype=np.uint8),
         "record_ends": np.array(record_ends, dtype=np.int64),
         "shard_ends": np.array(shard_ends, dtype=np.int64),

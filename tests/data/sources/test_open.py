@@ -65,6 +65,16 @@ def test_names_that_are_neither_file_nor_data_set(tmp_path, monkeypatch):
             open_source(name)
 
 
+def test_two_splits_are_refused(tmp_path):
+    with pytest.raises(UserError, match="owner/set:test names a split, and 'train' is asked for"):
+        open_source("owner/set:test", split="train")
+
+
+def test_a_name_that_is_too_long(tmp_path):
+    with pytest.raises(UserError, match="cannot be read: File name too long"):
+        open_source(tmp_path / ("x" * 300))
+
+
 def test_a_json_file_has_no_splits(tmp_path):
     write(tmp_path / "a.json", [[1]])
     with pytest.raises(UserError, match=r"a.json has no splits, but 'train' is asked for. Leave it out"):
