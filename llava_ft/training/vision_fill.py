@@ -97,39 +97,45 @@ def fill_store(
     """
     unreadable: list[ImageToEncode] = []
     work = _Work(store, images)
-    loader = DataLoader(
-        _Pictures(images),
-        batch_sampler=work,
-        num_workers=min(num_workers, len(images) // _IMAGES_PER_BATCH),
-        collate_fn=list,
-        generator=torch.Generator(),  # the run's own random numbers stay as they are
-    )
+    batches = iter(_loader(images, work, num_workers))
     device = next(encoder.tower.parameters()).device
     with (
         Progress("Encoding images", total or len(images), "images") as progress,
         store.writer() as writer,
         ThreadPoolExecutor(1) as thread,
     ):
-        batches = iter(loader)
         written: Future[None] | None = None
         is_done = False
-        while not is_done:
-            num_batches, num_images = 0, -work.num_left_out
-            for batch in islice(batches, _BATCHES_PER_ROUND):
-                num_batches, num_images = num_batches + 1, num_images + len(batch)
-                unreadable += [images[number] for number, pixels in batch if pixels is None]
-                readable = [(images[number], pixels) for number, pixels in batch if pixels is not None]
-                features = _encode(readable, encoder)
-                if written is not None:
-                    written.result()
-                written = thread.submit(_write, writer, readable, features)
-            store.refresh()
-            num_images += work.num_left_out
-            num_images, is_done = _of_all_ranks(num_images, num_batches < _BATCHES_PER_ROUND, world_size, device)
-            progress.advance(num_images)
+        try:
+            while not is_done:
+                num_batches, num_images = 0, -work.num_left_out
+                for batch in islice(batches, _BATCHES_PER_ROUND):
+                    num_batches, num_images = num_batches + 1, num_images + len(batch)
+                    unreadable += [images[number] for number, pixels in batch if pixels is None]
+                    readable = [(images[number], pixels) for number, pixels in batch if pixels is not None]
+                    features = _encode(readable, encoder)
+                    if written is not None:
+                        written.result()
+                    written = thread.submit(_write, writer, readable, features)
+                store.refresh()
+                num_images += work.num_left_out
+                num_images, is_done = _of_all_ranks(num_images, num_batches < _BATCHES_PER_ROUND, world_size, device)
+                progress.advance(num_images)
+        finally:
+            batches = iter(())  # ends the workers, also while an error is on its way
         if written is not None:
             written.result()
     return unreadable
+
+
+def _loader(images: Sequence[ImageToEncode], work: "_Work", num_workers: int) -> DataLoader[Any]:
+    return DataLoader(
+        _Pictures(images),
+        batch_sampler=work,
+        num_workers=min(num_workers, len(images) // _IMAGES_PER_BATCH),
+        collate_fn=list,
+        generator=torch.Generator(),  # the run's own random numbers stay as they are
+    )
 
 
 class _Work:

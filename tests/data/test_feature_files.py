@@ -3,11 +3,10 @@
 import contextlib
 import errno
 import json
+import multiprocessing
 import os
 import pickle
-import signal
-import subprocess
-import sys
+import resource
 import time
 from pathlib import Path
 
@@ -32,8 +31,8 @@ from llava_ft.data.image_contents import (
 from llava_ft.data.image_files import ImagePlace
 from llava_ft.data.sample import embedded_name
 from llava_ft.errors import RunError, UserError
-from tests.conftest import RECORDINGS
 
+FORK = multiprocessing.get_context("fork")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMAT = FeatureFormat(num_tokens=3, width=8, dtype=torch.float32)
 KEY = {"tower": "sha256:abc", "preprocessing": {"size": 28}}
@@ -276,14 +275,17 @@ class TestWriting:
         assert torch.equal(read(FeatureStore(tmp_path, SETTINGS), 1), tiles(1))
 
     def test_a_real_limit_of_the_system(self, tmp_path):
-        script = (
-            "import resource, sys, pathlib\n"
-            "from tests.data.test_feature_files import *\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-            "fill(pathlib.Path(sys.argv[1]), range(100))\n"
-        )
-        done = run_python(script, tmp_path)
-        assert "RunError: Features could not be written" in done.stderr
+        def fill_little() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+            with contextlib.suppress(RunError):
+                fill(tmp_path, range(100))
+                return
+            os._exit(7)
+
+        process = FORK.Process(target=fill_little)
+        process.start()
+        process.join(20)
+        assert process.exitcode == 7
         store = FeatureStore(tmp_path, SETTINGS)
         assert len(store) == 1000 // FORMAT.bytes_per_tile
         for number in range(len(store)):
@@ -297,25 +299,30 @@ class TestWriting:
             FeatureWriter(tmp_path / "file" / "sub", SETTINGS)
 
     def test_killed_at_any_moment(self, tmp_path):
-        script = (
-            "import sys, pathlib\n"
-            "from tests.data.test_feature_files import *\n"
-            "print('ready', flush=True)\n"
-            "fill(pathlib.Path(sys.argv[1]), range(10**6), num_tiles=3)\n"
-        )
         complete = 0
-        for seconds in (0.0, 0.02, 0.1, 0.3):
-            process = start_python(script, tmp_path)
-            assert process.stdout.readline() == "ready\n"
+        for seconds in (0.0, 0.01, 0.1, 0.3):
+            process = FORK.Process(target=fill, args=(tmp_path, range(10**6), 3))
+            process.start()
             time.sleep(seconds)
-            process.send_signal(signal.SIGKILL)
-            process.communicate(timeout=20)
+            process.kill()
+            process.join(20)
             store = FeatureStore(tmp_path, SETTINGS)
             assert store.num_damaged == 0
             for number in range(len(store)):
                 assert torch.equal(read(store, number), tiles(number, 3))
             complete = max(complete, len(store))
         assert complete > 3
+
+    def test_two_processes_at_once(self, tmp_path):
+        processes = [FORK.Process(target=fill, args=(tmp_path, numbers)) for numbers in (range(60), range(40, 100))]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+        store = FeatureStore(tmp_path, SETTINGS)
+        assert (len(store), store.num_damaged) == (100, 0)
+        for number in range(100):
+            assert torch.equal(read(store, number), tiles(number))
 
 
 class TestEntryLog:
@@ -451,21 +458,3 @@ class TestContents:
         some = np.frombuffer(digest(1), DIGEST)
         with pytest.raises(RunError, match="digests of images could not be written"):
             table.add(some, some)
-
-
-def start_python(script: str, *arguments: object) -> subprocess.Popen[str]:
-    repository = str(RECORDINGS.parent.parent)
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": repository, "OMP_NUM_THREADS": "1"},
-        cwd=repository,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def run_python(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    process = start_python(script, *arguments)
-    output, errors = process.communicate(timeout=60)
-    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
