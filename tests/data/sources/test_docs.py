@@ -6,7 +6,6 @@ import re
 import tarfile
 from pathlib import Path
 
-import datasets
 import pytest
 from PIL import Image
 
@@ -50,7 +49,6 @@ def test_records_as_files(suffix, tmp_path):
 
 def test_tables(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    datasets.disable_progress_bars()
     Image.new("RGB", (28, 28)).save("digit.png")
     (example,) = blocks("data_format.md", "python")
     exec(example, {})
