@@ -373,8 +373,8 @@ def _largest_size(geometry: ImageGeometry, within: int | None) -> SizeWH | None:
         # A picture that is narrower than its grid has fewer features, and `anyres_max_N` may leave it more of them.
         step = geometry.patch_size
         for width, height in geometry.grid_pinpoints:
-            candidates += [(smaller, height) for smaller in range(width - step, 0, -step)]
-            candidates += [(width, smaller) for smaller in range(height - step, 0, -step)]
+            candidates += [(smaller, height) for smaller in (*range(width - step, 1, -step), 1)]
+            candidates += [(width, smaller) for smaller in (*range(height - step, 1, -step), 1)]
     if within is not None:
         candidates = [size for size in candidates if geometry.num_tokens(size) <= within]
     return max(candidates, key=lambda size: (geometry.num_tokens(size), geometry.num_tiles(size)), default=None)

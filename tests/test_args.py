@@ -434,6 +434,10 @@ class TestNotes:
             (["--quant_type", "fp4"], "quant_type has no effect with bits=16"),
             (["--mpt_attn_impl", "torch"], "mpt_attn_impl has no effect"),
             (
+                ["--image_aspect_ratio", "pad", "--image_grid_pinpoints", "[[336, 672]]"],
+                "image_grid_pinpoints has no effect without anyres",
+            ),
+            (
                 ["--validation_fraction", "0.1", "--eval_strategy", "no"],
                 "The validation records are never evaluated: eval_strategy=no.",
             ),
@@ -447,6 +451,8 @@ class TestNotes:
 
     def test_validation_records_are_evaluated(self):
         assert parse("--validation_fraction", "0.1").inherited["eval_strategy"] == "epoch"
+        held_out = parse("--eval_strategy", "epoch", "--data_path", "mix.yaml")
+        assert held_out.inherited["eval_strategy"] == "epoch"
         best = parse("--validation_fraction", "0.1", "--load_best_model_at_end", "--save_steps", "50").inherited
         assert (best["eval_strategy"], best["eval_steps"]) == ("steps", 50)
 
@@ -495,6 +501,17 @@ REFUSED_FLAGS = [
     (["--packing", "--train_sampling_strategy", "group_by_length"], r"packing and train_sampling_strategy=group_by"),
     (["--packing", "--train_sampling_strategy", "sequential"], r"packing and train_sampling_strategy=sequential"),
     (["--image_aspect_ratio", "sqare"], r"image_aspect_ratio=sqare: unknown. Allowed: square, pad"),
+    (["--image_grid_pinpoints", "[[336]]"], r"image_grid_pinpoints is '\[\[336\]\]'; it must be sizes of width and"),
+    (["--image_grid_pinpoints", "(1x1),...,(9"], r"image_grid_pinpoints is .*the range '\(1x1\),...,\(3x3\)'"),
+    (["--s2_scales", "336;672"], r"s2_scales is '336;672'; it must be sides in pixels with commas"),
+    (
+        ["--s2_scales", "336,672", "--image_aspect_ratio", "anyres"],
+        r"s2_scales=336,672 and .*anyres exclude each",
+    ),
+    (
+        ["--image_aspect_ratio", "anyres_max_9", "--mm_patch_merge_type", "flat"],
+        r"image_aspect_ratio=anyres_max_9 .* needs mm_patch_merge_type=spatial_unpad, which is flat",
+    ),
     (["--pretrain_mm_mlp_adapter", ""], r"pretrain_mm_mlp_adapter is empty"),
     (["--attn_implementation", "flash"], r"Allowed: auto \| eager \| sdpa \| flash_attention_2"),
     (["--validation_fraction", "1.0"], r"validation_fraction=1.0: allowed is at least 0 and below 1"),
@@ -505,6 +522,10 @@ REFUSED_FLAGS = [
     (
         ["--eval_strategy", "steps"],
         r"eval_strategy=steps needs records to evaluate on. Add validation_data_path",
+    ),
+    (
+        ["--eval_strategy", "steps", "--data_path", "a.json"],
+        r"Add validation_data_path or validation_fraction, or held_out to a mixture; or set",
     ),
     (["--eval_strategy", "sometimes"], r"Allowed: no \| steps \| epoch"),
     (["--load_best_model_at_end"], r"load_best_model_at_end needs an evaluation"),

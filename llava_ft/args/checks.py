@@ -13,6 +13,7 @@ from llava_ft.args.training import TrainingFlags
 from llava_ft.constants import ASPECT_RATIO_PATTERN, PROJECTOR_TYPE_PATTERN
 from llava_ft.conversation import get_template
 from llava_ft.errors import UserError
+from llava_ft.geometry import parse_grid_pinpoints, parse_s2_scales
 
 
 def check_arguments(
@@ -33,6 +34,7 @@ def check_arguments(
     checks = (
         _vision_problems(model),
         _data_problems(data),
+        _resolution_problems(model, data),
         _tuning_problems(model, training),
         _lora_problems(training),
         _limit_problems(training),
@@ -61,6 +63,9 @@ def find_idle_flags(model: ModelArguments, data: DataArguments, training: Traini
     for name, condition in idle.items():
         if getattr(training, name) != getattr(defaults, name):
             notes.append(f"{name} has no effect {condition}.")
+    if data.image_aspect_ratio in ("square", "pad"):
+        given = {"image_grid_pinpoints": data.image_grid_pinpoints, "mm_patch_merge_type": model.mm_patch_merge_type}
+        notes += [f"{name} has no effect without anyres." for name, value in given.items() if value is not None]
     if data.vision_cache is None and data.vision_cache_dtype != "compute":
         notes.append("vision_cache_dtype has no effect without vision_cache.")
     if training.mpt_attn_impl != defaults.mpt_attn_impl:
@@ -79,6 +84,25 @@ def _vision_problems(model: ModelArguments) -> Iterator[str]:
         yield (
             "pretrain_mm_mlp_adapter is empty. Give the mm_projector.bin of a pretraining run, or leave the "
             "flag out to start from the base's or a new projector."
+        )
+
+
+def _resolution_problems(model: ModelArguments, data: DataArguments) -> Iterator[str]:
+    ratio, merge_type = data.image_aspect_ratio or "", model.mm_patch_merge_type
+    if data.image_grid_pinpoints is not None:
+        parse_grid_pinpoints(data.image_grid_pinpoints, 1)
+    if ratio.startswith("anyres_max") and merge_type not in (None, "spatial_unpad"):
+        yield (
+            f"image_aspect_ratio={ratio} shrinks the grid of an unpadded picture, so it needs "
+            f"mm_patch_merge_type=spatial_unpad, which is {merge_type}. Set that, or use image_aspect_ratio=anyres."
+        )
+    if model.s2_scales is None:
+        return
+    parse_s2_scales(model.s2_scales)
+    if ratio.startswith("anyres"):
+        yield (
+            f"s2_scales={model.s2_scales} and image_aspect_ratio={ratio} exclude each other: both cut images into "
+            "tiles. Use image_aspect_ratio=pad with S2, or leave s2_scales out."
         )
 
 
@@ -228,10 +252,12 @@ def _sampling_problems(data: DataArguments, training: TrainingFlags, inherited: 
 def _evaluation_problems(data: DataArguments, inherited: Mapping[str, object]) -> Iterator[str]:
     evaluation = inherited.get("eval_strategy", "no")
     saving = inherited.get("save_strategy", "steps")
-    has_validation = data.validation_data_path is not None or data.validation_fraction > 0
-    hint = "Add validation_data_path or validation_fraction"
+    # Whether a mixture holds records out is seen when it is opened.
+    is_mixture = (data.data_path or "").lower().endswith((".yaml", ".yml"))
+    has_validation = data.validation_data_path is not None or data.validation_fraction > 0 or is_mixture
+    hint = "Add validation_data_path or validation_fraction, or held_out to a mixture"
     if evaluation != "no" and not has_validation:
-        yield f"eval_strategy={evaluation} needs records to evaluate on. {hint}, or set eval_strategy=no."
+        yield f"eval_strategy={evaluation} needs records to evaluate on. {hint}; or set eval_strategy=no."
     if saving == "best" and evaluation == "no":
         yield f"save_strategy=best needs an evaluation to tell what is best. {hint} and an eval_strategy."
     if not inherited.get("load_best_model_at_end"):
