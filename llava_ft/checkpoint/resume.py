@@ -22,11 +22,22 @@ class RankLayout:
 
     Attributes:
         world_size: Number of ranks.
-        batch: Samples of an optimizer step, all ranks and accumulation together.
+        batch: Samples, or packed rows, of an optimizer step, all ranks and accumulation together.
+        epoch: Samples, or packed rows, of an epoch; None in checkpoints that do not say it.
     """
 
     world_size: int
     batch: int
+    epoch: int | None = None
+
+    def difference(self, now: "RankLayout") -> str:
+        """Say what makes a position in steps of this layout another one in steps of `now`; "" if nothing does."""
+        differences: list[str] = []
+        if self.batch != now.batch:
+            differences.append(f"a step took {self.batch} samples and takes {now.batch} now")
+        if self.epoch is not None and self.epoch != now.epoch:
+            differences.append(f"an epoch had {self.epoch} samples or packed rows and has {now.epoch} now")
+        return " and ".join(differences)
 
 
 def read_ranks(checkpoint: Path) -> RankLayout | None:
@@ -35,7 +46,7 @@ def read_ranks(checkpoint: Path) -> RankLayout | None:
     if not path.is_file():
         return None
     content = read_json(path)
-    return RankLayout(int(content["world_size"]), int(content["batch"]))
+    return RankLayout(int(content["world_size"]), int(content["batch"]), content.get("epoch"))
 
 
 def newest_complete_checkpoint(output_dir: Path) -> Path | None:

@@ -25,6 +25,7 @@ from llava_ft.checkpoint.restore import PutValue, restore_trained
 from llava_ft.checkpoint.resume import RankLayout, read_ranks
 from llava_ft.checkpoint.save import move_files, publish_directory, write_json
 from llava_ft.data.image_processor import PixelNormalizer, normalize_batch
+from llava_ft.data.sampler import EpochSampler
 from llava_ft.errors import BadSampleError, RunError
 from llava_ft.training.artifacts import RunArtifacts, forget_manifest
 from llava_ft.training.evaluation import sum_losses
@@ -64,7 +65,7 @@ class LlavaTrainer(Trainer):
         self,
         *,
         artifacts: RunArtifacts,
-        train_sampler: Sampler[int],
+        train_sampler: EpochSampler,
         describe_record: Callable[[int], str],
         loss_normalization: Literal["tokens", "micro_batch"] = "tokens",
         mm_projector_lr: float | None = None,
@@ -217,19 +218,18 @@ class LlavaTrainer(Trainer):
         position = super()._init_training_state(max_steps, num_update_steps_per_epoch, *args, **kwargs)
         checkpoint = args[1] if len(args) > 1 else kwargs.get("resume_from_checkpoint")
         earlier = read_ranks(Path(checkpoint)) if checkpoint else None
-        if earlier is not None and earlier.batch != self._ranks().batch:
-            position = self._position_with_other_batches(earlier, num_update_steps_per_epoch)
+        if earlier is not None and (difference := earlier.difference(self._ranks())):
+            position = self._position_in_other_steps(difference, num_update_steps_per_epoch)
         return position if self.state.global_step < max_steps else (self.state.num_train_epochs, 0)
 
-    def _position_with_other_batches(self, earlier: RankLayout, steps_per_epoch: int) -> tuple[int, int]:
-        """Find the position in the data, and in a schedule counted in epochs, when a step's batch has another size."""
+    def _position_in_other_steps(self, difference: str, steps_per_epoch: int) -> tuple[int, int]:
+        """Find the position in the data, and in a schedule counted in epochs, when steps are other ones than before."""
         epochs = self.state.epoch or 0.0
         step, whole_epochs = round(epochs * steps_per_epoch), int(epochs)
         logger.warning(
-            "A step took %d samples when this checkpoint was made and takes %d now. The run goes on with the records "
-            "after those already seen (epoch %.3f)%s.",
-            earlier.batch,
-            self._ranks().batch,
+            "Since this checkpoint was made, steps have changed: %s. The run goes on at the same share of the data "
+            "(epoch %.3f)%s.",
+            difference,
             epochs,
             "" if self.args.max_steps > 0 else f", which is step {step} in these steps",
         )
@@ -239,7 +239,7 @@ class LlavaTrainer(Trainer):
 
     def _ranks(self) -> RankLayout:
         per_rank = self._train_batch_size * self.args.gradient_accumulation_steps
-        return RankLayout(self.args.world_size, per_rank * self.args.world_size)
+        return RankLayout(self.args.world_size, per_rank * self.args.world_size, len(self._train_sampler))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Restore this rank's random numbers; with another number of ranks each gets new ones from seed and step."""

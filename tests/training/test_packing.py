@@ -180,3 +180,19 @@ def test_a_row_with_an_unreadable_image_learns_from_its_other_samples(tmp_path: 
     assert entry["bad_samples"] == 1
     assert entry["supervised_tokens"] == supervised([run.datasets.train[0]]) > 0
     assert entry["samples_per_second"] > 0
+
+
+def test_packing_that_begins_between_two_runs_goes_on_at_the_same_share_of_the_data(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    changes = {"group_by_modality_length": None, "model_max_length": ROW, "save_steps": 3}
+    first = train(tmp_path / "out", max_steps=3, **changes)
+    num_samples = len(first.datasets.train)
+    run = prepare(tmp_path / "out", max_steps=4, packing=True, **changes)
+    num_rows = len(run.trainer.train_dataset)
+    with caplog.at_level(logging.WARNING):
+        run.trainer.train(resume_from_checkpoint=str(run.checkpoint))
+    run.stop.release()
+    assert num_rows < num_samples
+    assert f"an epoch had {num_samples} samples or packed rows and has {num_rows} now" in caplog.text
+    assert run.trainer.state.global_step == 4
