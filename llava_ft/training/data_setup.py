@@ -11,6 +11,7 @@ from llava_ft.conversation import get_template
 from llava_ft.data.build import BuiltDatasets, build_datasets
 from llava_ft.data.images import ImageTransform
 from llava_ft.data.prepare import PreparationSettings
+from llava_ft.data.sources.mixture import check_holds_out
 from llava_ft.data.tokenize import SampleTokenizer
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ def prepare_datasets(args: ParsedArgs, base: BaseModel, tokenizer: PreTrainedTok
     template = get_template(args.model.version)
     logger.info("Conversation template: %s.", template.name)
     assert args.data.data_path is not None
+    if args.training.eval_strategy != "no" and args.data.validation_data_path is None:
+        check_holds_out(args.data.data_path)
     return build_datasets(
         args.data.data_path,
         tokenize=SampleTokenizer(

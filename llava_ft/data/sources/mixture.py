@@ -26,7 +26,7 @@ from llava_ft.constants import IMAGE_TOKEN
 from llava_ft.data.record_checks import is_list, is_mapping, kind_of
 from llava_ft.data.sample import Sample
 from llava_ft.data.sources.base import RecordSource
-from llava_ft.data.sources.open import open_source, resolve_source
+from llava_ft.data.sources.open import is_mixture, open_source, resolve_source
 from llava_ft.errors import UserError
 
 _LEADING_IMAGES: Final = re.compile(rf"(?:\s*{re.escape(IMAGE_TOKEN)})*\s*")
@@ -128,6 +128,19 @@ def open_mixture(path: str | Path) -> Mixture:
     mixture = Mixture(path, entries, reader.whole_number(value, "epoch_size"))
     _check_together(mixture)
     return mixture
+
+
+def check_holds_out(path: str | Path) -> None:
+    """Refuse a mixture that keeps no records to evaluate on; anything but a mixture is let through.
+
+    Raises:
+        UserError: No source of the mixture has `held_out`.
+    """
+    if is_mixture(path) and not any(entry.held_out for entry in open_mixture(path).entries):
+        raise UserError(
+            f"Mixture {path} holds out no records, and eval_strategy needs some. Give a source 'held_out', name "
+            "records with --validation_data_path, or set --eval_strategy no."
+        )
 
 
 def _check_together(mixture: Mixture) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from llava_ft.data.schema import Sample, Turn
 from llava_ft.data.sources import MixtureEntry, open_mixture, with_prompt_prefix
+from llava_ft.data.sources.mixture import check_holds_out
 from llava_ft.errors import UserError
 
 
@@ -98,6 +99,13 @@ def test_what_is_refused(text, message, tmp_path):
     (tmp_path / "a").write_text("[1]")
     with pytest.raises(UserError, match=message):
         open_mixture(write(tmp_path, text))
+
+
+def test_a_run_that_evaluates_needs_something_held_out(tmp_path):
+    check_holds_out("chats.json")
+    check_holds_out(write(tmp_path, "sources: [{path: a}, {path: b, held_out: 1}]"))
+    with pytest.raises(UserError, match=r"mix.yaml holds out no records, and eval_strategy needs some"):
+        check_holds_out(write(tmp_path, "sources: [{path: a, held_out: 0}]"))
 
 
 def test_files_that_cannot_be_read(tmp_path):
