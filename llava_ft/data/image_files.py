@@ -4,7 +4,14 @@ import os
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from llava_ft.data.images import ImageError, check_image_file, check_image_header, load_image
+from llava_ft.data.images import (
+    EMBEDDED_NAME,
+    ImageError,
+    ImageSource,
+    check_image_file,
+    check_image_header,
+    load_image,
+)
 from llava_ft.data.sample import parse_embedded
 from llava_ft.data.sources.base import RecordSource
 
@@ -79,15 +86,20 @@ def resolve_image_path(image: str, image_folder: str | os.PathLike[str] | None) 
     return os.path.join(image_folder, image)
 
 
-def check_image(path: str | os.PathLike[str], level: ImageCheck) -> None:
-    """Check one file: that it "exists", that its "header" can be read, or that all of it can be decoded.
+def check_image(source: ImageSource, level: ImageCheck, *, name: str = EMBEDDED_NAME) -> None:
+    """Check one image: that its file "exists", that its "header" can be read, or that all of it can be decoded.
+
+    Args:
+        source: Path or content of the file.
+        level: How much of it is read; "none" reads nothing.
+        name: What content without a path is called in messages.
 
     Raises:
         ImageError: It cannot be used.
     """
-    if level == "exists":
-        check_image_file(path)
+    if level == "exists" and not isinstance(source, bytes):
+        check_image_file(source)
     elif level == "header":
-        check_image_header(path)
+        check_image_header(source, name=name)
     elif level == "decode":
-        load_image(path)
+        load_image(source, name=name)

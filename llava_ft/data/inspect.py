@@ -20,6 +20,7 @@ from llava_ft.data.prepared import Limits
 from llava_ft.data.sample import Sample, parse_embedded
 from llava_ft.data.schema import parse_record
 from llava_ft.data.sources.base import RecordSource
+from llava_ft.data.sources.mixture import with_prompt_prefix
 from llava_ft.data.terminal import visible
 from llava_ft.data.tokenize import TokenizedSample
 from llava_ft.errors import BadSampleError, UserError
@@ -39,7 +40,8 @@ class RecordView(TypedDict):
     """One record as the model will see it.
 
     Attributes:
-        index: Position of the record in its file, counted from 0.
+        source: Name of its source.
+        index: Position of the record in its source, counted from 0.
         id: The record's own id, "" when it has none.
         input_ids: Before expansion and truncation: one `IMAGE_TOKEN_INDEX` per image. Empty if unusable.
         labels: As long as `input_ids`; `IGNORE_INDEX` where nothing is supervised.
@@ -51,6 +53,7 @@ class RecordView(TypedDict):
         error: Why the record cannot be used, else None.
     """
 
+    source: str
     index: int
     id: str
     input_ids: list[int]
@@ -163,7 +166,12 @@ class Inspector:
     exif_transpose: bool = False
 
     def views(
-        self, source: RecordSource, summary: InspectionSummary, selection: Selection | None = None
+        self,
+        source: RecordSource,
+        summary: InspectionSummary,
+        selection: Selection | None = None,
+        *,
+        prompt_prefix: str = "",
     ) -> Iterator[RecordView]:
         """Show records as the model will see them, in order.
 
@@ -171,14 +179,15 @@ class Inspector:
             source: A prepared source.
             summary: Counts what is seen.
             selection: Which records; None means all.
+            prompt_prefix: Text that the run puts before the first question of each record.
         """
         selection = selection or Selection()
-        place = self.place_of(source)
-        seen = (self._view(record, index, place, selection.ids) for index, record in selection.records(source))
+        look = _Look(source.name, self.place_of(source), prompt_prefix, selection.ids)
+        seen = (self._view(record, index, look) for index, record in selection.records(source))
         for view in islice((view for view in seen if view is not None), selection.limit):
             if isinstance(view, BadSampleError):
                 summary.add_unusable(view)
-                yield _unusable(view)
+                yield _unusable(view, source.name)
             else:
                 summary.add_usable(view)
                 yield view
@@ -187,25 +196,24 @@ class Inspector:
         """Say where the images of a source are."""
         return ImagePlace(source.image_folder or self.image_folder, source)
 
-    def _view(
-        self, record: object, index: int, place: ImagePlace, ids: tuple[str, ...]
-    ) -> RecordView | BadSampleError | None:
+    def _view(self, record: object, index: int, look: "_Look") -> RecordView | BadSampleError | None:
         try:
-            sample = parse_record(record, index)
-            if ids and sample.id not in ids:
+            sample = with_prompt_prefix(parse_record(record, index), look.prompt_prefix)
+            if look.ids and sample.id not in look.ids:
                 return None
             tokens = self.tokenize(sample)
-            return self._usable(sample, tokens, self._sizes(sample, place))
+            return self._usable(sample, tokens, self._sizes(sample, look.place), look.source)
         except BadSampleError as error:
-            return None if ids and error.sample_id not in ids else error
+            return None if look.ids and error.sample_id not in look.ids else error
 
-    def _usable(self, sample: Sample, tokens: TokenizedSample, sizes: list[SizeWH | None]) -> RecordView:
+    def _usable(self, sample: Sample, tokens: TokenizedSample, sizes: list[SizeWH | None], source: str) -> RecordView:
         geometry = self.limits.geometry if self.limits else None
         needs_sizes = geometry is not None and geometry.needs_image_sizes
         is_known = not sizes or (geometry is not None and (not needs_sizes or None not in sizes))
         judged = judge(sample, tokens, sizes, self.limits) if self.limits and is_known else None
         num_image_tokens = judged.num_image_tokens if judged else 0
         return {
+            "source": source,
             "index": sample.index,
             "id": sample.id,
             "input_ids": tokens.input_ids,
@@ -226,17 +234,30 @@ class Inspector:
                 sizes.append(None)
                 continue
             try:
-                content = place.content(image)
-                check_image(content, self.check_images)
-                needed = geometry is not None and geometry.needs_image_sizes
-                sizes.append(check_image_header(content, exif_transpose=self.exif_transpose) if needed else None)
+                content, name = place.content(image), place.locate(image)
+                check_image(content, self.check_images, name=name)
+                size = None
+                if geometry is not None and geometry.needs_image_sizes:
+                    size = check_image_header(content, exif_transpose=self.exif_transpose, name=name)
+                sizes.append(size)
             except ImageError as error:
                 raise BadSampleError(sample.index, sample.id, error.kind, str(error)) from None
         return sizes
 
 
-def _unusable(error: BadSampleError) -> RecordView:
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What is the same for all records of a source."""
+
+    source: str
+    place: ImagePlace
+    prompt_prefix: str
+    ids: tuple[str, ...]
+
+
+def _unusable(error: BadSampleError, source: str) -> RecordView:
     return {
+        "source": source,
         "index": error.index,
         "id": error.sample_id,
         "input_ids": [],

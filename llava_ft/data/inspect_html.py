@@ -45,7 +45,7 @@ def _record(view: RecordView, place: ImagePlace, tokenizer: PreTrainedTokenizerB
     if view["error"] is not None:
         yield f'<p class="error">Cannot be used: {text(view["error"])}</p></article>\n'
         return
-    yield f'<p class="dim">{text(describe_view(view))}</p>'
+    yield f'<p class="dim">{text(view["source"])}<br>{text(describe_view(view))}</p>'
     for image in islice(view["images"], NUM_THUMBNAILS):
         yield show_image(image, place)
     if len(view["images"]) > NUM_THUMBNAILS:

@@ -21,13 +21,14 @@ from llava_ft.data.doctor.report_text import as_text
 from llava_ft.data.doctor.statistics import Epoch, count_all, count_epoch
 from llava_ft.data.doctor.workers import Workers
 from llava_ft.data.html import write_page
+from llava_ft.data.opened import OpenedData
 from llava_ft.data.processes import num_cores
 from llava_ft.data.progress import Progress
-from llava_ft.data.sources.mixture import Mixture
-from llava_ft.data.sources.select_rows import select_rows
+from llava_ft.data.sources.base import RecordSource
 from llava_ft.data.terminal import has_color
 from llava_ft.errors import UserError
-from llava_ft.training.data_model import DataPart, find_data_model, open_data
+from llava_ft.training.data_model import find_data_model
+from llava_ft.training.data_setup import preparation_settings
 
 logger = logging.getLogger(__name__)
 
@@ -68,12 +69,15 @@ def run_check_data(args: ParsedArgs, output: TextIO, options: CheckOptions) -> b
         raise UserError(f"--workers is {options.num_workers}; it must be at least 1.")
     assert args.data.data_path is not None
     model = find_data_model(args)
-    parts, mixture = open_data(args, args.data.data_path)
+    directory = preparation_settings(args).directory
+    training = OpenedData.open(args.data.data_path, directory)
     if options.fix is not None:
-        if mixture is not None:
+        if training.mixture is not None:
             raise UserError("--fix writes one file, and a mixture has several sources. Check each of them on its own.")
         check_target(options.fix, [args.data.data_path, str(args.data.validation_data_path)])
-    validation = open_data(args, args.data.validation_data_path)[0] if args.data.validation_data_path else []
+    opened = {"training": training}
+    if args.data.validation_data_path:
+        opened["validation"] = OpenedData.open(args.data.validation_data_path, directory)
     plan = Plan(
         model.tokenize,
         model.limits,
@@ -83,12 +87,15 @@ def run_check_data(args: ParsedArgs, output: TextIO, options: CheckOptions) -> b
     )
     checker = _Checker(args, plan)
     with Workers(options.num_workers or num_cores(), plan) as workers:
-        reports = [checker.report(part, "training", workers) for part in parts]
-        reports += [checker.report(part, "validation", workers) for part in validation]
+        reports = [
+            checker.report(source, prefix, use, workers)
+            for use, data in opened.items()
+            for source, prefix in zip(data.sources, data.prompt_prefixes, strict=True)
+        ]
         fix: FixReport | None = None
         if options.fix is not None:
             fix = write_fixed(reports[0].check, options.fix, workers)
-    report = Report(reports, checker.epoch([each.check for each in reports[: len(parts)]], mixture), fix)
+    report = Report(reports, checker.epoch([each.check for each in reports if each.use == "training"], training), fix)
     if options.html is not None:
         places = [plan.place_of(each.check.source) for each in reports]
         write_page(options.html, report_page(report, places))
@@ -105,27 +112,27 @@ class _Checker:
     args: ParsedArgs
     plan: Plan
 
-    def report(self, part: DataPart, use: str, workers: Workers) -> DataSetReport:
-        check = check_source(part.source, self.plan, workers, Progress, prompt_prefix=part.prompt_prefix)
+    def report(self, source: RecordSource, prompt_prefix: str, use: str, workers: Workers) -> DataSetReport:
+        check = check_source(source, self.plan, workers, Progress, prompt_prefix=prompt_prefix)
         limits = self.plan.limits
         return DataSetReport(
-            name=part.source.name,
+            name=source.name,
             use=use,
             check=check,
             findings=find_all(check, self.args.data.on_bad_sample),
             statistics=count_all(check, max_length=limits.max_length, policy=limits.truncation),
         )
 
-    def epoch(self, checks: list[SourceCheck], mixture: Mixture | None) -> Epoch | None:
+    def epoch(self, checks: list[SourceCheck], data: OpenedData) -> Epoch | None:
         """Put together what an epoch takes of each source."""
         counts = [len(check.columns["index"]) for check in checks]
         if not all(counts):
             return None
         data_seed = _setting(self.args, "data_seed")
         seed = int(_setting(self.args, "seed") if data_seed is None else data_seed)
-        chosen = select_rows(counts, mixture, seed).train if mixture else [np.arange(counts[0])]
+        rows = data.choose(counts, seed).train
         lengths, supervised = (
-            np.concatenate([check.columns[name][rows] for check, rows in zip(checks, chosen, strict=True)])
+            np.concatenate([check.columns[name] for check in checks])[rows]
             for name in ("kept_tokens", "kept_supervised")
         )
         return count_epoch(

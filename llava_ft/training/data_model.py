@@ -13,15 +13,11 @@ from llava_ft.checkpoint.weights import read_json
 from llava_ft.constants import CHECKPOINT_FIELDS
 from llava_ft.conversation import get_template
 from llava_ft.data.prepared import Limits
-from llava_ft.data.sources.base import RecordSource
-from llava_ft.data.sources.mixture import Mixture, open_mixture
-from llava_ft.data.sources.open import is_mixture, open_source
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.geometry import ImageGeometry
 from llava_ft.models.builder import checkpoint_wishes, settle_config, vision_fields
 from llava_ft.models.config import LlavaLlamaConfig
-from llava_ft.training.data_setup import preparation_settings
 
 _UNKNOWN_MODEL: Final[dict[str, Any]] = {"model_type": "llama"}
 """Stands in for the `config.json` of a directory that has a tokenizer alone."""
@@ -69,39 +65,6 @@ def find_data_model(args: ParsedArgs) -> DataModel:
     )
     geometry = config.image_geometry
     return DataModel(tokenizer, tokenize, geometry, Limits(geometry, args.flags.model_max_length, args.data.truncation))
-
-
-@dataclass(frozen=True)
-class DataPart:
-    """One source of a run's data.
-
-    Attributes:
-        source: The source, prepared.
-        prompt_prefix: Text that the run puts before the first question of each record.
-    """
-
-    source: RecordSource
-    prompt_prefix: str = ""
-
-
-def open_data(args: ParsedArgs, path: str) -> tuple[list[DataPart], Mixture | None]:
-    """Open what `--data_path` or `--validation_data_path` names.
-
-    Returns:
-        The sources, and the mixture that they are those of; None for a single one.
-
-    Raises:
-        UserError: A source is missing or cannot be read.
-    """
-    mixture = open_mixture(path) if is_mixture(path) else None
-    if mixture is None:
-        parts = [DataPart(open_source(path))]
-    else:
-        entries = zip(mixture.open_sources(), mixture.entries, strict=True)
-        parts = [DataPart(source, entry.prompt_prefix) for source, entry in entries]
-    for part in parts:
-        part.source.prepare(preparation_settings(args).directory)
-    return parts, mixture
 
 
 def _find_config(args: ParsedArgs, directory: Path) -> LlavaLlamaConfig:

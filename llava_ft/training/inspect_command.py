@@ -10,11 +10,10 @@ from llava_ft.data.html import write_page
 from llava_ft.data.image_files import ImagePlace
 from llava_ft.data.inspect import InspectionSummary, Inspector, RecordView, Selection, render_colored
 from llava_ft.data.inspect_html import inspection_page
-from llava_ft.data.prepare import PreparationSettings
-from llava_ft.data.sources.base import RecordSource
-from llava_ft.data.sources.open import open_source
-from llava_ft.data.terminal import has_color
+from llava_ft.data.opened import OpenedData
+from llava_ft.data.terminal import has_color, visible
 from llava_ft.training.data_model import DataModel, find_data_model
+from llava_ft.training.data_setup import preparation_settings
 
 RECORDS_ON_A_PAGE: Final = 100
 """Records that a page shows if nothing says how many."""
@@ -30,7 +29,7 @@ def run_inspect_data(
         output: Where to.
         as_json: Whether to write one JSON object a line instead of text to read.
         html: Write a page to this file instead; without a selection, of the first `RECORDS_ON_A_PAGE` records.
-        selection: Which records; None means all.
+        selection: Which records of each source; None means all.
 
     Returns:
         Whether every record shown can be used.
@@ -40,9 +39,10 @@ def run_inspect_data(
     """
     model = find_data_model(args)
     assert args.data.data_path is not None
-    source = open_source(args.data.data_path)
-    source.prepare(_cache_dir(args))
+    data = OpenedData.open(args.data.data_path, preparation_settings(args).directory)
     selection = selection or Selection()
+    if html is not None and selection == Selection():
+        selection = Selection(limit=RECORDS_ON_A_PAGE)
     summary = InspectionSummary()
     inspector = Inspector(
         model.tokenize,
@@ -51,34 +51,33 @@ def run_inspect_data(
         check_images=args.data.check_images,
         exif_transpose=args.data.image_exif_transpose,
     )
+    views = _views(inspector, data, summary, selection)
     if html is not None:
-        if selection == Selection():
-            selection = Selection(limit=RECORDS_ON_A_PAGE)
-        shown = _with_place(inspector, source, summary, selection)
-        write_page(html, inspection_page(shown, model.tokenizer, f"Records of {source.name}", summary))
-        output.write(f"{html} shows {summary.num_records} of {len(source)} records.\n{summary.describe()}\n")
-        return summary.num_usable == summary.num_records
-    for view in inspector.views(source, summary, selection):
-        output.write(_line(view, model, output, as_json=as_json))
+        write_page(html, inspection_page(views, model.tokenizer, f"Records of {data.path}", summary))
+        output.write(f"{html} shows {summary.num_records} of {sum(map(len, data.sources))} records.\n")
+    else:
+        shown = None
+        for view, _ in views:
+            if view["source"] != shown and data.mixture is not None and not as_json:
+                shown = view["source"]
+                output.write(f"Source {visible(shown)}\n\n")
+            output.write(_line(view, model, output, as_json=as_json))
     if not as_json:
         output.write(summary.describe() + "\n")
     return summary.num_usable == summary.num_records
 
 
-def _with_place(
-    inspector: Inspector, source: RecordSource, summary: InspectionSummary, selection: Selection
+def _views(
+    inspector: Inspector, data: OpenedData, summary: InspectionSummary, selection: Selection
 ) -> Iterator[tuple[RecordView, ImagePlace]]:
-    place = inspector.place_of(source)
-    for view in inspector.views(source, summary, selection):
-        yield view, place
+    """Give the records of each source, and where their images are."""
+    for source, prefix in zip(data.sources, data.prompt_prefixes, strict=True):
+        place = inspector.place_of(source)
+        for view in inspector.views(source, summary, selection, prompt_prefix=prefix):
+            yield view, place
 
 
 def _line(view: RecordView, model: DataModel, output: TextIO, *, as_json: bool) -> str:
     if as_json:
         return json.dumps(view, ensure_ascii=False) + "\n"
     return render_colored(view, model.tokenizer, color=has_color(output)) + "\n\n"
-
-
-def _cache_dir(args: ParsedArgs) -> Path:
-    folder = args.data.data_cache_dir
-    return PreparationSettings(Path(folder) if folder else None).directory

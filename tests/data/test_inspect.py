@@ -24,7 +24,9 @@ from llava_ft.geometry import ImageGeometry
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MIX = GOLDEN / "data" / "mix.json"
-KEYS = ["index", "id", "input_ids", "labels", "num_images", "num_image_tokens", "num_kept", "images", "error"]
+KEYS = [
+    "source", "index", "id", "input_ids", "labels", "num_images", "num_image_tokens", "num_kept", "images", "error",
+]  # fmt: skip
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 
 

@@ -79,10 +79,10 @@ def killed_by(task: ImageTask) -> list[DecodedImage]:
 def _examine(task: ImageTask, image: str) -> DecodedImage:
     found_by_run = True
     try:
-        found = task.place.content(image)
-        check_image(found, task.level)
+        found, name = task.place.content(image), task.place.locate(image)
+        check_image(found, task.level, name=name)
         found_by_run = False
-        picture = load_image(found, exif_transpose=task.exif_transpose)
+        picture = load_image(found, exif_transpose=task.exif_transpose, name=name)
         content = found if isinstance(found, bytes) else Path(found).read_bytes()
     except ImageError as error:
         problem = ImageProblem(error.kind, str(error), found_by_run)
