@@ -14,7 +14,6 @@ from llava_ft.errors import UserError
 from llava_ft.geometry import ImageGeometry, parse_grid_pinpoints
 from llava_ft.models.anyres import as_picture, merge_tiles, unpad
 from llava_ft.models.config import LlavaLlamaConfig
-from llava_ft.models.llava import LlavaLlamaForCausalLM
 from tests.conftest import RECORDINGS, read_recording
 from tests.models.test_forward import TOLERANCE, load, read
 
@@ -88,7 +87,7 @@ class TestRecording:
         assert model.config.image_geometry.num_tokens((1000, 1)) == 16
         batches = {
             "images": (with_images(SIZES, model.config.image_geometry), torch.randn(9, 3, 56, 56), SIZES),
-            "no row": (with_images(flat, model.config.image_geometry), torch.randn(4, 3, 56, 56), flat),
+            "no row": (with_images(flat, model.config.image_geometry), torch.randn(3, 3, 56, 56), flat),
             "text": (IDS, None, None),
         }
         for kind, (ids, pixels, sizes) in batches.items():
@@ -194,11 +193,9 @@ class TestLaws:
 
 
 class TestConfiguration:
-    VISION = {"image_size": 56, "patch_size": 14, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-
     def test_pinpoints_in_a_checkpoint_may_be_text(self):
         config = LlavaLlamaConfig(
-            mm_vision_config=self.VISION,
+            mm_vision_config={"image_size": 56, "patch_size": 14},
             image_aspect_ratio="anyres",
             image_grid_pinpoints="[(56, 112), (112, 56)]",
         )
@@ -214,7 +211,6 @@ class TestConfiguration:
             "ckpt/base-llm", vision_tower="ckpt/clip-tiny", wishes={"image_aspect_ratio": "anyres"}
         ).config
         assert config.image_grid_pinpoints == [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
-        assert isinstance(LlavaLlamaForCausalLM, type)
 
     @pytest.mark.usefixtures("in_recordings")
     def test_a_checkpoint_s_pinpoints_hold_unless_others_are_asked_for(self, caplog):
