@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 
 from llava_ft.data.sources.base import RecordSource
-from llava_ft.data.sources.index_files import Array, map_array, prepare_arrays
+from llava_ft.data.sources.index_files import Array, map_array, note_long_search, prepare_arrays
 from llava_ft.data.sources.json_scan import decode_value, scan_lines, scan_list
 from llava_ft.errors import UserError
 
@@ -76,6 +76,7 @@ class JsonSource(RecordSource):
 
     def _scan(self) -> Array:
         with self._open_unchanged() as file:
+            note_long_search(self.name, self._state[0])
             offsets = scan_lines(file, self.path) if self.has_lines else scan_list(file, self.path)
             self._refuse_changes(file)
         if len(offsets) == 1:

@@ -16,7 +16,7 @@ from llava_ft.data.record_checks import is_list, is_mapping
 from llava_ft.data.record_images import EmbeddedImage
 from llava_ft.data.schema import BrokenRecord
 from llava_ft.data.sources.base import RecordSource
-from llava_ft.data.sources.index_files import Array, map_array, prepare_arrays
+from llava_ft.data.sources.index_files import Array, map_array, note_long_search, prepare_arrays
 from llava_ft.data.sources.tables import fingerprint_files
 from llava_ft.data.sources.tar_index import IMAGE, JSON, TEXT, index_shards, key_of
 from llava_ft.errors import UserError
@@ -77,6 +77,7 @@ class TarSource(RecordSource):
         return content
 
     def _build(self) -> dict[str, Array]:
+        note_long_search(self.name, sum(file.stat().st_size for file in self.files if file.exists()))
         arrays = index_shards(self.files)
         if len(arrays["record_ends"]) == 1:
             raise UserError(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llava_ft.data.images import ImageError
 from llava_ft.data.schema import parse_record
-from llava_ft.data.sources import json_files, json_scan, open_source
+from llava_ft.data.sources import index_files, json_files, json_scan, open_source
 from llava_ft.errors import UserError
 
 TALK = [{"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "Ho"}]
@@ -87,7 +87,7 @@ def test_bad_file(name, text, message, window, tmp_path, monkeypatch):
     monkeypatch.setattr(json_scan, "_CHUNK_BYTES", window)
     with pytest.raises(UserError, match=message):
         read_all(write(tmp_path, name, text), tmp_path)
-    assert not (tmp_path / "cache" / "records").exists()
+    assert [path for path in tmp_path.rglob("*") if path.suffix == ".npy"] == []
 
 
 def test_missing_file_folder_and_pipe(tmp_path):
@@ -173,6 +173,16 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path):
     assert open_source(write(tmp_path, "a.json", "[2]")).fingerprint() != first
 
 
+def test_a_long_search_is_announced(tmp_path, monkeypatch, caplog):
+    path = write(tmp_path, "a.json", "[1]")
+    opened(write(tmp_path, "b.json", "[2]"), tmp_path)
+    monkeypatch.setattr(index_files, "_BYTES_WORTH_A_NOTE", 3)
+    with caplog.at_level("INFO"):
+        opened(path, tmp_path)
+        opened(path, tmp_path)
+    assert [record.message for record in caplog.records] == [f"Finding the records of {path} (0.0 GB), once."]
+
+
 def test_a_file_that_changes_is_not_read_on(tmp_path):
     path = write(tmp_path, "a.json", "[1, 2]")
     source = opened(path, tmp_path)
@@ -183,7 +193,7 @@ def test_a_file_that_changes_is_not_read_on(tmp_path):
 
 def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(UserError, match=r"Cannot write the index .* --data_cache_dir"):
+    with pytest.raises(UserError, match=r"cannot be written to .* --data_cache_dir"):
         opened(write(tmp_path, "a.json", "[1]"), tmp_path)
 
 
@@ -191,8 +201,9 @@ def test_a_lost_index(tmp_path):
     source = opened(write(tmp_path, "a.json", "[1]"), tmp_path)
     for file in Path(tmp_path / "cache").rglob("*.npy"):
         file.write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"missing or damaged .* Delete that directory"):
+    with pytest.raises(UserError, match=r"missing or damaged .* Start again"):
         len(source)
+    assert list(opened(tmp_path / "a.json", tmp_path).read(0, 1)) == [1]
 
 
 def test_images_in_the_file(tmp_path):
