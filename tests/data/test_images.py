@@ -381,7 +381,3 @@ def test_transform_survives_pickling():
     transform = ImageTransform(TINY, "pad")
     picture = load_image(SOURCES / "landscape.jpg")
     assert torch.equal(pickle.loads(pickle.dumps(transform))(picture), transform(picture))
-
-
-def test_blank_has_the_shape_of_the_images():
-    assert ImageTransform(TINY).blank(2).tolist() == torch.zeros(2, 3, 56, 56).tolist()
