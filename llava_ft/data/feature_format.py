@@ -1,11 +1,13 @@
 """How the features of one tile lie on disk: as they are, or in 8 bits with a scale for each token."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 
 from llava_ft.data.entry_log import Array
+from llava_ft.geometry import ImageGeometry
 
 _SCALE_BYTES = 4
 _LARGEST = 127
@@ -27,6 +29,20 @@ class FeatureFormat:
     width: int
     dtype: torch.dtype
     is_8bit: bool = False
+
+    @classmethod
+    def of_tower(
+        cls, geometry: ImageGeometry, width: int, dtype: torch.dtype, kept_as: Literal["compute", "int8"]
+    ) -> "FeatureFormat":
+        """Return how the features of a run are kept.
+
+        Args:
+            geometry: How the model takes images.
+            width: Width of the tower's features.
+            dtype: The run's compute dtype.
+            kept_as: Value of `vision_cache_dtype`.
+        """
+        return cls(geometry.tokens_per_tile, width, dtype, is_8bit=kept_as == "int8")
 
     @property
     def bytes_per_tile(self) -> int:

@@ -1,7 +1,12 @@
-"""What a checkpoint takes on disk, from shapes. Tokenizer, configuration and logs, a few megabytes, are left out."""
+"""What a checkpoint and a vision cache take on disk, from shapes.
+
+Tokenizer, configuration and logs, a few megabytes, are left out.
+"""
 
 from collections.abc import Sequence
 from typing import Literal
+
+import torch
 
 from llava_ft.checkpoint.names import (
     ADAPTER_BIN,
@@ -15,10 +20,12 @@ from llava_ft.checkpoint.names import (
     is_vision,
     native_name,
 )
+from llava_ft.data.feature_format import FeatureFormat
 from llava_ft.planning.optimizers import optimizer_kind
 from llava_ft.planning.request import PlanRequest
-from llava_ft.planning.shapes import ParameterShape
+from llava_ft.planning.shapes import ParameterShape, PlannedModel
 
+KeptAs = Literal["compute", "int8"]
 WeightsFormat = Literal["auto", "bin", "safetensors", "both"]
 
 WHOLE_MODEL = "model weights"
@@ -48,6 +55,21 @@ def checkpoint_files(
         name: size * copies for name, size in _weights(shapes, request, save_vision_tower, is_final).items() if size
     }
     return files if is_final else files | _optimizer(shapes, request)
+
+
+def vision_cache_bytes(num_tiles: int, planned: PlannedModel, dtype: torch.dtype, kept_as: KeptAs) -> int:
+    """Return the most that `vision_cache` takes.
+
+    Args:
+        num_tiles: Tiles of all images.
+        planned: The model; it has a vision tower.
+        dtype: The run's compute dtype.
+        kept_as: Value of `vision_cache_dtype`.
+    """
+    geometry, width = planned.config.image_geometry, planned.config.mm_hidden_size
+    assert geometry is not None
+    assert width is not None
+    return num_tiles * FeatureFormat.of_tower(geometry, width, dtype, kept_as).bytes_per_tile
 
 
 def _weights(

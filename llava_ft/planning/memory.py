@@ -100,7 +100,7 @@ class MemoryPlanner:
 
     def shapes(self, request: PlanRequest) -> list[ParameterShape]:
         """List the parameters of the run's model."""
-        key = (request.tuning, request.lora, request.quantization, request.compute_dtype)
+        key = (request.tuning, request.lora, request.quantization, request.compute_dtype, request.tower)
         if key not in self._shapes:
             self._shapes[key] = parameter_shapes(build_model(self._planned, request), request)
         return self._shapes[key]
@@ -129,8 +129,10 @@ class MemoryPlanner:
             gradients=placement.gradients,
             on_gpu=on_gpu,
             quantization=request.quantization,
+            compute_dtype=request.compute_dtype,
         )
-        key = (settings, request.tuning, request.lora, request.compute_dtype, request.zero is None, request.attention)
+        run = (request.tuning, request.lora, request.compute_dtype, request.zero is None, request.attention)
+        key = (settings, request.tower, *run)
         if key not in self._traces:
             model = build_model(self._planned, request)
             dtypes = {

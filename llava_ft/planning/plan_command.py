@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 from llava_ft.args import ParsedArgs
 from llava_ft.planning.advice import Change, advise
-from llava_ft.planning.disk import checkpoint_files
+from llava_ft.planning.disk import checkpoint_files, vision_cache_bytes
 from llava_ft.planning.memory import MemoryPlanner, RankMemory
 from llava_ft.planning.optimizers import optimizer_kind
 from llava_ft.planning.placement import weight_bytes
@@ -53,6 +53,7 @@ class Plan:
         epoch: Counts of records, tokens and steps; empty without records.
         checkpoint: Bytes by file of one checkpoint.
         result: Bytes by file of the result.
+        vision_cache: Most bytes that the features of all images take; None without a vision cache or the records.
         changes: What to change; empty if the run fits or it is not known whether it does.
         notes: What was assumed or left out.
     """
@@ -67,6 +68,7 @@ class Plan:
     epoch: dict[str, Any]
     checkpoint: dict[str, int]
     result: dict[str, int]
+    vision_cache: int | None
     changes: list[Change]
     notes: list[str]
 
@@ -142,9 +144,18 @@ def make_plan(args: ParsedArgs, machine: Machine) -> Plan:
         epoch=workload.epoch(request, values),
         checkpoint=checkpoint_files(shapes, request, **files),
         result=checkpoint_files(shapes, request, **files, is_final=True),
+        vision_cache=_vision_cache(args, planned, request, workload),
         changes=changes,
         notes=[*args.notes, *planned.notes, *workload.notes, *([optimizer_note] if optimizer_note else [])],
     )
+
+
+def _vision_cache(args: ParsedArgs, planned: PlannedModel, request: PlanRequest, workload: Workload) -> int | None:
+    if args.data.vision_cache is None or not planned.has_vision or workload.records is None:
+        return None
+    if not workload.records.are_measured:
+        return None
+    return vision_cache_bytes(workload.records.num_tiles, planned, request.compute_dtype, args.data.vision_cache_dtype)
 
 
 def summarise(shapes: list[ParameterShape], request: PlanRequest) -> list[PartSummary]:

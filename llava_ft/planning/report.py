@@ -60,6 +60,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "disk": {
             "checkpoint": {"files": plan.checkpoint, "total": sum(plan.checkpoint.values())},
             "result": {"files": plan.result, "total": sum(plan.result.values())},
+            "vision_cache": plan.vision_cache,
         },
         "changes": [
             {
@@ -190,6 +191,8 @@ def _disk(plan: Plan) -> list[str]:
     rows = [(name, gib(size)) for name, size in plan.checkpoint.items()]
     rows.append(("total", gib(sum(plan.checkpoint.values()))))
     rows.append(("the run's result", gib(sum(plan.result.values()))))
+    if plan.vision_cache is not None:
+        rows.append(("the vision cache, at most", gib(plan.vision_cache)))
     return _table(("Disk per checkpoint", ""), rows)
 
 

@@ -23,6 +23,10 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(GiB|GB|G|MiB|MB|M)", re.IGNORECASE
 _BYTES = {"GIB": 2**30, "G": 2**30, "GB": 10**9, "MIB": 2**20, "M": 2**20, "MB": 10**6}
 
 
+Tower = Literal["runs", "held", "absent"]
+"""What a run does with its vision tower."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """Where the run is to take place.
@@ -80,6 +84,8 @@ class PlanRequest:
         optimizer: transformers' name.
         projector_has_own_rate: Whether the projector is a parameter group of its own.
         zero: DeepSpeed's settings; None without DeepSpeed.
+        tower: Whether the vision tower encodes images, is only held because it is to be saved, or is not loaded because
+            a vision cache stands in its place.
     """
 
     machine: Machine
@@ -94,6 +100,7 @@ class PlanRequest:
     optimizer: str
     projector_has_own_rate: bool
     zero: ZeroSettings | None
+    tower: Tower = "runs"
 
     @property
     def samples_per_step(self) -> int:
@@ -123,15 +130,17 @@ def plan_request(args: ParsedArgs, machine: Machine, *, hidden_size: int, has_vi
     quantization = Quantization.from_flags(flags.bits, flags.quant_type, flags.double_quant)
     check_quantization(quantization, zero_stage=zero.stage if zero else 0)
     leaf_names = tuple(flags.lora_target_modules) if flags.lora_target_modules else None
+    tuning = TuningPlan.from_flags(
+        lora_enable=flags.lora_enable,
+        tune_mm_mlp_adapter=args.model.tune_mm_mlp_adapter,
+        freeze_mm_mlp_adapter=flags.freeze_mm_mlp_adapter,
+        freeze_backbone=args.model.freeze_backbone,
+        has_vision=has_vision,
+    )
+    tower_with_cache: Tower = "held" if tuning.method == "full" and flags.save_vision_tower else "absent"
     return PlanRequest(
         machine=machine,
-        tuning=TuningPlan.from_flags(
-            lora_enable=flags.lora_enable,
-            tune_mm_mlp_adapter=args.model.tune_mm_mlp_adapter,
-            freeze_mm_mlp_adapter=flags.freeze_mm_mlp_adapter,
-            freeze_backbone=args.model.freeze_backbone,
-            has_vision=has_vision,
-        ),
+        tuning=tuning,
         lora=LoraSettings(flags.lora_r, flags.lora_alpha, flags.lora_dropout, flags.lora_bias, leaf_names)
         if flags.lora_enable
         else None,
@@ -144,6 +153,7 @@ def plan_request(args: ParsedArgs, machine: Machine, *, hidden_size: int, has_vi
         optimizer=str(values["optim"]),
         projector_has_own_rate=flags.mm_projector_lr is not None,
         zero=zero,
+        tower="runs" if args.data.vision_cache is None else tower_with_cache,
     )
 
 

@@ -127,6 +127,10 @@ def build_model(planned: PlannedModel, request: PlanRequest) -> nn.Module:
     config = copy.deepcopy(planned.config)
     config.vocab_size += planned.num_new_rows
     model = build_skeleton(config, attn_implementation="eager" if request.attention == "eager" else "sdpa")
+    if model.has_vision:
+        model.runs_tower = request.tower == "runs"
+        if request.tower == "absent":
+            del model.model.vision_tower
     if request.quantization is not None:
         quantize_linears(model, request.quantization, lambda _: request.compute_dtype)
     request.tuning.separate_new_rows(model, planned.num_new_rows)

@@ -66,6 +66,7 @@ class StepSettings:
         gradients: What becomes of gradients.
         on_gpu: Whether the kernels are those of a GPU.
         quantization: How the language model's linear layers are held.
+        compute_dtype: Type of the vision tower's features.
     """
 
     batch: Batch
@@ -74,6 +75,7 @@ class StepSettings:
     gradients: Gradients
     on_gpu: bool
     quantization: Quantization | None = None
+    compute_dtype: torch.dtype = torch.float32
 
 
 def trace_step(model: nn.Module, dtypes: Mapping[str, torch.dtype], settings: StepSettings) -> dict[str, Peak]:
@@ -102,7 +104,7 @@ def trace_step(model: nn.Module, dtypes: Mapping[str, torch.dtype], settings: St
             enable(options)
         tracker.label = ACTIVATIONS
         model.train()
-        inputs = _inputs(settings.batch, native)  # alive to the end of the step, as in the training loop
+        inputs = _inputs(settings, native)  # alive to the end of the step, as in the training loop
         with _autocast(settings.autocast_dtype):
             loss = model(**inputs, num_items_in_batch=1).loss
         tracker.phase, tracker.label = BACKWARD, ACTIVATIONS
@@ -175,7 +177,7 @@ def _watch_phases(model: LlavaLlamaForCausalLM, tracker: MemoryTracker) -> None:
 
         return hook
 
-    if model.has_vision:
+    if model.has_vision and model.runs_tower:
         tower = model.model.get_submodule("vision_tower")
         tower.register_forward_pre_hook(enter(VISION, VISION))
         tower.register_forward_hook(enter(FORWARD, ACTIVATIONS))
@@ -199,7 +201,8 @@ def _watch_gradients(model: nn.Module, tracker: MemoryTracker, gradients: Gradie
         parameter.register_post_accumulate_grad_hook(hook)
 
 
-def _inputs(batch: Batch, model: LlavaLlamaForCausalLM) -> dict[str, Any]:
+def _inputs(settings: StepSettings, model: LlavaLlamaForCausalLM) -> dict[str, Any]:
+    batch = settings.batch
     inputs: dict[str, Any] = {
         "input_ids": torch.empty(batch.size, batch.length, dtype=torch.int64),
         "labels": torch.empty(batch.size, batch.length, dtype=torch.int64),
@@ -208,7 +211,12 @@ def _inputs(batch: Batch, model: LlavaLlamaForCausalLM) -> dict[str, Any]:
     geometry = model.config.image_geometry
     if batch.num_images and geometry is not None:
         num_tiles, side = batch.num_images * geometry.num_tiles(batch.image_size_wh), geometry.input_size
-        inputs["pixel_values"] = torch.empty(num_tiles, 3, side, side)
+        if model.runs_tower:
+            inputs["pixel_values"] = torch.empty(num_tiles, 3, side, side)
+        else:
+            assert model.config.mm_hidden_size is not None
+            shape = (num_tiles, geometry.tokens_per_tile, model.config.mm_hidden_size)
+            inputs["image_features"] = torch.empty(shape, dtype=settings.compute_dtype)
         inputs["image_sizes"] = [batch.image_size_wh] * batch.num_images
     return inputs
 

@@ -27,7 +27,7 @@ from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.data.tokenized_rows import TokenizedRows
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.errors import UserError
-from llava_ft.geometry import SizeWH
+from llava_ft.geometry import ImageGeometry, SizeWH
 from llava_ft.planning.request import PlanRequest
 from llava_ft.planning.shapes import PlannedModel
 from llava_ft.planning.step import Batch
@@ -55,6 +55,7 @@ class Records:
         lengths: Positions of each sample after truncation, longest first; empty without a tokenizer.
         num_supervised: Tokens of each sample that have to be predicted, most first.
         num_images: Images of each sample, most first.
+        num_tiles: Tiles of all images that the records name, each name counted once.
     """
 
     path: str
@@ -63,6 +64,7 @@ class Records:
     lengths: np.ndarray[Any, Any]
     num_supervised: np.ndarray[Any, Any]
     num_images: np.ndarray[Any, Any]
+    num_tiles: int = 0
 
     @property
     def are_measured(self) -> bool:
@@ -218,10 +220,13 @@ def _measure(args: ParsedArgs, planned: PlannedModel, notes: list[str]) -> Recor
     limits = Limits(planned.config.image_geometry, args.flags.model_max_length, args.data.truncation)
     tokenize = _sample_tokenizer(args, planned, directory)
     parts: list[Measured] = []
+    num_tiles = 0
     for source, prefix in zip(data.sources, data.prompt_prefixes, strict=True):
         rows = prepare_rows(source, tokenize, settings, prompt_prefix=prefix)
         place = ImagePlace(source.image_folder or args.data.image_folder, source)
-        parts.append(measure(rows, limits, _known_sizes(args, planned, rows, place, notes)))
+        facts = _known_sizes(args, planned, rows, place, notes)
+        parts.append(measure(rows, limits, facts))
+        num_tiles += _count_tiles(rows, facts, limits)
     num_usable = [len(part.samples) for part in parts]
     if not any(num_usable):
         raise UserError(
@@ -237,7 +242,18 @@ def _measure(args: ParsedArgs, planned: PlannedModel, notes: list[str]) -> Recor
         lengths=_descending(np.concatenate([part.samples.lengths for part in parts])[taken]),
         num_supervised=_descending(np.concatenate([part.samples.num_supervised for part in parts])[taken]),
         num_images=_descending(np.concatenate([part.samples.num_images for part in parts])[taken]),
+        num_tiles=num_tiles,
     )
+
+
+def _count_tiles(rows: TokenizedRows, facts: ImageFacts | None, limits: Limits) -> int:
+    """Count the tiles of the different images of a source."""
+    geometry = limits.geometry
+    if not rows.counts("image_positions").any():
+        return 0
+    if facts is None or not isinstance(geometry, ImageGeometry):
+        return len(rows.numbered_images()[1])
+    return sum(geometry.num_tiles((int(width), int(height))) for width, height in facts.sizes_wh.tolist())
 
 
 def _note_losses(parts: list[Measured], num_records: int, limits: Limits, notes: list[str]) -> None:

@@ -70,9 +70,12 @@ def use_vision_cache(
         return False
     directory = Path(args.data.vision_cache)
     _check_directory(directory, args)
+    geometry, width = base.config.image_geometry, base.config.mm_hidden_size
+    assert geometry is not None
+    assert width is not None
     settings = FeatureSettings(
         key=_key(args, base, images[0].reader),
-        tiles=feature_format(base.config, compute_dtype, args.data.vision_cache_dtype),
+        tiles=FeatureFormat.of_tower(geometry, width, compute_dtype, args.data.vision_cache_dtype),
     )
     store = FeatureStore(settings.folder(directory), settings)
     if store.num_damaged:
@@ -89,20 +92,6 @@ def use_vision_cache(
         store = FeatureStore(store.folder, settings)
     _hand_out(datasets, store, images, contents)
     return True
-
-
-def feature_format(config: LlavaLlamaConfig, compute_dtype: torch.dtype, kept_as: str) -> FeatureFormat:
-    """Return how the features of a tile are kept.
-
-    Args:
-        config: The model's configuration, with a vision tower.
-        compute_dtype: Type of the run's matrix products.
-        kept_as: `compute` or `int8`.
-    """
-    geometry = config.image_geometry
-    assert geometry is not None
-    assert config.mm_hidden_size is not None
-    return FeatureFormat(geometry.tokens_per_tile, config.mm_hidden_size, compute_dtype, is_8bit=kept_as == "int8")
 
 
 @dataclass(frozen=True, slots=True)

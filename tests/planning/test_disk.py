@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from llava_ft.planning.disk import WHOLE_MODEL, checkpoint_files
+from llava_ft.planning.report import as_dict, as_text
 from llava_ft.planning.shapes import build_model, parameter_shapes
-from tests.planning.helpers import GPU_7B, LORA, request_of
-from tests.training.helpers import METHODS, flags, train
+from tests.planning.helpers import GPU_7B, LORA, plan_of, request_of, write_configs
+from tests.training.helpers import METHODS, flags, prepare, train
 
 SMALL = 40_000
 """Bytes that names and headers may take: a pickle has some hundred a tensor."""
@@ -68,3 +69,49 @@ class TestPublished:
         trained = 319_815_680 + 20_979_712
         shards = sum(size for name, size in found.items() if name.startswith("global_step"))
         assert shards == per_value * trained
+
+
+class TestVisionCache:
+    @pytest.mark.parametrize(
+        "extra",
+        [
+            {},
+            {"bf16": "True"},
+            {"vision_cache_dtype": "int8"},
+            {"mm_vision_select_feature": "cls_patch"},
+            {"image_aspect_ratio": "anyres"},
+        ],
+        ids=lambda extra: " ".join(extra),
+    )
+    def test_what_a_run_takes(self, in_recordings, tmp_path, extra):
+        changes = {**extra, "vision_cache": tmp_path / "cache"}
+        planned = plan_of(flags(tmp_path / "run", "lora", **changes)).vision_cache
+        prepare(tmp_path / "run", "lora", **changes)
+        assert planned == sum(path.stat().st_size for path in (tmp_path / "cache").glob("features-*/*.bin"))
+
+    def test_it_is_in_the_report(self, in_recordings, tmp_path):
+        plan = plan_of(flags(tmp_path / "run", "lora", vision_cache=tmp_path / "cache"))
+        assert "the vision cache, at most" in as_text(plan)
+        assert as_dict(plan)["disk"]["vision_cache"] == plan.vision_cache
+        assert not (tmp_path / "cache").exists()
+
+    def test_without_it_there_is_none(self, in_recordings, tmp_path):
+        plan = plan_of(flags(tmp_path / "run", "lora"))
+        assert plan.vision_cache is None
+        assert "vision cache" not in as_text(plan)
+
+    def test_the_tower_takes_no_memory(self, tmp_path):
+        argv = [*write_configs(tmp_path), *LORA]
+        plain, cached = plan_of(argv), plan_of([*argv, "--vision_cache", str(tmp_path)])
+        parts = {part.part: part.num_bytes for part in plain.parts}
+        assert {part.part: part.num_bytes for part in cached.parts} == {
+            name: size for name, size in parts.items() if name != "vision tower"
+        }
+        assert cached.memory.tensors < plain.memory.tensors
+        assert "vision tower" not in cached.memory.components
+
+    def test_a_tower_that_is_to_be_saved_is_held(self, tmp_path):
+        argv = [*write_configs(tmp_path), "--vision_cache", str(tmp_path), "--save_vision_tower", "True"]
+        held = plan_of(argv)
+        assert "vision tower" in {part.part for part in held.parts}
+        assert "vision tower" not in held.memory.components
