@@ -3,6 +3,8 @@
 An error message has three parts: what is wrong with the actual value, what is allowed, what to do.
 """
 
+import os
+
 
 class UserError(ValueError):
     """The request cannot be carried out as it stands: a flag, a file or a record is wrong (exit status 2)."""
@@ -29,6 +31,27 @@ class BadSampleError(UserError):
     def __reduce__(self):
         """Keep the fields when the error travels from a data-loading worker."""
         return (type(self), (self.index, self.sample_id, self.kind, self.reason))
+
+
+class ImageError(UserError):
+    """An image file cannot be used.
+
+    Attributes:
+        path: The file.
+        kind: Short, stable name of what is wrong: "image-missing", "image-not-a-file", "image-empty",
+            "image-unreadable", "image-corrupt", "image-truncated" or "image-too-large".
+        reason: What is wrong, without the path.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], kind: str, reason: str):
+        super().__init__(f"Image {os.fspath(path)!r} {reason}.")
+        self.path = os.fspath(path)
+        self.kind = kind
+        self.reason = reason
+
+    def __reduce__(self):
+        """Keep the fields when the error travels from a data-loading worker."""
+        return (type(self), (self.path, self.kind, self.reason))
 
 
 class CheckpointError(UserError):

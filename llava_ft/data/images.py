@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from llava_ft.data.image_processor import ImageProcessorSettings, PixelNormalizer
 from llava_ft.data.tiles import cut_into_tiles, resize_in_two_passes
-from llava_ft.errors import UserError
+from llava_ft.errors import ImageError, UserError
 from llava_ft.geometry import ImageGeometry, SizeWH, fitted_size
 
 ASPECT_RATIOS: Final = ("square", "pad")
@@ -35,27 +35,6 @@ MAX_SIDE: Final = 65_535
 
 MAX_CANVAS_PIXELS: Final = 2**26
 """Largest picture made between two steps (256 MiB in Pillow). Above it the result is computed in parts."""
-
-
-class ImageError(UserError):
-    """An image file cannot be used.
-
-    Attributes:
-        path: The file.
-        kind: Short, stable name of what is wrong: "image-missing", "image-not-a-file", "image-empty",
-            "image-unreadable", "image-corrupt", "image-truncated" or "image-too-large".
-        reason: What is wrong, without the path.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], kind: str, reason: str):
-        super().__init__(f"Image {os.fspath(path)!r} {reason}.")
-        self.path = os.fspath(path)
-        self.kind = kind
-        self.reason = reason
-
-    def __reduce__(self):
-        """Keep the fields when the error travels from a data-loading worker."""
-        return (type(self), (self.path, self.kind, self.reason))
 
 
 def check_image_file(path: str | os.PathLike[str]) -> None:

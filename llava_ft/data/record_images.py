@@ -9,9 +9,9 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
-from llava_ft.data.images import ImageError
 from llava_ft.data.record_checks import RecordChecks, is_list, is_mapping, kind_of, shown
 from llava_ft.data.sample import EMBEDDED
+from llava_ft.errors import ImageError
 
 _BAD: Final = "bad-image"
 _COLUMNS: Final = ("image", "images")

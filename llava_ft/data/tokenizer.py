@@ -18,7 +18,7 @@ from typing import Any, Final, cast
 
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from llava_ft.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN
 from llava_ft.errors import UserError
@@ -360,6 +360,8 @@ def _load_llama_from_json(directory: Path, config: Mapping[str, Any]) -> LlamaSp
 
 
 def _load_other(directory: Path) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer  # brings PyTorch, which processes that only tokenise do without
+
     try:
         tokenizer = cast("Any", AutoTokenizer).from_pretrained(str(directory), local_files_only=True)
     except Exception as error:  # whatever the library's many loaders raise is about this directory

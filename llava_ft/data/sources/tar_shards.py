@@ -11,7 +11,6 @@ from typing import BinaryIO, Final, cast
 import numpy as np
 
 from llava_ft.constants import IMAGE_TOKEN
-from llava_ft.data.images import ImageError
 from llava_ft.data.record_checks import is_list, is_mapping
 from llava_ft.data.record_images import EmbeddedImage
 from llava_ft.data.schema import BrokenRecord
@@ -19,7 +18,7 @@ from llava_ft.data.sources.base import RecordSource
 from llava_ft.data.sources.index_files import Array, map_array, note_long_search, prepare_arrays
 from llava_ft.data.sources.tables import fingerprint_files
 from llava_ft.data.sources.tar_index import IMAGE, JSON, TEXT, index_shards, key_of
-from llava_ft.errors import UserError
+from llava_ft.errors import ImageError, UserError
 
 _INDEX_VERSION: Final = 1
 _BAD: Final = "bad-member"
