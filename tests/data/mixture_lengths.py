@@ -25,8 +25,8 @@ SOURCES = {
 }
 
 
-def mixture_lengths(num_samples, *, max_length, tokens_per_image=576, seed=0):
-    """Draw lengths in tokens, cut off at `max_length`."""
+def mixture_lengths(num_samples, *, max_length, tokens_per_image=576, seed=0, signed=False):
+    """Draw lengths in tokens, cut off at `max_length`; with `signed` negative for a sample without images."""
     rng = np.random.default_rng(seed)
     shares = np.array([size for size, *_ in SOURCES.values()], dtype=float)
     sources = rng.choice(len(SOURCES), num_samples, p=shares / shares.sum())
@@ -40,4 +40,6 @@ def mixture_lengths(num_samples, *, max_length, tokens_per_image=576, seed=0):
             turns = 1 + rng.poisson(num_turns - 1, len(chosen))
             text = turns * tokens * rng.lognormal(0, 0.15, len(chosen))
         lengths[chosen] = SYSTEM_PROMPT + has_images * tokens_per_image + text
-    return np.minimum(lengths, max_length)
+    lengths = np.minimum(lengths, max_length)
+    text_only = [number for number, (_, has_images, *_) in enumerate(SOURCES.values()) if not has_images]
+    return np.where(np.isin(sources, text_only), -lengths, lengths) if signed else lengths
