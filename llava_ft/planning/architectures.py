@@ -1,8 +1,8 @@
 """What a model is made of, from its `config.json` alone; no weight file is needed or opened.
 
 A plan is often made on a machine that has not got the model. So a directory with nothing but `config.json` is enough,
-and the architectures of the models that LLaVA v1.5 is made from are known here. They are copied from the `config.json`
-that the models were published with.
+and the architectures of LLaVA v1.5, of v1.6 on Vicuna and of what they are made from are known here. They are copied
+from the `config.json` that the models were published with.
 """
 
 from collections.abc import Mapping
@@ -44,11 +44,18 @@ _LLAVA_V1_5: Final = {
     "mm_use_im_patch_token": False,
     "image_aspect_ratio": "pad",
 }
+_LLAVA_V1_6: Final = _LLAVA_V1_5 | {
+    "image_aspect_ratio": "anyres",
+    "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    "mm_patch_merge_type": "spatial_unpad",
+}
 PUBLISHED: Final[Mapping[str, Mapping[str, Any]]] = {
     "lmsys/vicuna-7b-v1.5": _LLAMA_7B,
     "lmsys/vicuna-13b-v1.5": _LLAMA_13B,
     "liuhaotian/llava-v1.5-7b": _LLAMA_7B | _LLAVA_V1_5,
     "liuhaotian/llava-v1.5-13b": _LLAMA_13B | _LLAVA_V1_5,
+    "liuhaotian/llava-v1.6-vicuna-7b": _LLAMA_7B | _LLAVA_V1_6,
+    "liuhaotian/llava-v1.6-vicuna-13b": _LLAMA_13B | _LLAVA_V1_6,
     "openai/clip-vit-large-patch14-336": {
         "model_type": "clip_vision_model",
         "hidden_size": 1024,
