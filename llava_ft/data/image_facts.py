@@ -107,10 +107,11 @@ def _look(
     names = _collect(range(len(images)), lambda number: place.locate(images[number]), errors)
     if checks.rank == 0:
         return sizes_wh, errors
-    states = _states(names, {n for n in names if parse_embedded(images[n]) is None}, errors)
+    in_files = {number for number in names if parse_embedded(images[number]) is None}
+    states = _states(names, in_files, errors)
     if not checks.opens_files:
         return sizes_wh, errors
-    path = _file_of_findings(settings.directory, place, checks)
+    path = _file_of_findings(settings.directory, place, checks, has_embedded=len(in_files) < len(names))
 
     def read_findings() -> tuple[Findings, list[int]]:
         findings = Findings(path)
@@ -218,10 +219,11 @@ class _Opening:
         return size_wh
 
 
-def _file_of_findings(directory: Path, place: ImagePlace, checks: ImageChecks) -> Path:
+def _file_of_findings(directory: Path, place: ImagePlace, checks: ImageChecks, *, has_embedded: bool) -> Path:
+    """Name the file that keeps findings: one for each folder, and one for each source that holds images itself."""
     owner = [
         "" if place.folder is None else os.path.realpath(place.folder),
-        "" if place.source is None else place.source.fingerprint(),
+        place.source.fingerprint() if has_embedded and place.source is not None else "",
         str(checks.exif_transpose),
     ]
     return directory / "images" / f"{blake2b(json.dumps(owner).encode(), digest_size=16).hexdigest()}.arrow"
