@@ -178,6 +178,7 @@ def _data(plan: Plan) -> list[str]:
     names = {
         "usable_records": "records",
         "training_records": "of which trained on",
+        "packed_rows": "packed rows",
         "tokens_per_epoch": "tokens per epoch",
         "supervised_tokens_per_epoch": "supervised tokens per epoch",
         "images_per_epoch": "images per epoch",

@@ -9,9 +9,9 @@ every sample is taken to be as long as `model_max_length` allows, with one image
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 
@@ -23,11 +23,13 @@ from llava_ft.data.measure import Measured, measure
 from llava_ft.data.opened import OpenedData
 from llava_ft.data.prepare import PreparationSettings, prepare_rows
 from llava_ft.data.prepared import Limits
+from llava_ft.data.sampler import steps_per_epoch
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.data.tokenized_rows import TokenizedRows
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.errors import UserError
 from llava_ft.geometry import ImageGeometry, SizeWH
+from llava_ft.planning.packed import PackedRows, plan_rows
 from llava_ft.planning.request import PlanRequest
 from llava_ft.planning.shapes import PlannedModel
 from llava_ft.planning.step import Batch
@@ -56,6 +58,7 @@ class Records:
         num_supervised: Tokens of each sample that have to be predicted, most first.
         num_images: Images of each sample, most first.
         num_tiles: Tiles of all images that the records name, each name counted once.
+        packed: The rows that a run with packing makes of the samples; None without packing.
     """
 
     path: str
@@ -65,6 +68,7 @@ class Records:
     num_supervised: np.ndarray[Any, Any]
     num_images: np.ndarray[Any, Any]
     num_tiles: int = 0
+    packed: PackedRows | None = None
 
     @property
     def are_measured(self) -> bool:
@@ -84,6 +88,7 @@ class Workload:
         image_size_wh: Width and height of that image in pixels; None without anyres.
         validation_fraction: Share of the records that is held out.
         notes: What was assumed.
+        rows: What a row of a batch is: a padded sample, several packed ones, or all of the batch, joined.
     """
 
     records: Records | None
@@ -92,14 +97,25 @@ class Workload:
     image_size_wh: SizeWH | None
     validation_fraction: float
     notes: tuple[str, ...]
+    rows: Literal["padded", "packed", "joined"] = "padded"
 
     def largest_batch(self, size: int, *, supervise_all: bool = False) -> Batch:
         """Return the micro-batch that takes most memory.
 
         Args:
-            size: Samples in it.
+            size: Samples in it, or packed rows.
             supervise_all: Whether every text position is to be supervised, which is the most that can be.
         """
+        batch = self._largest_batch(size, supervise_all)
+        if self.rows == "padded":
+            return batch
+        if self.rows == "packed":  # samples are kept apart by a mask, also in a batch of one row
+            return replace(batch, length=self.max_length, is_padded=True)
+        lengths = self.records.lengths[:size] if self.records is not None and self.records.are_measured else None
+        length = size * batch.length if lengths is None else int(lengths.sum())
+        return replace(batch, size=1, length=length, is_padded=size > 1)
+
+    def _largest_batch(self, size: int, supervise_all: bool) -> Batch:
         records = self.records
         if records is None or not records.are_measured:
             num_images = size if self.tokens_per_image and self.max_length > self.tokens_per_image else 0
@@ -107,10 +123,11 @@ class Workload:
             share = 1.0 if supervise_all else SUPERVISED_SHARE
             supervised = max(1, round(text * share))
             return Batch(size, self.max_length, num_images, supervised, size > 1, self.image_size_wh)
-        length = int(records.lengths[0])
-        num_images = int(records.num_images[:size].sum())
+        counts = records.packed or records
+        length = int(records.lengths[0]) if records.packed is None else self.max_length
+        num_images = int(counts.num_images[:size].sum())
         text = max(1, size * (length - 1) - num_images * self.tokens_per_image)
-        supervised = text if supervise_all else int(records.num_supervised[:size].sum())
+        supervised = text if supervise_all else int(counts.num_supervised[:size].sum())
         return Batch(
             size=size,
             length=length,
@@ -132,13 +149,15 @@ class Workload:
         num_train = self.records.num_usable
         if self.validation_fraction and num_train > 1:
             num_train -= min(max(1, round(num_train * self.validation_fraction)), num_train - 1)
-        micro_batches = math.ceil(num_train / (request.batch_size * request.machine.world_size))
-        steps = max(1, math.ceil(micro_batches / request.accumulation))
+        packed = self.records.packed
+        num_rows = num_train if packed is None else math.ceil(packed.num_rows * num_train / self.records.num_usable)
+        steps = steps_per_epoch(num_rows, request.batch_size, request.machine.world_size, request.accumulation)
         max_steps = int(values["max_steps"])
         counted = {
             "records": self.records.num_records,
             "usable_records": self.records.num_usable,
             "training_records": num_train,
+            **({} if packed is None else {"packed_rows": num_rows}),
             "steps_per_epoch": steps,
             "steps": max_steps if max_steps > 0 else math.ceil(float(values["num_train_epochs"]) * steps),
         }
@@ -178,6 +197,7 @@ def find_workload(args: ParsedArgs, planned: PlannedModel) -> Workload:
         image_size_wh=image_size_wh,
         validation_fraction=args.data.validation_fraction,
         notes=tuple(notes),
+        rows="packed" if args.data.packing else "joined" if args.data.padding_free else "padded",
     )
 
 
@@ -235,14 +255,17 @@ def _measure(args: ParsedArgs, planned: PlannedModel, notes: list[str]) -> Recor
         )
     _note_losses(parts, num_records, limits, notes)
     taken = data.choose(num_usable, seed).train
+    counts = [
+        np.concatenate([getattr(part.samples, name) for part in parts])[taken]
+        for name in ("lengths", "num_supervised", "num_images")
+    ]
     return Records(
-        path=path,
-        num_records=num_records,
-        num_usable=len(taken),
-        lengths=_descending(np.concatenate([part.samples.lengths for part in parts])[taken]),
-        num_supervised=_descending(np.concatenate([part.samples.num_supervised for part in parts])[taken]),
-        num_images=_descending(np.concatenate([part.samples.num_images for part in parts])[taken]),
+        path,
+        num_records,
+        len(taken),
+        *map(_descending, counts),
         num_tiles=num_tiles,
+        packed=plan_rows(*counts, max_length=limits.max_length, seed=seed) if args.data.packing else None,
     )
 
 
