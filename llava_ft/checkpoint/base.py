@@ -59,6 +59,11 @@ class BaseModel:
     vision_directory: Path | None
     token_rows: WeightFiles | None = None
 
+    @property
+    def holds_vision_tower(self) -> bool:
+        """Whether the base model's own files hold a vision tower, which may be another than the one it names."""
+        return any(map(is_vision, self.sources[0].names.values()))
+
 
 def find_base(
     model_name_or_path: str,
@@ -155,6 +160,9 @@ def load_base(
     config = base.config
     config.vocab_size += num_new_rows
     model = build_skeleton(config, attn_implementation=attn_implementation)
+    if model.has_vision:
+        # Under ZeRO-3 all ranks have to run the same modules equally often, however many images each has.
+        _tower_of(model).one_at_a_time = division is None and torch.device(device).type == "cpu"
     sources = base.sources
     if not with_tower and model.has_vision:
         model.runs_tower = False
@@ -185,14 +193,20 @@ def load_tower(base: BaseModel, *, dtype: torch.dtype, device: torch.device | st
     Raises:
         CheckpointError: A weight is missing, damaged or of another shape.
     """
-    tower = build_skeleton(base.config).model.vision_tower
-    assert isinstance(tower, CLIPVisionTower)
+    tower = _tower_of(build_skeleton(base.config))
+    tower.one_at_a_time = torch.device(device).type == "cpu"
     alone: Any = nn.Module()  # the tower under the names that it has in a model
     alone.config = LlavaLlamaConfig(tie_word_embeddings=False)
     alone.model = nn.Module()
     alone.model.vision_tower = tower
     load_weights(alone, [_only(source, is_vision) for source in base.sources], dtype_of=lambda _: dtype, device=device)
     return tower.to(device).eval()
+
+
+def _tower_of(model: LlavaLlamaForCausalLM) -> CLIPVisionTower:
+    tower = model.model.vision_tower
+    assert isinstance(tower, CLIPVisionTower)
+    return tower
 
 
 def _find_vision(

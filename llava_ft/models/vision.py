@@ -29,6 +29,10 @@ class CLIPVisionTower(nn.Module):
         select_layer: Hidden state to return; negative counts from the last one.
         select_feature: `patch` drops the class token, `cls_patch` keeps it.
         s2_scales: Sides in pixels at which each image is seen (S2), the tower's own first; empty for that one alone.
+
+    Attributes:
+        one_at_a_time: Whether a frozen tower encodes image by image. On a CPU that costs nothing, and the features of
+            an image then do not depend, in their last bits, on how many others are encoded with it.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class CLIPVisionTower(nn.Module):
         self.drop_class_token = select_feature == "patch"
         assert isinstance(config.image_size, int)
         self.s2_scales = s2_scales
+        self.one_at_a_time = False
         self.input_size = s2_scales[-1] if s2_scales else config.image_size
         self.width = config.hidden_size * max(1, len(s2_scales))
         self.vision_tower = _NamedVisionModel(config)
@@ -61,9 +66,15 @@ class CLIPVisionTower(nn.Module):
         """
         trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            if self.s2_scales:
-                return multiscale_features(self._encode, pixel_values, self.s2_scales)
-            return self._encode(pixel_values)
+            if self.one_at_a_time and not trained and len(pixel_values) > 1:
+                return torch.cat([self._encode_scales(image.clone()) for image in pixel_values.split(1)])
+            return self._encode_scales(pixel_values)
+
+    def _encode_scales(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Encode pictures at one scale or at several."""
+        if self.s2_scales:
+            return multiscale_features(self._encode, pixel_values, self.s2_scales)
+        return self._encode(pixel_values)
 
     def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Encode pictures of the tower's own size."""

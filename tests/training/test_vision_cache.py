@@ -1,5 +1,6 @@
 """Runs that read features instead of images: the same losses bit for bit, and a directory that is never wrong."""
 
+import functools
 import json
 import logging
 import os
@@ -71,9 +72,12 @@ def data_files(cache: Path) -> list[Path]:
 
 
 class TestSameLosses:
+    @pytest.mark.parametrize("num_threads", [1, 2])
     @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize("dtype", [{}, BF16], ids=["float32", "bfloat16"])
-    def test_bit_for_bit(self, tmp_path, method, dtype):
+    def test_bit_for_bit(self, tmp_path, request, method, dtype, num_threads):
+        request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
+        torch.set_num_threads(num_threads)
         plain = train(tmp_path / "plain", method, **dtype)
         cached = train(tmp_path / "cached", method, vision_cache=tmp_path / "cache", **dtype)
         assert has_tower(plain)
