@@ -1,7 +1,9 @@
 """The data sets of a run, as its flags ask for them."""
 
+import json
 import logging
 from pathlib import Path
+from typing import Final
 
 from transformers import PreTrainedTokenizerFast
 
@@ -15,6 +17,8 @@ from llava_ft.data.sources.mixture import check_holds_out
 from llava_ft.data.tokenize import SampleTokenizer
 
 logger = logging.getLogger(__name__)
+
+DATA_REPORT: Final = "data_report.json"
 
 
 def prepare_datasets(args: ParsedArgs, base: BaseModel, tokenizer: PreTrainedTokenizerFast) -> BuiltDatasets:
@@ -66,3 +70,23 @@ def preparation_settings(args: ParsedArgs, *, goes_first: bool = True) -> Prepar
     """
     cache_dir = Path(args.data.data_cache_dir) if args.data.data_cache_dir else None
     return PreparationSettings(cache_dir, args.data.preprocessing_num_workers, goes_first)
+
+
+def write_data_report(datasets: BuiltDatasets, output_dir: Path) -> Path:
+    """Write what the checks before training found beside the run.
+
+    Args:
+        datasets: The data sets, with their reports.
+        output_dir: Directory of the run.
+
+    Returns:
+        The file, `data_report.json`.
+    """
+    content = {"train": datasets.report.to_dict()}
+    if datasets.validation_report is not None:
+        content["validation"] = datasets.validation_report.to_dict()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path = output_dir / DATA_REPORT
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return unfinished.replace(path)

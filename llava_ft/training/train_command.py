@@ -1,11 +1,13 @@
 """`llava-ft train`: one rank's part of a run, from joining the others to leaving them."""
 
 import logging
+from pathlib import Path
 
 import torch
 
 from llava_ft.args import ParsedArgs
 from llava_ft.errors import RunError
+from llava_ft.training.data_setup import write_data_report
 from llava_ft.training.distributed import Ranks, is_communication_error, join_ranks, leave_ranks
 from llava_ft.training.log_setup import adopt_libraries
 from llava_ft.training.setup import prepare_run
@@ -55,6 +57,8 @@ def _train(args: ParsedArgs, ranks: Ranks) -> bool:
     run = prepare_run(args)
     if run.checkpoint is not None:
         logger.info("Resuming from %s.", run.checkpoint)
+    if ranks.is_first:
+        write_data_report(run.datasets, Path(args.training.output_dir or "."))
     trainer = run.trainer
     try:
         trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
