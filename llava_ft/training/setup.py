@@ -111,7 +111,7 @@ def prepare_run(args: ParsedArgs) -> Run:
         template=args.model.version,
         weights_format=args.flags.weights_format,
         compute_dtype=compute_dtype(args),
-        save_vision_tower=args.flags.save_vision_tower,
+        save_vision_tower=_saves_tower(args, base),
         lora_config=peft_config["default"] if peft_config else None,
     )
     trainer, stop = _build_trainer(args, model, artifacts, tokenizer, datasets)
@@ -162,7 +162,7 @@ def load_model_to_train(
         attn_implementation=args.attn_implementation,
         quantization=_quantization(args),
         division=zero_division(args.training),
-        with_tower=encodes_images or (plan.method == "full" and args.flags.save_vision_tower),
+        with_tower=encodes_images or (plan.method == "full" and _saves_tower(args, base)),
     )
     model.runs_tower = encodes_images
     ledger.log()
@@ -185,6 +185,11 @@ def load_model_to_train(
             parameter.data = parameter.data.to(master_dtype)
     model.config.use_cache = False
     return result
+
+
+def _saves_tower(args: ParsedArgs, base: BaseModel) -> bool:
+    """Whether a whole model is written with its tower: if asked for, and if nothing else has the base's."""
+    return args.flags.save_vision_tower or base.holds_vision_tower
 
 
 def lasting_name(name: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llava_ft.checkpoint.directory import identify
 from llava_ft.checkpoint.merge import MergeOptions, merge
@@ -79,6 +79,22 @@ def test_a_new_newline_is_trained_saved_and_merged(tmp_path: Path, method: str):
         inputs = prepare_inputs(loaded, "<image>\nWhat?", [f"images/src/{image}"])
         assert inputs["pixel_values"].shape[0] == num_tiles
         assert loaded.model.generate(**inputs, do_sample=False, max_new_tokens=3).shape[0] == 1
+
+
+def test_a_tower_in_the_checkpoint_stays_with_the_model(tmp_path: Path):
+    """LLaVA-1.6's tower was trained: it is another than the one that the configuration names."""
+    shutil.copytree("ckpt/llava16-tiny-anyres", tmp_path / "base")
+    tensors = load_file(tmp_path / "base/model.safetensors")
+    tower = [name for name in tensors if "vision_tower" in name]
+    tensors |= {name: tensors[name] + 0.01 for name in tower}
+    save_file(tensors, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+    start = ON_LLAVA_16 | {"model_name_or_path": tmp_path / "base"}
+    train(tmp_path / "full", "full", **start, **SHORT)
+    train(tmp_path / "lora", **start, **SHORT)
+    merge(identify(tmp_path / "lora"), None, tmp_path / "merged", MergeOptions())
+    for directory in ("full", "full/checkpoint-2", "merged", "lora"):
+        loaded = load_model(str(tmp_path / directory))
+        assert all(torch.equal(loaded.model.get_parameter(name), tensors[name]) for name in tower), directory
 
 
 def test_a_new_newline_depends_on_the_seed_alone(tmp_path: Path):
