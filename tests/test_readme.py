@@ -59,9 +59,11 @@ OF_LAUNCHERS = {"--num_gpus", "--nproc-per-node"}
 
 
 def flags_of_commands(capsys: pytest.CaptureFixture[str]) -> set[str]:
-    for command in (cli.plan, cli.merge, cli.generate):
+    for command in (cli.plan, cli.check_data, cli.merge, cli.generate):
         with pytest.raises(SystemExit):
             command(["--help"])
+    with pytest.raises(SystemExit):
+        cli.inspect(["data", "--help"])
     return set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
 
 

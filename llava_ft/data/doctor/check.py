@@ -273,11 +273,12 @@ def _find_repeated_ids(source: RecordSource, id_keys: Array, remarks: dict[str, 
 
 def _remark(source: RecordSource, kind: str, index: int, reason: str, remarks: dict[str, Tally]) -> None:
     tally = remarks.setdefault(kind, Tally())
-    sample_id = _id_of(source, index) if len(tally.examples) < NUM_EXAMPLES else ""
+    sample_id = id_of(source, index) if len(tally.examples) < NUM_EXAMPLES else ""
     tally.add(Remark(kind, index, sample_id, reason))
 
 
-def _id_of(source: RecordSource, index: int) -> str:
+def id_of(source: RecordSource, index: int) -> str:
+    """Give the id of a record, "" without one."""
     try:
         return parse_record(next(iter(source.read(index, index + 1))), index).id
     except BadSampleError as error:

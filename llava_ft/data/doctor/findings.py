@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from llava_ft.data.doctor.check import SourceCheck, Tally
+from llava_ft.data.doctor.check import NUM_EXAMPLES, SourceCheck, Tally, id_of
 from llava_ft.data.doctor.records import LONG_RATIO, TINY_SIDE, Remark
 from llava_ft.data.report import BadSamplePolicy
 from llava_ft.data.sample import parse_embedded
@@ -137,6 +137,8 @@ def _unusable(kind: str, tally: Tally, check: SourceCheck, on_bad_sample: BadSam
     title, advice = UNUSABLE.get(kind, (kind.replace("-", " "), _RECORD))
     is_left_out = on_bad_sample == "skip" and not tally.num_late and len(check.columns["index"]) > 0
     severity: Severity = "warning" if is_left_out else "error"
+    if tally.num_late:
+        advice += " A run notices it before training only with --check_images decode."
     return Finding(severity, kind, title, advice, len(tally.indices), tally.examples)
 
 
@@ -147,13 +149,13 @@ def _cut_off(check: SourceCheck) -> list[Finding]:
         return []
     examples: list[Remark] = []
     worst = cut[(columns["tokens"] - columns["kept_tokens"])[cut].argsort(kind="stable")[::-1]]
-    for place in worst[:20].tolist():
+    for place in worst[:NUM_EXAMPLES].tolist():
         values = {name: int(column[place]) for name, column in columns.items()}
         reason = (
             f"{values['kept_tokens']} of {values['tokens']} tokens, {values['kept_answers']} of {values['answers']} "
             f"answers and {values['kept_images']} of {values['images']} images stay."
         )
-        examples.append(Remark("cut-off", values["index"], "", reason))
+        examples.append(Remark("cut-off", values["index"], id_of(check.source, values["index"]), reason))
     return [Finding("warning", "cut-off", *_CUT, len(cut), examples)]
 
 

@@ -68,13 +68,16 @@ def _data_set(data: DataSetReport, color: bool) -> Iterator[str]:
 
 def rows_of(numbers: Statistics) -> list[tuple[str, str]]:
     """Give the totals as names and values."""
-    megabytes = numbers.image_bytes / 1e6
     unusable = f", {numbers.unusable_images:,} of them unusable" if numbers.unusable_images else ""
     return [
         ("records", f"{numbers.records:,}, {numbers.usable:,} usable"),
-        ("images", f"{numbers.images:,} in {numbers.image_files:,} files{unusable} ({megabytes:,.1f} MB)"),
+        ("images", f"{numbers.images:,} in {numbers.image_files:,} files{unusable} ({_size(numbers.image_bytes)})"),
         ("tokens", f"{numbers.tokens:,}, {numbers.supervised:,} supervised ({numbers.supervised_share:.1%})"),
     ]
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:,.1f} kB"
 
 
 def truncation_rows(truncation: Truncation) -> list[tuple[str, str]]:

@@ -13,9 +13,12 @@ from PIL import Image
 
 from llava_ft.conversation import TEMPLATES, get_template
 from llava_ft.data.doctor import check as check_module
-from llava_ft.data.doctor.check import Tally
+from llava_ft.data.doctor.check import Tally, check_source
 from llava_ft.data.doctor.findings import REMARKS, UNUSABLE, find_all
+from llava_ft.data.doctor.pictures import ImageTask
 from llava_ft.data.doctor.records import Remark
+from llava_ft.data.doctor.workers import Workers
+from llava_ft.data.progress import Progress
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.errors import UserError
 from llava_ft.geometry import ImageGeometry
@@ -117,6 +120,28 @@ class TestWorkers:
             np.testing.assert_array_equal(column, two.columns[name])
 
 
+class FatalImages:
+    """Stands in for workers: decoding an image called bad ends the process."""
+
+    def map(self, function, tasks, when_killed):
+        for task in tasks:
+            is_fatal = isinstance(task, ImageTask) and any("bad" in image for image in task.images)
+            yield when_killed(task) if is_fatal else function(task)
+
+    def run_alone(self, function, task, when_killed):
+        return next(self.map(function, [task], when_killed))
+
+
+def test_an_image_that_kills_its_process_is_named(write, make_plan):
+    plan = make_plan()
+    source = write([record(name, image=f"{name}.png") for name in ("square", "bad", "palette")])
+    with Workers(1, plan):
+        found = check_source(source, plan, FatalImages(), Progress)
+    assert kinds_of(found) == {"image-crash": [1]}
+    assert "'bad.png' ends the process that decodes it" in found.errors["image-crash"].examples[0].reason
+    assert findings_of(found, on_bad_sample="skip")["image-crash"].severity == "error"
+
+
 class TestFindings:
     def test_nothing(self, check):
         found = check([record("a"), record("b", image="landscape.jpg")])
@@ -186,8 +211,9 @@ class TestFindings:
 
     def test_what_is_cut_off(self, check):
         entry = {"conversations": turns("One?", "red " * 5, "<image>Two?", "blue " * 200), "image": "landscape.jpg"}
+        entry["id"] = "long"
         found = findings_of(check([record("short"), entry], max_length=200))
-        assert found["cut-off"].num_records == 1
+        assert (found["cut-off"].num_records, found["cut-off"].examples[0].sample_id) == (1, "long")
         assert "1 of 2 answers and 0 of 1 images stay." in found["cut-off"].examples[0].reason
         dropped = findings_of(check([record("short"), entry], max_length=200, truncation="drop"))
         assert (dropped["dropped"].severity, dropped["dropped"].num_records) == ("warning", 1)

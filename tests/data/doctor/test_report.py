@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from html.parser import HTMLParser
 
 import pytest
 
@@ -45,6 +46,23 @@ def run(data, folder, tmp_path, monkeypatch):
     flags += ["--vision_tower", str(GOLDEN / "ckpt" / "clip-tiny")]
     flags += ["--data_cache_dir", str(tmp_path / "cache"), "--model_max_length", "200", "--workers", "1"]
     return lambda *extra: main(["check-data", *flags, "--data_path", str(data), *extra])
+
+
+def open_tags(page):
+    """Name the tags of a page that are not closed, or closed in the wrong order."""
+    wrong, stack = [], []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            if tag not in ("meta", "img", "br", "!doctype"):
+                stack.append(tag)
+
+        def handle_endtag(self, tag):
+            if not stack or stack.pop() != tag:
+                wrong.append(tag)
+
+    Parser().feed(page)
+    return wrong + stack
 
 
 def loaded(capsys):
@@ -132,6 +150,7 @@ class TestPage:
         assert sources
         assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
         assert not re.search(r"https?://|<script|<link|@import|url\(", page)
+        assert open_tags(page) == []
         assert "model_max_length 200" in page
 
 
