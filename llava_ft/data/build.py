@@ -90,15 +90,13 @@ def build_datasets(
         exif_transpose: Whether pictures are turned as their EXIF orientation says.
         fast_decode: Whether large photographs may be shrunk while they are decoded.
         validation_path: Validation records of their own.
-        validation_fraction: Share of the usable training records that is held out for validation instead; at
-            least one record.
+        validation_fraction: Share of the usable training records that is held out instead, at least one record.
         seed: Decides which records are held out, and which a mixture takes.
         preparation: Where prepared records are kept, and how many processes prepare them.
 
     Raises:
-        UserError: A source cannot be read, no usable record is left, records have images but there is no vision
-            tower or no image folder, or a policy refuses a record.
-        RunError: The disk of the cache is full, or a process that prepared records was killed.
+        UserError: The records, or what is asked of them, cannot be used.
+        RunError: They could not be prepared.
     """
     _check_split(str(data_path), validation_fraction, None if validation_path is None else str(validation_path))
     builder = _Builder(
