@@ -21,10 +21,10 @@ THUMBNAIL_SIDE: Final = 160
 """Pixels of the longer side of a thumbnail."""
 
 _JPEG_QUALITY: Final = 75
-_CHART_WIDTH: Final = 720
+_CHART_WIDTH: Final = 860
 _BAR_HEIGHT: Final = 20
 _LABEL_WIDTH: Final = 150
-_COUNT_WIDTH: Final = 90
+_COUNT_WIDTH: Final = 230
 
 _STYLE: Final = """
 :root { color-scheme: light dark; --text: #1c1c1e; --dim: #63636b; --back: #ffffff; --box: #f3f3f6; --line: #d5d5dc;

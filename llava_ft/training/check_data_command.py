@@ -95,7 +95,12 @@ def run_check_data(args: ParsedArgs, output: TextIO, options: CheckOptions) -> b
         fix: FixReport | None = None
         if options.fix is not None:
             fix = write_fixed(reports[0].check, options.fix, workers)
-    report = Report(reports, checker.epoch([each.check for each in reports if each.use == "training"], training), fix)
+    epoch, refused = None, ""
+    try:
+        epoch = checker.epoch([each.check for each in reports if each.use == "training"], training)
+    except UserError as error:  # the mixture asks for more than the usable records give
+        refused = str(error)
+    report = Report(reports, epoch, fix, refused)
     if options.html is not None:
         places = [plan.place_of(each.check.source) for each in reports]
         write_page(options.html, report_page(report, places))

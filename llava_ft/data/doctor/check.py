@@ -4,7 +4,6 @@ Every image is decoded once, however many records name it. What is kept in this 
 and image, the paths of images, and a few examples of each kind of finding.
 """
 
-import logging
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -41,8 +40,6 @@ from llava_ft.data.schema import parse_record
 from llava_ft.data.sources.base import RecordSource
 from llava_ft.errors import BadSampleError, RunError, UserError
 from llava_ft.geometry import SizeWH
-
-logger = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, np.dtype[Any]]
 ShowProgress = Callable[[str, int, str], Progress]

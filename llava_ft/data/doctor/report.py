@@ -56,16 +56,18 @@ class Report:
         data_sets: One for each source, the training data first.
         epoch: What an epoch of the training data is made of; None without a usable record.
         fix: What was written, if that was asked for.
+        refused: Why a run would be refused although each source has usable records, "" if it would not.
     """
 
     data_sets: list[DataSetReport]
     epoch: Epoch | None
     fix: FixReport | None = None
+    refused: str = ""
 
     @property
     def passed(self) -> bool:
         """Whether nothing was found that would stop or spoil a run."""
-        return not self.counts["error"]
+        return not self.counts["error"] and not self.refused
 
     @property
     def counts(self) -> dict[str, int]:
@@ -89,4 +91,5 @@ class Report:
             ],
             "epoch": asdict(self.epoch) if self.epoch else None,
             "fix": asdict(self.fix) if self.fix else None,
+            "refused": self.refused or None,
         }

@@ -42,6 +42,8 @@ def verdict(report: Report) -> str:
     """Say in one sentence what follows from the findings."""
     counts = report.counts
     found = ", ".join(f"{count} {name}{'s' if count != 1 else ''}" for name, count in counts.items())
+    if report.refused:
+        return f"Not ready: a run would be refused. {visible(report.refused)} Kinds found: {found}."
     if not report.passed:
         return f"Not ready: what is marked as error would stop or spoil a run. Kinds found: {found}."
     return f"Nothing would stop or spoil a run. Kinds found: {found}."

@@ -12,7 +12,7 @@ from llava_ft.data.doctor.report_text import as_text
 from llava_ft.training import check_data_command
 from tests.data.conftest import GOLDEN, record, turns
 
-TOP_KEYS = ["format", "passed", "data_sets", "epoch", "fix"]
+TOP_KEYS = ["format", "passed", "data_sets", "epoch", "fix", "refused"]
 STATISTICS_KEYS = [
     "records", "usable", "images", "image_files", "image_bytes", "unusable_images", "tokens", "supervised", "lengths",
     "truncation", "supervised_share",
@@ -195,6 +195,17 @@ class TestSeveralSources:
         assert report["epoch"]["records"] == 100
         with_prefix, _, without = (data["statistics"]["tokens"] for data in report["data_sets"])
         assert with_prefix > without
+
+    def test_a_mixture_that_cannot_be_made(self, run, capsys, tmp_path):
+        text = GOLDEN / "data" / "text.json"
+        (tmp_path / "mix.yaml").write_text(f"sources:\n- {{path: {text}, held_out: 1000}}\n")
+        flags = ["--data_path", "mix.yaml", "--model_max_length", "2048"]
+        assert run(*flags, "--json") == 1
+        report = loaded(capsys)
+        assert "held_out = 1000 leaves none to train on" in report["refused"]
+        assert report["epoch"] is None
+        assert run(*flags) == 1
+        assert "Not ready: a run would be refused. Source" in capsys.readouterr().out
 
     def test_a_mixture_is_not_fixed(self, run, capsys, tmp_path):
         (tmp_path / "mix.yaml").write_text(f"sources:\n- path: {GOLDEN / 'data' / 'text.json'}\n")
