@@ -6,10 +6,12 @@ import re
 import shutil
 
 import numpy as np
+import pyarrow
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pyarrow import parquet
 
 from llava_ft.conversation import TEMPLATES, get_template
 from llava_ft.data.doctor import check as check_module
@@ -95,6 +97,23 @@ class TestAgreementWithTraining:
         records = [record(name, image=f"{name}.png") for name in ("wide", "tall", "small", "gone")]
         found = assert_agrees(check, build, records, geometry=geometry, image_folder=tmp_path)
         assert len(set(found.columns["tokens"].tolist())) == 3
+
+    def test_images_inside_the_data(self, write, make_plan, build, tmp_path):
+        content = (SOURCES / "landscape.jpg").read_bytes()
+        contents = [content, content[: len(content) // 2], b"", b"no picture", content, None]
+        rows = [
+            record(str(n), question="<image>What?") | {"image": {"bytes": data, "path": "landscape.jpg"}}
+            for n, data in enumerate(contents)
+        ]
+        path = tmp_path / "rows.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        plan, source = make_plan(), write(None, path.name)
+        with Workers(1, plan) as workers:
+            found = check_source(source, plan, workers, Progress)
+        report = build(path, on_bad_sample="skip", check_images="decode").report
+        assert {kind: len(indices) for kind, indices in kinds_of(found).items()} == report.counts
+        assert sorted(found.unusable()) == [error.index for error in report.errors] == [1, 2, 3]
+        assert list(found.remarks["duplicate-record"].indices) == [4, 5]
 
     @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(entries=st.lists(any_records | json_values, min_size=1, max_size=8))
