@@ -48,6 +48,7 @@ _LLAVA_V1_6: Final = _LLAVA_V1_5 | {
     "image_aspect_ratio": "anyres",
     "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
     "mm_patch_merge_type": "spatial_unpad",
+    "unfreeze_mm_vision_tower": True,
 }
 PUBLISHED: Final[Mapping[str, Mapping[str, Any]]] = {
     "lmsys/vicuna-7b-v1.5": _LLAMA_7B,

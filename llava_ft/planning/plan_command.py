@@ -132,7 +132,8 @@ def make_plan(args: ParsedArgs, machine: Machine) -> Plan:
         logger.info("The run does not fit; looking for what to change.")
         changes = advise(planner, request, workload, machine.memory)
     _, optimizer_note = optimizer_kind(request.optimizer)
-    files = {"weights_format": args.flags.weights_format, "save_vision_tower": args.flags.save_vision_tower}
+    saves_tower = args.flags.save_vision_tower or planned.holds_vision_tower
+    files = {"weights_format": args.flags.weights_format, "save_vision_tower": saves_tower}
     return Plan(
         model=planned,
         request=request,

@@ -59,6 +59,11 @@ class PlannedModel:
         """Whether it has a vision tower."""
         return self.config.mm_vision_config is not None
 
+    @property
+    def holds_vision_tower(self) -> bool:
+        """Whether the model's files are known to hold a tower: original LLaVA notes that it was trained, as in v1.6."""
+        return bool(self.config.to_dict().get("unfreeze_mm_vision_tower"))
+
 
 @dataclass(frozen=True)
 class ParameterShape:

@@ -119,8 +119,10 @@ class _StepTracker(MemoryTracker):
         super().__init__(_CUDA_GRANULARITY if settings.on_gpu else 1)
         self._batch = settings.batch
         geometry = model.config.image_geometry
-        each = 0 if geometry is None else geometry.num_tokens(settings.batch.image_size_wh)
-        self._num_image_positions = settings.batch.num_images * each
+        num_images = settings.batch.num_images
+        self._num_image_positions = 0
+        if num_images and geometry is not None:
+            self._num_image_positions = num_images * geometry.num_tokens(settings.batch.image_size_wh)
         self._logits_shape = (settings.batch.num_supervised, model.config.vocab_size)
         self._weight_shapes: set[torch.Size] = set()
 

@@ -8,7 +8,7 @@ import pytest
 from llava_ft.errors import CheckpointError, UserError
 from llava_ft.planning.plan_command import summarise
 from llava_ft.planning.shapes import build_model, parameter_shapes
-from tests.planning.helpers import GPU_7B, LORA, TINY_CLIP, TINY_LLAMA, request_of, write_configs
+from tests.planning.helpers import GPU_7B, LORA, TINY_CLIP, TINY_LLAMA, plan_of, request_of, write_configs
 from tests.training.helpers import METHODS, flags, prepare
 
 
@@ -62,6 +62,14 @@ class TestPublished:
         assert parts["LoRA"].dtype == "float32"
         assert parts["head"].dtype == "bfloat16"
 
+    def test_llava_1_6_keeps_its_own_tower(self):
+        planned, request = request_of(["--model_name_or_path", "liuhaotian/llava-v1.6-vicuna-7b"])
+        shapes = parameter_shapes(build_model(planned, request), request)
+        assert [shape.numel for shape in shapes if shape.part == "image newline"] == [4096]
+        assert planned.holds_vision_tower
+        assert not request_of(GPU_7B)[0].holds_vision_tower
+        assert planned.config.image_geometry.max_tokens == 2928
+
     def test_13b(self):
         planned, request = request_of(["--model_name_or_path", "lmsys/vicuna-13b-v1.5"])
         shapes = parameter_shapes(build_model(planned, request), request)
@@ -74,6 +82,27 @@ class TestPublished:
             "liuhaotian/llava-v1.5-7b is not on this machine; its published architecture is used.",
             "openai/clip-vit-large-patch14-336 is not on this machine; its published architecture is used.",
         )
+
+
+class TestTiles:
+    def plan(self, folder, max_length, *extra):
+        argv = [*write_configs(folder), "--image_aspect_ratio", "anyres", "--mm_patch_merge_type", "spatial_unpad"]
+        return plan_of([*argv, "--model_max_length", str(max_length), *extra])
+
+    def test_the_largest_image_is_planned_for(self, tmp_path):
+        plan = self.plan(tmp_path, 100)
+        assert (plan.batch.image_size_wh, plan.workload.tokens_per_image) == ((56, 56), 16 + 8 * 9)
+        assert any("taken to be 56 x 56 pixels" in note and "88, from 5 tiles" in note for note in plan.notes)
+
+    def test_of_those_that_fit(self, tmp_path):
+        plan = self.plan(tmp_path, 60)
+        assert 40 < plan.workload.tokens_per_image < 60
+        assert any("An image can take 88 positions, which model_max_length=60 has no room for" in n for n in plan.notes)
+
+    def test_if_none_fits(self, tmp_path):
+        plan = self.plan(tmp_path, 16)
+        assert plan.batch.num_images == 0
+        assert any("No image fits into model_max_length=16: the overview alone takes 16" in note for note in plan.notes)
 
 
 class TestRefused:
