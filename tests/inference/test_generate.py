@@ -40,6 +40,18 @@ def test_the_original_s_signature():
     assert context_len == 2048
 
 
+def test_tiled_images_are_answered_about_alone_and_together():
+    loaded = load_model("ckpt/llava16-tiny-anyres")
+    files = ["images/src/panorama.png", "images/src/square.png"]
+    inputs = prepare_inputs(loaded, "<image> <image>\nWhat?", files)
+    assert inputs["image_sizes"].tolist() == [[1000, 75], [224, 224]]
+    assert inputs["pixel_values"].shape == (4 + 5, 3, 56, 56)
+    geometry = loaded.model.config.image_geometry
+    assert int((inputs["input_ids"] < 0).sum()) == geometry.num_tokens((1000, 75)) + geometry.num_tokens((224, 224))
+    sampling = Sampling(max_new_tokens=4)
+    assert isinstance(generate_answer(loaded, "<image> <image>\nWhat?", files, get_template("v1"), sampling), str)
+
+
 def test_one_placeholder_for_each_image():
     template = get_template("v1")
     assert build_prompt("What?", 2, template).count("<image>\n") == 2
@@ -85,6 +97,8 @@ def test_what_cannot_be_answered_is_refused():
         prepare_inputs(loaded, "word " * 3000, [])
     with pytest.raises(UserError, match=r"nowhere\.png"):
         prepare_inputs(loaded, "<image>", ["nowhere.png"])
+    with pytest.raises(UserError, match="The prompt has 2 <image>, but 1 images are given"):
+        prepare_inputs(loaded, "<image> <image>", ["images/src/landscape.jpg"])
     text_only = load_model("ckpt/base-llm")
     with pytest.raises(UserError, match="the model is text-only"):
         prepare_inputs(text_only, "<image>", ["images/src/landscape.jpg"])
