@@ -233,9 +233,10 @@ def table(rows: list[dict], errors: dict[str, dict]) -> str:
         largest = max(abs(a - b) for a, b in zip(row["losses"], plain["losses"], strict=True))
         losses = "" if row is plain else "equal bit for bit" if largest == 0 else f"differ by up to {largest:.1e}"
         encoding = f"{row['encoding']:.3f}" if row["encoding"] else ""
+        disk = f"{row['disk'] / NUM_IMAGES / 1000:,.0f}" if row["disk"] else ""
         lines.append(
             f"| {row['tower']} | {row['kind']} | {row['step']:.3f} | {row['step'] / plain['step']:.2f} | "
-            f"{1000 * row['item']:.1f} | {encoding} | {row['disk'] / NUM_IMAGES / 1000 or '':.4} | "
+            f"{1000 * row['item']:.1f} | {encoding} | {disk} | "
             f"{row['parameters'] / 1e6:.1f} | {losses} |"
         )
     lines += ["", "| tower | 8 bits, relative error | bfloat16, relative error |", "| --- | --- | --- |"]

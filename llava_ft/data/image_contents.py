@@ -32,6 +32,7 @@ _PATTERN: Final = "contents-*.idx"
 _SETTLED_SECONDS: Final = 2.0
 """A file changed more recently may be changed again within the same tick of the file system's clock."""
 _NUM_THREADS: Final = 16
+_IMAGES_PER_TASK: Final = 256
 _TRIES: Final = 3
 
 
@@ -107,11 +108,25 @@ def digest_of(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=DIGEST.itemsize).digest()
 
 
+def content_digest(image: LocatedImage) -> bytes:
+    """Return the digest of what an image's file holds now; `NO_CONTENT` if it cannot be read."""
+    try:
+        content = image.place.content(image.name)
+        return digest_of(content if isinstance(content, bytes) else Path(content).read_bytes())
+    except (ImageError, OSError, ValueError):
+        return NO_CONTENT
+
+
 def image_states(images: Sequence[LocatedImage]) -> Array:
     """Ask for the states of many images at once, in threads: `(I,)`, `NO_CONTENT` for one that cannot be reached."""
-    state = partial(_state, _fingerprints(images))
+    fingerprints = _fingerprints(images)
+
+    def look(group: Sequence[LocatedImage]) -> list[bytes]:
+        return [_state(fingerprints, image) for image in group]
+
+    groups = [images[start : start + _IMAGES_PER_TASK] for start in range(0, len(images), _IMAGES_PER_TASK)]
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        return _as_array(list(pool.map(state, images)))
+        return _as_array([state for states in pool.map(look, groups) for state in states])
 
 
 def image_contents(images: Sequence[LocatedImage], *, group: int = 1024) -> Iterator[tuple[Array, Array]]:

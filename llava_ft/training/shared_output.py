@@ -89,12 +89,17 @@ def check_same_checkpoint(checkpoint: Path | None, world_size: int) -> None:
         )
 
 
-def from_first_rank(text: str, world_size: int) -> str:
+def from_first_rank(value: _Value, world_size: int) -> _Value:
     """Return what the first rank calls this with. All ranks call it together."""
-    box = [text]
+    box = [value]
     if world_size > 1:
         torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_all_ranks(value: _Value, world_size: int) -> list[_Value]:
+    """Return what each rank calls this with, which is not None. All ranks call it together."""
+    return _from_all_ranks(value) if world_size > 1 else [value]
 
 
 def _from_all_ranks(value: _Value) -> list[_Value]:

@@ -8,6 +8,7 @@ language model is loaded, so the tower and the model are never on the device at 
 import logging
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +30,9 @@ from llava_ft.data.image_reader import ImageReader, ImageRef
 from llava_ft.data.images import ImageError
 from llava_ft.data.processes import num_cores
 from llava_ft.data.progress import Progress
-from llava_ft.errors import UserError
+from llava_ft.errors import RunError, UserError
 from llava_ft.models.config import LlavaLlamaConfig, hidden_state_index
-from llava_ft.training.shared_output import blind_ranks, from_first_rank
+from llava_ft.training.shared_output import blind_ranks, from_all_ranks, from_first_rank
 from llava_ft.training.vision_fill import Encoder, ImageToEncode, fill_store
 from llava_ft.tuning.freeze import TuningPlan
 
@@ -40,6 +41,9 @@ logger = logging.getLogger(__name__)
 _TOWER_PREFIX = "model.vision_tower."
 _CONTENTS = "contents"
 _MOST_WORKERS = 16
+_MOST_NAMED = 5
+_SECONDS_TILL_SEEN = 120.0
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 def use_vision_cache(
@@ -85,11 +89,10 @@ def use_vision_cache(
             store.folder,
         )
     contents = _contents_of(images, directory / _CONTENTS, args)
-    missing = _missing(store, images, contents)
+    missing = _missing(store, images, contents, args.training.world_size)
     _announce(store, len(set(contents.tolist()) - {NO_CONTENT}), missing, args)
     if missing:
-        _compute(args, base, store, missing, compute_dtype)
-        store = FeatureStore(store.folder, settings)
+        store = _compute(args, base, store, missing, compute_dtype)
     _hand_out(datasets, store, images, contents)
     return True
 
@@ -181,30 +184,36 @@ def _contents_of(images: Sequence[_Image], folder: Path, args: ParsedArgs) -> Ar
     training = args.training
     table = ContentTable(folder)
     located = [image.located for image in images]
-    states = image_states(located)
-    known = table.find(states)
-    unknown = [number for number in range(len(images)) if bytes(known[number]) == NO_CONTENT]
-    if training.world_size > 1:
-        torch.distributed.barrier()  # all look before any adds
+    contents = np.zeros(len(images), dtype=DIGEST)
+    if training.process_index == 0:
+        contents = table.find(image_states(located))
+    contents = from_first_rank(contents, training.world_size)
+    unknown = np.flatnonzero(contents == np.void(NO_CONTENT))
     mine = unknown[training.process_index :: training.world_size]
     with Progress("Reading images to know their content", len(mine), "images") as progress:
-        for some_states, some_contents in image_contents([located[number] for number in mine]):
-            is_read = some_contents != np.void(NO_CONTENT)
+        done = 0
+        for states, some in image_contents([located[number] for number in mine]):
+            contents[mine[done : done + len(some)]] = some
+            done += len(some)
+            is_read = some != np.void(NO_CONTENT)
             if is_read.any():
-                table.add(some_states[is_read], some_contents[is_read])
-            progress.advance(len(some_states))
+                table.add(states[is_read], some[is_read])
+            progress.advance(len(some))
     table.close()
-    if training.world_size > 1:
-        torch.distributed.barrier()
-    return ContentTable(folder).find(states)
+    for rank, some in enumerate(from_all_ranks(contents[mine], training.world_size)):
+        contents[unknown[rank :: training.world_size]] = some
+    return contents
 
 
-def _missing(store: FeatureStore, images: Sequence[_Image], contents: Array) -> list[ImageToEncode]:
-    """Return the images whose features are not in the store, each content once, in the order of the data."""
+def _missing(store: FeatureStore, images: Sequence[_Image], contents: Array, world_size: int) -> list[ImageToEncode]:
+    """Return the images whose features are not in the store, each content once, in the order of the data.
+
+    What another run writes meanwhile may be seen by some ranks and not by others, so the first one decides for all.
+    """
     firsts = np.sort(np.unique(contents, return_index=True)[1])
     is_missing = (store.find(contents[firsts]) < 0) & (contents[firsts] != np.void(NO_CONTENT))
-    wanted = ((number, images[number]) for number in firsts[is_missing].tolist())
-    return [ImageToEncode(bytes(contents[number]), image.reader, image.ref) for number, image in wanted]
+    numbers: list[int] = from_first_rank(firsts[is_missing].tolist(), world_size)
+    return [ImageToEncode(bytes(contents[number]), images[number].reader, images[number].ref) for number in numbers]
 
 
 def _num_tiles(image: ImageToEncode) -> int:
@@ -224,7 +233,7 @@ def _announce(store: FeatureStore, num_images: int, missing: Sequence[ImageToEnc
         return
     num_tiles = sum(map(_num_tiles, missing))
     needed = num_tiles * tiles.bytes_per_tile
-    free = int(from_first_rank(str(shutil.disk_usage(_existing(store.folder)).free), args.training.world_size))
+    free = from_first_rank(shutil.disk_usage(_existing(store.folder)).free, args.training.world_size)
     logger.info(
         "Vision cache %s: %d of %d images have features. The others take %s: %d tiles of %d tokens x %d values (%s), "
         "%d bytes each. %s is free there.",
@@ -262,7 +271,8 @@ def _existing(path: Path) -> Path:
 
 def _compute(
     args: ParsedArgs, base: BaseModel, store: FeatureStore, missing: Sequence[ImageToEncode], dtype: torch.dtype
-) -> None:
+) -> FeatureStore:
+    """Compute missing features, all ranks together; return the store with them."""
     training = args.training
     with torch.random.fork_rng(devices=[]):  # building CLIP draws numbers; the run's own stay as they are
         tower = load_tower(base, dtype=dtype, device=training.device)
@@ -278,12 +288,37 @@ def _compute(
     del tower, encoder
     if training.device.type == "cuda":
         torch.cuda.empty_cache()
-    if training.world_size > 1:
-        torch.distributed.barrier()
-    for wanted in unreadable[:5]:
-        logger.warning("%s could not be read; the vision cache has no features of it.", wanted.image.image)
-    if len(unreadable) > 5:
-        logger.warning("%d images more could not be read.", len(unreadable) - 5)
+    of_all = from_all_ranks([wanted.image.image for wanted in unreadable], training.world_size)
+    names = [name for names in of_all for name in names]
+    for name in names[:_MOST_NAMED]:
+        logger.warning("%s could not be read, or is being changed; the vision cache has no features of it.", name)
+    if len(names) > _MOST_NAMED:
+        logger.warning("%d images more could not be read.", len(names) - _MOST_NAMED)
+    return _with_all(store, missing, len(missing) - len(names))
+
+
+def _with_all(store: FeatureStore, wanted: Sequence[ImageToEncode], expected: int) -> FeatureStore:
+    """Open the store anew, once it has the features that all ranks have written.
+
+    Network file systems may show the files of another machine only after a while.
+
+    Raises:
+        RunError: They do not appear.
+    """
+    contents = np.frombuffer(b"".join(image.content for image in wanted), dtype=DIGEST)
+    end = time.monotonic() + _SECONDS_TILL_SEEN
+    while True:
+        store = FeatureStore(store.folder, store.settings)
+        found = int((store.find(contents) >= 0).sum())
+        if found >= expected:
+            return store
+        if time.monotonic() > end:
+            raise RunError(
+                f"{expected} images were encoded, but the features of {found} can be read from {store.folder}. Is it "
+                "one folder for all machines, and is nothing deleting files there? Start the same command again: what "
+                "is there is not computed again."
+            )
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
 def _own_cores() -> int:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llava_ft.data.entry_log import DIGEST, Array
 from llava_ft.data.feature_files import FeatureStore, FeatureWriter
+from llava_ft.data.image_contents import LocatedImage, content_digest
 from llava_ft.data.image_processor import PixelNormalizer
 from llava_ft.data.image_reader import ImageReader, ImageRef
 from llava_ft.data.images import ImageError
@@ -156,7 +157,7 @@ class _Work:
 
 
 class _Pictures(Dataset[tuple[int, torch.Tensor | None]]):
-    """Decoded images; None for one that cannot be read."""
+    """Decoded images; None for one that cannot be read or has been changed."""
 
     def __init__(self, images: Sequence[ImageToEncode]):
         self._images = images
@@ -167,10 +168,14 @@ class _Pictures(Dataset[tuple[int, torch.Tensor | None]]):
     def __getitem__(self, number: int) -> tuple[int, torch.Tensor | None]:
         wanted = self._images[number]
         try:
-            return number, wanted.reader.read([wanted.image])["pixel_values"]
+            pixels = wanted.reader.read([wanted.image])["pixel_values"]
         except ImageError as error:
             logger.debug("%s", error)
             return number, None
+        # A file may have been replaced since its content was looked at; its features must not get the old name.
+        place = wanted.reader.places[wanted.image.source]
+        is_as_before = content_digest(LocatedImage(place, wanted.image.image)) == wanted.content
+        return number, pixels if is_as_before else None
 
 
 def _encode(readable: Sequence[tuple[ImageToEncode, torch.Tensor]], encoder: Encoder) -> list[torch.Tensor]:

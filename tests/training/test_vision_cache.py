@@ -1,5 +1,6 @@
 """Runs that read features instead of images: the same losses bit for bit, and a directory that is never wrong."""
 
+import base64
 import functools
 import json
 import logging
@@ -94,6 +95,7 @@ class TestSameLosses:
             {"image_aspect_ratio": "square", "image_exif_transpose": "True"},
             {"gradient_checkpointing": "True", "gradient_accumulation_steps": "2"},
             {"dataloader_num_workers": "2"},
+            {"validation_data_path": "data/pretrain.json", "eval_strategy": "steps", "eval_steps": "1"},
             {"packing": "True", "per_device_train_batch_size": "1", "group_by_modality_length": "False"},
             {"padding_free": "True"},
             {"per_device_train_batch_size": "1"},
@@ -250,7 +252,7 @@ class TestFilling:
         )
         cache = tmp_path / "cache"
         argv = flags(tmp_path / "killed", vision_cache=cache, dataloader_num_workers=2)
-        environment = os.environ | {"PYTHONPATH": str(RECORDINGS.parent.parent), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"PYTHONPATH": str(RECORDINGS.parent.parent)}
         done = subprocess.run([sys.executable, "-c", script, *argv], env=environment, timeout=120, check=False)
         assert done.returncode == -signal.SIGKILL
         encoded: list[int] = []
@@ -334,7 +336,7 @@ class TestFilling:
         plain = train(tmp_path / "plain", **changes)
         cached = train(tmp_path / "cached", vision_cache=tmp_path / "cache", **changes)
         same(plain, cached)
-        assert "landscape.jpg could not be read; the vision cache has no features of it" in caplog.text
+        assert "landscape.jpg could not be read, or is being changed; the vision cache has no features" in caplog.text
         seen = [
             [(item["bad_sample"].kind, str(item["bad_sample"])) for item in dataset if "bad_sample" in item]
             for dataset in (
@@ -343,6 +345,31 @@ class TestFilling:
         ]
         assert seen[0] == seen[1]
         assert {"image-missing", "image-truncated"} <= {kind for kind, _ in seen[0]}
+
+    def test_a_file_replaced_meanwhile_gives_no_features_under_the_old_name(self, tmp_path, monkeypatch):
+        images, announce = copy_of_images(tmp_path), vision_cache._announce
+        before = (images / "square.png").read_bytes()
+
+        def replace(*args):
+            (images / "square.png").write_bytes((images / "gray.png").read_bytes())
+            announce(*args)
+
+        monkeypatch.setattr(vision_cache, "_announce", replace)
+        run = prepare(tmp_path / "one", vision_cache=tmp_path / "cache", image_folder=images)
+        dataset = run.datasets.train
+        bad = [item["bad_sample"] for item in map(dataset.__getitem__, range(len(dataset))) if "bad_sample" in item]
+        assert [error.kind for error in bad] == ["image-not-cached"]
+        monkeypatch.setattr(vision_cache, "_announce", announce)
+        (images / "square.png").write_bytes(before)
+        changes = SHORT | {"image_folder": images}
+        cached = train(tmp_path / "cached", vision_cache=tmp_path / "cache", **changes)
+        same(train(tmp_path / "plain", **changes), cached)
+
+    def test_features_that_do_not_appear(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(vision_cache, "_SECONDS_TILL_SEEN", 0.0)
+        monkeypatch.setattr(vision_fill, "_write", lambda *_: None)
+        with pytest.raises(RunError, match=rf"{NUM_IMAGES} images were encoded, but the features of 0 can be read"):
+            prepare(tmp_path / "one", vision_cache=tmp_path / "cache")
 
     def test_numbers_that_are_not_finite(self, tmp_path, monkeypatch):
         infinite = torch.tensor(float("inf"))
@@ -390,6 +417,24 @@ class TestSwitchedOff:
         monkeypatch.setattr(TuningPlan, "trains", lambda self, name: "vision_tower" in name or trains(self, name))
         text = self.text(tmp_path, caplog, "full")
         assert text == "The vision cache is off: the vision tower is trained, so its features change with every step."
+
+
+class TestEmbeddedImages:
+    def records(self, tmp_path: Path) -> Path:
+        records = json.loads(Path("data/mix.json").read_text())
+        for record in records:
+            if "image" in record:
+                content = base64.b64encode(Path("images/src", record["image"]).read_bytes()).decode()
+                record["image"] = f"data:image/png;base64,{content}"
+        return write_records(tmp_path / "embedded.json", records)
+
+    def test_they_are_known_by_content_too(self, tmp_path, monkeypatch):
+        plain = train(tmp_path / "plain", **SHORT)
+        changes = SHORT | {"data_path": self.records(tmp_path), "vision_cache": tmp_path / "cache"}
+        same(plain, train(tmp_path / "embedded", **changes))
+        forbid_encoding(monkeypatch)
+        same(plain, train(tmp_path / "again", **changes))
+        same(plain, train(tmp_path / "files", vision_cache=tmp_path / "cache", **SHORT))
 
 
 class TestRefused:
