@@ -86,8 +86,11 @@ def prepare_rows(
     """
     parts = made_from(source, tokenize, prompt_prefix)
     directory = settings.directory / "tokens" / key_of(parts)
+    was_built = False
 
     def build(empty: Path) -> None:
+        nonlocal was_built
+        was_built = True
         work = _Tokenising(source, tokenize, prompt_prefix, empty)
         processes = settings.processes if len(source) >= RECORDS_FOR_PROCESSES else 1
         with Progress(f"Tokenising {source.name}", len(source), "records") as progress:
@@ -98,7 +101,10 @@ def prepare_rows(
             len(source), source.name, progress.seconds, progress.rate, directory,
         )  # fmt: skip
 
-    return open_or_build(directory, TokenizedRows, build, goes_first=settings.goes_first)
+    rows = open_or_build(directory, TokenizedRows, build, goes_first=settings.goes_first)
+    if not was_built:
+        logger.info("The records of %s were tokenised before: %s.", source.name, directory)
+    return rows
 
 
 def _cut(num_records: int, num_processes: int) -> list[tuple[int, int]]:

@@ -173,12 +173,15 @@ class TestRows:
 
 
 class TestOnce:
-    def test_a_second_start_tokenises_nothing(self, source_of, settings, tokenize, seen):
+    def test_a_second_start_tokenises_nothing(self, source_of, settings, tokenize, seen, caplog):
+        caplog.set_level(logging.INFO)
         first = prepare_rows(source_of(), tokenize, settings)
         assert seen
+        assert "were tokenised before" not in caplog.text
         seen.clear()
         assert prepare_rows(source_of(), tokenize, settings).directory == first.directory
         assert not seen
+        assert f"were tokenised before: {first.directory}" in caplog.text
 
     def test_lengths_and_policies_take_no_new_preparation(self, build, seen, tmp_path):
         options = {"preparation": PreparationSettings(tmp_path / "cache")}
