@@ -225,7 +225,6 @@ def report(result: dict) -> str:
         f"{about['python']}, {about['processor']}, {about['cores']} cores, load {about['load_before']:.1f} before. "
         f"{about['records']} records an epoch over {NUM_FILES} files that are in the page cache, batches of {BATCH}. "
         + others,
-        *(about["load_before"] > 1),
     ]
     for size, found in result["sizes"].items():
         parts += [
