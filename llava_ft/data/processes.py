@@ -2,18 +2,20 @@
 
 The processes are started anew, not forked: a forked copy of a process that holds a GPU, a process group or the threads
 of a tokenizer may hang. Each has a pipe to its parent and nothing else, so when the parent is killed the pipe breaks
-and the child ends. The pools of the standard library do not promise that.
+and the child ends; and it runs nothing of the script that the parent runs. The pools of the standard library promise
+neither.
 """
 
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 from llava_ft.errors import RunError
 
@@ -21,6 +23,8 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 Work = Callable[[Task, Callable[[int], None]], Result]
 """What a process does: a task, and a function to call with how much more of it is done."""
+
+_CODE: Final = "import sys; from llava_ft.data.processes import serve; serve(int(sys.argv[1]))"
 
 
 def num_cores() -> int:
@@ -48,25 +52,34 @@ def run_tasks(
     """
     if num_processes <= 1 or len(tasks) <= 1:
         return [work(task, advance) for task in tasks]
-    context = multiprocessing.get_context("spawn")
-    workers: dict[Connection, BaseProcess] = {}
+    workers: dict[Connection, subprocess.Popen[bytes]] = {}
     try:
         for _ in range(min(num_processes, len(tasks))):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, work), daemon=True)
-            process.start()
-            theirs.close()
-            workers[ours] = process
+            ours, theirs = multiprocessing.Pipe()
+            with theirs:
+                workers[ours] = _start(theirs)
+            ours.send(work)
         return _deal(tasks, workers, advance)
     finally:
         for connection, process in workers.items():
             connection.close()
             process.terminate()
         for process in workers.values():
-            process.join()
+            process.wait()
 
 
-def _deal(tasks: Sequence[Task], workers: dict[Connection, BaseProcess], advance: Callable[[int], None]) -> list[Any]:
+def _start(connection: Connection) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", _CODE, str(connection.fileno())],
+        pass_fds=[connection.fileno()],
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TOKENIZERS_PARALLELISM": "false"},
+    )
+
+
+def _deal(
+    tasks: Sequence[Task], workers: dict[Connection, subprocess.Popen[bytes]], advance: Callable[[int], None]
+) -> list[Any]:
     results: dict[int, Any] = {}
     remaining = deque(enumerate(tasks))
     for connection in workers:
@@ -89,9 +102,8 @@ def _deal(tasks: Sequence[Task], workers: dict[Connection, BaseProcess], advance
     return [results[number] for number in range(len(tasks))]
 
 
-def _killed(process: BaseProcess) -> RunError:
-    process.join()
-    status = process.exitcode or 0
+def _killed(process: subprocess.Popen[bytes]) -> RunError:
+    status = process.wait()
     how = f"by signal {-status}" if status < 0 else f"with status {status}"
     return RunError(
         f"A process that prepared data ended {how} before it was done. If memory ran out, use fewer "
@@ -99,15 +111,24 @@ def _killed(process: BaseProcess) -> RunError:
     )
 
 
-def _serve(connection: Connection, work: Callable[[Any, Callable[[int], None]], Any]) -> None:
-    """Do tasks until the parent has no more or is gone."""
+def serve(file_descriptor: int) -> None:
+    """Do tasks in a process of its own, until the parent has no more or is gone.
+
+    Args:
+        file_descriptor: The pipe to the parent.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent gets it too, and ends its children.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # There is a process for each core.
+    connection = Connection(file_descriptor)
+
+    def advance(count: int) -> None:
+        connection.send(("advance", 0, count))
+
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        work = connection.recv()
         while True:
             number, task = connection.recv()
             try:
-                result = work(task, lambda count, number=number: connection.send(("advance", number, count)))
+                result = work(task, advance)
             except (BrokenPipeError, ConnectionResetError):
                 return
             except Exception as error:
