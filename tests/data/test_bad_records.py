@@ -10,7 +10,7 @@ from llava_ft.data.image_files import resolve_image_path
 from llava_ft.data.images import ImageError
 from llava_ft.data.prepare import PreparationSettings
 from llava_ft.errors import UserError
-from tests.data.conftest import GOLDEN, SOURCES, record, turns
+from tests.data.conftest import GOLDEN, record, turns
 
 MIX = GOLDEN / "data" / "mix.json"
 

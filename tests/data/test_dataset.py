@@ -10,8 +10,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava_ft.data.collator import PaddingCollator
 from llava_ft.data.build import split_dataset
+from llava_ft.data.collator import PaddingCollator
 from llava_ft.data.dataset import ConversationDataset
 from llava_ft.data.sampler import EpochSampler
 from llava_ft.data.schema import parse_record
