@@ -57,6 +57,23 @@ class TestRecordsAreHere:
         run = prepare(tmp_path, "lora", validation_fraction="0.25")
         assert epoch_of(argv)["training_records"] == len(run.datasets.train)
 
+    def test_a_mixture_is_counted_as_the_run_takes_it(self, in_recordings, tmp_path):
+        file = tmp_path / "mixture.yaml"
+        data = RECORDINGS / "data"
+        file.write_text(
+            f"sources:\n- path: {data / 'mix.json'}\n  held_out: 2\n- path: {data / 'text.json'}\n  repeat: 2\n"
+        )
+        changes = {"data_path": file, "max_steps": None}
+        run = prepare(tmp_path / "out", "lora", **changes)
+        epoch = epoch_of(flags(tmp_path / "out", "lora", **changes))
+        assert epoch["training_records"] == len(run.datasets.train)
+        assert epoch["tokens_per_epoch"] == sum(run.datasets.train.lengths)
+
+    def test_records_that_are_too_long_are_named(self, in_recordings, tmp_path):
+        argv = flags(tmp_path, "lora", model_max_length="80", truncation="drop")
+        notes = workload_of(argv).notes
+        assert any("are longer than model_max_length = 80" in note and "left out" in note for note in notes)
+
     def test_more_ranks_take_fewer_steps(self, in_recordings, tmp_path):
         argv = flags(tmp_path, "lora", max_steps=None)
         assert epoch_of(argv, gpus=2, nodes=2)["steps_per_epoch"] < epoch_of(argv)["steps_per_epoch"]
