@@ -4,10 +4,10 @@
     python benchmarks/prepare_records.py [--records 665000] [--images 350000] [--workers 2]
 
 A data file in the form of LLaVA-1.5's mixture is written (0.8 GB with 665,000 records), with made-up conversations of 1
-to 8 exchanges and an image file of a few hundred bytes for each image that it names. Then the data sets of a run are built three times, each time in a process of its
-own: from nothing; again, as a second start does; and again with another `model_max_length` and truncated records. The
-tokenizer is the small one of the tests (512 entries), which makes two to three times as many tokens of a text as
-LLaMA's does.
+to 8 exchanges and an image file of a few hundred bytes for each image that it names. Then the data sets of a run are
+built three times, each time in a process of its own: from nothing; again, as a second start does; and again with
+another `model_max_length` and truncated records. The tokenizer is the small one of the tests (512 entries), which makes
+more tokens of a text than LLaMA's does.
 
 Memory is VmHWM, the most that a process had resident at any time, mapped files included: of the process that starts
 the others, and of the largest of these.
