@@ -137,6 +137,14 @@ class TestEfficiency:
         lengths = mixture_lengths(40_000, max_length=4096, seed=seed)
         assert efficiency(lengths, 4096, seed) >= 0.97
 
+    @pytest.mark.parametrize("seed", range(4))
+    def test_images_with_texts_of_all_lengths(self, seed):
+        """6% text alone, else 576 image tokens, and log-normal text: about 760 tokens a sample, in rows of 2048."""
+        rng = np.random.default_rng(seed)
+        text = np.maximum(rng.lognormal(np.log(223) - 0.5, 1.0, 20_000), 16).astype(int)
+        lengths = np.minimum(np.where(rng.random(20_000) < 0.06, text, text + 576), 2048)
+        assert efficiency(lengths, 2048, seed) >= 0.97
+
     @pytest.mark.parametrize("tokens_per_image", [144, 256])
     def test_fewer_tokens_per_image(self, tokens_per_image):
         lengths = mixture_lengths(20_000, max_length=2048, tokens_per_image=tokens_per_image)
