@@ -19,6 +19,7 @@ RECORDINGS = Path(__file__).parent / "golden"
 SEVERAL_RANKS = Path(__file__).parent / "distributed"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep a file's tests in one process, and all that start ranks in the same one, which begins with them."""
     for item in items:
