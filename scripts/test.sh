@@ -8,4 +8,4 @@ source .venv/bin/activate
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$PWD/.venv/torch_extensions}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}" # threads that spin while they wait slow down busy cores
-exec python -m pytest --numprocesses 2 --dist loadgroup "$@"
+exec python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
