@@ -206,6 +206,8 @@ from llava_ft.tuning.quant import Quantization, size_in_memory
 import bitsandbytes
 bitsandbytes.functional.quantize_4bit(torch.ones(64, 64))
 bitsandbytes.functional.int8_vectorwise_quant(torch.ones(64, 64, dtype=torch.float16))
+small = find_base(sys.argv[3])  # first, so that the code it takes is in memory already
+load_base(small, dtype_of=lambda name: torch.bfloat16, quantization=Quantization(int(sys.argv[2])))
 base = find_base(sys.argv[1])
 
 def memory(what):  # ru_maxrss would begin with that of the parent process
@@ -239,7 +241,10 @@ def test_loading_never_holds_the_16_bit_model(tmp_path: Path, bits: int):
     size_on_disk = sum(value.nbytes for value in weights.values())
     del weights
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(tmp_path), str(bits)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", PEAK, str(tmp_path), str(bits), str(RECORDINGS / "ckpt/base-llm")],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     peak, after, size = map(int, done.stdout.split())
     largest_tensor, mapping = 2 * 4096 * 1024, 128 * 2**20
