@@ -17,15 +17,15 @@ own data loader is read to its end: decoding, resizing, tokens, collating, and h
 import argparse
 import json
 import os
-import platform
 import resource
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from machine import where
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SIZES = {"640x480": (640, 480), "1920x1080": (1920, 1080)}
@@ -236,12 +236,6 @@ def report(result: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def processor_name() -> str:
-    """Name the processor as Linux does."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
 def main() -> int:
     """Measure, print the report, and write it if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -255,17 +249,11 @@ def main() -> int:
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     torch.set_num_threads(1)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
     num_records = 32 if options.quick else 128
     about = {
         "command": "python benchmarks/data_path.py" + " --quick" * options.quick,
-        "commit": commit,
-        "torch": torch.__version__,
+        **where(),
         "pillow": PIL.__version__,
-        "python": platform.python_version(),
-        "processor": processor_name(),
-        "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
         "records": num_records,
     }
     with tempfile.TemporaryDirectory() as name:

@@ -8,8 +8,6 @@ computed positions that hold a token of a sample.
 """
 
 import argparse
-import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,7 +17,7 @@ import numpy as np
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from data_path import processor_name  # noqa: E402
+from machine import where  # noqa: E402
 
 from llava_ft.data.packing import pack  # noqa: E402 - the repository need not be installed
 from llava_ft.data.sampler import modality_order, sorted_order  # noqa: E402
@@ -91,11 +89,11 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=665_000)
     parser.add_argument("--output", type=Path, help="folder for packing.md")
     options = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
+    about = where()
     text = (
         "# Positions that hold a token\n\n"
-        f"`python benchmarks/packing.py --samples {options.samples}`; commit {commit}, python "
-        f"{platform.python_version()}, {processor_name()}; seconds are processor time of one core. The first three "
+        f"`python benchmarks/packing.py --samples {options.samples}`; commit {about['commit']}, python "
+        f"{about['python']}, {about['processor']}; seconds are processor time of one core. The first three "
         f"shares are those of batches of {BATCH} samples, padded to their longest, in the orders of an epoch for "
         f"{RANKS} ranks; the last two those of rows.\n\n"
         f"{measure(options.samples)}\n"

@@ -15,7 +15,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -23,8 +22,10 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from machine import where
+from random_model import WORDS, write_model
+
 REPOSITORY = Path(__file__).resolve().parents[1]
-TINY = REPOSITORY / "data" / "tiny-llava"
 MIB = 2**20
 
 MODELS = {
@@ -129,25 +130,14 @@ def make_model(directory: Path, name: str, *, image_size: int = IMAGE_SIZE) -> N
         name: Its sizes, one of MODELS.
         image_size: Pixels of a side of the images that the tower takes.
     """
-    import shutil
-
-    import torch
-
-    from llava_ft.checkpoint.save import ShardWriter, config_fields, write_json
-    from llava_ft.models.builder import build_skeleton, settle_config, vision_fields
-
     sizes = MODELS[name]
     language = {
-        "model_type": "llama",
         "hidden_size": sizes["hidden"],
         "intermediate_size": sizes["intermediate"],
         "num_hidden_layers": sizes["layers"],
         "num_attention_heads": sizes["heads"],
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 4096,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
     }
     tower = {
         "hidden_size": sizes["vision"],
@@ -157,20 +147,7 @@ def make_model(directory: Path, name: str, *, image_size: int = IMAGE_SIZE) -> N
         "image_size": image_size,
         "patch_size": PATCH_SIZE,
     }
-    wishes = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "image_aspect_ratio": "pad"}
-    config = settle_config(language, name, wishes=wishes, vision_tower="inside", vision=vision_fields(tower, "inside"))
-    directory.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(1)
-    writer = ShardWriter(directory, max_shard_bytes=10**9, weights_format="safetensors")
-    for parameter_name, parameter in build_skeleton(config).named_parameters():
-        writer.add(parameter_name, torch.randn(parameter.shape, generator=generator) * 0.02)
-    writer.finish()
-    write_json(directory / "config.json", config_fields(config, torch.float32))
-    settings = json.loads((TINY / "preprocessor_config.json").read_text())
-    settings |= {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
-    write_json(directory / "preprocessor_config.json", settings)
-    for file in TINY.glob("tokenizer*"):
-        shutil.copyfile(file, directory / file.name)
+    write_model(directory, language, tower)
 
 
 def make_data(directory: Path) -> None:
@@ -180,11 +157,10 @@ def make_data(directory: Path) -> None:
     directory.mkdir(parents=True)
     rng = random.Random(1)
     Image.frombytes("RGB", (64, 64), rng.randbytes(64 * 64 * 3)).save(directory / "noise.png")
-    words = ["red", "circle", "blue", "square", "three", "letter", "green", "star"]
 
     def record(num_words: int) -> dict:
-        question = " ".join(rng.choices(words, k=20))
-        answer = " ".join(rng.choices(words, k=num_words))
+        question = " ".join(rng.choices(WORDS, k=20))
+        answer = " ".join(rng.choices(WORDS, k=num_words))
         turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
         return {"id": str(num_words), "image": "noise.png", "conversations": turns}
 
@@ -343,6 +319,7 @@ def main() -> int:
         parser.error(f"unknown: {', '.join(unknown)}; --list shows the names")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     rows: list[dict] = []
+    about = where()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_data(folder / "data")
@@ -355,25 +332,15 @@ def main() -> int:
                 if "error" in rows[-1]["measured"]:
                     print(rows[-1]["measured"]["error"], file=sys.stderr)
     if options.output:
-        write_results(options.output, rows)
+        write_results(options.output, rows, about)
     return 0 if all("ratio" in row for row in rows) else 1
 
 
-def write_results(folder: Path, rows: list[dict]) -> None:
+def write_results(folder: Path, rows: list[dict], about: dict) -> None:
     """Write the rows with what they were measured on."""
-    import torch
-
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
-    where = {
-        "commit": commit,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": platform.machine(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "plan_memory.json").write_text(json.dumps({"where": where, "rows": rows}, indent=1) + "\n")
-    named = ", ".join(f"{key} {value}" for key, value in where.items() if value)
+    (folder / "plan_memory.json").write_text(json.dumps({"where": about, "rows": rows}, indent=1) + "\n")
+    named = ", ".join(f"{key} {value}" for key, value in about.items() if value)
     text = f"# Predicted and measured peak memory\n\n`python benchmarks/plan_memory.py`; {named}.\n\n{table(rows)}\n"
     (folder / "plan_memory.md").write_text(text)
 

@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import random
 import resource
 import subprocess
@@ -26,6 +25,8 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+
+from machine import where
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TOKENIZER = REPOSITORY / "tests" / "golden" / "tokenizers" / "tiny512"
@@ -171,22 +172,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     return {
         "command": f"python benchmarks/prepare_records.py --records {arguments.records} --images {arguments.images} "
         f"--workers {arguments.workers}",
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "load_before": round(arguments.load, 1),
+        **arguments.about,
         "records": arguments.records,
         "images": arguments.images,
         "data_file_bytes": size,
         "cache_bytes": cache,
         "starts": starts,
     }
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def main() -> None:
@@ -202,7 +194,7 @@ def main() -> None:
     if arguments.start:
         print(json.dumps(start(arguments.start, arguments.workers, arguments.length)))
         return
-    arguments.load = os.getloadavg()[0]
+    arguments.about = where()
     results = measure(arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "prepare_records.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -12,7 +12,6 @@ same thread. The losses with and without the cache are compared bit for bit.
 import argparse
 import json
 import os
-import platform
 import random
 import shutil
 import statistics
@@ -22,8 +21,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from machine import where
+from random_model import WORDS, write_model
+
 REPOSITORY = Path(__file__).resolve().parents[1]
-TINY = REPOSITORY / "data" / "tiny-llava"
 
 TOWERS = {
     "ViT-B/32, 224": {"hidden": 768, "layers": 12, "heads": 12, "side": 224, "patch": 32},
@@ -60,13 +61,7 @@ KINDS = {
 
 def make_model(directory: Path, tower: dict) -> None:
     """Write a LLaVA checkpoint with random weights, its tower inside."""
-    import torch
-
-    from llava_ft.checkpoint.save import ShardWriter, config_fields, write_json
-    from llava_ft.models.builder import build_skeleton, settle_config, vision_fields
-
     language = {
-        "model_type": "llama",
         "hidden_size": LANGUAGE_MODEL["hidden"],
         "intermediate_size": LANGUAGE_MODEL["intermediate"],
         "num_hidden_layers": LANGUAGE_MODEL["layers"],
@@ -75,9 +70,6 @@ def make_model(directory: Path, tower: dict) -> None:
         "vocab_size": LANGUAGE_MODEL["vocabulary"],
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
     }
     vision = {
         "hidden_size": tower["hidden"],
@@ -87,24 +79,7 @@ def make_model(directory: Path, tower: dict) -> None:
         "image_size": tower["side"],
         "patch_size": tower["patch"],
     }
-    wishes = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "image_aspect_ratio": "pad"}
-    described = vision_fields(vision, "inside")
-    config = settle_config(language, "random", wishes=wishes, vision_tower="inside", vision=described)
-    directory.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(1)
-    writer = ShardWriter(directory, max_shard_bytes=10**10, weights_format="safetensors")
-    for name, parameter in build_skeleton(config).named_parameters():
-        is_scale = name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "layrnorm.weight"))
-        values = torch.randn(parameter.shape, generator=generator) * 0.02
-        writer.add(name, values + 1 if is_scale else values)
-    writer.finish()
-    write_json(directory / "config.json", config_fields(config, torch.float32))
-    side = tower["side"]
-    settings = json.loads((TINY / "preprocessor_config.json").read_text())
-    settings |= {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    write_json(directory / "preprocessor_config.json", settings)
-    for file in TINY.glob("tokenizer*"):
-        shutil.copyfile(file, directory / file.name)
+    write_model(directory, language, vision)
 
 
 def make_data(directory: Path) -> None:
@@ -113,12 +88,11 @@ def make_data(directory: Path) -> None:
 
     directory.mkdir(parents=True)
     rng = random.Random(1)
-    words = ["red", "circle", "blue", "square", "three", "letter", "green", "star"]
     records = []
     for number in range(NUM_IMAGES):
         noise = Image.frombytes("RGB", (40, 30), rng.randbytes(40 * 30 * 3))
         noise.resize(IMAGE_WH, Image.Resampling.BICUBIC).save(directory / f"{number}.jpg", quality=90)
-        question, answer = (" ".join(rng.choices(words, k=20)) for _ in range(2))
+        question, answer = (" ".join(rng.choices(WORDS, k=20)) for _ in range(2))
         turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
         records.append({"id": str(number), "image": f"{number}.jpg", "conversations": turns})
     (directory / "data.json").write_text(json.dumps(records))
@@ -256,9 +230,9 @@ def main() -> int:
     if options.child:
         child(json.loads(options.child))
         return 0
-    import torch
 
     rows, errors = [], {}
+    about = where()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_data(folder / "data")
@@ -269,19 +243,12 @@ def main() -> int:
                 print(f"{tower}, {kind}: {rows[-1]['step']:.3f} s a step", file=sys.stderr)
             errors[tower] = feature_error(tower, folder)
             shutil.rmtree(folder / tower.replace("/", "-"))
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
-    where = {
-        "commit": git.stdout.strip(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": platform.machine(),
-    }
     print(table(rows, errors))
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
-        content = {"where": where, "rows": rows, "feature_errors": errors}
+        content = {"where": about, "rows": rows, "feature_errors": errors}
         (options.output / "vision_cache.json").write_text(json.dumps(content, indent=1) + "\n")
-        described = ", ".join(f"{name} {value}" for name, value in where.items())
+        described = ", ".join(f"{name} {value}" for name, value in about.items() if value is not None)
         what = (
             f"LoRA r=16 in bfloat16 on a language model of {LANGUAGE_MODEL['layers']} layers, "
             f"{LANGUAGE_MODEL['hidden']} wide; {BATCH} samples a step with a JPEG of {IMAGE_WH[0]} x {IMAGE_WH[1]} "

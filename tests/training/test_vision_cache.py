@@ -109,15 +109,15 @@ class TestSameLosses:
         assert not has_tower(cached)
         same(plain, cached)
 
-    def test_a_resumed_run(self, tmp_path):
+    def test_a_resumed_run(self, tmp_path, caplog):
         plain = train(tmp_path / "plain")
-        cache = tmp_path / "cache"
-        train(tmp_path / "cached", vision_cache=cache, max_steps="3", lr_scheduler_type="constant")
-        (tmp_path / "straight").mkdir()
-        straight = train(tmp_path / "straight", vision_cache=cache)
-        same(plain, straight)
-        shutil.rmtree(tmp_path / "straight" / "checkpoint-6")
-        same(plain, train(tmp_path / "straight", vision_cache=cache))
+        train(tmp_path / "cached", vision_cache=tmp_path / "cache")
+        shutil.rmtree(tmp_path / "cached" / "checkpoint-6")
+        with caplog.at_level(logging.INFO, logger="llava_ft"):
+            resumed = train(tmp_path / "cached", vision_cache=tmp_path / "cache")
+        assert "step 4/6" in caplog.text
+        assert "step 3/6" not in caplog.text
+        same(plain, resumed)
 
     def test_8_bits_are_close(self, tmp_path):
         plain = train(tmp_path / "plain", **SHORT)
@@ -167,6 +167,7 @@ class TestReuse:
             image_folder=images,
             data_path=write_records(tmp_path / "renamed.json", records),
         )
+        assert len(folders(cache)) == 1
 
     def test_copies_take_no_room(self, tmp_path):
         images = copy_of_images(tmp_path)
@@ -207,6 +208,7 @@ class TestReuse:
         prepare(tmp_path / "one", vision_cache=tmp_path / "cache")
         forbid_encoding(monkeypatch)
         prepare(tmp_path / "two", vision_cache=tmp_path / "cache", **change)
+        assert len(folders(tmp_path / "cache")) == 1
 
     def test_another_tower_has_a_folder_of_its_own(self, tmp_path):
         from safetensors.torch import load_file, save_file

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
-from llava_ft.data.record_images import EmbeddedImage, decode_content
+from llava_ft.data.record_images import DataUri, EmbeddedImage, decode_content
 from llava_ft.data.schema import embedded_name, image_values
 
 
@@ -70,10 +70,9 @@ class RecordSource(ABC):
         value = image_values(record, index)[position]
         assert not isinstance(value, str), "an image given by path is not in the source"
         name = f"{embedded_name(index, position)} of {self.name}"
-        if isinstance(value, EmbeddedImage):
-            return self._stored_image(index, value, name)
-        return decode_content(value, name)
+        return self._image_content(index, value, name)
 
-    def _stored_image(self, index: int, image: EmbeddedImage, name: str) -> bytes:
-        """Read an image that `read` left where it was. Only sources that leave images have this."""
-        raise NotImplementedError(f"{type(self).__name__} leaves no image: {name}, record {index}, {image}")
+    def _image_content(self, index: int, value: EmbeddedImage | bytes | DataUri, name: str) -> bytes:
+        """Give the content of a record's image. A source whose `read` leaves images where they are reads those here."""
+        assert not isinstance(value, EmbeddedImage), "this source gives its images with the records"
+        return decode_content(value, name)

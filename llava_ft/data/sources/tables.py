@@ -12,7 +12,7 @@ from typing import Any, Final, TypeAlias
 import datasets  # pyright: ignore[reportMissingTypeStubs]
 from datasets.exceptions import DatasetsError  # pyright: ignore[reportMissingTypeStubs]
 
-from llava_ft.data.record_images import EmbeddedImage
+from llava_ft.data.record_images import DataUri, EmbeddedImage
 from llava_ft.data.sources.arrow_rows import binary_at, records_of
 from llava_ft.data.sources.base import RecordSource
 from llava_ft.errors import UserError
@@ -57,8 +57,10 @@ class TableSource(RecordSource):
         for first in range(start, stop, _ROWS_AT_ONCE):
             yield from records_of(dataset[first : min(first + _ROWS_AT_ONCE, stop)])
 
-    def _stored_image(self, index: int, image: EmbeddedImage, name: str) -> bytes:
-        return binary_at(self._prepared()[index : index + 1], image.address)
+    def _image_content(self, index: int, value: EmbeddedImage | bytes | DataUri, name: str) -> bytes:
+        if isinstance(value, EmbeddedImage):
+            return binary_at(self._prepared()[index : index + 1], value.address)
+        return super()._image_content(index, value, name)
 
     def _prepared(self) -> _Dataset:
         assert self._dataset is not None, "the source is not prepared"

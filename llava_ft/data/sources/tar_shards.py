@@ -12,7 +12,7 @@ import numpy as np
 
 from llava_ft.constants import IMAGE_TOKEN
 from llava_ft.data.record_checks import is_list, is_mapping
-from llava_ft.data.record_images import EmbeddedImage
+from llava_ft.data.record_images import DataUri, EmbeddedImage
 from llava_ft.data.schema import BrokenRecord
 from llava_ft.data.sources.base import RecordSource
 from llava_ft.data.sources.index_files import Array, map_array, note_long_search, prepare_arrays
@@ -67,10 +67,12 @@ class TarSource(RecordSource):
                     yield self._record(row, file)
             start = last
 
-    def _stored_image(self, index: int, image: EmbeddedImage, name: str) -> bytes:
+    def _image_content(self, index: int, value: EmbeddedImage | bytes | DataUri, name: str) -> bytes:
+        if not isinstance(value, EmbeddedImage):
+            return super()._image_content(index, value, name)
         shard = int(np.searchsorted(self._array("shard_ends"), index, side="right")) - 1
         with self._open(shard) as file:
-            content = self._content(int(image.address[0]), file)
+            content = self._content(int(value.address[0]), file)
         if not content:
             raise ImageError(name, "image-empty", "is an empty file")
         return content

@@ -126,7 +126,7 @@ def test_images_are_not_read_with_the_records(tmp_path):
     assert records[7]["images"] == [{"bytes": EmbeddedImage(("images", 0, "bytes")), "path": "old.png"}, None]
     assert mapped_kib() - before < 8 * 1024
     for row in range(48):
-        source._stored_image(row, records[row]["images"][0]["bytes"], "")
+        source._image_content(row, records[row]["images"][0]["bytes"], "")
     assert mapped_kib() - before > 40 * 1024
 
 

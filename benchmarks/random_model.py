@@ -1,0 +1,51 @@
+"""LLaVA checkpoints of random weights, to measure time and memory on."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+TINY = Path(__file__).resolve().parents[1] / "data" / "tiny-llava"
+WORDS = ("red", "circle", "blue", "square", "three", "letter", "green", "star")
+"""Words that the tokenizer of data/tiny-llava knows."""
+
+
+def write_model(directory: Path, language: Mapping[str, int], vision: Mapping[str, int]) -> None:
+    """Write a LLaVA with an mlp2x_gelu projector, its tower inside, with the tokenizer of data/tiny-llava.
+
+    Args:
+        directory: Where it is written; made here.
+        language: Sizes of the language model: fields of `LlamaConfig`.
+        vision: Sizes of the tower: fields of `CLIPVisionConfig`.
+    """
+    import torch
+
+    from llava_ft.checkpoint.save import ShardWriter, config_fields, write_json
+    from llava_ft.models.builder import build_skeleton, settle_config, vision_fields
+
+    fields: dict[str, Any] = {
+        "model_type": "llama",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        **language,
+    }
+    wishes = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "image_aspect_ratio": "pad"}
+    tower = vision_fields(dict(vision), "inside")
+    config = settle_config(fields, "random", wishes=wishes, vision_tower="inside", vision=tower)
+    directory.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(1)
+    writer = ShardWriter(directory, max_shard_bytes=10**9, weights_format="safetensors")
+    for name, parameter in build_skeleton(config).named_parameters():
+        is_scale = name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "layrnorm.weight"))
+        values = torch.randn(parameter.shape, generator=generator) * 0.02
+        writer.add(name, values + 1 if is_scale else values)
+    writer.finish()
+    write_json(directory / "config.json", config_fields(config, torch.float32))
+    side = vision["image_size"]
+    settings = json.loads((TINY / "preprocessor_config.json").read_text())
+    settings |= {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    write_json(directory / "preprocessor_config.json", settings)
+    for file in TINY.glob("tokenizer*"):
+        shutil.copyfile(file, directory / file.name)
