@@ -2,7 +2,8 @@
 
 In memory and in a full checkpoint a parameter has its native LLaVA name, `model.mm_projector.0.weight`. Files of LoRA
 runs put PEFT's prefix before it, `base_model.model.model.mm_projector.0.weight`; data-parallel wrappers put `module.`
-before that; a CLIP directory knows nothing of `model.vision_tower`. `native_name` undoes all of it.
+before that; transformers' own layout calls it `multi_modal_projector.linear_1.weight`. `native_name` undoes all of it.
+A CLIP directory, which knows nothing of `model.vision_tower`, has a function of its own.
 """
 
 import re
@@ -33,23 +34,42 @@ HEAD: Final = "lm_head.weight"
 NEW_ROWS_SUFFIX: Final = ".new_rows"
 
 _WRAPPERS = re.compile(r"^(?:module\.|base_model\.model\.|_fsdp_wrapped_module\.|_orig_mod\.)+")
+_PEFT_MODULE_COPY = re.compile(r"\.modules_to_save(?:\.default)?(?=\.)")
+_PEFT_ADAPTER = re.compile(r"(\.lora_[A-Za-z_]+)\.(?!(?:weight|bias)$)[^.]+(?=\.|$)")
+_BARE = (
+    "mm_projector.",
+    "vision_tower.",
+    "embed_tokens.",
+    "layers.",
+    "norm.",
+    "image_newline",
+    "multi_modal_projector.",
+)
+_TRANSFORMERS_LAYOUT = (
+    (re.compile(r"^(?:model\.)?language_model\.(?:model\.)?lm_head(?=\.|$)"), "lm_head"),
+    (re.compile(r"^(?:model\.)?language_model\.(?:model\.)?"), "model."),
+    (re.compile(r"^model\.multi_modal_projector\.linear_1(?=\.|$)"), "model.mm_projector.0"),
+    (re.compile(r"^model\.multi_modal_projector\.linear_2(?=\.|$)"), "model.mm_projector.2"),
+    (re.compile(r"^model\.vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?(?=.)"), VISION_PREFIX),
+)
 _DERIVED = re.compile(r"(?:rotary_emb\.inv_freq|embeddings\.position_ids)$")
 _CLIP_TEXT = re.compile(r"^(?:text_model\.|text_projection\.|visual_projection\.|logit_scale$)")
 
 
 def native_name(key: str) -> str:
-    """Return the native LLaVA name of a key from a model, adapter or projector file.
+    """Return the native LLaVA name of a key from a model, adapter or projector file of any layout.
 
-    `base_model.model.model.mm_projector.0.weight`, `module.model.mm_projector.0.weight` and `mm_projector.0.weight`
-    are all `model.mm_projector.0.weight`.
+    `base_model.model.model.mm_projector.0.weight`, `module.model.mm_projector.0.weight`, `mm_projector.0.weight` and
+    `multi_modal_projector.linear_1.weight` are all `model.mm_projector.0.weight`. What PEFT puts into the names of its
+    own parameters, the adapter's name in `lora_A.default.weight` and `modules_to_save`, is taken out.
     """
     name = _WRAPPERS.sub("", key)
     name = re.sub(r"^(?:model\.)+", "model.", name)
-    if name.startswith(("mm_projector.", "vision_tower.", "embed_tokens.", "layers.", "image_newline")):
+    if name.startswith(_BARE):
         name = "model." + name
-    flat_vision = "model.vision_tower.vision_tower."
-    if name.startswith(flat_vision) and not name.startswith(VISION_PREFIX):
-        name = VISION_PREFIX + name.removeprefix(flat_vision)
+    name = _PEFT_ADAPTER.sub(r"\1", _PEFT_MODULE_COPY.sub("", name))
+    for pattern, beginning in _TRANSFORMERS_LAYOUT:
+        name = pattern.sub(beginning, name)
     return name
 
 

@@ -1,0 +1,1 @@
+"""transformers' own layout of LLaVA: `LlavaForConditionalGeneration` and `LlavaNextForConditionalGeneration`."""
