@@ -21,6 +21,7 @@ logger = logging.getLogger("llava_ft")
 
 DONE, FAILED, WRONG_REQUEST = 0, 1, 2
 _DTYPES = ("float32", "float16", "bfloat16")
+_FORCE_HELP = "go on with another base, and with files of different runs; warnings say what is ignored"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,6 +128,7 @@ def merge(argv: Sequence[str]) -> int:
     parser.add_argument("--format", choices=["safetensors", "bin"], default="safetensors")
     parser.add_argument("--save-vision-tower", action="store_true", help="write the tower although the base has none")
     parser.add_argument("--allow-base-mismatch", action="store_true", help="merge into another base than the adapter's")
+    parser.add_argument("--force", action="store_true", help=_FORCE_HELP)
     parser.add_argument(
         "--base-as-trained",
         action="store_true",
@@ -188,7 +190,8 @@ def generate(argv: Sequence[str]) -> int:
     parser.add_argument("--bits", type=int, choices=[4, 8, 16], default=16, help="of the language model's layers")
     parser.add_argument("--device", help="such as cuda or cpu")
     parser.add_argument("--vision-tower", help="the vision tower, if it is not where the model says")
-    parser.add_argument("--allow-base-mismatch", action="store_true")
+    parser.add_argument("--allow-base-mismatch", action="store_true", help="use another base than the adapter's")
+    parser.add_argument("--force", action="store_true", help=_FORCE_HELP)
     options = parser.parse_args(argv)
     from llava_ft.inference.generate_command import run_generate
 

@@ -48,6 +48,7 @@ OWN_FLAGS = {
     "data_cache_dir",
     "data_path",
     "double_quant",
+    "force",
     "freeze_backbone",
     "freeze_mm_mlp_adapter",
     "group_by_modality_length",
@@ -174,7 +175,9 @@ class TestPublicSurface:
         }
         kind = spec["type"].removeprefix("Optional[").removesuffix("]")
         kind = kind.removeprefix("<class '").removesuffix("'>")
-        parse(f"--{name}", named.get(name) or samples.get(kind, "none"))
+        args = parse(f"--{name}", named.get(name) or samples.get(kind, "none"))
+        taken = name in args.inherited or name in {field.name for field in dataclasses.fields(TrainingFlags)}
+        assert taken or any(name in note for note in args.notes)
 
     def test_inherited_fields_equal_the_class(self):
         import transformers

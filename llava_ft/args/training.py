@@ -103,6 +103,13 @@ class TrainingFlags:
     allow_base_mismatch: bool = field(
         default=False, metadata={"help": "Load an adapter on another base than the one it was trained on."}
     )
+    force: bool = field(
+        default=False,
+        metadata={
+            "help": "Go on with another base, with files of different runs and with an adapter of another scale; "
+            "warnings say what is ignored."
+        },
+    )
     logging_dir: str | None = field(
         default=None,
         metadata={"help": "Where TensorBoard files go. Unset: TENSORBOARD_LOGGING_DIR, else runs/ in output_dir."},

@@ -14,6 +14,7 @@ import torch
 
 from llava_ft.checkpoint.directory import ModelDirectory
 from llava_ft.checkpoint.names import ADAPTER_CONFIG
+from llava_ft.checkpoint.overrides import Force
 from llava_ft.checkpoint.restore import plain_name, trained_files
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.errors import CheckpointError
@@ -38,15 +39,15 @@ class LoraAdapter:
     replaced: WeightFiles
 
     @classmethod
-    def read(cls, directory: ModelDirectory) -> "LoraAdapter":
-        """Read an adapter directory.
+    def read(cls, directory: ModelDirectory, *, force: Force = False) -> "LoraAdapter":
+        """Read an adapter directory; `force` as for `trained_files`.
 
         Raises:
             CheckpointError: It is incomplete, damaged, or of a kind that cannot be merged.
         """
         config = read_json(directory.path / ADAPTER_CONFIG)
         _refuse_other_kinds(config, directory.path)
-        adapter_files, beside = trained_files(directory)
+        adapter_files, beside = trained_files(directory, force=force)
         halves: dict[str, dict[str, torch.Tensor]] = {}
         for key, tensor in adapter_files.read().items():
             match = _LORA_KEY.fullmatch(plain_name(key))

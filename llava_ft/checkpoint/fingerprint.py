@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from llava_ft.checkpoint.load import WeightSource
-from llava_ft.checkpoint.names import is_language_model, is_vision
+from llava_ft.checkpoint.names import is_language_model, is_vision, native_name
 from llava_ft.checkpoint.weights import WeightFiles
 
 _VALUES_PER_TENSOR = 64
@@ -39,6 +39,19 @@ def vision_tower_fingerprint(sources: Iterable[WeightSource]) -> str:
         `sha256:` and 32 hexadecimal digits.
     """
     return _digest({name: hashlib.sha256(_described(t, t)).digest() for name, t in _tensors(sources, is_vision)})
+
+
+def weights_fingerprint(files: Iterable[WeightFiles]) -> str:
+    """Fingerprint trained weights, such as an adapter with its projector, by all of their values, as float32.
+
+    Returns:
+        `sha256:` and 32 hexadecimal digits; the same for .bin and .safetensors, and whatever prefixes the names have.
+    """
+    of_each: dict[str, bytes] = {}
+    for opened in files:
+        for key, tensor in opened.stream(opened.tensors):
+            of_each[native_name(key)] = hashlib.sha256(_described(tensor, tensor)).digest()
+    return _digest(of_each)
 
 
 def _tensors(sources: Iterable[WeightSource], is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -23,6 +23,7 @@ from llava_ft.checkpoint.names import (
     PROJECTOR_BIN,
     PROJECTOR_SAFETENSORS,
 )
+from llava_ft.checkpoint.overrides import Force, refuse_unless
 from llava_ft.checkpoint.weights import read_json
 from llava_ft.errors import CheckpointError
 from llava_ft.version import __version__
@@ -119,26 +120,35 @@ def what_is_incomplete(directory: Path) -> str | None:
     return None
 
 
-def check_pairing(directory: Path) -> None:
+def check_pairing(directory: Path, *, force: Force = False) -> list[str]:
     """Check that the trained weights in a directory are those that were written together.
 
+    Args:
+        directory: What a run, a merge or a consolidation wrote; any other directory has no manifest to be checked by.
+        force: Whether files of other runs are used as they are.
+
+    Returns:
+        What is wrong and was passed over.
+
     Raises:
-        CheckpointError: One of them is missing, damaged or of another run.
+        CheckpointError: One of the files is missing, damaged or of another run.
     """
+    ignored: list[str] = []
     manifest = read_manifest(directory)
     if manifest is None:
-        return
+        return ignored
     for name, described in manifest.files.items():
         if "sha256" not in described:
             continue
         path = directory / name
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing, though it was written with this checkpoint. Copy it again.")
-        if file_sha256(path) != described["sha256"]:
-            raise CheckpointError(
-                f"{path} is not the file that was written with this checkpoint: it is damaged or of another run. "
-                f"Put the right file back, or delete {MANIFEST} to use the files as they are."
-            )
+            problem = f"{path} is missing, though it was written with this checkpoint."
+            ignored.append(refuse_unless(force is True, problem, "Copy it again."))
+        elif file_sha256(path) != described["sha256"]:
+            problem = f"{path} is not the file that was written with this checkpoint: it is damaged or of another run."
+            advice = "Put the right file back, or pass --force to use the files as they are."
+            ignored.append(refuse_unless(force is True, problem, advice))
+    return ignored
 
 
 def installed_versions() -> dict[str, str]:

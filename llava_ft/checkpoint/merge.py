@@ -27,6 +27,7 @@ from llava_ft.checkpoint.fingerprint import language_model_fingerprint
 from llava_ft.checkpoint.load import Ledger, Plan, fit_rows, plan_sources, stream_planned
 from llava_ft.checkpoint.manifest import Manifest
 from llava_ft.checkpoint.names import CONFIG, PREPROCESSOR_CONFIG, is_vision
+from llava_ft.checkpoint.overrides import Force
 from llava_ft.checkpoint.restore import check_base
 from llava_ft.checkpoint.save import ShardWriter, config_fields, staged_directory, write_json
 from llava_ft.checkpoint.trained import find_trained, new_rows
@@ -52,7 +53,7 @@ class MergeOptions:
         max_shard_bytes: Size of a shard in bytes.
         weights_format: Kind of files.
         save_vision_tower: Whether the tower is written although the base does not hold it.
-        allow_base_mismatch: Merge into a base other than the one the adapter was trained on.
+        force: What is passed over, such as a base other than the one the adapter was trained on.
         quantization: Merge into the values that the base's linear layers have after being quantised like this; into
             the base's own when absent.
     """
@@ -61,7 +62,7 @@ class MergeOptions:
     max_shard_bytes: int = 5 * 10**9
     weights_format: Literal["bin", "safetensors"] = "safetensors"
     save_vision_tower: bool = False
-    allow_base_mismatch: bool = False
+    force: Force = False
     quantization: Quantization | None = None
 
 
@@ -108,13 +109,9 @@ def merge(
     if directory.kind not in ("lora", "projector"):
         raise CheckpointError(f"{directory.path} holds a {directory.kind}; there is nothing in it to merge.")
     _check_target(save_path)
-    base, lora = find_trained(directory, model_base, vision_tower=vision_tower)
+    base, lora = find_trained(directory, model_base, vision_tower=vision_tower, force=options.force)
     fingerprint = language_model_fingerprint(base.sources[:1])
-    warning = check_base(
-        directory.path, fingerprint, str(base.directory.path), allow_mismatch=options.allow_base_mismatch
-    )
-    if warning:
-        logger.warning("%s", warning)
+    check_base(directory.path, fingerprint, str(base.directory.path), force=options.force)
     has_tokenizer = (directory.path / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(directory.path if has_tokenizer else base.directory.path)
     with staged_directory(save_path) as staging:

@@ -21,17 +21,22 @@ from llava_ft.checkpoint.names import (
     is_derived,
     native_name,
 )
+from llava_ft.checkpoint.overrides import Force, refuse_unless
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.errors import CheckpointError
 
 
-def trained_files(directory: ModelDirectory) -> list[WeightFiles]:
+def trained_files(directory: ModelDirectory, *, force: Force = False) -> list[WeightFiles]:
     """Return the weight files of a directory that a run wrote.
+
+    Args:
+        directory: The directory.
+        force: Whether files that were not written together are used as they are.
 
     Raises:
         CheckpointError: One that belongs there is missing or damaged.
     """
-    check_pairing(directory.path)
+    check_pairing(directory.path, force=force)
     if directory.kind == "lora":
         if directory.adapter_file is None:
             raise CheckpointError(f"{directory.path} has {ADAPTER_CONFIG} but no adapter_model.bin or .safetensors.")
@@ -49,6 +54,9 @@ def trained_files(directory: ModelDirectory) -> list[WeightFiles]:
     return [WeightFiles.open(directory.path)]
 
 
+_SCALE_SETTINGS = frozenset({"lora_alpha", "use_rslora"})
+"""Settings of an adapter that say how much its matrices weigh; with others their shapes or meaning differ."""
+
 PutValue = Callable[[str, nn.Parameter, torch.Tensor], None]
 """Gives a parameter its value: plain name, parameter, whole value."""
 
@@ -59,7 +67,9 @@ def put_value(name: str, parameter: nn.Parameter, value: torch.Tensor) -> None:
         parameter.copy_(value)
 
 
-def restore_trained(model: nn.Module, path: Path, *, as_start: bool = False, put: PutValue = put_value) -> None:
+def restore_trained(
+    model: nn.Module, path: Path, *, as_start: bool = False, put: PutValue = put_value, force: Force = False
+) -> None:
     """Copy the trained weights of a directory into a model with the same trainable parameters.
 
     Args:
@@ -68,18 +78,19 @@ def restore_trained(model: nn.Module, path: Path, *, as_start: bool = False, put
         as_start: Whether a new run starts from these weights, so that it may freeze what the earlier one trained.
         put: How a parameter gets its value, where several ranks share the model. It is called in the same order on all
             of them.
+        force: Whether files that were not written together, and an adapter of another scale, are taken as they are.
 
     Raises:
         CheckpointError: A trainable parameter is not in the files, or the files hold something else.
     """
     directory = identify(path)
     trainable = {plain_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    _check_lora_config(model, directory)
+    _check_lora_config(model, directory, force)
     is_whole = directory.kind not in ("lora", "projector")
     may_be_frozen = {plain_name(name) for name, _ in model.named_parameters()} if is_whole or as_start else set[str]()
     restored: set[str] = set()
     unexpected: list[str] = []
-    for files in trained_files(directory):
+    for files in trained_files(directory, force=force):
         names = _target_names(files, trainable, directory.kind)
         unexpected += [key for key, name in names.items() if name not in trainable and name not in may_be_frozen]
         wanted = {key: name for key, name in names.items() if name in trainable}
@@ -102,17 +113,17 @@ def plain_name(name: str) -> str:
     return native_name(name).replace(".default.", ".").replace(".base_layer.", ".")
 
 
-def check_base(path: Path, fingerprint: str, base: str, *, allow_mismatch: bool) -> str | None:
+def check_base(path: Path, fingerprint: str, base: str, *, force: Force = False) -> str | None:
     """Check that trained weights are put on the language model they were trained on.
 
     Args:
         path: Directory of the trained weights.
         fingerprint: Fingerprint of the language model at hand.
         base: Its path, for messages.
-        allow_mismatch: Return the message instead of raising it.
+        force: Whether another base is used all the same.
 
     Returns:
-        A message if they do not fit and that was allowed.
+        What is wrong and was passed over, which has been logged; None if nothing is.
 
     Raises:
         CheckpointError: They do not fit.
@@ -120,15 +131,12 @@ def check_base(path: Path, fingerprint: str, base: str, *, allow_mismatch: bool)
     manifest = read_manifest(path)
     if manifest is None or not manifest.base_fingerprint or manifest.base_fingerprint == fingerprint:
         return None
-    message = (
+    problem = (
         f"{path} was trained on {manifest.base} ({manifest.base_fingerprint}), but the model given is {base} "
         f"({fingerprint}), whose weights differ."
     )
-    if allow_mismatch:
-        return message
-    raise CheckpointError(
-        message + " Give the original base model, or pass --allow_base_mismatch true if you know that it fits."
-    )
+    advice = "Give the original base model, or pass --allow_base_mismatch true or --force if you know that it fits."
+    return refuse_unless(force is not False, problem, advice)
 
 
 def _target_names(files: WeightFiles, trainable: Mapping[str, nn.Parameter], kind: str) -> dict[str, str]:
@@ -164,7 +172,7 @@ def _check_shapes(files: WeightFiles, wanted: Mapping[str, str], trainable: Mapp
         )
 
 
-def _check_lora_config(model: nn.Module, directory: ModelDirectory) -> None:
+def _check_lora_config(model: nn.Module, directory: ModelDirectory, force: Force) -> None:
     peft_config = getattr(model, "peft_config", None)
     if peft_config is None:
         if directory.kind == "lora":
@@ -174,15 +182,17 @@ def _check_lora_config(model: nn.Module, directory: ModelDirectory) -> None:
         raise CheckpointError(f"{directory.path} holds no LoRA adapter, but this run trains one (lora_enable).")
     on_disk = read_json(directory.path / ADAPTER_CONFIG)
     here = peft_config["default"]
-    different = [
-        f"{key} is {on_disk.get(key)} in it and {getattr(here, key)} here"
-        for key in ("r", "lora_alpha", "use_rslora", "use_dora")
+    different = {
+        key: f"{key} is {on_disk.get(key)} in it and {getattr(here, key)} here"
+        for key in ("r", "use_dora", *_SCALE_SETTINGS)
         if key in on_disk and on_disk[key] != getattr(here, key)
-    ]
-    if different:
-        raise CheckpointError(
-            f"The adapter in {directory.path} was made with other settings: {', '.join(different)}. Use the same."
-        )
+    }
+    if not different:
+        return
+    problem = f"The adapter in {directory.path} was made with other settings: {', '.join(different.values())}."
+    is_scale_alone = set(different) <= _SCALE_SETTINGS
+    advice = "Use the same" + (", or pass --force to scale its matrices anew." if is_scale_alone else ".")
+    refuse_unless(force is True and is_scale_alone, problem, advice)
 
 
 def _some(names: list[str], limit: int = 4) -> str:

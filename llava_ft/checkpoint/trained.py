@@ -12,6 +12,7 @@ from llava_ft.checkpoint.base import BaseModel, find_base
 from llava_ft.checkpoint.directory import ModelDirectory
 from llava_ft.checkpoint.load import WeightSource
 from llava_ft.checkpoint.names import ADAPTER_CONFIG, EMBEDDINGS, HEAD, IMAGE_NEWLINE, NEW_ROWS_SUFFIX, RUN_CONFIG
+from llava_ft.checkpoint.overrides import Force
 from llava_ft.checkpoint.restore import plain_name
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.errors import CheckpointError
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_trained(
-    directory: ModelDirectory, model_base: str | None, *, vision_tower: str | None = None
+    directory: ModelDirectory, model_base: str | None, *, vision_tower: str | None = None, force: Force = False
 ) -> tuple[BaseModel, LoraAdapter | None]:
     """Find the base of a directory and what was trained on it.
 
@@ -30,6 +31,7 @@ def find_trained(
         directory: A LLaVA model, a LoRA directory or a projector directory.
         model_base: The base; when absent, the one that an adapter names.
         vision_tower: The vision tower, if it is not where the model says.
+        force: Whether files that were not written together are used as they are.
 
     Returns:
         The base, with what was trained beside an adapter among its sources, and the adapter.
@@ -58,7 +60,7 @@ def find_trained(
     base_name = model_base or read_json(directory.path / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not base_name:
         raise CheckpointError(f"The adapter {directory.path} does not name its base model. Give it with --model-base.")
-    lora = LoraAdapter.read(directory)
+    lora = LoraAdapter.read(directory, force=force)
     beside = WeightSource("what was trained beside the adapter", lora.replaced, _replacements(lora.replaced))
     base = find_base(base_name, vision_tower=tower, wishes=wishes, extra_sources=[beside])
     _check_newline(directory, base)

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.generation.streamers import TextStreamer
 
+from llava_ft.checkpoint.overrides import force_from_flags
 from llava_ft.conversation import get_template
 from llava_ft.errors import UserError
 from llava_ft.inference.generate import Sampling, build_prompt, generate_answer
@@ -28,7 +29,7 @@ def run_generate(options: argparse.Namespace, output: TextIO) -> str:
         vision_tower=options.vision_tower,
         dtype=getattr(torch, options.dtype) if options.dtype else None,
         device=options.device,
-        allow_base_mismatch=options.allow_base_mismatch,
+        force=force_from_flags(options.force, options.allow_base_mismatch),
         quantization=quantization,
     )
     template = template or get_template(loaded.template)

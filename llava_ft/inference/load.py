@@ -13,6 +13,7 @@ from llava_ft.checkpoint.base import BaseModel, load_base
 from llava_ft.checkpoint.directory import ModelDirectory, identify, resolve_model_path
 from llava_ft.checkpoint.fingerprint import language_model_fingerprint
 from llava_ft.checkpoint.names import PEFT_PREFIX
+from llava_ft.checkpoint.overrides import Force
 from llava_ft.checkpoint.restore import check_base
 from llava_ft.checkpoint.trained import find_trained, new_rows, quantization_in_training
 from llava_ft.data.images import ImageTransform
@@ -54,7 +55,7 @@ def load_pretrained_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     attn_implementation: str = "sdpa",
-    allow_base_mismatch: bool = False,
+    force: Force = False,
     load_8bit: bool = False,
     load_4bit: bool = False,
 ) -> tuple[PreTrainedTokenizerFast, LlavaLlamaForCausalLM, ImageTransform | None, int]:
@@ -69,7 +70,8 @@ def load_pretrained_model(
         dtype: Type of the weights; bfloat16 on a GPU and float32 on a CPU when absent.
         device: Where the model is put; a GPU if there is one.
         attn_implementation: Attention of the language model.
-        allow_base_mismatch: Use an adapter on a base other than the one it was trained on.
+        force: Pass over what speaks against putting these weights together: True for all that may be passed over,
+            "base" for a base other than the one an adapter was trained on.
         load_8bit: Hold the language model's linear layers in 8 bits.
         load_4bit: Hold them in 4 bits; see `choose_quantization`.
 
@@ -89,7 +91,7 @@ def load_pretrained_model(
         dtype=dtype,
         device=device,
         attn_implementation=attn_implementation,
-        allow_base_mismatch=allow_base_mismatch,
+        force=force,
         quantization=choose_quantization(model_path, bits),
     )
     model = loaded.model.get_base_model() if isinstance(loaded.model, PeftModel) else loaded.model
@@ -105,7 +107,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     attn_implementation: str = "sdpa",
-    allow_base_mismatch: bool = False,
+    force: Force = False,
     adapter: Literal["added", "beside"] = "added",
     quantization: Quantization | None = None,
 ) -> LoadedModel:
@@ -118,7 +120,7 @@ def load_model(
         dtype: Type of the weights.
         device: Where the model is put.
         attn_implementation: Attention of the language model.
-        allow_base_mismatch: Use an adapter on another base.
+        force: What is passed over; see `load_pretrained_model`.
         adapter: `added` puts an adapter's part into the weights, unless they are quantised: the sum would be rounded
             once more; `beside` keeps it as a PEFT model.
         quantization: How the language model's linear layers are held.
@@ -127,8 +129,8 @@ def load_model(
     on = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if on.type == "cuda" else torch.float32)
     directory = identify(resolve_model_path(model_path))
-    base, lora = find_trained(directory, model_base, vision_tower=vision_tower)
-    _check_base(directory, base, allow_base_mismatch)
+    base, lora = find_trained(directory, model_base, vision_tower=vision_tower, force=force)
+    _check_base(directory, base, force)
     has_own_tokenizer = any((directory.path / name).is_file() for name in ("tokenizer_config.json", "tokenizer.model"))
     tokenizer = load_tokenizer(directory.path if has_own_tokenizer else base.directory.path)
     num_new_rows = max(0, len(tokenizer) - base.config.vocab_size)
@@ -159,14 +161,12 @@ def load_model(
     )
 
 
-def _check_base(directory: ModelDirectory, base: BaseModel, allow_mismatch: bool) -> None:
+def _check_base(directory: ModelDirectory, base: BaseModel, force: Force) -> None:
     """Check that an adapter or projector is put on the language model it was trained on."""
     if directory.kind not in ("lora", "projector"):
         return
     fingerprint = language_model_fingerprint(base.sources[:1])
-    warning = check_base(directory.path, fingerprint, str(base.directory.path), allow_mismatch=allow_mismatch)
-    if warning:
-        logger.warning("%s", warning)
+    check_base(directory.path, fingerprint, str(base.directory.path), force=force)
 
 
 def choose_quantization(model_path: str, bits: Literal[4, 8, 16]) -> Quantization | None:

@@ -9,6 +9,7 @@ import torch
 from llava_ft.checkpoint.directory import ModelDirectory, identify, resolve_model_path
 from llava_ft.checkpoint.merge import MergeOptions, MergeReport, merge
 from llava_ft.checkpoint.names import RUN_CONFIG
+from llava_ft.checkpoint.overrides import force_from_flags
 from llava_ft.checkpoint.save import parse_size
 from llava_ft.checkpoint.trained import quantization_in_training
 from llava_ft.checkpoint.weights import WeightFiles
@@ -28,6 +29,7 @@ def run_merge(options: argparse.Namespace) -> MergeReport:
     directory = identify(resolve_model_path(options.model_path))
     in_training = quantization_in_training(directory.path)
     quantization = _base_to_merge_into(directory, in_training) if options.base_as_trained else None
+    force = force_from_flags(options.force, options.allow_base_mismatch)
 
     def verify(staging: Path) -> None:
         if options.no_verify:
@@ -40,7 +42,7 @@ def run_merge(options: argparse.Namespace) -> MergeReport:
             options.model_base,
             vision_tower=options.vision_tower,
             merged_dtype=dtype,
-            allow_base_mismatch=options.allow_base_mismatch,
+            force=force,
             quantization=quantization,
         )
         logger.info("Verified: %s.", comparison)
@@ -54,7 +56,7 @@ def run_merge(options: argparse.Namespace) -> MergeReport:
             max_shard_bytes=max_shard_bytes,
             weights_format=options.format,
             save_vision_tower=options.save_vision_tower,
-            allow_base_mismatch=options.allow_base_mismatch,
+            force=force,
             quantization=quantization,
         ),
         vision_tower=options.vision_tower,

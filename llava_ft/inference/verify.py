@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from llava_ft.checkpoint.overrides import Force
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.constants import IMAGE_TOKEN_INDEX
 from llava_ft.errors import RunError
@@ -82,7 +83,7 @@ def compare_merged(
     *,
     vision_tower: str | None = None,
     merged_dtype: torch.dtype = torch.float32,
-    allow_base_mismatch: bool = False,
+    force: Force = False,
     quantization: Quantization | None = None,
 ) -> LogitComparison:
     """Compare a merged model with the adapter beside its base, quantised if it was merged into such weights.
@@ -100,7 +101,7 @@ def compare_merged(
         vision_tower=vision_tower,
         dtype=dtype,
         device="cpu",
-        allow_base_mismatch=allow_base_mismatch,
+        force=force,
         adapter="beside",
         quantization=quantization,
     )

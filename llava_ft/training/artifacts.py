@@ -34,6 +34,7 @@ from llava_ft.checkpoint.names import (
     is_vision,
     native_name,
 )
+from llava_ft.checkpoint.provenance import git_state
 from llava_ft.checkpoint.save import (
     ShardWriter,
     WeightsFormat,
@@ -46,7 +47,6 @@ from llava_ft.checkpoint.save import (
 from llava_ft.data.tokenizer import save_tokenizer
 from llava_ft.models.config import LlavaLlamaConfig
 from llava_ft.training.fragments import whole_value
-from llava_ft.training.provenance import git_state
 from llava_ft.tuning.freeze import Method
 
 _MAX_SHARD_BYTES = 5 * 10**9

@@ -31,7 +31,7 @@ from transformers.integrations.integration_utils import (
 
 from llava_ft.args import ParsedArgs, resolved_config, to_yaml
 from llava_ft.checkpoint.names import RUN_CONFIG, TRAINABLE_TABLE
-from llava_ft.training.provenance import GitState, git_state
+from llava_ft.checkpoint.provenance import GitState, git_state
 from llava_ft.version import __version__
 
 logger = logging.getLogger(__name__)

@@ -16,6 +16,7 @@ from llava_ft.checkpoint.directory import identify
 from llava_ft.checkpoint.fingerprint import language_model_fingerprint
 from llava_ft.checkpoint.load import WeightSource
 from llava_ft.checkpoint.names import EMBEDDINGS, HEAD, IMAGE_NEWLINE, is_projector
+from llava_ft.checkpoint.overrides import Force, force_from_flags
 from llava_ft.checkpoint.restore import check_base, plain_name, restore_trained, trained_files
 from llava_ft.checkpoint.resume import check_checkpoint, newest_complete_checkpoint, remove_staging
 from llava_ft.checkpoint.trained import quantization_in_training
@@ -324,10 +325,11 @@ def _complete_config(args: ParsedArgs, base: BaseModel) -> None:
 
 def _check_same_base(args: ParsedArgs, earlier: Path, fingerprint: str, base: BaseModel) -> None:
     """Refuse to go on from what was trained on another language model."""
-    allowed = args.flags.allow_base_mismatch
-    warning = check_base(earlier, fingerprint, str(base.directory.path), allow_mismatch=allowed)
-    if warning:
-        logger.warning("%s", warning)
+    check_base(earlier, fingerprint, str(base.directory.path), force=_force(args))
+
+
+def _force(args: ParsedArgs) -> Force:
+    return force_from_flags(args.flags.force, args.flags.allow_base_mismatch)
 
 
 def _quantization(args: ParsedArgs) -> Quantization | None:

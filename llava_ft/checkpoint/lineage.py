@@ -1,0 +1,235 @@
+"""`lineage.json`: what a directory was made from, and what that was made from, back to the first base.
+
+Everything that is written gets one: checkpoints, results, merges, consolidations, exports. It is written before the
+manifest, so that the manifest lists it. A parent's own record is copied into it, so the chain can be read when the
+parents are gone or have moved; each ancestor is described once, however many ways lead to it.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, cast
+
+import yaml
+
+from llava_ft.checkpoint.directory import ModelDirectory, identify
+from llava_ft.checkpoint.fingerprint import language_model_fingerprint, weights_fingerprint
+from llava_ft.checkpoint.load import WeightSource
+from llava_ft.checkpoint.manifest import Manifest, installed_versions, read_manifest, sync_file
+from llava_ft.checkpoint.names import ADAPTER_CONFIG, RUN_CONFIG, native_name
+from llava_ft.checkpoint.provenance import git_state
+from llava_ft.checkpoint.weights import WeightFiles, read_json
+from llava_ft.errors import CheckpointError
+
+LINEAGE: Final = "lineage.json"
+SCHEMA_VERSION: Final = 1
+MAX_DEPTH: Final = 32
+"""Generations that are copied; a longer chain says so where it ends."""
+
+_SECRET = re.compile(r"token$|api_key|password|secret|credential", re.IGNORECASE)
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Content of `lineage.json`.
+
+    Attributes:
+        action: What made the directory: `train`, `merge`, `consolidate`, `export hf` and the like.
+        time: When, in UTC.
+        base: Path (or name on the hub) and fingerprint of the base's language model, and its own record if it has one;
+            None if there is no base.
+        data: What was trained on: for each source its path, fingerprint, number of records and, in a mixture, share.
+        run_config: The resolved configuration of a run, without secrets, and the SHA-256 of its file; empty otherwise.
+        parents: What the weights came from, besides the base: path, kind, fingerprint and the record of each.
+        details: What else belongs to the action, such as the step or the resumptions of a run.
+        git_commit: Commit that the program was started in, and whether files differed from it; "" if none.
+        versions: Versions of this program, Python and the packages.
+        schema_version: Version of this layout.
+    """
+
+    action: str
+    time: str
+    base: Mapping[str, Any] | None = None
+    data: Sequence[Mapping[str, Any]] = ()
+    run_config: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    parents: Sequence[Mapping[str, Any]] = ()
+    details: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    git_commit: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict[str, str])
+    schema_version: int = SCHEMA_VERSION
+
+
+def record_lineage(
+    directory: Path,
+    action: str,
+    *,
+    parents: Sequence[Path | Mapping[str, Any]] = (),
+    base: tuple[str, str] | None = None,
+    data: Sequence[Mapping[str, Any]] = (),
+    run_config: str = "",
+    details: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `lineage.json` into a directory, in place at once; call it before the manifest is written.
+
+    Args:
+        directory: What was made.
+        action: What made it, such as `train`, `merge` or `export hf`.
+        parents: Directories that weights came from, besides the base; or what `describe_parent` said of them earlier.
+        base: Path or name, and fingerprint, of the base model.
+        data: What was trained on; see `Lineage`.
+        run_config: The resolved configuration of a run, as YAML.
+        details: What else is worth knowing; plain values.
+
+    Raises:
+        CheckpointError: A parent is no model directory.
+    """
+    described = [parent if isinstance(parent, Mapping) else describe_parent(parent) for parent in parents]
+    ancestors = _each_once([*([] if base is None else [describe_base(*base)]), *described])
+    lineage = Lineage(
+        action=action,
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        base=None if base is None else ancestors[0],
+        data=list(data),
+        run_config=_describe_config(run_config),
+        parents=ancestors if base is None else ancestors[1:],
+        details=dict(details or {}),
+        git_commit=str(git_state(Path.cwd()) or ""),
+        versions=installed_versions(),
+    )
+    staged = directory / f".{LINEAGE}.incomplete"
+    staged.write_text(json.dumps(asdict(lineage), indent=1, default=str) + "\n", encoding="utf-8")
+    sync_file(staged)
+    os.replace(staged, directory / LINEAGE)
+
+
+def read_lineage(directory: Path) -> Lineage | None:
+    """Return the record of a directory, or None if it has none, as in directories of other programs.
+
+    Raises:
+        CheckpointError: It is damaged, or of a later version of this program.
+    """
+    file = directory / LINEAGE
+    if not file.is_file():
+        return None
+    fields = read_json(file)
+    version = fields.get("schema_version")
+    if not isinstance(version, int) or not isinstance(fields.get("action"), str):
+        raise CheckpointError(f"{file} is damaged: it does not say what made the directory. Copy it again.")
+    if version > SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{file} has version {version} of its layout; this program reads up to {SCHEMA_VERSION}. Use a newer one."
+        )
+    return Lineage(**{key: value for key, value in fields.items() if key in Lineage.__dataclass_fields__})
+
+
+def describe_parent(path: Path) -> dict[str, Any]:
+    """Describe what weights came from: path, kind, fingerprint of the weights, base, and its own record.
+
+    Args:
+        path: A directory or a weight file. One that holds no weights that can be fingerprinted, such as DeepSpeed's
+            shards alone, is named without a fingerprint.
+    """
+    if path.is_file():
+        files = WeightFiles.open(path)
+        described: dict[str, Any] = {"path": str(path.resolve()), "kind": "file"}
+        described["fingerprint"] = weights_fingerprint([files])
+        manifest = read_manifest(path.parent)
+        record = read_lineage(path.parent) if manifest is not None and path.name in manifest.files else None
+        return described | {"lineage": None if record is None else asdict(record)}
+    kind, fingerprint = _kind_and_fingerprint(path)
+    record = read_lineage(path)
+    described = {"path": str(path.resolve()), "kind": kind, "fingerprint": fingerprint}
+    base = _base_of(path)
+    if base is not None and record is None:
+        described["base"] = base
+    return described | {"lineage": None if record is None else asdict(record)}
+
+
+def describe_base(path: str, fingerprint: str) -> dict[str, Any]:
+    """Describe a base model, with its own record if a merge or a run of this program wrote it."""
+    described: dict[str, Any] = {"path": lasting_path(path), "fingerprint": fingerprint}
+    record = read_lineage(Path(path)) if Path(path).is_dir() else None
+    return described if record is None else described | {"lineage": asdict(record)}
+
+
+def lasting_path(name: str) -> str:
+    """Return the absolute path of what lies here; the name of a model on the hub stays as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def _kind_and_fingerprint(path: Path) -> tuple[str, str]:
+    try:
+        directory = identify(path)
+    except CheckpointError:
+        return "files", ""
+    if directory.kind in ("llava", "language model"):
+        source = WeightSource.of("model", WeightFiles.open(path), native_name)
+        return directory.kind, language_model_fingerprint([source])
+    places = _trained_places(directory)
+    return directory.kind, weights_fingerprint([WeightFiles.open(place) for place in places])
+
+
+def _trained_places(directory: ModelDirectory) -> list[Path]:
+    if directory.kind not in ("lora", "projector"):
+        return [directory.path]
+    files = (directory.adapter_file, directory.non_lora_file) if directory.kind == "lora" else ()
+    return [file for file in (*files, directory.projector_file) if file is not None]
+
+
+def _base_of(path: Path) -> dict[str, str] | None:
+    """What a directory without a record of its own says of its base."""
+    manifest: Manifest | None = read_manifest(path)
+    if manifest is not None and manifest.base:
+        return {"path": manifest.base, "fingerprint": manifest.base_fingerprint}
+    if (path / ADAPTER_CONFIG).is_file():
+        name = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
+        return {"path": str(name), "fingerprint": ""} if name else None
+    return None
+
+
+def _describe_config(text: str) -> dict[str, Any]:
+    if not text:
+        return {}
+    values = _without_secrets(yaml.safe_load(text))
+    return {"file": RUN_CONFIG, "sha256": hashlib.sha256(text.encode()).hexdigest(), "values": values}
+
+
+def _without_secrets(value: Any) -> Any:
+    """Leave out texts whose key names a secret, and user names and passwords in addresses."""
+    if isinstance(value, Mapping):
+        items = cast("Mapping[str, Any]", value).items()
+        return {k: _without_secrets(v) for k, v in items if not (isinstance(v, str) and _SECRET.search(str(k)))}
+    if isinstance(value, list):
+        return [_without_secrets(item) for item in cast("list[Any]", value)]
+    return _CREDENTIALS.sub("", value) if isinstance(value, str) else value
+
+
+def _each_once(parents: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Copy the records of parents, each ancestor's once and to a bounded depth."""
+    seen: set[tuple[str, str]] = set()
+
+    def copy(entry: Mapping[str, Any], depth: int) -> dict[str, Any]:
+        copied = dict(entry)
+        record = cast("Mapping[str, Any] | None", entry.get("lineage"))
+        if record is None:
+            return copied
+        identity = (str(entry.get("path", "")), str(entry.get("fingerprint", "")))
+        if identity in seen or depth == MAX_DEPTH:
+            reason = "described above" if identity in seen else f"older than {MAX_DEPTH} generations"
+            return copied | {"lineage": None, "left_out": reason}
+        seen.add(identity)
+        base = cast("Mapping[str, Any] | None", record.get("base"))
+        older = cast("Sequence[Mapping[str, Any]]", record.get("parents", ()))
+        copied["lineage"] = dict(record) | {
+            "base": None if base is None else copy(base, depth + 1),
+            "parents": [copy(parent, depth + 1) for parent in older],
+        }
+        return copied
+
+    return [copy(parent, 1) for parent in parents]

@@ -1,0 +1,67 @@
+"""Refusals that a user may override, and the record of what was passed over.
+
+Trained weights that belong to another base, or to one another no longer, are refused. `--force` goes on instead: each
+thing that is passed over is a warning, and whoever writes a report can collect them.
+"""
+
+import logging
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal
+
+from llava_ft.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+Force = bool | Literal["base"]
+"""What is passed over: nothing (False), everything that may be (True), or another base model alone ("base").
+
+Functions hand it on as it is; only those that find something wrong look at it.
+"""
+
+_collected: ContextVar[list[str] | None] = ContextVar("ignored problems", default=None)
+
+
+def force_from_flags(force: bool, allow_base_mismatch: bool) -> Force:
+    """Return what `--force` and `--allow_base_mismatch` together pass over."""
+    return True if force else "base" if allow_base_mismatch else False
+
+
+@contextmanager
+def collect_ignored() -> Generator[list[str]]:
+    """Collect what is passed over inside the block, each problem once and logged once.
+
+    Yields:
+        The list that grows, for a report.
+    """
+    ignored: list[str] = []
+    token = _collected.set(ignored)
+    try:
+        yield ignored
+    finally:
+        _collected.reset(token)
+
+
+def refuse_unless(is_forced: bool, problem: str, advice: str) -> str:
+    """Refuse a request, or say that the problem is ignored.
+
+    Args:
+        is_forced: Whether the user passes over this kind of problem.
+        problem: What is wrong, with the actual values.
+        advice: What to do instead.
+
+    Returns:
+        The problem, which has been logged as a warning.
+
+    Raises:
+        CheckpointError: It is not passed over.
+    """
+    if not is_forced:
+        raise CheckpointError(f"{problem} {advice}")
+    collected = _collected.get()
+    if collected is None or problem not in collected:
+        logger.warning("Ignored: %s", problem)
+    if collected is not None and problem not in collected:
+        collected.append(problem)
+    return problem
