@@ -1,5 +1,6 @@
 """Answering a question about images."""
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from llava_ft.data.tokenize import tokenize_prompt
 from llava_ft.errors import UserError
 from llava_ft.geometry import ImageGeometry
 from llava_ft.inference.load import LoadedModel
+from llava_ft.inference.streaming import finished_answer
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,24 @@ class Sampling:
     top_p: float | None = None
     num_beams: int = 1
     max_new_tokens: int = 512
+
+    @classmethod
+    def from_flags(cls, flags: argparse.Namespace) -> "Sampling":
+        """Take the flags of a command line: `temperature`, `top_p`, `num_beams` and `max_new_tokens`.
+
+        Raises:
+            UserError: One is out of its range.
+        """
+        if flags.temperature < 0:
+            raise UserError(
+                f"--temperature is {flags.temperature}; it must be at least 0 (0 takes the most likely token)."
+            )
+        if flags.top_p is not None and not 0 < flags.top_p <= 1:
+            raise UserError(f"--top-p is {flags.top_p}; it must be above 0 and at most 1.")
+        for name in ("num_beams", "max_new_tokens"):
+            if getattr(flags, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(flags, name)}; it must be at least 1.")
+        return cls(flags.temperature, flags.top_p, flags.num_beams, flags.max_new_tokens)
 
     def options(self) -> dict[str, Any]:
         """Return the options of `generate`."""
@@ -147,7 +167,4 @@ def generate_answer(
     ids = loaded.model.generate(**inputs, **options, pad_token_id=pad, streamer=streamer)
     text = loaded.tokenizer.decode(ids[0], skip_special_tokens=True)
     assert isinstance(text, str)
-    text = text.strip()
-    for stop in stops:
-        text = text.removesuffix(stop).strip()
-    return text
+    return finished_answer(text, stops)

@@ -38,6 +38,7 @@ class LoadedModel:
         image_transform: How an image becomes pixels; None for a text-only model.
         template: Name of the conversation template it was trained with.
         context_len: Longest sequence in tokens.
+        base: What it was made of.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -45,6 +46,7 @@ class LoadedModel:
     image_transform: ImageTransform | None
     template: str
     context_len: int
+    base: BaseModel
 
 
 def load_pretrained_model(
@@ -158,6 +160,7 @@ def load_model(
         image_transform=transform,
         template=base.config.conversation_template or DEFAULT_TEMPLATE,
         context_len=getattr(base.config, "tokenizer_model_max_length", None) or base.config.max_position_embeddings,
+        base=base,
     )
 
 
