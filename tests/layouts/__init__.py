@@ -1,0 +1,1 @@
+"""Functions that write tiny checkpoints of every layout."""
