@@ -108,7 +108,7 @@ def start(folder: Path, workers: int, model_max_length: int) -> dict[str, object
     from llava_ft.conversation import get_template
     from llava_ft.data.build import build_datasets
     from llava_ft.data.images import ImageTransform
-    from llava_ft.data.prepare import PreparationSettings
+    from llava_ft.data.preparation.prepare import PreparationSettings
     from llava_ft.data.tokenize import SampleTokenizer
     from llava_ft.data.tokenizer import load_tokenizer
     from llava_ft.geometry import ImageGeometry

@@ -174,7 +174,7 @@ def feature_error(tower: str, folder: Path) -> dict:
     import torch
 
     from llava_ft.checkpoint.base import find_base, load_tower
-    from llava_ft.data.feature_format import FeatureFormat
+    from llava_ft.data.features.format import FeatureFormat
     from llava_ft.data.images import ImageTransform, load_image
 
     base = find_base(str(folder / tower.replace("/", "-")))

@@ -248,7 +248,7 @@ def inspect(argv: Sequence[str]) -> int:
     if options.json and options.html:
         raise UserError("--json and --html exclude each other. Give one of them.")
     from llava_ft.args import parse_args
-    from llava_ft.data.inspect import Selection
+    from llava_ft.data.inspection.records import Selection
     from llava_ft.training.inspect_command import run_inspect_data
 
     all_usable = run_inspect_data(

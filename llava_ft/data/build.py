@@ -10,14 +10,16 @@ import numpy as np
 import torch
 
 from llava_ft.data.dataset import ConversationDataset, JoinedSamples
-from llava_ft.data.image_facts import ImageChecks, look_at_images
 from llava_ft.data.image_files import IMAGE_CHECKS, ImageCheck, ImagePlace
 from llava_ft.data.image_reader import ImageReader
 from llava_ft.data.images import ImageTransform
-from llava_ft.data.measure import Measured, measure
 from llava_ft.data.opened import OpenedData
-from llava_ft.data.prepare import PreparationSettings, prepare_rows
-from llava_ft.data.prepared import CountsTokens, Limits
+from llava_ft.data.preparation.image_facts import ImageChecks, look_at_images
+from llava_ft.data.preparation.measure import Measured, measure
+from llava_ft.data.preparation.prepare import PreparationSettings, prepare_rows
+from llava_ft.data.preparation.prepared import CountsTokens, Limits
+from llava_ft.data.preparation.tokenized_rows import TokenizedRows
+from llava_ft.data.preparation.truncation import TruncationPolicy, check_policy
 from llava_ft.data.report import (
     BAD_SAMPLE_POLICIES,
     BadSamplePolicy,
@@ -33,8 +35,6 @@ from llava_ft.data.sources.base import RecordSource
 from llava_ft.data.sources.mixture import open_mixture
 from llava_ft.data.sources.open import is_mixture
 from llava_ft.data.tokenize import SampleTokenizer
-from llava_ft.data.tokenized_rows import TokenizedRows
-from llava_ft.data.truncation import TruncationPolicy, check_policy
 from llava_ft.errors import BadSampleError, UserError
 
 _RECORDS_TO_PEEK_AT = 100

@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 from llava_ft.constants import IGNORE_INDEX
 from llava_ft.data.image_reader import ImageRef, ReadsImages
 from llava_ft.data.images import ImageError
-from llava_ft.data.prepared import PreparedSamples
-from llava_ft.data.tokenized_rows import Array
+from llava_ft.data.preparation.prepared import PreparedSamples
+from llava_ft.data.preparation.tokenized_rows import Array
 from llava_ft.errors import BadSampleError
 
 

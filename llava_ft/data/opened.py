@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from llava_ft.data.preparation.tokenized_rows import Array
 from llava_ft.data.sources.base import RecordSource
 from llava_ft.data.sources.mixture import Mixture, open_mixture
 from llava_ft.data.sources.open import is_mixture, open_source
 from llava_ft.data.sources.select_rows import select_rows
-from llava_ft.data.tokenized_rows import Array
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from llava_ft.checkpoint.names import (
     is_vision,
     native_name,
 )
-from llava_ft.data.feature_format import FeatureFormat
+from llava_ft.data.features.format import FeatureFormat
 from llava_ft.planning.optimizers import optimizer_kind
 from llava_ft.planning.request import PlanRequest
 from llava_ft.planning.shapes import ParameterShape, PlannedModel

@@ -17,15 +17,15 @@ import numpy as np
 
 from llava_ft.args import ParsedArgs
 from llava_ft.conversation import get_template
-from llava_ft.data.image_facts import ImageChecks, ImageFacts, look_at_images
 from llava_ft.data.image_files import ImagePlace
-from llava_ft.data.measure import Measured, measure
 from llava_ft.data.opened import OpenedData
-from llava_ft.data.prepare import PreparationSettings, prepare_rows
-from llava_ft.data.prepared import Limits
+from llava_ft.data.preparation.image_facts import ImageChecks, ImageFacts, look_at_images
+from llava_ft.data.preparation.measure import Measured, measure
+from llava_ft.data.preparation.prepare import PreparationSettings, prepare_rows
+from llava_ft.data.preparation.prepared import Limits
+from llava_ft.data.preparation.tokenized_rows import TokenizedRows
 from llava_ft.data.sampler import steps_per_epoch
 from llava_ft.data.tokenize import SampleTokenizer
-from llava_ft.data.tokenized_rows import TokenizedRows
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.errors import UserError
 from llava_ft.geometry import ImageGeometry, SizeWH

@@ -20,12 +20,12 @@ from llava_ft.data.doctor.report_html import report_page
 from llava_ft.data.doctor.report_text import as_text
 from llava_ft.data.doctor.statistics import Epoch, count_all, count_epoch
 from llava_ft.data.doctor.workers import Workers
-from llava_ft.data.html import write_page
+from llava_ft.data.inspection.html import write_page
+from llava_ft.data.inspection.terminal import has_color
 from llava_ft.data.opened import OpenedData
-from llava_ft.data.processes import num_cores
-from llava_ft.data.progress import Progress
+from llava_ft.data.preparation.processes import num_cores
+from llava_ft.data.preparation.progress import Progress
 from llava_ft.data.sources.base import RecordSource
-from llava_ft.data.terminal import has_color
 from llava_ft.errors import UserError
 from llava_ft.training.data_model import find_data_model
 from llava_ft.training.data_setup import preparation_settings

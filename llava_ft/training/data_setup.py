@@ -12,7 +12,7 @@ from llava_ft.checkpoint.base import BaseModel
 from llava_ft.conversation import get_template
 from llava_ft.data.build import BuiltDatasets, build_datasets
 from llava_ft.data.images import ImageTransform
-from llava_ft.data.prepare import PreparationSettings
+from llava_ft.data.preparation.prepare import PreparationSettings
 from llava_ft.data.sources.mixture import check_holds_out
 from llava_ft.data.tokenize import SampleTokenizer
 

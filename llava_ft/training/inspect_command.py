@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Final, TextIO
 
 from llava_ft.args import ParsedArgs
-from llava_ft.data.html import write_page
 from llava_ft.data.image_files import ImagePlace
-from llava_ft.data.inspect import InspectionSummary, Inspector, RecordView, Selection, render_colored
-from llava_ft.data.inspect_html import inspection_page
+from llava_ft.data.inspection.html import write_page
+from llava_ft.data.inspection.page import inspection_page
+from llava_ft.data.inspection.records import InspectionSummary, Inspector, RecordView, Selection, render_colored
+from llava_ft.data.inspection.terminal import has_color, visible
 from llava_ft.data.opened import OpenedData
-from llava_ft.data.terminal import has_color, visible
 from llava_ft.training.data_model import DataModel, find_data_model
 from llava_ft.training.data_setup import preparation_settings
 

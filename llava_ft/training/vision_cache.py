@@ -21,15 +21,15 @@ from llava_ft.args import ParsedArgs
 from llava_ft.checkpoint.base import BaseModel, load_tower
 from llava_ft.checkpoint.fingerprint import vision_tower_fingerprint
 from llava_ft.data.build import BuiltDatasets
-from llava_ft.data.entry_log import DIGEST, Array
-from llava_ft.data.feature_files import FeatureSettings, FeatureStore
-from llava_ft.data.feature_format import FeatureFormat
-from llava_ft.data.feature_reader import FeatureReader, name_digest
-from llava_ft.data.image_contents import NO_CONTENT, ContentTable, LocatedImage, image_contents, image_states
+from llava_ft.data.features.entry_log import DIGEST, Array
+from llava_ft.data.features.files import FeatureSettings, FeatureStore
+from llava_ft.data.features.format import FeatureFormat
+from llava_ft.data.features.image_contents import NO_CONTENT, ContentTable, LocatedImage, image_contents, image_states
+from llava_ft.data.features.reader import FeatureReader, name_digest
 from llava_ft.data.image_reader import ImageReader, ImageRef
 from llava_ft.data.images import ImageError
-from llava_ft.data.processes import num_cores
-from llava_ft.data.progress import Progress
+from llava_ft.data.preparation.processes import num_cores
+from llava_ft.data.preparation.progress import Progress
 from llava_ft.errors import RunError, UserError
 from llava_ft.models.config import LlavaLlamaConfig, hidden_state_index
 from llava_ft.training.shared_output import blind_ranks, from_all_ranks, from_first_rank

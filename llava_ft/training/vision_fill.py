@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from llava_ft.data.entry_log import DIGEST, Array
-from llava_ft.data.feature_files import FeatureStore, FeatureWriter
-from llava_ft.data.image_contents import LocatedImage, content_digest
+from llava_ft.data.features.entry_log import DIGEST, Array
+from llava_ft.data.features.files import FeatureStore, FeatureWriter
+from llava_ft.data.features.image_contents import LocatedImage, content_digest
 from llava_ft.data.image_processor import PixelNormalizer
 from llava_ft.data.image_reader import ImageReader, ImageRef
 from llava_ft.data.images import ImageError
-from llava_ft.data.progress import Progress
+from llava_ft.data.preparation.progress import Progress
 from llava_ft.errors import RunError
 from llava_ft.models.vision import CLIPVisionTower
 

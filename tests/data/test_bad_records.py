@@ -8,7 +8,7 @@ import pytest
 from llava_ft.constants import IGNORE_INDEX
 from llava_ft.data.image_files import resolve_image_path
 from llava_ft.data.images import ImageError
-from llava_ft.data.prepare import PreparationSettings
+from llava_ft.data.preparation.prepare import PreparationSettings
 from llava_ft.errors import UserError
 from tests.data.conftest import GOLDEN, record, turns
 
@@ -100,7 +100,8 @@ class TestMalformedRecords:
     def test_every_file_is_opened_once(self, build, folder, tmp_path, monkeypatch):
         seen = []
         monkeypatch.setattr(
-            "llava_ft.data.image_facts.check_image_header", lambda path, **options: (seen.append(path), (8, 8))[1]
+            "llava_ft.data.preparation.image_facts.check_image_header",
+            lambda path, **options: (seen.append(path), (8, 8))[1],
         )
         records = [record(image="good.jpg")] * 500 + [record(image="text.png")]
         for _ in range(2):

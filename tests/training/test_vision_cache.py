@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_ft.data.feature_reader import FeatureReader
+from llava_ft.data.features.reader import FeatureReader
 from llava_ft.errors import RunError, UserError
 from llava_ft.training import vision_cache, vision_fill
 from llava_ft.training.setup import Run
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("in_recordings")
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
-    monkeypatch.setattr("llava_ft.data.image_contents._SETTLED_SECONDS", 0.0)
+    monkeypatch.setattr("llava_ft.data.features.image_contents._SETTLED_SECONDS", 0.0)
 
 
 def losses(run: Run) -> list[float]:
@@ -240,7 +240,7 @@ class TestFilling:
         script = (
             "import os, signal, sys\n"
             "from llava_ft.args import parse_args\n"
-            "from llava_ft.data.feature_files import FeatureWriter\n"
+            "from llava_ft.data.features.files import FeatureWriter\n"
             "from llava_ft.training import vision_fill\n"
             "from llava_ft.training.setup import prepare_run\n"
             "vision_fill._IMAGES_PER_BATCH = 2\n"
@@ -290,7 +290,7 @@ class TestFilling:
         assert "Delete it, with the .idx file beside it" in str(bad[0])
 
     def test_a_full_disk_ends_the_run_and_keeps_what_is_there(self, tmp_path, monkeypatch):
-        from llava_ft.data.feature_files import FeatureWriter
+        from llava_ft.data.features.files import FeatureWriter
 
         cache, add, left = tmp_path / "cache", FeatureWriter.add, [2]
 

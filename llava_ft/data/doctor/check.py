@@ -34,7 +34,7 @@ from llava_ft.data.doctor.records import (
     scan_records,
 )
 from llava_ft.data.doctor.workers import Workers
-from llava_ft.data.progress import Progress
+from llava_ft.data.preparation.progress import Progress
 from llava_ft.data.sample import parse_embedded
 from llava_ft.data.schema import parse_record
 from llava_ft.data.sources.base import RecordSource

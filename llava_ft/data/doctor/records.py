@@ -14,8 +14,8 @@ from llava_ft.constants import IMAGE_TOKEN
 from llava_ft.data.doctor.pictures import ImageProblem, content_key
 from llava_ft.data.doctor.workers import context
 from llava_ft.data.image_files import ImageCheck, ImagePlace
-from llava_ft.data.judge import judge
-from llava_ft.data.prepared import Limits
+from llava_ft.data.inspection.judge import judge
+from llava_ft.data.preparation.prepared import Limits
 from llava_ft.data.sample import Sample
 from llava_ft.data.schema import parse_record
 from llava_ft.data.sources.base import RecordSource

@@ -8,9 +8,9 @@ from llava_ft.data.doctor.findings import Finding
 from llava_ft.data.doctor.report import DataSetReport, FixReport, Report
 from llava_ft.data.doctor.report_text import epoch_rows, name_of, rows_of, truncation_rows, verdict
 from llava_ft.data.doctor.statistics import Histogram, Statistics
-from llava_ft.data.html import PAGE_END, bar_chart, page_start, table, text
 from llava_ft.data.image_files import ImagePlace
-from llava_ft.data.inspect_html import show_image
+from llava_ft.data.inspection.html import PAGE_END, bar_chart, page_start, table, text
+from llava_ft.data.inspection.page import show_image
 
 _NUM_SHOWN: Final = 10
 """Records of a finding that are listed."""

@@ -8,7 +8,7 @@ from llava_ft.data.doctor.findings import Finding, Severity
 from llava_ft.data.doctor.records import Remark
 from llava_ft.data.doctor.report import DataSetReport, FixReport, Report
 from llava_ft.data.doctor.statistics import Epoch, Lengths, Statistics, Truncation
-from llava_ft.data.terminal import visible
+from llava_ft.data.inspection.terminal import visible
 
 _COLORS: Final[dict[Severity, str]] = {"error": "\x1b[31m", "warning": "\x1b[33m", "note": "\x1b[36m"}
 _PLAIN: Final = "\x1b[0m"

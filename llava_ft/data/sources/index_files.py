@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from llava_ft.data.build_once import NotUsableError, open_or_build
+from llava_ft.data.preparation.build_once import NotUsableError, open_or_build
 from llava_ft.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from llava_ft.data.doctor.findings import REMARKS, UNUSABLE, find_all
 from llava_ft.data.doctor.pictures import ImageTask
 from llava_ft.data.doctor.records import Remark
 from llava_ft.data.doctor.workers import Workers
-from llava_ft.data.progress import Progress
+from llava_ft.data.preparation.progress import Progress
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.errors import UserError
 from llava_ft.geometry import ImageGeometry

@@ -16,7 +16,7 @@ from llava_ft.data.doctor.check import check_source
 from llava_ft.data.doctor.findings import find_all
 from llava_ft.data.doctor.fix import REPAIRS, check_target, write_fixed
 from llava_ft.data.doctor.workers import Workers
-from llava_ft.data.progress import Progress
+from llava_ft.data.preparation.progress import Progress
 from llava_ft.errors import UserError
 from tests.data.conftest import SOURCES, record
 from tests.data.test_bad_records import MALFORMED

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from llava_ft.data.prepare import PreparationSettings
+from llava_ft.data.preparation.prepare import PreparationSettings
 from tests.data.conftest import GOLDEN, SOURCES
 
 RECORDS = json.loads((GOLDEN / "data" / "mix.json").read_text())

@@ -16,11 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_ft.data import entry_log
-from llava_ft.data.entry_log import CHECKSUM, DIGEST, EntryReader, EntryWriter, find_digests
-from llava_ft.data.feature_files import FeatureFileError, FeatureSettings, FeatureStore, FeatureWriter
-from llava_ft.data.feature_format import FeatureFormat
-from llava_ft.data.image_contents import (
+from llava_ft.data.features import entry_log
+from llava_ft.data.features.entry_log import CHECKSUM, DIGEST, EntryReader, EntryWriter, find_digests
+from llava_ft.data.features.files import FeatureFileError, FeatureSettings, FeatureStore, FeatureWriter
+from llava_ft.data.features.format import FeatureFormat
+from llava_ft.data.features.image_contents import (
     NO_CONTENT,
     ContentTable,
     LocatedImage,
@@ -385,7 +385,7 @@ class TestContents:
 
     @pytest.fixture(autouse=True)
     def _no_waiting(self, monkeypatch):
-        monkeypatch.setattr("llava_ft.data.image_contents._SETTLED_SECONDS", 0.0)
+        monkeypatch.setattr("llava_ft.data.features.image_contents._SETTLED_SECONDS", 0.0)
 
     def image(self, path: Path, content: bytes | None = None) -> LocatedImage:
         if content is not None:
@@ -429,7 +429,7 @@ class TestContents:
         assert self.found(table, [image]) == [NO_CONTENT]
 
     def test_a_file_changed_just_now_is_read_later(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("llava_ft.data.image_contents._SETTLED_SECONDS", 0.3)
+        monkeypatch.setattr("llava_ft.data.features.image_contents._SETTLED_SECONDS", 0.3)
         image = self.image(tmp_path / "a", b"new")
         start = time.monotonic()
         assert self.contents(image) == [digest_of(b"new")]

@@ -17,7 +17,7 @@ from typing import Final
 
 import numpy as np
 
-from llava_ft.data.entry_log import CHECKSUM, DIGEST, Array, EntryReader, EntryWriter, find_digests, new_name
+from llava_ft.data.features.entry_log import CHECKSUM, DIGEST, Array, EntryReader, EntryWriter, find_digests, new_name
 from llava_ft.data.image_files import ImagePlace
 from llava_ft.data.images import ImageError
 from llava_ft.data.sample import parse_embedded

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from llava_ft.constants import IMAGE_TOKEN_INDEX
-from llava_ft.data import image_facts
 from llava_ft.data.images import ImageTransform
-from llava_ft.data.prepare import PreparationSettings
+from llava_ft.data.preparation import image_facts
+from llava_ft.data.preparation.prepare import PreparationSettings
 from llava_ft.errors import ImageError, UserError
 from llava_ft.geometry import ImageGeometry
 from tests.data.conftest import GOLDEN, record

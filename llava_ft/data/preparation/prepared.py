@@ -9,9 +9,9 @@ from typing import Protocol
 import numpy as np
 
 from llava_ft.constants import IGNORE_INDEX
+from llava_ft.data.preparation.tokenized_rows import Array, TokenizedRows, spans_of
+from llava_ft.data.preparation.truncation import TruncationPolicy
 from llava_ft.data.tokenize import ExpandedSample
-from llava_ft.data.tokenized_rows import Array, TokenizedRows, spans_of
-from llava_ft.data.truncation import TruncationPolicy
 from llava_ft.errors import BadSampleError
 from llava_ft.geometry import SizeWH
 

@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerFast
 from llava_ft.data.sources.base import RecordSource
 from llava_ft.data.tokenize import SampleTokenizer
 
-_PACKAGE: Final = Path(__file__).parent.parent
+_PACKAGE: Final = Path(__file__).parents[2]
 _DECIDING: Final = (
     "conversation.py",
-    "data/tokenized_rows.py",
+    "data/preparation/tokenized_rows.py",
     "data/record_*.py",
     "data/sample.py",
     "data/schema.py",

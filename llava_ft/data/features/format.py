@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from llava_ft.data.entry_log import Array
+from llava_ft.data.features.entry_log import Array
 from llava_ft.geometry import ImageGeometry
 
 _SCALE_BYTES = 4

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from llava_ft.data.entry_log import DIGEST, Array, find_digests
-from llava_ft.data.feature_files import FeatureFileError, FeatureStore
-from llava_ft.data.image_contents import digest_of
+from llava_ft.data.features.entry_log import DIGEST, Array, find_digests
+from llava_ft.data.features.files import FeatureFileError, FeatureStore
+from llava_ft.data.features.image_contents import digest_of
 from llava_ft.data.image_reader import ImageReader, ImageRef, size_entries
 from llava_ft.data.images import ImageError
 

@@ -13,16 +13,16 @@ from PIL import Image
 from llava_ft.cli import main
 from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ft.conversation import get_template
-from llava_ft.data.inspect import InspectionSummary, Inspector, Selection, render_colored
-from llava_ft.data.inspect_html import inspection_page
-from llava_ft.data.prepared import Limits
+from llava_ft.data.inspection.page import inspection_page
+from llava_ft.data.inspection.records import InspectionSummary, Inspector, Selection, render_colored
+from llava_ft.data.inspection.terminal import has_color
+from llava_ft.data.preparation.prepared import Limits
 from llava_ft.data.sources.open import open_source
-from llava_ft.data.terminal import has_color
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.errors import UserError
 from llava_ft.geometry import ImageGeometry
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 MIX = GOLDEN / "data" / "mix.json"
 KEYS = [
     "source", "index", "id", "input_ids", "labels", "num_images", "num_image_tokens", "num_kept", "images", "error",

@@ -10,10 +10,10 @@ import sys
 
 import pytest
 
-from llava_ft.data import build_once
-from llava_ft.data.build_once import NotUsableError, open_or_build
-from llava_ft.data.processes import num_cores, run_tasks
-from llava_ft.data.progress import Progress
+from llava_ft.data.preparation import build_once
+from llava_ft.data.preparation.build_once import NotUsableError, open_or_build
+from llava_ft.data.preparation.processes import num_cores, run_tasks
+from llava_ft.data.preparation.progress import Progress
 from llava_ft.errors import BadSampleError, RunError
 
 
@@ -53,7 +53,7 @@ class TestRunTasks:
 
 
 def test_processes_that_tokenise_do_without_pytorch():
-    code = "import sys, llava_ft.data.prepare, llava_ft.data.tokenizer; sys.exit('torch' in sys.modules)"
+    code = "import sys, llava_ft.data.preparation.prepare, llava_ft.data.tokenizer; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -109,7 +109,7 @@ class TestOpenOrBuild:
 
 class TestProgress:
     def test_lines_say_how_fast(self, caplog, monkeypatch):
-        monkeypatch.setattr("llava_ft.data.progress._SECONDS_BETWEEN_LINES", 0.0)
+        monkeypatch.setattr("llava_ft.data.preparation.progress._SECONDS_BETWEEN_LINES", 0.0)
         caplog.set_level(logging.INFO)
         with Progress("Tokenising a.json", 40, "records") as progress:
             progress.advance(10)

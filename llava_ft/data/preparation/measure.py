@@ -9,10 +9,10 @@ from typing import Final
 
 import numpy as np
 
-from llava_ft.data.image_facts import ImageFacts
-from llava_ft.data.prepared import Limits, PreparedSamples
-from llava_ft.data.tokenized_rows import Array, TokenizedRows, spans_of
-from llava_ft.data.truncation import find_cut
+from llava_ft.data.preparation.image_facts import ImageFacts
+from llava_ft.data.preparation.prepared import Limits, PreparedSamples
+from llava_ft.data.preparation.tokenized_rows import Array, TokenizedRows, spans_of
+from llava_ft.data.preparation.truncation import find_cut
 from llava_ft.errors import BadSampleError
 
 _NOTHING_SUPERVISED: Final = (

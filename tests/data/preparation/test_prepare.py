@@ -17,16 +17,16 @@ import numpy as np
 import pytest
 
 from llava_ft.conversation import get_template
-from llava_ft.data import prepare
-from llava_ft.data.build_once import NotUsableError
-from llava_ft.data.judge import judge
-from llava_ft.data.measure import measure
-from llava_ft.data.prepare import PreparationSettings, prepare_rows
-from llava_ft.data.prepared import Limits
+from llava_ft.data.inspection.judge import judge
+from llava_ft.data.preparation import prepare
+from llava_ft.data.preparation.build_once import NotUsableError
+from llava_ft.data.preparation.measure import measure
+from llava_ft.data.preparation.prepare import PreparationSettings, prepare_rows
+from llava_ft.data.preparation.prepared import Limits
+from llava_ft.data.preparation.tokenized_rows import TokenizedRows, spans_of
 from llava_ft.data.schema import parse_record
 from llava_ft.data.sources.open import open_source
 from llava_ft.data.tokenize import SampleTokenizer
-from llava_ft.data.tokenized_rows import TokenizedRows, spans_of
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.errors import BadSampleError, RunError, UserError
 from tests.data.conftest import GEOMETRY, GOLDEN, record, turns
@@ -142,7 +142,7 @@ class TestRows:
         assert images == ["b.png", "a.png", "c.png"]
 
     def test_batches(self, source_of, settings, tokenize, monkeypatch):
-        monkeypatch.setattr("llava_ft.data.tokenized_rows._ROWS_PER_BATCH", 3)
+        monkeypatch.setattr("llava_ft.data.preparation.tokenized_rows._ROWS_PER_BATCH", 3)
         rows = prepare_rows(source_of([record(str(n), answer=f"number {n}") for n in range(10)]), tokenize, settings)
         assert [rows.sample_id(number) for number in range(10)] == [str(n) for n in range(10)]
         assert rows.counts("input_ids").tolist() == [len(rows.numbers("input_ids", n)) for n in range(10)]
@@ -323,8 +323,8 @@ PREPARE = """
 import sys, time
 from pathlib import Path
 from llava_ft.conversation import get_template
-from llava_ft.data.prepare import PreparationSettings, prepare_rows
-from llava_ft.data import prepare
+from llava_ft.data.preparation.prepare import PreparationSettings, prepare_rows
+from llava_ft.data.preparation import prepare
 from llava_ft.data.sources.open import open_source
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.data.tokenizer import load_tokenizer

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from llava_ft.data.images import ImageError, load_image
-from llava_ft.data.terminal import visible
+from llava_ft.data.inspection.terminal import visible
 from llava_ft.errors import UserError
 
 THUMBNAIL_SIDE: Final = 160

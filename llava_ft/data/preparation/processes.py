@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 Work = Callable[[Task, Callable[[int], None]], Result]
 """What a process does: a task, and a function to call with how much more of it is done."""
 
-_CODE: Final = "import sys; from llava_ft.data.processes import serve; serve(int(sys.argv[1]))"
+_CODE: Final = "import sys; from llava_ft.data.preparation.processes import serve; serve(int(sys.argv[1]))"
 
 
 def num_cores() -> int:

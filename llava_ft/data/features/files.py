@@ -24,7 +24,7 @@ from typing import Any, Final, Self
 import numpy as np
 import torch
 
-from llava_ft.data.entry_log import (
+from llava_ft.data.features.entry_log import (
     CHECKSUM,
     DIGEST,
     VERSION,
@@ -36,7 +36,7 @@ from llava_ft.data.entry_log import (
     new_name,
     write_all,
 )
-from llava_ft.data.feature_format import FeatureFormat
+from llava_ft.data.features.format import FeatureFormat
 from llava_ft.errors import RunError, UserError
 
 SETTINGS: Final = "settings.json"

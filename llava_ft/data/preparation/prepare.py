@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from llava_ft.data.build_once import open_or_build
-from llava_ft.data.fingerprint import key_of, made_from
-from llava_ft.data.processes import num_cores, run_tasks
-from llava_ft.data.progress import Progress
+from llava_ft.data.preparation.build_once import open_or_build
+from llava_ft.data.preparation.fingerprint import key_of, made_from
+from llava_ft.data.preparation.processes import num_cores, run_tasks
+from llava_ft.data.preparation.progress import Progress
+from llava_ft.data.preparation.tokenized_rows import RowWriter, TokenizedRows, write_manifest
 from llava_ft.data.schema import parse_record
 from llava_ft.data.sources.base import RecordSource
 from llava_ft.data.sources.mixture import with_prompt_prefix
 from llava_ft.data.tokenize import SampleTokenizer
-from llava_ft.data.tokenized_rows import RowWriter, TokenizedRows, write_manifest
 from llava_ft.errors import BadSampleError, UserError
 
 logger = logging.getLogger(__name__)
