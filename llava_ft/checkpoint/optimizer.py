@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 
 from llava_ft.checkpoint.names import OPTIMIZER
+from llava_ft.checkpoint.pickles import load_pickle
 from llava_ft.errors import CheckpointError
 
 FORMAT = "llava_ft optimizer 1"
@@ -72,17 +73,16 @@ class OptimizerFile(SavedOptimizer):
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:
-            raise CheckpointError(f"{path} cannot be read: {error}. Resume from another checkpoint.") from error
-        if not isinstance(content, dict) or cast("dict[str, Any]", content).get("format") != FORMAT:
+        content = _mapping(load_pickle(path))
+        if content.get("format") != FORMAT:
             raise CheckpointError(
                 f"{path} does not hold its state by name of parameter, so another program wrote it. Start a new run "
                 "from the trained weights with --lora_weight_path, --pretrain_mm_mlp_adapter or --model_name_or_path."
             )
-        self.states = cast("dict[str, State]", content["state"])
-        self._sizes = cast("dict[str, int]", content["sizes"])
+        self.states = {name: _mapping(state) for name, state in _mapping(content.get("state")).items()}
+        self._sizes: dict[str, int] = _mapping(content.get("sizes"))
+        if self._sizes.keys() != self.states.keys():
+            raise CheckpointError(f"{path} does not hold the state of each parameter. Resume from another checkpoint.")
 
     @property
     def sizes(self) -> Mapping[str, int]:  # noqa: D102 - inherited
@@ -130,3 +130,8 @@ def open_saved_optimizer(checkpoint: Path) -> SavedOptimizer:
         f"{checkpoint} holds no optimizer state: it was written with --save_only_model. Start a new run from its "
         "weights with --lora_weight_path, --pretrain_mm_mlp_adapter or --model_name_or_path."
     )
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """Return a dictionary, or an empty one for anything else."""
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}

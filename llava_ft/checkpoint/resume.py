@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_ft.checkpoint.manifest import read_manifest, what_is_incomplete
-from llava_ft.checkpoint.names import RANKS
+from llava_ft.checkpoint.names import OPTIMIZER, RANKS, SCHEDULER
+from llava_ft.checkpoint.pickles import check_pickle
 from llava_ft.checkpoint.weights import read_json
 from llava_ft.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_SCALER = "scaler.pt"
+_RANDOM_NUMBERS = "rng_state*.pth"
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def check_checkpoint(path: Path) -> None:
     """Check a checkpoint that the user named.
 
     Raises:
-        CheckpointError: It does not exist, or is an incomplete one of this program.
+        CheckpointError: It does not exist, is an incomplete one of this program, or holds files that are not read.
     """
     if not path.is_dir():
         raise CheckpointError(
@@ -79,6 +82,20 @@ def check_checkpoint(path: Path) -> None:
         )
     if read_manifest(path) is not None and (reason := what_is_incomplete(path)) is not None:
         raise CheckpointError(f"{path} is incomplete: {reason}. Resume from another one.")
+    check_training_state(path)
+
+
+def check_training_state(checkpoint: Path) -> None:
+    """Check the pickles of a checkpoint that this program or transformers reads to continue, without unpickling them.
+
+    Raises:
+        CheckpointError: One is damaged, or holds more than tensors, plain values and NumPy's random numbers.
+    """
+    for name in (OPTIMIZER, SCHEDULER, _SCALER):
+        if (checkpoint / name).is_file():
+            check_pickle(checkpoint / name)
+    for path in sorted(checkpoint.glob(_RANDOM_NUMBERS)):
+        check_pickle(path, with_numpy=True)
 
 
 def remove_staging(output_dir: Path) -> None:

@@ -5,11 +5,10 @@ Names, shapes and dtypes are known without reading data, so that a request can b
 allocated. While streaming, a file is mapped for a limited number of bytes and then mapped anew: pages that were read
 do not pile up in the process's memory.
 
-Pickle files are read with `weights_only=True`: nothing in them is executed.
+Pickle files are read by `pickles.py`: nothing in them is executed. Indexes name files of their own directory alone.
 """
 
 import json
-import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError, safe_open
 
+from llava_ft.checkpoint.pickles import load_pickle
 from llava_ft.errors import CheckpointError
 
 _MODEL_FILES = (
@@ -27,6 +27,8 @@ _MODEL_FILES = (
     "pytorch_model.bin",
 )
 _BYTES_PER_MAPPING = 128 * 2**20
+_MOST_JSON_BYTES = 100 * 10**6
+_MOST_NAMES_OF_A_VALUE = 4
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -129,13 +131,15 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        CheckpointError: The file is missing, is not JSON, or is not an object.
+        CheckpointError: The file is missing, is not JSON, is not an object, or is too large to be one of these.
     """
     try:
+        if path.stat().st_size > _MOST_JSON_BYTES:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes, and {_MOST_JSON_BYTES:,} are read")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}). Is the file complete?") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a JSON {type(content).__name__}; an object is needed.")
@@ -160,11 +164,14 @@ def _open_shards(index: Path) -> dict[str, TensorInfo]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no 'weight_map'. The index is damaged.")
-    shard_of = cast("dict[str, str]", weight_map)
+    shard_of = {name: str(shard) for name, shard in cast("dict[str, Any]", weight_map).items()}
     shards: dict[str, dict[str, TensorInfo]] = {}
     for shard in sorted(set(shard_of.values())):
         if Path(shard).name != shard:
-            raise CheckpointError(f"{index} names the shard {shard!r}, which is not in its own directory.")
+            raise CheckpointError(
+                f"{index} names the shard {shard!r}, which is not in its own directory. An index may only name files "
+                "beside it; get the model from its origin again."
+            )
         shards[shard] = _inspect_file(index.parent / shard)
     tensors: dict[str, TensorInfo] = {}
     for name, shard in shard_of.items():
@@ -179,7 +186,13 @@ def _inspect_file(file: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(f"The weight file {file} does not exist.")
     if file.suffix == ".safetensors":
         return _inspect_safetensors(file)
-    return {name: TensorInfo(file, tuple(tensor.shape), tensor.dtype) for name, tensor in _load_pickle(file).items()}
+    tensors = {name: TensorInfo(file, tuple(tensor.shape), tensor.dtype) for name, tensor in _load_pickle(file).items()}
+    if sum(info.num_bytes for info in tensors.values()) > _MOST_NAMES_OF_A_VALUE * file.stat().st_size:
+        raise CheckpointError(
+            f"{file} gives the same values many names: its {len(tensors)} tensors would take more than "
+            f"{_MOST_NAMES_OF_A_VALUE} times the memory of the file. Tied weights have two; get it from its origin."
+        )
+    return tensors
 
 
 def _inspect_safetensors(file: Path) -> dict[str, TensorInfo]:
@@ -198,24 +211,10 @@ def _inspect_safetensors(file: Path) -> dict[str, TensorInfo]:
 
 
 def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
-    """Map a pickle of tensors; files in PyTorch's old format cannot be mapped and are read whole."""
-    try:
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{file} is damaged, or holds more than tensors: nothing but tensors is loaded from it, since a pickle "
-            f"can run any program. ({str(error).splitlines()[0]})"
-        ) from None
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise CheckpointError(_damaged(file, error)) from None
+    content = load_pickle(file)
     if isinstance(content, dict):
-        tensors = cast("dict[str, Any]", content)
-        if all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        tensors = cast("dict[Any, Any]", content)
+        if all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in tensors.items()):
             return tensors
     raise CheckpointError(f"{file} is not a dictionary of tensors, so it is not a weight file.")
 

@@ -4,20 +4,17 @@ A step is a directory, `global_stepN`. It holds for every rank an optimizer file
 (`zero_pp_rank_R_mp_rank_00_optim_states.pt`, with `bf16_` before it where the run computes in bfloat16) and, once or
 for every rank, a model file (`mp_rank_00_model_states.pt`; under stage 3 `zero_pp_rank_R_mp_rank_00_model_states.pt`).
 
-The files are pickles that name classes of DeepSpeed. They are read with `weights_only=True`: the classes of an
-allow-list are replaced by inert stand-ins, so DeepSpeed need not be installed, and any other name is refused.
+The files are pickles that name classes of DeepSpeed. They are read by `pickles.py`: the classes of an allow-list
+are replaced by inert stand-ins, so DeepSpeed need not be installed, and any other name is refused.
 """
 
 import logging
-import pickle
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
-
+from llava_ft.checkpoint.pickles import load_pickle
 from llava_ft.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -147,42 +144,10 @@ def read_states(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: It is missing, damaged, or names something that is not on the allow-list.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing. Copy it from the machine that wrote it.")
-    try:
-        with safe_globals([(stand_in, name) for name, stand_in in _STAND_INS.items()]):
-            content = _load(path)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(_refusal(path, error)) from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read: it is damaged or was not written to its end ({path.stat().st_size} bytes; "
-            f"{_first_line(error)}). Copy it again, or use another step with --tag."
-        ) from None
+    content = load_pickle(path, stand_ins=_STAND_INS)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; it is no file of a DeepSpeed checkpoint.")
     return cast("dict[str, Any]", content)
-
-
-def _load(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _refusal(path: Path, error: Exception) -> str:
-    try:
-        named = sorted(set(get_unsafe_globals_in_checkpoint(path)) - set(_STAND_INS))
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError):
-        named = []
-    what = f"names {', '.join(named)}" if named else f"is damaged ({_first_line(error)})"
-    return (
-        f"{path} {what}. Nothing but tensors, plain values and DeepSpeed's own records is read from it, since a pickle "
-        "can run any program. Is it the file that DeepSpeed wrote?"
-    )
 
 
 def _steps(path: Path) -> dict[str, Path]:
@@ -208,7 +173,3 @@ def _nothing_there(path: Path) -> str:
         f"{path} holds no files of DeepSpeed: neither a global_stepN with *_optim_states.pt and *_model_states.pt, nor "
         f"such files themselves. It holds {names}. A checkpoint of a run without DeepSpeed needs no consolidation."
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from llava_ft.checkpoint.optimizer import OptimizerFile, SavedOptimizer, State, write_optimizer_file
+from llava_ft.checkpoint.pickles import load_pickle
 from llava_ft.errors import CheckpointError
 from llava_ft.training.fragments import Fragment, fragments_of, trained_parameters
 
@@ -68,11 +69,11 @@ def restore_schedule(scheduler: LRScheduler, optimizer: torch.optim.Optimizer, p
         path: `scheduler.pt` of the checkpoint.
 
     Raises:
-        CheckpointError: The file is missing.
+        CheckpointError: The file is missing or damaged.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing, so the learning rates cannot be continued. Use another checkpoint.")
-    scheduler.load_state_dict(torch.load(path, weights_only=True))
+    scheduler.load_state_dict(load_pickle(path))
     if isinstance(scheduler, LambdaLR):
         factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
         scheduler._last_lr = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]

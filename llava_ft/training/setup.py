@@ -18,7 +18,12 @@ from llava_ft.checkpoint.load import WeightSource
 from llava_ft.checkpoint.names import EMBEDDINGS, HEAD, IMAGE_NEWLINE, is_projector
 from llava_ft.checkpoint.overrides import Force, force_from_flags
 from llava_ft.checkpoint.restore import check_base, plain_name, restore_trained, trained_files
-from llava_ft.checkpoint.resume import check_checkpoint, newest_complete_checkpoint, remove_staging
+from llava_ft.checkpoint.resume import (
+    check_checkpoint,
+    check_training_state,
+    newest_complete_checkpoint,
+    remove_staging,
+)
 from llava_ft.checkpoint.trained import quantization_in_training
 from llava_ft.constants import CHECKPOINT_FIELDS
 from llava_ft.data.build import BuiltDatasets
@@ -221,6 +226,8 @@ def choose_checkpoint(args: ParsedArgs) -> Path | None:
     found = newest_complete_checkpoint(output_dir)
     if found is None and str(wish).lower() == "true":
         raise UserError(f"resume_from_checkpoint is true, but {output_dir} holds no complete checkpoint.")
+    if found is not None:
+        check_training_state(found)
     return found
 
 

@@ -74,7 +74,7 @@ def test_a_pickle_cannot_run_anything(tmp_path: Path):
         pickle.dump({"a": Malicious(marker)}, opened)
     torch.save({"a": Malicious(marker)}, tmp_path / "adapter_model.bin")
     for name in ("pytorch_model.bin", "adapter_model.bin"):
-        with pytest.raises(CheckpointError, match="holds more than tensors"):
+        with pytest.raises(CheckpointError, match=r"names .*pathlib.*\. Nothing but tensors"):
             WeightFiles.open(tmp_path / name)
     assert not marker.exists()
 

@@ -219,7 +219,7 @@ BROKEN = [
     (2, unlink("mp_rank_00_model_states.pt"), r"step/mp_rank_00_model_states.pt is missing. It holds the names"),
     (2, cut("bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", 900), r"rank_1_mp\S+ cannot be read: .*\(900 bytes"),
     (3, cut("bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", 0), r"rank_0_mp\S+ cannot be read: .*\(0 bytes"),
-    (2, cut("mp_rank_00_model_states.pt", 2000), r"model_states.pt cannot be read: it is damaged or was not written"),
+    (2, cut("mp_rank_00_model_states.pt", 2000), r"model_states.pt cannot be read: it is damaged or incomplete"),
     (2, swap_ranks, r"rank_0_mp\S+ says that \w+ begins at value|rank_0_mp\S+ is rank 0"),
     (2, add_rank_of_a_larger_run, r"rank_2_mp\S+ is rank 2 of 4, but by the model file the run had 2"),
     (2, take_rank_of(ranks=3), r"rank_1_mp\S+ is rank 1 of 3, but by the model file the run had 2"),
