@@ -1,0 +1,113 @@
+"""A model in transformers' own layout: `LlavaForConditionalGeneration`, or `LlavaNextForConditionalGeneration`.
+
+The tensors are written under the names of llava-hf's checkpoints on the hub, which every version of transformers reads,
+and vLLM and SGLang too. One thing is added: a row for `<image>`, the mean of the others, at the end of the vocabulary;
+there is no row where the tokenizer has fewer entries than the matrices. Everything else is as it was, to the bit.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from llava_ft.checkpoint.export.native_record import TensorDigest, write_native_record
+from llava_ft.checkpoint.export.options import ExportOptions
+from llava_ft.checkpoint.export.processor import check_images, write_processor
+from llava_ft.checkpoint.export.tokenizer import image_token_id, write_hf_tokenizer
+from llava_ft.checkpoint.export.written import compare_written
+from llava_ft.checkpoint.hf.config import hf_fields
+from llava_ft.checkpoint.hf.names import hub_name
+from llava_ft.checkpoint.load import fit_rows
+from llava_ft.checkpoint.names import CONFIG, EMBEDDINGS, HEAD, is_vision
+from llava_ft.checkpoint.proof import ConversionReport
+from llava_ft.checkpoint.save import ShardWriter, write_json
+from llava_ft.checkpoint.weights import read_json
+from llava_ft.checkpoint.whole import WholeModel
+from llava_ft.data.images import ImageTransform
+from llava_ft.models.config import LlavaLlamaConfig
+
+GENERATION_CONFIG: Final = "generation_config.json"
+DEFAULT_TEMPLATE: Final = "v1"
+"""Conversation template of a model that does not say which it was trained with."""
+
+
+def check_hf(whole: WholeModel, options: ExportOptions) -> None:
+    """Refuse what transformers' layout cannot hold, before weights are read.
+
+    Raises:
+        UserError: It cannot, or the image settings do not belong to the model.
+    """
+    _hf_config(whole, options)
+    geometry = whole.config.image_geometry
+    assert geometry is not None
+    assert whole.base.vision_directory is not None
+    transform = ImageTransform.from_pretrained(whole.base.vision_directory, geometry=geometry)
+    check_images(transform.settings, geometry)
+
+
+def export_hf(whole: WholeModel, target: Path, options: ExportOptions) -> ConversionReport:
+    """Write a model in transformers' layout.
+
+    Args:
+        whole: The model.
+        target: An empty directory.
+        options: How it is written.
+
+    Returns:
+        The report, without logits and answers.
+
+    Raises:
+        UserError: The layout cannot hold the model.
+        RunError: What is on disk afterwards is not what was to be written.
+    """
+    check_hf(whole, options)
+    report = ConversionReport("export hf", str(whole.directory.path), str(target))
+    num_rows = _num_rows(whole)
+    tower = TensorDigest() if not whole.base.holds_vision_tower else None
+    writer = ShardWriter(target, max_shard_bytes=options.max_shard_bytes, weights_format="safetensors")
+    for piece in whole.stream(options.dtype, with_tower=True):
+        value = piece.value
+        if piece.name in (EMBEDDINGS, HEAD):
+            value = fit_rows(value, (num_rows, *value.shape[1:]))
+        if tower is not None and is_vision(piece.name):
+            tower.add(piece.name, value)
+        report.count(piece)
+        writer.add(hub_name(piece.name), value)
+    writer.finish()
+    write_json(target / CONFIG, _hf_config(whole, options))
+    _write_generation_config(whole, target)
+    image_id = write_hf_tokenizer(whole.tokenizer, target)
+    assert image_id == image_token_id(whole.tokenizer)
+    assert whole.base.vision_directory is not None
+    settings = ImageTransform.from_pretrained(
+        whole.base.vision_directory, geometry=whole.config.image_geometry
+    ).settings
+    template = whole.config.conversation_template or DEFAULT_TEMPLATE
+    report.notes += write_processor(target, whole.config, settings, whole.tokenizer, template)
+    added = "a row for it was added, the mean of the others" if num_rows > whole.config.vocab_size else "it has a row"
+    report.notes.append(f"<image> is token {image_id}; {added}")
+    write_native_record(target, whole, tower)
+    compare_written(report, whole, target, hub_name, with_tower=True)
+    return report
+
+
+def _num_rows(whole: WholeModel) -> int:
+    """Rows of embeddings and head with the one of `<image>`."""
+    return max(whole.config.vocab_size, image_token_id(whole.tokenizer) + 1)
+
+
+def _hf_config(whole: WholeModel, options: ExportOptions) -> dict[str, Any]:
+    config: LlavaLlamaConfig = copy.deepcopy(whole.config)
+    config.vocab_size = _num_rows(whole)
+    dtype: torch.dtype = options.dtype or whole.dtype
+    return hf_fields(config, image_token_id=image_token_id(whole.tokenizer), dtype=dtype)
+
+
+def _write_generation_config(whole: WholeModel, target: Path) -> None:
+    """Keep the source's, or write the ids of the special tokens, as the language model's configuration has them."""
+    file = whole.base.directory.path / GENERATION_CONFIG
+    config: Any = whole.config
+    ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    known = read_json(file) if file.is_file() else {}
+    write_json(target / GENERATION_CONFIG, {key: value for key, value in ids.items() if value is not None} | known)
