@@ -1,25 +1,45 @@
-"""A LoRA adapter as arithmetic: for each weight of the base model, what the adapter adds to it.
+"""A LoRA adapter as arithmetic: for each weight of the base model, what the adapter makes of it.
 
-Source: LoRA (arXiv:2106.09685), equation 3, W + (alpha / r) B A; rsLoRA (arXiv:2312.03732) divides by sqrt(r).
-Everything is computed in float32 and rounded once.
+Source: LoRA (arXiv:2106.09685), equation 3, W + (alpha / r) B A; rsLoRA (arXiv:2312.03732) divides by sqrt(r); DoRA
+(arXiv:2402.09353), equation 5, gives each row of that sum, all weights into one output, a trained length. Everything is
+computed in float32, a block of rows at a time, and rounded once.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llava_ft.checkpoint.directory import ModelDirectory
-from llava_ft.checkpoint.names import ADAPTER_CONFIG
+from llava_ft.checkpoint.names import ADAPTER_CONFIG, NEW_ROWS_SUFFIX, is_derived
 from llava_ft.checkpoint.overrides import Force
 from llava_ft.checkpoint.restore import plain_name, trained_files
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.errors import CheckpointError
 
-_LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
+_LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<part>A\.weight|B\.weight|B\.bias|magnitude_vector(?:\.weight)?)")
+_VALUES_PER_BLOCK = 2**22
+
+_NEUTRAL_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+"""Values of PEFT's `init_lora_weights` that leave the base's weights alone. Others (pissa, olora, corda, loftq, lora_ga
+and the like) change the base at the start of training, so the files' matrices belong to weights that are nowhere."""
+
+_OTHER_METHODS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "fan_in_fan_out",
+    "kasa_config",
+    "layer_replication",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+)
+"""Settings of PEFT with which the matrices mean something else than a low-rank change of a linear layer."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +48,25 @@ class LoraAdapter:
 
     Attributes:
         path: The directory.
-        factors: A `(r, in)` and B `(out, r)` for each weight they change, by its native name.
+        factors: A `(r, in)` and B `(out, r)`, float32, for each weight they change, by its native name.
         scales: Factor of B A for each such weight.
-        replaced: What was trained beside them, by native name: values that replace the base's.
+        beside: The files that hold what was trained beside them, under keys of `replaced`.
+        replaced: For each of these files the native names, by key, of the values that replace the base's.
+        magnitudes: With DoRA: the length of each row of the weight, `(out,)` float32, by the weight's native name.
+        biases: With `lora_bias`: what is added to the bias of a layer, `(out,)` float32, by the bias's native name.
+        alphas: `lora_alpha` of each weight.
+        use_rslora: Whether alpha is divided by the root of the rank.
     """
 
     path: Path
     factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
     scales: Mapping[str, float]
-    replaced: WeightFiles
+    beside: Sequence[WeightFiles]
+    replaced: Sequence[Mapping[str, str]]
+    magnitudes: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    biases: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    alphas: Mapping[str, float] = field(default_factory=dict[str, float])
+    use_rslora: bool = False
 
     @classmethod
     def read(cls, directory: ModelDirectory, *, force: Force = False) -> "LoraAdapter":
@@ -47,52 +77,202 @@ class LoraAdapter:
         """
         config = read_json(directory.path / ADAPTER_CONFIG)
         _refuse_other_kinds(config, directory.path)
-        adapter_files, beside = trained_files(directory, force=force)
-        halves: dict[str, dict[str, torch.Tensor]] = {}
-        for key, tensor in adapter_files.read().items():
-            match = _LORA_KEY.fullmatch(plain_name(key))
-            if match is None:
-                raise CheckpointError(f"{adapter_files.path} holds {key}, which is no LoRA matrix.")
-            halves.setdefault(match["module"] + ".weight", {})[match["matrix"]] = tensor.float()
-        lone = [name for name, matrices in halves.items() if len(matrices) != 2]
-        if lone or not halves:
-            raise CheckpointError(
-                f"{adapter_files.path} is damaged: {len(lone)} of its modules have only one of the two LoRA matrices, "
-                f"such as {lone[0]}."
-                if lone
-                else f"{adapter_files.path} holds no LoRA matrices."
-            )
-        factors = {name: (matrices["A"], matrices["B"]) for name, matrices in halves.items()}
-        scales = {name: _scale(config, name, a.shape[0]) for name, (a, _) in factors.items()}
-        return cls(directory.path, factors, scales, beside)
+        adapter_files, *others = trained_files(directory, force=force)
+        parts, original = _lora_parts(adapter_files)
+        _check_complete(adapter_files, parts, config)
+        factors = {f"{module}.weight": (found["A.weight"], found["B.weight"]) for module, found in parts.items()}
+        ranks = {module: found["A.weight"].shape[0] for module, found in parts.items()}
+        alphas = {f"{module}.weight": _alpha(config, original[module], rank) for module, rank in ranks.items()}
+        use_rslora = bool(config.get("use_rslora"))
+        files = (adapter_files, *others)
+        scales = {
+            name: alphas[name] / (a.shape[0] ** 0.5 if use_rslora else a.shape[0]) for name, (a, _) in factors.items()
+        }
+        return cls(
+            path=directory.path,
+            factors=factors,
+            scales=scales,
+            beside=files,
+            replaced=_replacements(files),
+            magnitudes={
+                f"{m}.weight": found["magnitude_vector"] for m, found in parts.items() if config.get("use_dora")
+            },
+            biases={
+                f"{module}.bias": scales[f"{module}.weight"] * found["B.bias"]
+                for module, found in parts.items()
+                if "B.bias" in found
+            },
+            alphas=alphas,
+            use_rslora=use_rslora,
+        )
 
-    def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """Return a base weight with the adapter's part added, in float32; the weight itself if it has none.
+    @property
+    def changed(self) -> set[str]:
+        """Native names of the parameters that the adapter changes."""
+        return {*self.factors, *self.biases}
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Check that a model has every parameter that the adapter changes, in the right shape.
+
+        Args:
+            shapes: Shape of each parameter of the model, by native name.
 
         Raises:
-            CheckpointError: The shapes do not fit.
+            CheckpointError: It has not.
         """
-        if name not in self.factors:
-            return weight
-        a, b = self.factors[name]
-        if (b.shape[0], a.shape[1]) != tuple(weight.shape):
+        unknown = [name for name in self.factors if name not in shapes]
+        if unknown:
             raise CheckpointError(
-                f"The adapter {self.path} changes {name} as a {b.shape[0]} x {a.shape[1]} matrix, but in the base "
-                f"model it is {' x '.join(map(str, weight.shape))}. It belongs to another base model."
+                f"The adapter {self.path} changes {unknown[0]} and {len(unknown) - 1} other weights that the base "
+                "model does not have. It belongs to another base model."
             )
-        return weight.float() + self.scales[name] * (b @ a)
+        for name, (a, b) in self.factors.items():
+            if (b.shape[0], a.shape[1]) != shapes[name]:
+                raise CheckpointError(
+                    f"The adapter {self.path} changes {name} as a {b.shape[0]} x {a.shape[1]} matrix, but in the base "
+                    f"model it is {' x '.join(map(str, shapes[name]))}. It belongs to another base model."
+                )
+        without = [name for name in self.biases if name not in shapes]
+        if without:
+            raise CheckpointError(
+                f"The adapter {self.path} was trained with lora_bias, which adds to the layers' biases, but "
+                f"{without[0].removesuffix('.bias')} and {len(without) - 1} other layers of the base model have none "
+                "to hold the sum. Train it without lora_bias."
+            )
+
+    def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """Return what the adapter makes of a base's parameter, float32; the parameter itself if it changes nothing."""
+        return merged(name, weight, [(1.0, self)], torch.float32) if name in self.changed else weight
 
 
-def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
-    alpha: float = config.get("lora_alpha", rank)
+def merged(
+    name: str, weight: torch.Tensor, adapters: Sequence[tuple[float, LoraAdapter]], dtype: torch.dtype
+) -> torch.Tensor:
+    """Put adapters into a parameter, in float32, and round once.
+
+    Args:
+        name: Its native name.
+        weight: The base's value, `(out, in)`, or `(out,)` for a bias.
+        adapters: Adapters that change it, with the weight of each; one with DoRA stands alone.
+        dtype: Type of the result.
+
+    Returns:
+        The sum, in memory of its own; beside it only blocks of some megabytes are in memory.
+    """
+    if weight.dim() == 1:
+        return (weight.float() + sum(share * adapter.biases[name] for share, adapter in adapters)).to(dtype)
+    result = torch.empty(weight.shape, dtype=dtype)
+    for rows in row_blocks(weight.shape):
+        block = weight[rows].to(torch.float32, copy=True)
+        for share, adapter in adapters:
+            a, b = adapter.factors[name]
+            block.addmm_(b[rows], a, alpha=share * adapter.scales[name])
+            if name in adapter.magnitudes:
+                block *= (adapter.magnitudes[name][rows] / block.norm(dim=1))[:, None]
+        result[rows] = block
+    return result
+
+
+def row_blocks(shape: Sequence[int]) -> Iterator[slice]:
+    """Divide the rows of a tensor into blocks of a few million values."""
+    values_per_row = max(1, torch.Size(shape[1:]).numel())
+    step = max(1, _VALUES_PER_BLOCK // values_per_row)
+    return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+
+
+def _lora_parts(files: WeightFiles) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str]]:
+    """Read the LoRA tensors of each module, and how the files call the module."""
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    original: dict[str, str] = {}
+    wanted: dict[str, re.Match[str]] = {}
+    for key in files.tensors:
+        if "lora_embedding_" in key:
+            raise CheckpointError(
+                f"{files.path} holds {key}: LoRA on the embeddings. Only linear layers are merged: an embedding is a "
+                "table, whose matrices PEFT stores the other way round, and where the head is tied to it both would "
+                "change. Train the rows of new tokens (mm_use_im_start_end) or the whole table (modules_to_save)."
+            )
+        match = _LORA_KEY.fullmatch(plain_name(key))
+        if match is not None:
+            wanted[key] = match
+        elif ".lora_" in key:
+            raise CheckpointError(f"{files.path} holds {key}, which is no LoRA matrix of a linear layer.")
+    for key, tensor in files.read(wanted).items():
+        module = wanted[key]["module"]
+        parts.setdefault(module, {})[wanted[key]["part"].replace("vector.weight", "vector")] = tensor.float()
+        original[module] = re.sub(r"^(?:base_model\.model\.)+|\.lora_.*$", "", key)
+    return parts, original
+
+
+def _check_complete(files: WeightFiles, parts: Mapping[str, Mapping[str, torch.Tensor]], config: Any) -> None:
+    if not parts:
+        raise CheckpointError(f"{files.path} holds no LoRA matrices.")
+    lone = [module for module, found in parts.items() if not {"A.weight", "B.weight"} <= set(found)]
+    if lone:
+        raise CheckpointError(
+            f"{files.path} is damaged: {len(lone)} of its modules have only one of the two LoRA matrices, such as "
+            f"{lone[0]}.weight."
+        )
+    uneven = [module for module, found in parts.items() if found["A.weight"].shape[:1] != found["B.weight"].shape[1:]]
+    if uneven:
+        a, b = parts[uneven[0]]["A.weight"], parts[uneven[0]]["B.weight"]
+        raise CheckpointError(
+            f"{files.path} is damaged: the two LoRA matrices of {uneven[0]} do not fit each other: A is "
+            f"{' x '.join(map(str, a.shape))} and B is {' x '.join(map(str, b.shape))}."
+        )
+    has_magnitude = [module for module, found in parts.items() if "magnitude_vector" in found]
+    if len(has_magnitude) != (len(parts) if config.get("use_dora") else 0):
+        raise CheckpointError(
+            f"{files.path} does not fit {ADAPTER_CONFIG} beside it: use_dora is {bool(config.get('use_dora'))}, but "
+            f"{len(has_magnitude)} of {len(parts)} modules have a lora_magnitude_vector. Copy both files again."
+        )
+
+
+def _replacements(beside: Sequence[WeightFiles]) -> list[dict[str, str]]:
+    """Native names of the whole tensors beside the LoRA matrices, by their key, for each file.
+
+    Rows of added tokens are put in afterwards; the whole matrices beside them are for other programs.
+    """
+    names = [{key: plain_name(key) for key in files.tensors if ".lora_" not in key} for files in beside]
+    rows = {name for of_file in names for name in of_file.values() if name.endswith(NEW_ROWS_SUFFIX)}
+    apart = rows | {name.removesuffix(NEW_ROWS_SUFFIX) + ".weight" for name in rows}
+    return [
+        {key: name for key, name in of_file.items() if name not in apart and not is_derived(name)} for of_file in names
+    ]
+
+
+def _alpha(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """Return `lora_alpha` of a module, by its name in the file; the first pattern that fits wins, as in PEFT."""
     patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name.removesuffix(".weight")):
-            alpha = value
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return config.get("lora_alpha", rank)
 
 
 def _refuse_other_kinds(config: Mapping[str, Any], path: Path) -> None:
-    if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora") or config.get("fan_in_fan_out"):
-        kind = "DoRA" if config.get("use_dora") else config.get("peft_type", "LORA")
-        raise CheckpointError(f"{path} holds an adapter of the kind {kind}; only plain LoRA and rsLoRA are supported.")
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise CheckpointError(
+            f"{path} holds an adapter of the kind {kind}; only LoRA, rsLoRA and DoRA are supported. Merge it with the "
+            "program that made it."
+        )
+    for setting in _OTHER_METHODS:
+        if config.get(setting):
+            raise CheckpointError(
+                f"{path} holds an adapter with {setting}={config[setting]!r}, with which its matrices are no plain "
+                "change of linear layers; only LoRA, rsLoRA and DoRA are supported. Merge it with the program that "
+                "made it."
+            )
+    if config.get("use_dora") and config.get("lora_bias"):
+        raise CheckpointError(
+            f"{path} holds an adapter with use_dora and lora_bias, whose bias PEFT scales with each row. It cannot be "
+            "written as a linear layer of the base; train it with one of the two."
+        )
+    start = config.get("init_lora_weights", True)
+    if start not in _NEUTRAL_INITIALISATIONS:
+        raise CheckpointError(
+            f"{path} holds an adapter with init_lora_weights={start!r}: training began by changing the base's weights, "
+            "and its matrices belong to those, which are in no file. Convert it to plain LoRA where it was trained "
+            "(save_pretrained with path_initial_model_for_weight_conversion)."
+        )

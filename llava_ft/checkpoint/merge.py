@@ -10,7 +10,6 @@ to 4 or 8 bits once more. On request it is merged into what the quantised weight
 on.
 """
 
-import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,28 +17,19 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import PreTrainedTokenizerFast
 
-from llava_ft.checkpoint.adapter import LoraAdapter
-from llava_ft.checkpoint.base import BaseModel
 from llava_ft.checkpoint.directory import ModelDirectory
-from llava_ft.checkpoint.fingerprint import language_model_fingerprint
-from llava_ft.checkpoint.load import Ledger, Plan, fit_rows, plan_sources, stream_planned
+from llava_ft.checkpoint.lineage import record_lineage
 from llava_ft.checkpoint.manifest import Manifest
-from llava_ft.checkpoint.names import CONFIG, PREPROCESSOR_CONFIG, is_vision
-from llava_ft.checkpoint.overrides import Force
-from llava_ft.checkpoint.restore import check_base
+from llava_ft.checkpoint.names import CONFIG, PREPROCESSOR_CONFIG
+from llava_ft.checkpoint.overrides import Force, collect_ignored
+from llava_ft.checkpoint.proof import ConversionReport, prove_tensors
 from llava_ft.checkpoint.save import ShardWriter, config_fields, staged_directory, write_json
-from llava_ft.checkpoint.trained import find_trained, new_rows
 from llava_ft.checkpoint.weights import WeightFiles
-from llava_ft.data.tokenizer import load_tokenizer, save_tokenizer
+from llava_ft.checkpoint.whole import WholeModel, open_whole
+from llava_ft.data.tokenizer import save_tokenizer
 from llava_ft.errors import CheckpointError
-from llava_ft.models.builder import build_skeleton
-from llava_ft.models.llava import LlavaLlamaForCausalLM
-from llava_ft.tuning.freeze import language_model_linears
 from llava_ft.tuning.quant import Quantization
-
-logger = logging.getLogger(__name__)
 
 _GENERATION_CONFIG = "generation_config.json"
 
@@ -66,23 +56,6 @@ class MergeOptions:
     quantization: Quantization | None = None
 
 
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge did.
-
-    Attributes:
-        changed: Number of tensors that the adapter, or quantisation, changed.
-        replaced: Number of tensors trained beside the adapter.
-        frozen: Number of tensors taken from the base, bit for bit when the dtype is the base's.
-        converted: Whether the frozen tensors were converted to another dtype.
-    """
-
-    changed: int
-    replaced: int
-    frozen: int
-    converted: bool
-
-
 def merge(
     directory: ModelDirectory,
     model_base: str | None,
@@ -90,8 +63,8 @@ def merge(
     options: MergeOptions,
     *,
     vision_tower: str | None = None,
-    verify: Callable[[Path], None] | None = None,
-) -> MergeReport:
+    verify: Callable[[Path, ConversionReport], None] | None = None,
+) -> ConversionReport:
     """Merge what was trained into its base and write a whole model.
 
     Args:
@@ -100,7 +73,11 @@ def merge(
         save_path: Where the model is written; it must not exist or be an earlier result.
         options: How it is written.
         vision_tower: The vision tower, if it is not where the model says.
-        verify: Called with the finished directory before it gets its name; raises if something is wrong.
+        verify: Called with the written directory and the report before the directory gets its name; raises if
+            something is wrong.
+
+    Returns:
+        The report, which was also written into the directory.
 
     Raises:
         UserError: Something is missing, damaged or does not fit.
@@ -109,18 +86,25 @@ def merge(
     if directory.kind not in ("lora", "projector"):
         raise CheckpointError(f"{directory.path} holds a {directory.kind}; there is nothing in it to merge.")
     _check_target(save_path)
-    base, lora = find_trained(directory, model_base, vision_tower=vision_tower, force=options.force)
-    fingerprint = language_model_fingerprint(base.sources[:1])
-    check_base(directory.path, fingerprint, str(base.directory.path), force=options.force)
-    has_tokenizer = (directory.path / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(directory.path if has_tokenizer else base.directory.path)
-    with staged_directory(save_path) as staging:
-        report = _write_merged(staging, base, lora, tokenizer, options)
-        _check_frozen(staging, base, lora, report, options.quantization)
-        manifest = Manifest("full", str(base.directory.path), fingerprint, 0, base.config.conversation_template or "")
-        manifest.write(staging)
-        if verify is not None:
-            verify(staging)
+    with collect_ignored() as ignored:
+        whole = open_whole(
+            directory,
+            model_base,
+            vision_tower=vision_tower,
+            force=options.force,
+            quantization=options.quantization,
+        )
+        report = ConversionReport("merge", str(directory.path), str(save_path))
+        with staged_directory(save_path) as staging:
+            _write_merged(staging, whole, report, options)
+            prove_tensors(report, whole, WeightFiles.open(staging), with_tower=options.save_vision_tower)
+            if verify is not None:
+                verify(staging, report)
+            report.ignored, report.passed = ignored, True
+            report.write(staging)
+            base = (str(whole.base.directory.path), whole.fingerprint)
+            record_lineage(staging, "merge", parents=[directory.path], base=base)
+            Manifest("full", *base, 0, whole.config.conversation_template or "").write(staging)
     return report
 
 
@@ -131,83 +115,16 @@ def _check_target(save_path: Path) -> None:
         raise CheckpointError(f"{save_path} holds files that are no model, and would be replaced. Give another place.")
 
 
-def _write_merged(
-    staging: Path,
-    base: BaseModel,
-    lora: LoraAdapter | None,
-    tokenizer: PreTrainedTokenizerFast,
-    options: MergeOptions,
-) -> MergeReport:
-    num_new_rows = max(0, len(tokenizer) - base.config.vocab_size)
-    base.config.vocab_size += num_new_rows
-    skeleton = build_skeleton(base.config)
-    plan = plan_sources(skeleton, base.sources, Ledger(), num_new_rows=num_new_rows)
-    _check_targets(plan, lora)
-    rows = new_rows(lora)
-    quantized = _quantized_names(skeleton) if options.quantization is not None else set[str]()
-    dtype = options.dtype or _base_dtype(base)
+def _write_merged(staging: Path, whole: WholeModel, report: ConversionReport, options: MergeOptions) -> None:
     writer = ShardWriter(staging, max_shard_bytes=options.max_shard_bytes, weights_format=options.weights_format)
-    counts = {"changed": 0, "replaced": 0, "frozen": 0}
-    converted = False
-    for name, source, tensor in stream_planned(base.sources, plan):
-        if is_vision(name) and source.label == "vision tower" and not options.save_vision_tower:
-            continue
-        is_changed = name in quantized or (lora is not None and name in lora.factors)
-        is_replaced = source.label not in ("base model", "vision tower") or name in rows
-        counts["changed" if is_changed else "replaced" if is_replaced else "frozen"] += 1
-        converted |= not (is_changed or is_replaced) and tensor.dtype != dtype
-        value = options.quantization.round_trip(tensor) if options.quantization and name in quantized else tensor
-        value = lora.apply(name, value) if lora is not None else value
-        value = fit_rows(value.to(dtype=dtype, copy=True), tuple(skeleton.get_parameter(name).shape))
-        if name in rows:
-            value[-rows[name].shape[0] :] = rows[name].to(dtype)
-        writer.add(name, value)
+    for piece in whole.stream(options.dtype, with_tower=options.save_vision_tower):
+        report.count(piece)
+        writer.add(piece.name, piece.value)
     writer.finish()
-    write_json(staging / CONFIG, config_fields(base.config, dtype))
-    save_tokenizer(tokenizer, staging)
+    write_json(staging / CONFIG, config_fields(whole.config, options.dtype or whole.dtype))
+    save_tokenizer(whole.tokenizer, staging)
+    base = whole.base
     if base.vision_directory is not None:
         shutil.copyfile(base.vision_directory / PREPROCESSOR_CONFIG, staging / PREPROCESSOR_CONFIG)
     if (base.directory.path / _GENERATION_CONFIG).is_file():
         shutil.copyfile(base.directory.path / _GENERATION_CONFIG, staging / _GENERATION_CONFIG)
-    return MergeReport(**counts, converted=converted)
-
-
-def _quantized_names(model: LlavaLlamaForCausalLM) -> set[str]:
-    return {f"{name}.weight" for name in language_model_linears(model)}
-
-
-def _base_dtype(base: BaseModel) -> torch.dtype:
-    """The type most of the base's weights have on disk."""
-    by_dtype: dict[torch.dtype, int] = {}
-    for info in base.sources[0].files.tensors.values():
-        by_dtype[info.dtype] = by_dtype.get(info.dtype, 0) + info.num_bytes
-    return max(by_dtype, key=lambda dtype: by_dtype[dtype])
-
-
-def _check_targets(plan: Plan, lora: LoraAdapter | None) -> None:
-    unknown = [name for name in (lora.factors if lora is not None else ()) if name not in plan]
-    if unknown:
-        assert lora is not None
-        raise CheckpointError(
-            f"The adapter {lora.path} changes {unknown[0]} and {len(unknown) - 1} other weights that the base model "
-            "does not have. It belongs to another base model."
-        )
-
-
-def _check_frozen(
-    staging: Path, base: BaseModel, lora: LoraAdapter | None, report: MergeReport, quantization: Quantization | None
-) -> None:
-    """Compare every frozen tensor on disk with the base's, bit for bit."""
-    if report.converted:
-        return
-    written = WeightFiles.open(staging)
-    changed = set(lora.factors if lora is not None else ()) | set(new_rows(lora))
-    if quantization is not None:
-        changed |= _quantized_names(build_skeleton(base.config))
-    later = {name for source in base.sources[1:] for name in source.names.values() if source.label != "vision tower"}
-    for key, name in base.sources[0].names.items():
-        if name in changed or name in later or name not in written.tensors:
-            continue
-        before, after = base.sources[0].files.read([key])[key], written.read([name])[name]
-        if not torch.equal(before, after[: before.shape[0]] if before.dim() else after):
-            raise CheckpointError(f"{name} is frozen but was written with other values. The disk may be damaged.")

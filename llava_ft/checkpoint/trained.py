@@ -14,12 +14,15 @@ from llava_ft.checkpoint.load import WeightSource
 from llava_ft.checkpoint.names import ADAPTER_CONFIG, EMBEDDINGS, HEAD, IMAGE_NEWLINE, NEW_ROWS_SUFFIX, RUN_CONFIG
 from llava_ft.checkpoint.overrides import Force
 from llava_ft.checkpoint.restore import plain_name
-from llava_ft.checkpoint.weights import WeightFiles, read_json
+from llava_ft.checkpoint.weights import read_json
 from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import checkpoint_wishes
 from llava_ft.tuning.quant import Quantization
 
 logger = logging.getLogger(__name__)
+
+BESIDE = "what was trained beside the adapter"
+"""Label of the source with the whole tensors that were trained with an adapter."""
 
 
 def find_trained(
@@ -61,8 +64,12 @@ def find_trained(
     if not base_name:
         raise CheckpointError(f"The adapter {directory.path} does not name its base model. Give it with --model-base.")
     lora = LoraAdapter.read(directory, force=force)
-    beside = WeightSource("what was trained beside the adapter", lora.replaced, _replacements(lora.replaced))
-    base = find_base(base_name, vision_tower=tower, wishes=wishes, extra_sources=[beside])
+    beside = [
+        WeightSource(BESIDE, files, names, must_fit=True)
+        for files, names in zip(lora.beside, lora.replaced, strict=True)
+        if names
+    ]
+    base = find_base(base_name, vision_tower=tower, wishes=wishes, extra_sources=beside)
     _check_newline(directory, base)
     base.config.conversation_template = directory.config.get("conversation_template")
     return base, lora
@@ -93,22 +100,14 @@ def quantization_in_training(path: Path) -> Quantization | None:
 
 def new_rows(lora: LoraAdapter | None) -> dict[str, torch.Tensor]:
     """Return the trained rows of added tokens, by the native name of the matrix whose last rows they are."""
-    if lora is None:
-        return {}
-    keys = {plain_name(key): key for key in lora.replaced.tensors}
     found: dict[str, torch.Tensor] = {}
-    for name in (EMBEDDINGS, HEAD):
-        key = keys.get(name.removesuffix(".weight") + NEW_ROWS_SUFFIX)
-        if key is not None:
-            found[name] = lora.replaced.read([key])[key]
+    for files in lora.beside if lora is not None else ():
+        keys = {plain_name(key): key for key in files.tensors}
+        for name in (EMBEDDINGS, HEAD):
+            key = keys.get(name.removesuffix(".weight") + NEW_ROWS_SUFFIX)
+            if key is not None:
+                found[name] = files.read([key])[key]
     return found
-
-
-def _replacements(files: WeightFiles) -> dict[str, str]:
-    """Names of the whole tensors in `non_lora_trainables.bin`; rows of added tokens are put in afterwards."""
-    names = {key: plain_name(key) for key in files.tensors}
-    rows = {name.removesuffix(NEW_ROWS_SUFFIX) + ".weight" for name in names.values() if name.endswith(NEW_ROWS_SUFFIX)}
-    return {key: name for key, name in names.items() if not name.endswith(NEW_ROWS_SUFFIX) and name not in rows}
 
 
 def _check_newline(directory: ModelDirectory, base: BaseModel) -> None:

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from llava_ft.checkpoint.adapter import LoraAdapter
@@ -18,7 +19,7 @@ from llava_ft.checkpoint.restore import check_base
 from llava_ft.checkpoint.trained import find_trained, new_rows, quantization_in_training
 from llava_ft.data.images import ImageTransform
 from llava_ft.data.tokenizer import load_tokenizer
-from llava_ft.errors import CheckpointError, UserError
+from llava_ft.errors import UserError
 from llava_ft.models.llava import LlavaLlamaForCausalLM
 from llava_ft.tuning.lora import wrap_with_peft
 from llava_ft.tuning.quant import Quantization, check_quantization
@@ -150,6 +151,7 @@ def load_model(
         weight.data[-rows.shape[0] :] = rows.to(weight.dtype)
     result: LlavaLlamaForCausalLM | PeftModel = model
     if lora is not None:
+        lora.check_shapes(_shapes(model))
         result = _wrap(model, lora) if adapter == "beside" or quantization is not None else _add(model, lora)
     transform = None
     if base.vision_directory is not None:
@@ -186,28 +188,34 @@ def choose_quantization(model_path: str, bits: Literal[4, 8, 16]) -> Quantizatio
     return in_training if in_training is not None and in_training.bits == bits else Quantization(bits)
 
 
+def _shapes(model: LlavaLlamaForCausalLM) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model's parameters, also where they are packed."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return shapes | {f"{name}.weight": (linear.out_features, linear.in_features) for name, linear in linears.items()}
+
+
 def _add(model: LlavaLlamaForCausalLM, lora: LoraAdapter) -> LlavaLlamaForCausalLM:
     parameters = dict(model.named_parameters())
-    unknown = [name for name in lora.factors if name not in parameters]
-    if unknown:
-        raise CheckpointError(f"The adapter {lora.path} changes {unknown[0]}, which the model does not have.")
-    for name in lora.factors:
+    for name in lora.changed:
         weight = parameters[name]
         weight.data = lora.apply(name, weight.data.cpu()).to(device=weight.device, dtype=weight.dtype)
     return model
 
 
 def _wrap(model: LlavaLlamaForCausalLM, lora: LoraAdapter) -> PeftModel:
-    """Put the adapter beside the weights, on exactly the modules it has matrices for."""
+    """Put the adapter beside the weights, on exactly the modules it has matrices for; the arithmetic is PEFT's own."""
     modules = [name.removesuffix(".weight") for name in lora.factors]
     ranks = {name: lora.factors[name + ".weight"][0].shape[0] for name in modules}
-    scales = {name: lora.scales[name + ".weight"] for name in modules}
     config = LoraConfig(
         r=max(ranks.values()),
         target_modules=modules,
         exclude_modules=None,
         rank_pattern={f"^{name}$": rank for name, rank in ranks.items()},
-        alpha_pattern={f"^{name}$": scales[name] * ranks[name] for name in modules},
+        alpha_pattern={f"^{name}$": lora.alphas[name + ".weight"] for name in modules},
+        use_rslora=lora.use_rslora,
+        use_dora=bool(lora.magnitudes),
+        lora_bias=bool(lora.biases),
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
@@ -215,6 +223,11 @@ def _wrap(model: LlavaLlamaForCausalLM, lora: LoraAdapter) -> PeftModel:
     parameters = dict(wrapped.named_parameters())
     for name in modules:
         a, b = lora.factors[name + ".weight"]
-        parameters[f"{PEFT_PREFIX}{name}.lora_A.default.weight"].data.copy_(a)
-        parameters[f"{PEFT_PREFIX}{name}.lora_B.default.weight"].data.copy_(b)
+        values = {"lora_A.default.weight": a, "lora_B.default.weight": b}
+        if f"{name}.weight" in lora.magnitudes:
+            values["lora_magnitude_vector.default.weight"] = lora.magnitudes[f"{name}.weight"]
+        if f"{name}.bias" in lora.biases:
+            values["lora_B.default.bias"] = lora.biases[f"{name}.bias"] / lora.scales[f"{name}.weight"]
+        for leaf, value in values.items():
+            parameters[f"{PEFT_PREFIX}{name}.{leaf}"].data.copy_(value)
     return wrapped

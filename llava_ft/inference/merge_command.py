@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from llava_ft.checkpoint.directory import ModelDirectory, identify, resolve_model_path
-from llava_ft.checkpoint.merge import MergeOptions, MergeReport, merge
+from llava_ft.checkpoint.merge import MergeOptions, merge
 from llava_ft.checkpoint.names import RUN_CONFIG
 from llava_ft.checkpoint.overrides import force_from_flags
+from llava_ft.checkpoint.proof import ConversionReport
 from llava_ft.checkpoint.save import parse_size
 from llava_ft.checkpoint.trained import quantization_in_training
 from llava_ft.checkpoint.weights import WeightFiles
@@ -20,7 +21,7 @@ from llava_ft.tuning.quant import Quantization, check_quantization
 logger = logging.getLogger(__name__)
 
 
-def run_merge(options: argparse.Namespace) -> MergeReport:
+def run_merge(options: argparse.Namespace) -> ConversionReport:
     """Carry out a merge as the command line describes it."""
     try:
         max_shard_bytes = parse_size(options.max_shard_size)
@@ -31,21 +32,20 @@ def run_merge(options: argparse.Namespace) -> MergeReport:
     quantization = _base_to_merge_into(directory, in_training) if options.base_as_trained else None
     force = force_from_flags(options.force, options.allow_base_mismatch)
 
-    def verify(staging: Path) -> None:
+    def verify(staging: Path, report: ConversionReport) -> None:
         if options.no_verify:
-            logger.warning("The logits were not compared (--no-verify).")
+            report.notes.append("The logits were not compared (--no-verify).")
             return
-        dtype = next(iter(WeightFiles.open(staging).tensors.values())).dtype
-        comparison = compare_merged(
+        compare_merged(
             staging,
             str(directory.path),
             options.model_base,
             vision_tower=options.vision_tower,
-            merged_dtype=dtype,
+            merged_dtype=next(iter(WeightFiles.open(staging).tensors.values())).dtype,
             force=force,
             quantization=quantization,
+            report=report,
         )
-        logger.info("Verified: %s.", comparison)
 
     report = merge(
         directory,
@@ -62,16 +62,9 @@ def run_merge(options: argparse.Namespace) -> MergeReport:
         vision_tower=options.vision_tower,
         verify=verify,
     )
-    frozen = "converted to another dtype" if report.converted else "bit-identical to the base"
-    logger.info(
-        "Merged into %s: %d tensors changed by the adapter%s, %d replaced by trained ones, %d %s.",
-        options.save_model_path,
-        report.changed,
-        " or by quantisation" if quantization is not None else "",
-        report.replaced,
-        report.frozen,
-        frozen,
-    )
+    logger.info("Merged into %s.", options.save_model_path)
+    for line in report.lines():
+        logger.info("%s", line)
     if in_training is not None and quantization is None:
         logger.info(
             "It was trained on weights in %s and is merged into the base's own, which answer slightly differently; "

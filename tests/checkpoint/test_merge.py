@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from llava_ft.checkpoint.directory import identify
 from llava_ft.checkpoint.merge import MergeOptions, merge
+from llava_ft.checkpoint.proof import ConversionReport
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.cli import main
 from llava_ft.errors import CheckpointError, RunError
@@ -33,16 +34,16 @@ def test_the_original_s_adapter_gives_the_original_s_merged_model(tmp_path: Path
     for name, tensor in recorded.items():
         assert ours[name].dtype == tensor.dtype
         torch.testing.assert_close(ours[name], tensor, atol=1e-3, rtol=0, msg=name)
-    assert (report.changed, report.replaced) == (14, 4)
+    assert [counts["tensors"] for source, counts in report.sources.items() if "adapter" in source] == [14, 4]
 
 
 def test_frozen_tensors_are_the_base_s_bit_for_bit(tmp_path: Path):
     report = merge_recorded(tmp_path / "merged")
-    assert not report.converted
+    assert report.frozen == {"tensors": 7, "bit_identical": True}
     base = load_file("ckpt/base-llm/model.safetensors")
     merged = load_file(tmp_path / "merged/model.safetensors")
     changed = {name for name in base if not torch.equal(base[name], merged[name])}
-    assert len(changed) == report.changed == 14
+    assert len(changed) == len(report.changed) == 14
     assert not any("vision_tower" in name for name in merged)
 
 
@@ -59,18 +60,19 @@ def test_shards_hold_the_same_tensors(tmp_path: Path):
 @pytest.mark.parametrize(("dtype", "share"), [("float32", 1e-5), ("float16", 1e-2), ("bfloat16", 6e-2)])
 def test_merged_and_adapter_on_base_agree(tmp_path: Path, dtype: str, share: float):
     merge_recorded(tmp_path / "merged", dtype=getattr(torch, dtype))
-    comparison = compare_merged(tmp_path / "merged", str(LORA), "ckpt/base-llm", merged_dtype=getattr(torch, dtype))
-    assert 0 < comparison.max_difference <= share * comparison.scale
+    proven = compare_merged(tmp_path / "merged", str(LORA), "ckpt/base-llm", merged_dtype=getattr(torch, dtype))
+    assert [entry["input"] for entry in proven.logits] == ["text", "image"]
+    assert all(0 < entry["max_difference"] <= share * entry["scale"] for entry in proven.logits)
 
 
 def test_a_wrong_result_is_refused_and_nothing_is_left(tmp_path: Path):
-    def spoil_and_compare(staging: Path) -> None:
+    def spoil_and_compare(staging: Path, report: ConversionReport) -> None:
         weights = load_file(staging / "model.safetensors")
         weights["model.mm_projector.2.bias"] += 0.5
         save_file(weights, staging / "model.safetensors")
-        compare_merged(staging, str(LORA), "ckpt/base-llm")
+        compare_merged(staging, str(LORA), "ckpt/base-llm", report=report)
 
-    with pytest.raises(RunError, match="is not the adapter on its base"):
+    with pytest.raises(RunError, match="The result is not what it was made from"):
         merge(identify(LORA), "ckpt/base-llm", tmp_path / "merged", MergeOptions(), verify=spoil_and_compare)
     assert list(tmp_path.iterdir()) == []
 
@@ -140,8 +142,8 @@ def dora(directory: Path) -> None:
         (half_matrix, "only one of the two LoRA matrices"),
         (other_shape, "changes model.layers.0.mlp.up_proj.weight as a 100 x 64 matrix"),
         (other_layers, "that the base model does not have. It belongs to another base model"),
-        (no_adapter, r"has adapter_config\.json but no adapter_model\.bin"),
-        (dora, "of the kind DoRA"),
+        (no_adapter, r"has adapter_config\.json but no "),
+        (dora, "use_dora is True, but 0 of 14 modules have a lora_magnitude_vector"),
     ],
 )
 def test_what_cannot_be_merged_is_refused(tmp_path: Path, change, message: str):
@@ -165,6 +167,6 @@ def test_the_comparison_fits_into_the_memory_that_is_free(
 ):
     merge_recorded(tmp_path / "merged", dtype=getattr(torch, dtype))
     monkeypatch.setattr(verify, "free_memory", lambda: 100_000)
-    comparison = compare_merged(tmp_path / "merged", str(LORA), "ckpt/base-llm", merged_dtype=getattr(torch, dtype))
-    assert comparison.max_difference <= comparison.bound
+    proven = compare_merged(tmp_path / "merged", str(LORA), "ckpt/base-llm", merged_dtype=getattr(torch, dtype))
+    assert all(entry["max_difference"] <= entry["bound"] for entry in proven.logits)
     assert f"compared in torch.{dtype}" in caplog.text

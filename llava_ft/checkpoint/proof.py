@@ -1,0 +1,191 @@
+"""The report that ends every merge, import and export: what each tensor is, and what shows that nothing else changed.
+
+It is shown on screen and written as `conversion_report.json` beside the result.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from llava_ft.checkpoint.adapter import row_blocks
+from llava_ft.checkpoint.load import fit_rows
+from llava_ft.checkpoint.manifest import installed_versions
+from llava_ft.checkpoint.save import write_json
+from llava_ft.checkpoint.weights import WeightFiles
+from llava_ft.checkpoint.whole import Piece, WholeModel
+from llava_ft.errors import RunError
+
+CONVERSION_REPORT: Final = "conversion_report.json"
+
+_SHOWN = 3
+"""How many of the most changed tensors are shown on screen; the file lists all."""
+
+
+@dataclass
+class ConversionReport:
+    """What a conversion did, and the proof of it.
+
+    Attributes:
+        kind: What was done, such as "merge" or "export hf".
+        source: What was converted.
+        target: Where the result is.
+        sources: Number of tensors and of bytes written, by the files they come from.
+        changed: For each tensor whose values differ from the base's: its `name`, `max_difference`, the largest absolute
+            difference, and `relative`, that as a share of the largest absolute value before (None if that is zero).
+        frozen: `tensors`, how many were taken from the base, and `bit_identical`, whether all of them are in the
+            result bit for bit; None if some were rounded to another type.
+        logits: For each fixed input its name (`input`), the largest difference of logits between source and result
+            (`max_difference`), the largest logit (`scale`) and the largest difference allowed (`bound`).
+        answers: For each fixed input the greedy answers of `source` and `result`, as token ids, and whether they are
+            `equal`.
+        ignored: What was wrong and passed over on request.
+        notes: What else a reader should know.
+        passed: Whether all of it is as it should be.
+        versions: Versions of the program, Python and its packages.
+    """
+
+    kind: str
+    source: str
+    target: str
+    sources: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
+    changed: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    frozen: dict[str, Any] = field(default_factory=lambda: {"tensors": 0, "bit_identical": None})
+    logits: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    answers: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    ignored: list[str] = field(default_factory=list[str])
+    notes: list[str] = field(default_factory=list[str])
+    passed: bool = False
+    versions: dict[str, str] = field(default_factory=installed_versions)
+
+    def count(self, piece: Piece) -> None:
+        """Count a tensor that is written under its source."""
+        counts = self.sources.setdefault(piece.source, {"tensors": 0, "bytes": 0})
+        counts["tensors"] += 1
+        counts["bytes"] += piece.value.nbytes
+        if piece.origin == "frozen":
+            self.frozen["tensors"] += 1
+
+    def write(self, directory: Path) -> None:
+        """Write the report into a directory."""
+        write_json(directory / CONVERSION_REPORT, asdict(self))
+
+    def lines(self) -> list[str]:
+        """Return the report as lines for the screen, the longest lists shortened."""
+        lines = [
+            f"{counts['tensors']} tensors, {counts['bytes'] / 2**20:,.1f} MiB from {source}"
+            for source, counts in self.sources.items()
+        ]
+        if self.changed:
+            largest = sorted(self.changed, key=lambda change: -(change["relative"] or 0))[:_SHOWN]
+            shown = "; ".join(f"{c['name']} by {c['max_difference']:.3g} ({c['relative'] or 0:.2%})" for c in largest)
+            lines.append(f"{len(self.changed)} tensors differ from the base's, most of all {shown}")
+        if self.frozen["tensors"]:
+            state = {True: "bit-identical to the base", None: "the base's, rounded once to another type"}
+            lines.append(f"{self.frozen['tensors']} tensors are frozen: {state[self.frozen['bit_identical']]}")
+        lines += [
+            f"{entry['input']}: max |difference of logits| {entry['max_difference']:.3g} "
+            f"(bound {entry['bound']:.3g}, largest logit {entry['scale']:.3g})"
+            for entry in self.logits
+        ]
+        lines += [
+            f"{entry['input']}: the greedy answers of {len(entry['source'])} tokens "
+            + ("are equal" if entry["equal"] else "part where two tokens are equally likely")
+            for entry in self.answers
+        ]
+        return lines + [f"note: {note}" for note in self.notes] + [f"ignored: {problem}" for problem in self.ignored]
+
+
+def prove_tensors(
+    report: ConversionReport,
+    whole: WholeModel,
+    written: WeightFiles,
+    *,
+    with_tower: bool,
+    key_of: Callable[[str], str] = str,
+) -> None:
+    """Compare every tensor that was written with the files it was made from, and put the result into the report.
+
+    Frozen and replaced tensors must be those of the files, bit for bit after at most one rounding. Changed ones must be
+    within one rounding of W + s B A, which is computed here anew, from the files.
+
+    Args:
+        report: Gets `changed` and `frozen`.
+        whole: What was written.
+        written: The result. A matrix may have more rows than the model, as some layouts want it.
+        with_tower: Whether a vision tower from a directory of its own was written too.
+        key_of: Name in the result of a parameter, by its native name.
+
+    Raises:
+        RunError: A tensor is missing, is of no parameter, or has other values.
+    """
+    names = {key_of(name): name for name in whole.names(with_tower=with_tower)}
+    unknown = sorted(set(written.tensors) ^ set(names))
+    if unknown:
+        state = "is missing in the result" if unknown[0] in names else "is in the result and of no parameter"
+        raise RunError(f"{unknown[0]} and {len(unknown) - 1} other tensors do not fit: {unknown[0]} {state}.")
+    is_identical = True
+    for key, tensor in written.stream(names):
+        name = names[key]
+        after = tensor[: whole.shapes[name][0]]
+        origin, before = whole.origin(name), whole.before(name)
+        if origin == "changed":
+            assert before is not None
+            _check_changed(whole, name, before, after)
+        else:
+            is_identical &= _check_unchanged(whole, name, after) or origin != "frozen"
+        if before is not None and origin in ("changed", "replaced"):
+            report.changed.append(_difference(name, before, after))
+    report.frozen["bit_identical"] = is_identical or None
+
+
+def _check_unchanged(whole: WholeModel, name: str, after: torch.Tensor) -> bool:
+    """Compare a tensor with the one in the files it was taken from; returns whether it still has their type."""
+    source, on_disk = whole.on_disk(name)
+    expected = fit_rows(on_disk.to(after.dtype), tuple(after.shape))
+    rows = whole.rows.get(name)
+    if rows is not None:
+        expected = torch.cat([expected[: -rows.shape[0]], rows.to(after.dtype)])
+    if not torch.equal(expected, after):
+        raise RunError(
+            f"{name} was written with other values than {source} holds. The disk may be damaged; nothing was kept."
+        )
+    return on_disk.dtype == after.dtype
+
+
+def _check_changed(whole: WholeModel, name: str, before: torch.Tensor, after: torch.Tensor) -> None:
+    """Check that a tensor is the base's with the adapters added, by arithmetic of its own, up to one rounding."""
+    before = whole.quantized_value(name, fit_rows(before, tuple(after.shape)))
+    rounding = 0.51 * torch.finfo(after.dtype).eps
+    smallest = torch.finfo(after.dtype).smallest_normal * torch.finfo(after.dtype).eps
+    num_trained = whole.rows[name].shape[0] if name in whole.rows else 0
+    for rows in row_blocks((after.shape[0] - num_trained, *after.shape[1:])):
+        old = before[rows].float()
+        wanted = old
+        for share, adapter in whole.adapters:
+            if name in adapter.biases:
+                wanted = wanted + share * adapter.biases[name][rows]
+            if name in adapter.factors:
+                a, b = adapter.factors[name]
+                wanted = wanted + (share * adapter.scales[name]) * torch.einsum("or,ri->oi", b[rows], a)
+            if name in adapter.magnitudes:
+                wanted = torch.nn.functional.normalize(wanted, dim=1) * adapter.magnitudes[name][rows, None]
+        accumulated = 2e-6 * torch.maximum(old.abs().amax(), wanted.abs().amax())
+        off = (after[rows].float() - wanted).abs() - (rounding * wanted.abs() + accumulated + smallest)
+        if not bool((off <= 0).all()):
+            raise RunError(
+                f"{name} was written with other values than the base's with the adapter added: they are off by up to "
+                f"{float((after[rows].float() - wanted).abs().max()):.3g}, where rounding explains "
+                f"{float(rounding * wanted.abs().max() + accumulated):.3g}. Nothing was kept."
+            )
+
+
+def _difference(name: str, before: torch.Tensor, after: torch.Tensor) -> dict[str, Any]:
+    largest, scale = 0.0, 0.0
+    for rows in row_blocks(before.shape):
+        old = before[rows].float()
+        largest = max(largest, float((after[rows].float() - old).abs().max()))
+        scale = max(scale, float(old.abs().max()))
+    return {"name": name, "max_difference": largest, "relative": largest / scale if scale else None}

@@ -1,0 +1,220 @@
+"""A whole model as a stream of tensors: a base with what was trained on it put in, nothing loaded at once.
+
+Merging and every export read a model through `WholeModel`. Each weight is read, what was trained is put in with float32
+arithmetic, and the result is rounded once, a block of rows at a time: beside the tensor that is yielded, memory holds
+the adapter and a few megabytes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from llava_ft.checkpoint.adapter import LoraAdapter, merged
+from llava_ft.checkpoint.base import BaseModel
+from llava_ft.checkpoint.directory import ModelDirectory
+from llava_ft.checkpoint.fingerprint import language_model_fingerprint
+from llava_ft.checkpoint.load import Ledger, Plan, WeightSource, fit_rows, plan_sources, stream_planned
+from llava_ft.checkpoint.names import EMBEDDINGS, native_name
+from llava_ft.checkpoint.overrides import Force
+from llava_ft.checkpoint.restore import check_base
+from llava_ft.checkpoint.trained import find_trained, new_rows
+from llava_ft.data.tokenizer import load_tokenizer
+from llava_ft.models.builder import build_skeleton
+from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.tuning.freeze import language_model_linears
+from llava_ft.tuning.quant import Quantization
+
+Origin = Literal["frozen", "changed", "replaced", "tower"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of a whole model.
+
+    Attributes:
+        name: Its native name.
+        value: The tensor as it is to be written, in memory of its own.
+        origin: `frozen` as in the base; `changed` by an adapter or by quantisation; `replaced` by a trained one, whole
+            or in the rows of added tokens; `tower` from a vision tower in a directory of its own.
+        source: The files it comes from, for a report.
+    """
+
+    name: str
+    value: torch.Tensor
+    origin: Origin
+    source: str
+
+
+class WholeModel:
+    """A model as a stream of tensors.
+
+    Attributes:
+        directory: What the user gave: a whole model, or what was trained on a base.
+        base: The base, with what was trained beside an adapter among its sources.
+        adapters: The adapters and the weight of each.
+        tokenizer: Its tokenizer.
+        config: Its configuration, with the vocabulary as large as the tokenizer's.
+        shapes: Shape of each parameter by native name, after growth; the vision tower's included.
+        dtype: Type of most of the base's bytes.
+        rows: Trained rows of added tokens, by the native name of the matrix whose last rows they are.
+        fingerprint: Fingerprint of the base's language model.
+        quantization: If set, linear layers have the values that they are worth after being quantised like this.
+    """
+
+    def __init__(
+        self,
+        directory: ModelDirectory,
+        base: BaseModel,
+        tokenizer: PreTrainedTokenizerFast,
+        adapters: Sequence[tuple[float, LoraAdapter]],
+        quantization: Quantization | None = None,
+    ):
+        self.directory = directory
+        self.base = base
+        self.adapters = tuple(adapters)
+        self.tokenizer = tokenizer
+        self.config: LlavaLlamaConfig = base.config
+        self.fingerprint = language_model_fingerprint(base.sources[:1])
+        self.quantization = quantization
+        self.num_new_rows = max(0, len(tokenizer) - base.config.vocab_size)
+        base.config.vocab_size += self.num_new_rows
+        skeleton = build_skeleton(base.config)
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()
+        }
+        self._plan: Plan = plan_sources(skeleton, base.sources, Ledger(), num_new_rows=self.num_new_rows)
+        self._quantized = (
+            {f"{name}.weight" for name in language_model_linears(skeleton)} if quantization is not None else set[str]()
+        )
+        self._keys = {id(source): {name: key for key, name in source.names.items()} for source in base.sources}
+        self.rows: Mapping[str, torch.Tensor] = self._trained_rows()
+        self.dtype = _most_common_dtype(base)
+        for _, adapter in self.adapters:
+            adapter.check_shapes(self.shapes)
+
+    def names(self, *, with_tower: bool) -> list[str]:
+        """Native names of the tensors that `stream` yields, in its order."""
+        return [name for name, source, _ in self._planned(with_tower)]
+
+    def origin(self, name: str) -> Origin:
+        """Say where a parameter's value comes from; see `Piece`."""
+        source = self.base.sources[self._plan[name][0]]
+        if name in self._quantized or any(name in adapter.changed for _, adapter in self.adapters):
+            return "changed"
+        if source.label == "vision tower":
+            return "tower"
+        return "frozen" if source.label == "base model" and name not in self.rows else "replaced"
+
+    def stream(self, dtype: torch.dtype | None = None, *, with_tower: bool) -> Iterator[Piece]:
+        """Yield every tensor, computed in float32 and rounded once.
+
+        Args:
+            dtype: Type of all tensors. When absent, frozen ones keep the type they have on disk, so that they stay bit
+                for bit what they are; all others get that of most of the base's bytes.
+            with_tower: Whether a vision tower that lies in a directory of its own is yielded too; one that the base
+                holds, or that was trained, always is.
+        """
+        for name, source, tensor in self._values(with_tower):
+            origin = self.origin(name)
+            to = dtype or (tensor.dtype if origin == "frozen" else self.dtype)
+            yield Piece(name, self._finished(name, tensor, to), origin, self._label(origin, source))
+
+    def before(self, name: str) -> torch.Tensor | None:
+        """Return the value that the base itself has for a parameter, as on disk; None if the base does not hold it."""
+        for source in self.base.sources:
+            if source.label in ("base model", "vision tower") and name in self._keys[id(source)]:
+                key = self._keys[id(source)][name]
+                return source.files.read([key])[key]
+        return None
+
+    def on_disk(self, name: str) -> tuple[str, torch.Tensor]:
+        """Return the value of a parameter in the file it is taken from, and what that file is."""
+        index, key = self._plan[name]
+        source = self.base.sources[index]
+        return f"the {source.label} {source.files.path}", source.files.read([key])[key]
+
+    def quantized_value(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return what a weight is worth after being quantised, if this model is made of such weights."""
+        return self.quantization.round_trip(tensor) if self.quantization and name in self._quantized else tensor
+
+    def _finished(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        tensor = self.quantized_value(name, tensor)
+        changing = [(share, adapter) for share, adapter in self.adapters if name in adapter.changed]
+        if changing:
+            value = merged(name, fit_rows(tensor, self.shapes[name]), changing, dtype)
+        else:
+            value = fit_rows(tensor.to(dtype=dtype, copy=True), self.shapes[name])
+        if name in self.rows:
+            value[-self.rows[name].shape[0] :] = self.rows[name].to(dtype)
+        return value
+
+    def _values(self, with_tower: bool) -> Iterator[tuple[str, WeightSource, torch.Tensor]]:
+        return stream_planned(self._sources(with_tower), self._plan)
+
+    def _planned(self, with_tower: bool) -> Iterator[tuple[str, WeightSource, str]]:
+        for index, source in enumerate(self._sources(with_tower)):
+            for key, name in source.names.items():
+                if self._plan.get(name) == (index, key):
+                    yield name, source, key
+
+    def _sources(self, with_tower: bool) -> list[WeightSource]:
+        """The sources in their order; a tower that is not wanted has no names, so that nothing of it is read."""
+        return [
+            source if with_tower or source.label != "vision tower" else WeightSource(source.label, source.files, {})
+            for source in self.base.sources
+        ]
+
+    def _label(self, origin: Origin, source: WeightSource) -> str:
+        if origin != "changed":
+            return f"{source.label} {source.files.path}"
+        by = " and ".join(f"adapter {adapter.path}" for _, adapter in self.adapters) or str(self.quantization)
+        return f"{source.label} {source.files.path}, changed by {by}"
+
+    def _trained_rows(self) -> dict[str, torch.Tensor]:
+        """The trained rows of added tokens, by the native name of the matrix whose last rows they are."""
+        rows = new_rows(self.adapters[0][1]) if self.adapters else {}
+        if self.base.token_rows is not None and self.num_new_rows:
+            files = self.base.token_rows
+            key = next(key for key in files.tensors if native_name(key) == EMBEDDINGS)
+            rows[EMBEDDINGS] = files.read([key])[key][-self.num_new_rows :]
+        return rows
+
+
+def open_whole(
+    directory: ModelDirectory,
+    model_base: str | None,
+    *,
+    vision_tower: str | None = None,
+    force: Force = False,
+    quantization: Quantization | None = None,
+) -> WholeModel:
+    """Open a whole model, or what was trained together with its base.
+
+    Args:
+        directory: A LLaVA model, a LoRA directory or a projector directory.
+        model_base: The base; when absent, the one that an adapter names.
+        vision_tower: The vision tower, if it is not where the model says.
+        force: What is passed over, such as a base other than the one the adapter was trained on.
+        quantization: Give linear layers the values that they are worth after being quantised like this.
+
+    Raises:
+        UserError: Something is missing, damaged or does not fit.
+    """
+    base, lora = find_trained(directory, model_base, vision_tower=vision_tower, force=force)
+    has_tokenizer = any((directory.path / name).is_file() for name in ("tokenizer_config.json", "tokenizer.model"))
+    tokenizer = load_tokenizer(directory.path if has_tokenizer else base.directory.path)
+    whole = WholeModel(directory, base, tokenizer, [(1.0, lora)] if lora is not None else [], quantization)
+    if directory.kind in ("lora", "projector"):
+        check_base(directory.path, whole.fingerprint, str(base.directory.path), force=force)
+    return whole
+
+
+def _most_common_dtype(base: BaseModel) -> torch.dtype:
+    """The type most of the base's weights have on disk."""
+    by_dtype: dict[torch.dtype, int] = {}
+    for info in base.sources[0].files.tensors.values():
+        by_dtype[info.dtype] = by_dtype.get(info.dtype, 0) + info.num_bytes
+    return max(by_dtype, key=lambda dtype: by_dtype[dtype])
