@@ -20,13 +20,13 @@ from llava_ft.checkpoint.names import (
     CONFIG,
     EMBEDDINGS,
     IMAGE_NEWLINE,
-    PREPROCESSOR_CONFIG,
     clip_to_native_name,
     is_projector,
     is_vision,
     native_name,
 )
 from llava_ft.checkpoint.weights import WeightFiles, read_json
+from llava_ft.data.image_processor import PREPROCESSOR_CONFIG, image_settings_file
 from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import build_skeleton, is_llava_config, settle_config, vision_fields
 from llava_ft.models.config import LlavaLlamaConfig
@@ -112,6 +112,8 @@ def find_base(
         tower_files = WeightFiles.open(tower_directory)
         sources.append(WeightSource.of("vision tower", tower_files, clip_to_native_name))
     token_rows = None
+    if projector_file is None:
+        projector_file = _projector_beside(directory, base_source)
     if projector_file is not None:
         projector, token_rows = _open_projector(Path(projector_file), config)
         sources = [_only(source, lambda name: not is_projector(name)) for source in sources] + [projector]
@@ -120,7 +122,9 @@ def find_base(
         directory=directory,
         config=config,
         sources=tuple(sources),
-        projector_is_new=vision is not None and not any(map(is_projector, _names(sources))),
+        projector_is_new=vision is not None
+        and directory.kind != "llava"
+        and not any(map(is_projector, _names(sources))),
         newline_is_new=config.has_image_newline and not _has_newline(directory, sources),
         vision_directory=_image_settings_directory(directory, tower_directory) if vision is not None else None,
         token_rows=token_rows,
@@ -213,6 +217,9 @@ def _find_vision(
     directory: ModelDirectory, tower_name: str | None, was_asked: bool, has_tower: bool, cache_dir: str | None
 ) -> tuple[dict[str, Any] | None, Path | None]:
     """Return the tower's architecture and directory; the directory may be absent if the checkpoint holds the tower."""
+    inside = directory.config.get("mm_vision_config")
+    if inside and has_tower and not was_asked:
+        return vision_fields(inside, str(directory.path)), None
     if tower_name is None:
         if is_llava_config(directory.config):
             raise CheckpointError(
@@ -220,9 +227,6 @@ def _find_vision(
                 "--vision_tower."
             )
         return None, None
-    inside = directory.config.get("mm_vision_config")
-    if inside and has_tower and not was_asked:
-        return vision_fields(inside, str(directory.path)), None
     tower = resolve_model_path(tower_name, cache_dir=cache_dir, relative_to=directory.path)
     vision = vision_fields(read_json(tower / CONFIG), str(tower))
     if inside and has_tower and vision != vision_fields(inside, str(directory.path)):
@@ -266,6 +270,18 @@ def _open_projector(path: Path, config: LlavaLlamaConfig) -> tuple[WeightSource,
     return WeightSource("projector", files, projector, must_fit=True), files if has_rows else None
 
 
+def _projector_beside(directory: ModelDirectory, base: WeightSource) -> str | None:
+    """Return the projector file beside a whole model if the model's own files lack the projector."""
+    beside = directory.projector_file
+    if directory.kind != "llava" or beside is None:
+        return None
+    if any(map(is_projector, base.names.values())):
+        logger.info("%s is not used: the model's own weights hold the projector.", beside)
+        return None
+    logger.info("The projector is taken from %s: the model's own weights lack it.", beside)
+    return str(beside)
+
+
 def _only(source: WeightSource, is_wanted: Callable[[str], bool]) -> WeightSource:
     names = {key: name for key, name in source.names.items() if is_wanted(name)}
     return WeightSource(source.label, source.files, names, source.must_fit)
@@ -287,7 +303,7 @@ def _load_token_rows(weight: torch.Tensor, files: WeightFiles, num_new_rows: int
 def _image_settings_directory(directory: ModelDirectory, tower: Path | None) -> Path:
     candidates = [path for path in (directory.path, tower) if path is not None]
     for path in candidates:
-        if (path / PREPROCESSOR_CONFIG).is_file():
+        if image_settings_file(path) is not None:
             return path
     raise CheckpointError(
         f"{PREPROCESSOR_CONFIG}, which says how images are prepared, is missing from "

@@ -1,11 +1,17 @@
-"""What a directory holds, read from the files in it and never from its name."""
+"""What a directory holds, read from the files in it and never from its name.
+
+A model in transformers' own layout of LLaVA is described by native fields, as any other: nothing behind this border
+knows the difference.
+"""
 
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from llava_ft.checkpoint.hf.config import is_hf_config, native_fields
 from llava_ft.checkpoint.names import (
+    ADAPTER_ALL_BIN,
     ADAPTER_BIN,
     ADAPTER_CONFIG,
     ADAPTER_SAFETENSORS,
@@ -16,10 +22,13 @@ from llava_ft.checkpoint.names import (
     PROJECTOR_SAFETENSORS,
 )
 from llava_ft.checkpoint.weights import has_model_weights, read_json
+from llava_ft.data.image_processor import pads_to_square
 from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import is_llava_config
 
 Kind = Literal["lora", "projector", "llava", "language model", "vision tower"]
+Layout = Literal["native", "hf"]
+"""How a model's files are named and its configuration is written: as LLaVA does it, or as transformers does."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +38,19 @@ class ModelDirectory:
     Attributes:
         path: The directory.
         kind: What it holds: `lora` is an adapter with what was trained beside it, `projector` a projector alone.
-        config: Content of `config.json`; empty if there is none.
+        config: Content of `config.json`, in native fields; empty if there is none.
+        layout: Which layout `config.json` is of.
     """
 
     path: Path
     kind: Kind
     config: dict[str, Any] = field(default_factory=dict[str, Any])
+    layout: Layout = "native"
 
     @property
     def adapter_file(self) -> Path | None:
-        """The file with the LoRA weights."""
-        return _first(self.path, ADAPTER_BIN, ADAPTER_SAFETENSORS)
+        """The file with the LoRA weights; `adapter_model_all.bin` holds all that was trained and comes last."""
+        return _first(self.path, ADAPTER_BIN, ADAPTER_SAFETENSORS, ADAPTER_ALL_BIN)
 
     @property
     def non_lora_file(self) -> Path | None:
@@ -56,14 +67,14 @@ def identify(path: Path) -> ModelDirectory:
     """Say what a directory holds.
 
     Raises:
-        CheckpointError: It does not exist, or holds nothing known.
+        UserError: It does not exist, holds nothing known, or a model that is not supported.
     """
     if not path.is_dir():
         reason = "is a file" if path.is_file() else "does not exist"
         raise CheckpointError(f"{path} {reason}; the directory of a model is needed.")
-    config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    config, layout = read_config(path) if (path / CONFIG).is_file() else (dict[str, Any](), "native")
     if (path / ADAPTER_CONFIG).is_file():
-        return ModelDirectory(path, "lora", config)
+        return ModelDirectory(path, "lora", config, layout)
     if not config:
         names = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
         raise CheckpointError(
@@ -74,13 +85,31 @@ def identify(path: Path) -> ModelDirectory:
             return ModelDirectory(path, "vision tower", config)
         if config.get("model_type") == "clip_vision_model":
             return ModelDirectory(path, "vision tower", config)
-        return ModelDirectory(path, "llava" if is_llava_config(config) else "language model", config)
+        return ModelDirectory(path, "llava" if is_llava_config(config) else "language model", config, layout)
     if _first(path, PROJECTOR_BIN, PROJECTOR_SAFETENSORS):
-        return ModelDirectory(path, "projector", config)
+        return ModelDirectory(path, "projector", config, layout)
     raise CheckpointError(
         f"{path} has a {CONFIG} but no weights: neither a model's, nor an adapter's, nor a projector's. Is the copy "
         "or download complete?"
     )
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], Layout]:
+    """Read `config.json` of a directory.
+
+    Returns:
+        Its content, for a LLaVA model in transformers' own layout as native fields; and the layout.
+
+    Raises:
+        UserError: It is missing or damaged, or describes a model of that layout that is not supported.
+    """
+    fields = read_json(path / CONFIG)
+    if not is_hf_config(fields):
+        return fields, "native"
+    native = native_fields(fields, str(path))
+    if not str(native["image_aspect_ratio"]).startswith("anyres"):
+        native["image_aspect_ratio"] = "pad" if pads_to_square(path) else "square"
+    return native, "hf"
 
 
 def resolve_model_path(name: str, *, cache_dir: str | None = None, relative_to: Path | None = None) -> Path:

@@ -11,6 +11,7 @@ from typing import Final
 
 ADAPTER_BIN: Final = "adapter_model.bin"
 ADAPTER_SAFETENSORS: Final = "adapter_model.safetensors"
+ADAPTER_ALL_BIN: Final = "adapter_model_all.bin"
 ADAPTER_CONFIG: Final = "adapter_config.json"
 NON_LORA_BIN: Final = "non_lora_trainables.bin"
 NON_LORA_SAFETENSORS: Final = "non_lora_trainables.safetensors"
@@ -21,6 +22,7 @@ PREPROCESSOR_CONFIG: Final = "preprocessor_config.json"
 RUN_CONFIG: Final = "run_config.yaml"
 TRAINABLE_TABLE: Final = "trainable_parameters.json"
 MANIFEST: Final = "llava_ft.json"
+TRAINER_STATE: Final = "trainer_state.json"
 OPTIMIZER: Final = "optimizer.pt"
 SCHEDULER: Final = "scheduler.pt"
 RANKS: Final = "ranks.json"
@@ -52,6 +54,9 @@ _TRANSFORMERS_LAYOUT = (
     (re.compile(r"^model\.multi_modal_projector\.linear_2(?=\.|$)"), "model.mm_projector.2"),
     (re.compile(r"^model\.vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?(?=.)"), VISION_PREFIX),
 )
+_TRANSFORMERS_SPELLING = re.compile(
+    r"^(?:model\.)*(?:language_model\.|multi_modal_projector\.|vision_tower\.(?!vision_tower\.))"
+)
 _DERIVED = re.compile(r"(?:rotary_emb\.inv_freq|embeddings\.position_ids)$")
 _CLIP_TEXT = re.compile(r"^(?:text_model\.|text_projection\.|visual_projection\.|logit_scale$)")
 
@@ -71,6 +76,11 @@ def native_name(key: str) -> str:
     for pattern, beginning in _TRANSFORMERS_LAYOUT:
         name = pattern.sub(beginning, name)
     return name
+
+
+def is_transformers_spelling(key: str) -> bool:
+    """Whether a key is spelled as in transformers' own layout, so that no program of LLaVA's native layout wrote it."""
+    return _TRANSFORMERS_SPELLING.search(_WRAPPERS.sub("", key)) is not None
 
 
 def clip_to_native_name(key: str) -> str | None:

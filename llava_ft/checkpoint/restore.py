@@ -13,17 +13,25 @@ from torch import nn
 from llava_ft.checkpoint.directory import ModelDirectory, identify
 from llava_ft.checkpoint.manifest import check_pairing, read_manifest
 from llava_ft.checkpoint.names import (
+    ADAPTER_ALL_BIN,
+    ADAPTER_BIN,
     ADAPTER_CONFIG,
+    ADAPTER_SAFETENSORS,
     EMBEDDINGS,
     HEAD,
+    MANIFEST,
     NEW_ROWS_SUFFIX,
     NON_LORA_BIN,
+    TRAINER_STATE,
     is_derived,
+    is_projector,
+    is_transformers_spelling,
     native_name,
 )
 from llava_ft.checkpoint.overrides import Force, refuse_unless
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.errors import CheckpointError
+from llava_ft.models.builder import is_llava_config
 
 
 def trained_files(directory: ModelDirectory, *, force: Force = False) -> list[WeightFiles]:
@@ -31,23 +39,17 @@ def trained_files(directory: ModelDirectory, *, force: Force = False) -> list[We
 
     Args:
         directory: The directory.
-        force: Whether files that were not written together are used as they are.
+        force: Whether files that were not written together are used as they are, and an adapter without its projector.
+
+    Returns:
+        For an adapter its file, which may hold more than LoRA matrices, and `non_lora_trainables` if there is one.
 
     Raises:
         CheckpointError: One that belongs there is missing or damaged.
     """
     check_pairing(directory.path, force=force)
     if directory.kind == "lora":
-        if directory.adapter_file is None:
-            raise CheckpointError(f"{directory.path} has {ADAPTER_CONFIG} but no adapter_model.bin or .safetensors.")
-        if directory.non_lora_file is None:
-            raise CheckpointError(
-                f"{directory.path} has an adapter but no {NON_LORA_BIN}: the projector that was trained with it is "
-                "missing, and without it the adapter gives wrong answers. Original LLaVA leaves the file out of its "
-                "intermediate checkpoints. `llava-ft consolidate` gets it out of DeepSpeed's files; or use the output "
-                "directory of the finished run."
-            )
-        return [WeightFiles.open(directory.adapter_file), WeightFiles.open(directory.non_lora_file)]
+        return _adapter_files(directory, force)
     if directory.kind == "projector":
         assert directory.projector_file is not None
         return [WeightFiles.open(directory.projector_file)]
@@ -67,8 +69,18 @@ def put_value(name: str, parameter: nn.Parameter, value: torch.Tensor) -> None:
         parameter.copy_(value)
 
 
+def _is_needed(name: str) -> bool:
+    return True
+
+
 def restore_trained(
-    model: nn.Module, path: Path, *, as_start: bool = False, put: PutValue = put_value, force: Force = False
+    model: nn.Module,
+    path: Path,
+    *,
+    as_start: bool = False,
+    put: PutValue = put_value,
+    force: Force = False,
+    is_needed: Callable[[str], bool] = _is_needed,
 ) -> None:
     """Copy the trained weights of a directory into a model with the same trainable parameters.
 
@@ -79,6 +91,7 @@ def restore_trained(
         put: How a parameter gets its value, where several ranks share the model. It is called in the same order on all
             of them.
         force: Whether files that were not written together, and an adapter of another scale, are taken as they are.
+        is_needed: Whether a trained parameter, by plain name, has to be in the files; False for one that has its value.
 
     Raises:
         CheckpointError: A trainable parameter is not in the files, or the files hold something else.

@@ -1,5 +1,8 @@
 """The settings of a CLIP image processor: preprocessor_config.json in each form that was ever written.
 
+A model in transformers' own layout describes its own image processor, which is CLIP's with a step before it: padding to
+a square, or cutting into tiles. transformers 5 keeps the description inside `processor_config.json`, which then wins.
+
 Rescaling and normalisation give each of the 256 levels of a channel one value, so both are a table (`PixelNormalizer`):
 pictures travel as bytes, a quarter of the size, and become numbers on the device.
 """
@@ -7,6 +10,8 @@ pictures travel as bytes, a quarter of the size, and become numbers on the devic
 import json
 import math
 import os
+import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,6 +24,9 @@ from PIL import Image
 from llava_ft.errors import UserError
 
 PREPROCESSOR_CONFIG: Final = "preprocessor_config.json"
+PROCESSOR_CONFIG: Final = "processor_config.json"
+
+_KNOWN_PROCESSORS = re.compile(r"CLIP.*|Llava(?:Next)?ImageProcessor(?:Fast|Pil)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +62,7 @@ class ImageProcessorSettings:
             UserError: It describes another kind of processor, or a value is not usable.
         """
         processor = values.get("image_processor_type") or values.get("feature_extractor_type") or "CLIP"
-        if not str(processor).startswith("CLIP"):
+        if not _KNOWN_PROCESSORS.fullmatch(str(processor)):
             raise UserError(f"{source} describes a {processor}; only CLIP's are known. Use a CLIP vision tower.")
         read = _Reader(values, source)
         settings = cls(
@@ -75,7 +83,7 @@ class ImageProcessorSettings:
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str]) -> "ImageProcessorSettings":
-        """Read preprocessor_config.json of a vision tower.
+        """Read how a vision tower, or a model in transformers' own layout, prepares images.
 
         Args:
             path: A directory, the file itself, or the name of a model on the Hugging Face hub.
@@ -84,13 +92,7 @@ class ImageProcessorSettings:
             UserError: There is no such file, or it is not usable.
         """
         file = _find_preprocessor_config(path)
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read as JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise UserError(f"{file} holds a {type(values).__name__}; it must hold a JSON object.")
-        return cls.from_dict(cast("dict[str, Any]", values), str(file))
+        return cls.from_dict(_described_in(file), str(file))
 
     @property
     def output_size(self) -> tuple[int, int]:
@@ -221,16 +223,75 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def image_settings_file(directory: Path) -> Path | None:
+    """Find the file that says how a directory's model prepares images; None without one.
+
+    Raises:
+        UserError: A file that may say it is damaged.
+    """
+    inside, alone = directory / PROCESSOR_CONFIG, directory / PREPROCESSOR_CONFIG
+    if inside.is_file() and "image_processor" in _read_object(inside):
+        return inside
+    return alone if alone.is_file() else None
+
+
+def pads_to_square(directory: Path) -> bool:
+    """Whether a model in transformers' own layout pads images to a square before anything else, as LLaVA's `pad` does.
+
+    Raises:
+        UserError: The file that says it is damaged.
+    """
+    file = image_settings_file(directory)
+    values = _described_in(file) if file is not None else {}
+    kind = str(values.get("image_processor_type"))
+    return bool(values.get("do_pad")) and kind.startswith("LlavaImageProcessor")
+
+
+def copy_image_settings(source: Path, target: Path) -> None:
+    """Write preprocessor_config.json for a model whose images are prepared as those of another directory.
+
+    Args:
+        source: A directory with the settings. A file that describes CLIP's own processor is copied as it is.
+        target: The directory to write into.
+
+    Raises:
+        UserError: The settings are missing or not usable.
+    """
+    settings = ImageProcessorSettings.from_pretrained(source)
+    file = _find_preprocessor_config(source)
+    if file.name == PREPROCESSOR_CONFIG and "Llava" not in str(_described_in(file).get("image_processor_type")):
+        shutil.copyfile(file, target / PREPROCESSOR_CONFIG)
+        return
+    (target / PREPROCESSOR_CONFIG).write_text(json.dumps(settings.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def _described_in(file: Path) -> dict[str, Any]:
+    """Return the image processor that a file describes: its whole content, or the part of it that does."""
+    values = _read_object(file)
+    inside = values.get("image_processor") if file.name == PROCESSOR_CONFIG else None
+    return cast("dict[str, Any]", inside) if isinstance(inside, dict) else values
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} holds a {type(values).__name__}; it must hold a JSON object.")
+    return cast("dict[str, Any]", values)
+
+
 def _find_preprocessor_config(path: str | os.PathLike[str]) -> Path:
     local = Path(path)
     if local.is_dir():
-        local = local / PREPROCESSOR_CONFIG
-        if not local.is_file():
+        file = image_settings_file(local)
+        if file is None:
             raise UserError(
                 f"{os.fspath(path)} holds no {PREPROCESSOR_CONFIG}, which says how images are prepared. "
                 "Copy it from the vision tower that the model was trained with."
             )
-        return local
+        return file
     if local.is_file():
         return local
     import transformers.utils.hub as hub  # a second of importing, needed for names on the hub only

@@ -22,6 +22,8 @@ from llava_ft.models.llava import LlavaLlamaForCausalLM
 logger = logging.getLogger(__name__)
 
 _LANGUAGE_MODELS = ("llama", "llava_llama", "llava")
+# `auto_map` names code in the directory, which is never run; `num_labels` makes transformers build a table of labels.
+_NOT_TAKEN_OVER = ("model_type", "architectures", "torch_dtype", "auto_map", "num_labels", "id2label", "label2id")
 _VISION_FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -95,7 +97,7 @@ def settle_config(
     """
     if base.get("model_type") not in _LANGUAGE_MODELS or "text_config" in base:
         raise UserError(_unsupported_base(base, where))
-    fields = {key: value for key, value in base.items() if key not in ("model_type", "architectures", "torch_dtype")}
+    fields = {key: value for key, value in base.items() if key not in _NOT_TAKEN_OVER}
     was_llava = is_llava_config(base)
     for key, default in ORIGINAL_DEFAULTS.items():
         wish = wishes.get(key)
@@ -189,8 +191,9 @@ def _unsupported_base(base: Mapping[str, Any], where: str) -> str:
     kind = base.get("model_type")
     if "text_config" in base:
         return (
-            f"{where} is a {kind!r} model in transformers' own layout. Supported are models in LLaVA's native layout, "
-            "such as liuhaotian/llava-v1.5-7b, and LLaMA language models."
+            f"{where} is a {kind!r} model. Of the models in transformers' own layout 'llava' and 'llava_next' are "
+            "supported, such as llava-hf/llava-1.5-7b-hf; beside them models in LLaVA's native layout, such as "
+            "liuhaotian/llava-v1.5-7b, and LLaMA language models."
         )
     return (
         f"{where} is a {kind!r} model. Supported language models are those of LLaMA's architecture (model_type "

@@ -52,7 +52,8 @@ def native_fields(hf: Mapping[str, Any], where: str = "The model") -> dict[str, 
         where: The directory, for messages.
 
     Returns:
-        The fields, defaults filled in. `image_aspect_ratio` is `square` for `llava`, whose CLIP processor resizes the
+        The fields, defaults filled in. `unfreeze_mm_vision_tower` is true, which tells original LLaVA that the tower's
+        weights are in the checkpoint. `image_aspect_ratio` is `square` for `llava`, whose CLIP processor resizes the
         shorter edge and crops; a processor that pads has to be looked for in the directory.
 
     Raises:
@@ -88,6 +89,7 @@ def native_fields(hf: Mapping[str, Any], where: str = "The model") -> dict[str, 
         "mm_use_im_patch_token": False,
         "image_aspect_ratio": "square",
         "use_mm_proj": True,
+        "unfreeze_mm_vision_tower": True,
     }
     if kind == "llava_next":
         pinpoints = [[width, height] for height, width in config.image_grid_pinpoints]
@@ -143,7 +145,7 @@ def hf_fields(config: LlavaLlamaConfig, *, image_token_id: int, dtype: torch.dty
     known = {**LlavaLlamaConfig().to_dict(), **native_fields(fields)}
     beyond = {
         key: value
-        for key, value in config.to_dict().items()
+        for key, value in ({"unfreeze_mm_vision_tower": False} | config.to_dict()).items()
         if key not in (*_NOT_SETTINGS, *_ROPE_TWICE) and known.get(key) != value
     }
     return fields | ({NATIVE_KEY: beyond} if beyond else {})
