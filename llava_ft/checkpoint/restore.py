@@ -6,6 +6,7 @@ that lists the difference. A projector that silently starts anew is the mistake 
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,6 +57,44 @@ def trained_files(directory: ModelDirectory, *, force: Force = False) -> list[We
     return [WeightFiles.open(directory.path)]
 
 
+def _adapter_files(directory: ModelDirectory, force: Force) -> list[WeightFiles]:
+    if directory.adapter_file is None:
+        raise CheckpointError(
+            f"{directory.path} has {ADAPTER_CONFIG} but no weights: neither {ADAPTER_BIN} nor {ADAPTER_SAFETENSORS}, "
+            f"nor {ADAPTER_ALL_BIN}. Is the copy or download complete?"
+        )
+    adapter = WeightFiles.open(directory.adapter_file)
+    if directory.non_lora_file is not None:
+        return [adapter, WeightFiles.open(directory.non_lora_file)]
+    if _lacks_projector(directory, adapter):
+        refuse_unless(
+            force is True,
+            f"{directory.path} has an adapter but no {NON_LORA_BIN}: the projector that was trained with it is "
+            "missing, and without it the adapter gives wrong answers.",
+            "Original LLaVA leaves the file out of its intermediate checkpoints. `llava-ft consolidate` gets it out of "
+            "DeepSpeed's files; or use the output directory of the finished run.",
+        )
+    return [adapter]
+
+
+def _lacks_projector(directory: ModelDirectory, adapter: WeightFiles) -> bool:
+    """Whether a projector was trained beside an adapter and is not in its file.
+
+    LLaVA and this program train it, and write it to a file of its own; PEFT by itself writes all it trains to one file.
+    So what counts is who wrote the directory: one with the names of transformers' own layout comes from PEFT, as does
+    one that holds nothing that a run of LLaVA leaves - its configuration, its state, DeepSpeed's files.
+    """
+    if any(is_projector(plain_name(key)) or is_transformers_spelling(key) for key in adapter.tensors):
+        return False
+    leftovers = (TRAINER_STATE, MANIFEST, "latest")
+    return (
+        is_llava_config(directory.config)
+        or any((directory.path / name).is_file() for name in leftovers)
+        or any(directory.path.glob("global_step*"))
+    )
+
+
+_SHAPE_SETTINGS = ("r", "use_dora")
 _SCALE_SETTINGS = frozenset({"lora_alpha", "use_rslora"})
 """Settings of an adapter that say how much its matrices weigh; with others their shapes or meaning differ."""
 
@@ -109,9 +148,11 @@ def restore_trained(
         wanted = {key: name for key, name in names.items() if name in trainable}
         _check_shapes(files, wanted, trainable)
         for key, tensor in files.stream(wanted):
-            put(wanted[key], trainable[wanted[key]], tensor)
+            parameter = trainable[wanted[key]]
+            value = tensor[-whole_shape(parameter)[0] :] if wanted[key].endswith(NEW_ROWS_SUFFIX) else tensor
+            put(wanted[key], parameter, value)
             restored.add(wanted[key])
-    missing = [name for name in trainable if name not in restored]
+    missing = [name for name in trainable if name not in restored and is_needed(name)]
     if missing or unexpected:
         raise CheckpointError(
             f"{path} does not fit this run. "
@@ -155,13 +196,15 @@ def check_base(path: Path, fingerprint: str, base: str, *, force: Force = False)
 def _target_names(files: WeightFiles, trainable: Mapping[str, nn.Parameter], kind: str) -> dict[str, str]:
     """Give each tensor of a file the name it has in the model, leaving out whole matrices kept for other programs."""
     names: dict[str, str] = {}
+    plain_names = {plain_name(key) for key in files.tensors}
     for key in files.tensors:
         name = plain_name(key)
         if is_derived(name):
             continue
         rows_name = name.removesuffix(".weight") + NEW_ROWS_SUFFIX
         if name in (EMBEDDINGS, HEAD) and rows_name in trainable:
-            if kind == "projector":
+            # Files of the original hold the matrices alone; their last rows are those of the added tokens.
+            if kind == "projector" or rows_name not in plain_names:
                 names[key] = rows_name
             continue
         names[key] = name
@@ -173,11 +216,16 @@ def whole_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def _fits(shape: tuple[int, ...], name: str, needed: tuple[int, ...]) -> bool:
+    has_rows_at_its_end = name.endswith(NEW_ROWS_SUFFIX) and shape[0] > needed[0] and shape[1:] == needed[1:]
+    return shape == needed or has_rows_at_its_end
+
+
 def _check_shapes(files: WeightFiles, wanted: Mapping[str, str], trainable: Mapping[str, nn.Parameter]) -> None:
     wrong = [
         f"{name} is {tuple(files.tensors[key].shape)} in the file and {whole_shape(trainable[name])} here"
         for key, name in wanted.items()
-        if tuple(files.tensors[key].shape) != whole_shape(trainable[name])
+        if not _fits(files.tensors[key].shape, name, whole_shape(trainable[name]))
     ]
     if wrong:
         raise CheckpointError(
@@ -193,12 +241,33 @@ def _check_lora_config(model: nn.Module, directory: ModelDirectory, force: Force
         return
     if directory.kind != "lora":
         raise CheckpointError(f"{directory.path} holds no LoRA adapter, but this run trains one (lora_enable).")
-    on_disk = read_json(directory.path / ADAPTER_CONFIG)
     here = peft_config["default"]
+    settings = {key: getattr(here, key) for key in (*_SHAPE_SETTINGS, *_SCALE_SETTINGS)}
+    check_adapter_settings(directory, settings, force=force)
+
+
+def check_adapter_settings(directory: ModelDirectory, settings: Mapping[str, Any], *, force: Force = False) -> None:
+    """Check that an adapter was made with the settings of the run that is to train on it.
+
+    Args:
+        directory: The adapter's directory.
+        settings: Settings of the run, under PEFT's names; one that is absent is not compared.
+        force: Whether its matrices are scaled anew where only the scale differs.
+
+    Raises:
+        CheckpointError: They differ, or are set module by module in it.
+    """
+    on_disk = read_json(directory.path / ADAPTER_CONFIG)
+    patterns = [key for key in ("rank_pattern", "alpha_pattern") if on_disk.get(key)]
+    if patterns:
+        raise CheckpointError(
+            f"The adapter in {directory.path} has settings of its own for some modules ({', '.join(patterns)}), and "
+            "training gives all modules the same. Use --adapter_mode merge_first or new."
+        )
     different = {
-        key: f"{key} is {on_disk.get(key)} in it and {getattr(here, key)} here"
-        for key in ("r", "use_dora", *_SCALE_SETTINGS)
-        if key in on_disk and on_disk[key] != getattr(here, key)
+        key: f"{key} is {on_disk.get(key)} in it and {here} here"
+        for key, here in settings.items()
+        if key in on_disk and on_disk[key] != here
     }
     if not different:
         return
