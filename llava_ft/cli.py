@@ -1,4 +1,4 @@
-"""The command line: `llava-ft train | plan | check-data | inspect | merge | consolidate | generate`.
+"""The command line: `llava-ft train | plan | check-data | inspect | merge | consolidate | generate | chat`.
 
 Exit status: 0 done, 1 the run failed, 2 the request was wrong. Messages go to standard error; standard output holds
 what was asked for and nothing else.
@@ -62,6 +62,7 @@ def _commands() -> dict[str, tuple[Callable[[Sequence[str]], int], str]]:
         "merge": (merge, "put an adapter, or a projector, into its base model and verify the result"),
         "consolidate": (consolidate, "get the weights out of DeepSpeed's files, when nothing else is left of a run"),
         "generate": (generate, "answer one question about images"),
+        "chat": (chat, "talk with a model about images; an adapter and its base side by side"),
     }
 
 
@@ -180,22 +181,34 @@ def generate(argv: Sequence[str]) -> int:
     parser.add_argument("--model-base", help="base of an adapter or projector")
     parser.add_argument("--image-file", action="append", default=[], help="an image; give it several times for several")
     parser.add_argument("--query", required=True)
-    parser.add_argument("--conv-mode", help="conversation template; when absent, the one the model was trained with")
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--top-p", "--top_p", type=float)
-    parser.add_argument("--num-beams", "--num_beams", type=int, default=1)
-    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=512)
-    parser.add_argument("--seed", type=int, default=0, help="for temperatures above 0")
-    parser.add_argument("--dtype", choices=_DTYPES, help="bfloat16 on a GPU, float32 on a CPU when absent")
-    parser.add_argument("--bits", type=int, choices=[4, 8, 16], default=16, help="of the language model's layers")
-    parser.add_argument("--device", help="such as cuda or cpu")
-    parser.add_argument("--vision-tower", help="the vision tower, if it is not where the model says")
-    parser.add_argument("--allow-base-mismatch", action="store_true", help="use another base than the adapter's")
-    parser.add_argument("--force", action="store_true", help=_FORCE_HELP)
+    _add_answering_flags(parser)
     options = parser.parse_args(argv)
     from llava_ft.inference.generate_command import run_generate
 
     run_generate(options, sys.stdout)
+    return DONE
+
+
+def chat(argv: Sequence[str]) -> int:
+    """Talk with a model about images."""
+    parser = _Parser(
+        "llava-ft chat",
+        "Talk with a model, turn by turn, about text and images; /help in the chat lists its commands. Where standard "
+        "input is no terminal each of its lines is a turn, and standard output gets the answers alone.",
+    )
+    parser.add_argument("--model-path", required=True, help="a LLaVA model, a LoRA directory or a projector directory")
+    parser.add_argument("--model-base", help="base of an adapter or projector")
+    parser.add_argument(
+        "--image-file", action="append", default=[], help="an image for the first question; may be given several times"
+    )
+    parser.add_argument("--compare", action="store_true", help="have an adapter's base answer beside it")
+    parser.add_argument("--compare-with", metavar="MODEL", help="have a second model answer beside the first")
+    parser.add_argument("--compare-with-base", metavar="BASE", help="its base, where it is an adapter or projector")
+    _add_answering_flags(parser)
+    options = parser.parse_args(argv)
+    from llava_ft.inference.chat_command import run_chat
+
+    run_chat(options, sys.stdin, sys.stdout, sys.stderr)
     return DONE
 
 
@@ -269,6 +282,22 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}. See `{self.prog} --help`.")
+
+
+def _add_answering_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `generate` and `chat` share: how an answer is made, and how the model is held."""
+    parser.add_argument("--conv-mode", help="conversation template; when absent, the one the model was trained with")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-p", "--top_p", type=float)
+    parser.add_argument("--num-beams", "--num_beams", type=int, default=1)
+    parser.add_argument("--max-new-tokens", "--max_new_tokens", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0, help="for temperatures above 0")
+    parser.add_argument("--dtype", choices=_DTYPES, help="bfloat16 on a GPU, float32 on a CPU when absent")
+    parser.add_argument("--bits", type=int, choices=[4, 8, 16], default=16, help="of the language model's layers")
+    parser.add_argument("--device", help="such as cuda or cpu")
+    parser.add_argument("--vision-tower", help="the vision tower, if it is not where the model says")
+    parser.add_argument("--allow-base-mismatch", action="store_true", help="use another base than the adapter's")
+    parser.add_argument("--force", action="store_true", help=_FORCE_HELP)
 
 
 def _configure_logging() -> None:

@@ -1,8 +1,8 @@
 """An answer's text as it grows: what is certain is handed out at once, and nothing has to be taken back.
 
-A template may end an answer with a text, such as `###` or `</s>`, which the model writes in tokens of its own. What could
-be the beginning of such a text is held back until the next tokens decide. So are white space, which may be the end
-of the answer, and the bytes of a character that is not complete.
+A template may end an answer with a text, such as `###` or `</s>`, which the model writes token by token. What could be
+the beginning of such a text is held back until the next tokens decide. So are white space, which may be the end of the
+answer, and the bytes of a character that is not complete.
 """
 
 from collections.abc import Callable, Sequence

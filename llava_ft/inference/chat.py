@@ -1,0 +1,246 @@
+"""A conversation in the terminal: questions, images and commands in, answers out.
+
+The loop reads a line at a time. Standard output gets answers only, so it can be piped; everything else goes to standard
+error. Where nobody types the questions, the first that cannot be answered ends the chat with an error.
+"""
+
+import signal
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from transformers import set_seed
+
+from llava_ft.constants import IMAGE_TOKEN
+from llava_ft.errors import UserError
+from llava_ft.inference.chat_files import find_typed_path, save_conversation
+from llava_ft.inference.chat_screen import Screen
+from llava_ft.inference.dialogue import Dialogue, Picture, Question
+from llava_ft.inference.generate import Sampling
+from llava_ft.inference.responder import Interrupt, Reply
+from llava_ft.inference.voices import Voice
+
+_HELP: Final = """\
+/image PATH    give an image with the next question; several times for several; alone: list them
+/drop          leave the images out that were given for the next question
+/retry         answer the last question again
+/undo          take back the last question and its answer
+/clear         begin anew: forget everything, images too
+/system TEXT   set the system text; alone: show it
+/save FILE     write the conversation: .json as a record that can be trained on, anything else as text
+/help          this list
+/exit          end; so does Ctrl-D
+Ctrl-C stops an answer. A line that ends with \\ goes on in the next one. A question that begins with a slash is
+written with two."""
+
+
+@dataclass
+class Chat:
+    """The state of a chat, and what each line does to it.
+
+    Attributes:
+        voices: Who answers, one after the other; each has its own history.
+        screen: Where answers go.
+        sampling: How tokens are chosen.
+        seed: Of the first answer; each further one takes the next.
+        is_interactive: Whether somebody types the questions; then errors are shown and the chat goes on.
+    """
+
+    voices: Sequence[Voice]
+    screen: Screen
+    sampling: Sampling
+    seed: int = 0
+    is_interactive: bool = False
+    dialogues: list[Dialogue] = field(init=False)
+    pending: list[Picture] = field(default_factory=list[Picture], init=False)
+    num_answers: int = field(default=0, init=False)
+    replies: list[Reply] = field(default_factory=list[Reply], init=False)
+    """The answers to the last question, by voice."""
+
+    def __post_init__(self) -> None:
+        """Begin with nothing said."""
+        self.dialogues = [Dialogue(voice.template, voice.mm_use_im_start_end) for voice in self.voices]
+
+    def run(self, lines: Iterator[str]) -> None:
+        """Take lines until they end or one of them is `/exit`.
+
+        Raises:
+            UserError: A line cannot be carried out and nobody is there to read why.
+        """
+        for line in lines:
+            try:
+                if not self.take(line):
+                    return
+            except UserError as error:
+                if not self.is_interactive:
+                    raise
+                self.screen.notice(str(error))
+
+    def take(self, line: str) -> bool:
+        """Carry out one line; returns whether the chat goes on.
+
+        Raises:
+            UserError: It cannot be carried out; nothing has changed.
+        """
+        line = line.strip()
+        if not line:
+            return True
+        if line.startswith("/") and not line.startswith("//"):
+            return self._command(line)
+        self._ask(Question(line.removeprefix("/") if line.startswith("//") else line, tuple(self.pending)))
+        return True
+
+    def _command(self, line: str) -> bool:
+        name, _, argument = line.partition(" ")
+        if name in ("/exit", "/quit"):
+            return False
+        actions: dict[str, Callable[[str], None]] = {
+            "/image": self._image,
+            "/drop": self._drop,
+            "/retry": self._retry,
+            "/undo": self._undo,
+            "/clear": self._clear,
+            "/system": self._system,
+            "/save": self._save,
+            "/help": lambda _: self.screen.notice(_HELP),
+        }
+        if name not in actions:
+            raise UserError(
+                f"There is no command {name}. Commands are {', '.join([*actions, '/exit'])}. To ask something that "
+                "begins with a slash, write two."
+            )
+        actions[name](argument.strip())
+        return True
+
+    def _image(self, path: str) -> None:
+        if path:
+            if not all(voice.responder.takes_images for voice in self.voices):
+                raise UserError("Images cannot be given: the model is text-only. Load a LLaVA model to ask about them.")
+            self.pending.append(Picture.read(find_typed_path(path)))
+        if self.is_interactive or not path:
+            earlier = self.dialogues[0].pictures()
+            shown = [*(f"{picture.path} (asked about)" for picture in earlier), *(p.path for p in self.pending)]
+            self.screen.notice(f"Images: {', '.join(shown) or 'none'}.")
+
+    def _drop(self, _: str) -> None:
+        self.pending.clear()
+
+    def _undo(self, _: str) -> None:
+        self._last_question()
+        for dialogue in self.dialogues:
+            dialogue.exchanges.pop()
+
+    def _clear(self, _: str) -> None:
+        for dialogue in self.dialogues:
+            dialogue.exchanges.clear()
+        self.pending.clear()
+
+    def _system(self, text: str) -> None:
+        if IMAGE_TOKEN in text:
+            raise UserError(f"The system text has an {IMAGE_TOKEN}. Images belong to questions: /image PATH.")
+        for dialogue in self.dialogues:
+            dialogue.system = text or dialogue.system
+        if not text:
+            first = self.dialogues[0]
+            self.screen.notice(first.template.system if first.system is None else first.system)
+
+    def _save(self, path: str) -> None:
+        self._last_question()
+        if not path:
+            raise UserError("/save needs the name of a file, such as /save chat.json.")
+        names = [voice.name for voice in self.voices]
+        self.screen.notice(f"Written to {save_conversation(Path(path).expanduser(), names, self.dialogues)}.")
+
+    def _retry(self, _: str) -> None:
+        question = self._last_question()
+        if self.sampling.temperature == 0:
+            self.screen.notice("With --temperature 0 the answer to the same question is the same.")
+        answered = [dialogue.exchanges.pop() for dialogue in self.dialogues]
+        is_answered = False
+        try:
+            is_answered = self._ask(question)
+        finally:
+            if not is_answered:
+                for dialogue, exchange in zip(self.dialogues, answered, strict=True):
+                    dialogue.exchanges.append(exchange)
+
+    def _last_question(self) -> Question:
+        if not self.dialogues[0].exchanges:
+            raise UserError("Nothing has been asked yet. Type a question first.")
+        return self.dialogues[0].exchanges[-1][0]
+
+    def _ask(self, question: Question) -> bool:
+        """Have every voice answer; returns whether all of them did.
+
+        Raises:
+            UserError: One of them cannot read the conversation with this question; nobody has answered then.
+        """
+        prompts = [dialogue.prompt(question) for dialogue in self.dialogues]
+        pictures = self.dialogues[0].pictures(question)
+        for voice, prompt in zip(self.voices, prompts, strict=True):
+            voice.responder.check(prompt, pictures)
+        self.screen.begin([voice.name for voice in self.voices])
+        replies: list[Reply] = []
+        with self._interruptible() as interrupt:
+            for number, (voice, prompt) in enumerate(zip(self.voices, prompts, strict=True)):
+                if not interrupt.is_set:
+                    replies.append(self._answer(number, voice, prompt, pictures, interrupt))
+        self.screen.end()
+        self.num_answers += 1
+        return self._keep(question, replies, bool(interrupt.is_set))
+
+    def _answer(
+        self, number: int, voice: Voice, prompt: str, pictures: Sequence[Picture], interrupt: Interrupt
+    ) -> Reply:
+        def write(text: str) -> None:
+            self.screen.write(number, text)
+
+        set_seed(self.seed + self.num_answers)
+        with voice.speaking():
+            return voice.responder.answer(
+                prompt, pictures, voice.template, self.sampling, write=write, interrupt=interrupt
+            )
+
+    def _keep(self, question: Question, replies: list[Reply], was_interrupted: bool) -> bool:
+        """Take a question and its answers into the history; one that somebody has not answered is taken back."""
+        if was_interrupted and (len(replies) < len(self.voices) or not all(reply.text for reply in replies)):
+            self.screen.notice("Stopped. The question was taken back.")
+            return False
+        self.replies = replies
+        for dialogue, reply in zip(self.dialogues, replies, strict=True):
+            dialogue.exchanges.append((question, reply.text))
+        self.pending = [picture for picture in self.pending if picture not in question.pictures]
+        for voice, reply in zip(self.voices, replies, strict=True):
+            whose = f"The answer of {voice.name}" if len(self.voices) > 1 else "The answer"
+            if reply.ending == "length":
+                self.screen.notice(f"{whose} was cut after {len(reply.ids)} tokens (--max-new-tokens).")
+            elif reply.ending == "context":
+                self.screen.notice(f"{whose} was cut: the context is full. Begin anew with /clear, or /undo.")
+            elif not reply.text:
+                self.screen.notice(f"{whose} is empty.")
+        if was_interrupted:
+            self.screen.notice("Stopped. What was written stays in the conversation.")
+        return True
+
+    @contextmanager
+    def _interruptible(self) -> Generator[Interrupt]:
+        """Have Ctrl-C end the answer; a second one ends it at once, whatever is being computed."""
+        interrupt = Interrupt()
+        if not self.is_interactive:
+            yield interrupt
+            return
+
+        def stop(_signal: int, _frame: object) -> None:
+            if interrupt.is_set:
+                raise KeyboardInterrupt
+            interrupt.is_set = True
+
+        previous = signal.signal(signal.SIGINT, stop)
+        try:
+            yield interrupt
+        except KeyboardInterrupt:
+            interrupt.is_set = True
+        finally:
+            signal.signal(signal.SIGINT, previous)

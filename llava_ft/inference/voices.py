@@ -1,0 +1,204 @@
+"""Who answers in a chat: one model, a base and its adapter on the same weights, or two models.
+
+Base and adapter share one set of base weights. The adapter lies beside them and is switched off for the base's answers;
+what was trained beside it - projector, `image_newline`, rows of added tokens, anything else that was not frozen - is
+kept twice, and the values are exchanged with it. Each voice has a memory and a history of its own.
+"""
+
+import logging
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from llava_ft.checkpoint.base import BaseModel, find_base
+from llava_ft.checkpoint.load import WeightSource, fit_rows
+from llava_ft.checkpoint.names import EMBEDDINGS, HEAD
+from llava_ft.conversation import Template, get_template
+from llava_ft.errors import UserError
+from llava_ft.inference.load import LoadedModel
+from llava_ft.inference.responder import Responder
+from llava_ft.models.builder import is_llava_config
+
+logger = logging.getLogger(__name__)
+
+_WITH_ROWS = (EMBEDDINGS, HEAD)
+
+
+@dataclass(frozen=True)
+class Voice:
+    """One of those who answer.
+
+    Attributes:
+        name: What it is called beside its answers.
+        responder: The model with its memory.
+        template: How its prompts are written.
+        mm_use_im_start_end: Whether `<im_start>` and `<im_end>` go around each image.
+        speaking: Makes the weights its own while it answers.
+    """
+
+    name: str
+    responder: Responder
+    template: Template
+    mm_use_im_start_end: bool
+    speaking: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+def single_voice(loaded: LoadedModel, name: str, template: Template | None) -> Voice:
+    """Return the voice of a model.
+
+    Args:
+        loaded: The model.
+        name: What it is called.
+        template: Another template than the one it was trained with.
+    """
+    return Voice(
+        name,
+        Responder(loaded),
+        template or get_template(loaded.template),
+        bool(loaded.model.config.mm_use_im_start_end),
+    )
+
+
+def base_and_trained(loaded: LoadedModel, template: Template | None) -> list[Voice]:
+    """Return the voices of a base model and of what was trained on it, which share the base's weights.
+
+    Args:
+        loaded: An adapter beside its base, or a projector on a base that has one of its own.
+        template: A template for both; when absent each has the one it was trained with.
+
+    Raises:
+        UserError: Nothing was trained on another model, or the base has no projector of its own to compare with.
+    """
+    model = loaded.model.get_base_model() if isinstance(loaded.model, PeftModel) else loaded.model
+    own = find_base(str(loaded.base.directory.path), vision_tower=loaded.base.config.mm_vision_tower)
+    replaced, missing = _replaced_names(loaded.base, own)
+    if not isinstance(loaded.model, PeftModel):
+        if not replaced or missing:
+            raise UserError(
+                f"--compare needs a base and an adapter trained on it. {loaded.base.directory.path} "
+                + ("has no projector of its own to compare with." if missing else "is a whole model.")
+                + " Give a second model with --compare-with."
+            )
+    elif missing:
+        logger.warning(
+            "The base %s has no %s of its own; it answers with what was trained beside the adapter.",
+            own.directory.path,
+            "projector" if any("mm_projector" in name for name in missing) else missing[0],
+        )
+    _warn_of_other_settings(loaded.base, own)
+    exchanges = _find_exchanges(model, replaced, own)
+
+    @contextmanager
+    def as_base() -> Generator[None]:
+        off = loaded.model.disable_adapter() if isinstance(loaded.model, PeftModel) else nullcontext()
+        with off, _exchanged(exchanges):
+            yield
+
+    own_template = own.directory.config.get("conversation_template")
+    base_template = template or (get_template(own_template) if own_template else get_template(loaded.template))
+    wraps = bool(own.config.mm_use_im_start_end)
+    trained_name = "adapter" if isinstance(loaded.model, PeftModel) else "projector"
+    return [
+        Voice("base", Responder(loaded), base_template, wraps, as_base),
+        single_voice(loaded, trained_name, template),
+    ]
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """Rows of a parameter that the base has other values for; all of them, or the last ones.
+
+    Attributes:
+        parameter: The parameter, with the trained values.
+        num_rows: How many of its last rows differ.
+        other: The values that are not in it at the moment.
+    """
+
+    parameter: nn.Parameter
+    num_rows: int
+    other: torch.Tensor
+
+    def swap(self) -> None:
+        """Put the other values in, and keep those that were there."""
+        rows = self.parameter.data[-self.num_rows :]
+        before = rows.clone()
+        rows.copy_(self.other)
+        self.other.copy_(before)
+
+
+@contextmanager
+def _exchanged(exchanges: Sequence[_Exchange]) -> Generator[None]:
+    for exchange in exchanges:
+        exchange.swap()
+    try:
+        yield
+    finally:
+        for exchange in exchanges:
+            exchange.swap()
+
+
+def _winners(base: BaseModel) -> dict[str, tuple[WeightSource, str]]:
+    """Return where each weight is read from, by its name in the model."""
+    return {name: (source, key) for source in base.sources for key, name in source.names.items()}
+
+
+def _replaced_names(trained: BaseModel, own: BaseModel) -> tuple[list[str], list[str]]:
+    """Find what is read from other files than the base's own.
+
+    Returns:
+        Names of what the base has values of its own for, and of what it does not have at all.
+    """
+    ours, theirs = _winners(trained), _winners(own)
+    replaced = [
+        name
+        for name, (source, _) in ours.items()
+        if name not in theirs or theirs[name][0].files.path.resolve() != source.files.path.resolve()
+    ]
+    return [name for name in replaced if name in theirs], [name for name in replaced if name not in theirs]
+
+
+def _find_exchanges(model: nn.Module, replaced: Sequence[str], own: BaseModel) -> list[_Exchange]:
+    """Read the base's own values of what was trained, rows of added tokens too, and keep those that differ."""
+    parameters, theirs = dict(model.named_parameters()), _winners(own)
+    exchanges: list[_Exchange] = []
+    for name in dict.fromkeys([*replaced, *_WITH_ROWS]):
+        if name not in parameters or name not in theirs:
+            continue
+        parameter, (source, key) = parameters[name], theirs[name]
+        shape = tuple(parameter.shape)
+        for _, tensor in source.files.stream([key]):
+            if tensor.shape[1:] != shape[1:] or (tensor.shape != shape and name not in _WITH_ROWS):
+                raise UserError(
+                    f"{name} has the shape {tuple(tensor.shape)} in {own.directory.path} and {shape} beside what was "
+                    "trained on it, so they cannot share one model. Give the base with --compare-with instead."
+                )
+            value = fit_rows(tensor.to(device=parameter.device, dtype=parameter.dtype), shape)
+            exchanges += _difference(parameter, value)
+    return exchanges
+
+
+def _difference(parameter: nn.Parameter, value: torch.Tensor) -> list[_Exchange]:
+    """Keep of the base's value what begins with the first row that differs; nothing if none does."""
+    is_other = (parameter.data != value).reshape(value.shape[0], -1).any(dim=1)
+    if not bool(is_other.any()):
+        return []
+    num_rows = value.shape[0] - int(is_other.int().argmax())
+    return [_Exchange(parameter, num_rows, value[-num_rows:].clone())]
+
+
+def _warn_of_other_settings(trained: BaseModel, own: BaseModel) -> None:
+    """Say which settings of the images the base was trained with differ: the model has those of what was trained."""
+    if not is_llava_config(own.directory.config):
+        return
+    names = ("image_aspect_ratio", "mm_patch_merge_type", "mm_vision_select_layer", "mm_vision_select_feature", "s2")
+    different = [
+        f"{name} {getattr(trained.config, name)} instead of {getattr(own.config, name)}"
+        for name in names
+        if getattr(trained.config, name) != getattr(own.config, name)
+    ]
+    if different:
+        logger.warning("The base answers with the image settings of what was trained on it: %s.", ", ".join(different))
