@@ -1,8 +1,9 @@
 """A conversation template of ours as the Jinja template that transformers, vLLM and SGLang render.
 
-Each of the five styles becomes a few lines of Jinja that write, blank for blank, what `Template.prompt` writes. Messages
-are those of the OpenAI format: `content` is a text, or a list of `{"type": "image"}` and `{"type": "text", "text": ...}`.
-As at inference here, images without `<image>` in the text are put in front of it, each on a line of its own.
+Each of the five styles becomes a few lines of Jinja that write, blank for blank, what `Template.prompt` writes.
+Messages are those of the OpenAI format: `content` is a text, or a list of `{"type": "image"}` and `{"type": "text",
+"text": ...}`. As at inference here, images without `<image>` in the text are put in front of it, each on a line of its
+own.
 
 The servers look at the template's loops to find out whether it takes lists of parts: they know a loop over `messages`
 whose variable is `message`, with a loop over `message['content']`. The macro's parameter is called so for that reason.

@@ -88,7 +88,7 @@ def export_hf(whole: WholeModel, target: Path, options: ExportOptions) -> Conver
     added = "a row for it was added, the mean of the others" if num_rows > whole.config.vocab_size else "it has a row"
     report.notes.append(f"<image> is token {image_id}; {added}")
     write_native_record(target, whole, tower)
-    compare_written(report, whole, target, hub_name, with_tower=True)
+    compare_written(report, whole, target, whole.names(with_tower=True))
     return report
 
 

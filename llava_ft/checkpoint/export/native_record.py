@@ -6,6 +6,7 @@ was among them. transformers does not look into folders.
 """
 
 import hashlib
+import json
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -38,11 +39,13 @@ class WeightRecord:
         num_rows: Rows of the vocabulary.
         tower: SHA-256 of the vision tower's tensors as they were exported, if the source's own files held none; None if
             they did.
+        config: SHA-256 of what the exported `config.json` says.
     """
 
     files: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
     num_rows: int = 0
     tower: str | None = None
+    config: str = ""
 
     @property
     def has_tower(self) -> bool:
@@ -79,12 +82,16 @@ def write_native_record(directory: Path, whole: WholeModel, tower: TensorDigest 
     inherited = whole.base.directory.path / NATIVE_FOLDER
     folder = directory / NATIVE_FOLDER
     folder.mkdir()
-    if getattr(whole.base.directory, "layout", "native") == "hf":
+    if whole.base.directory.layout == "hf":
         _copy(inherited, folder, TOKENIZER_FILES)
     elif whole.directory.kind == "llava":
-        _copy(source, folder, _SMALL_FILES)
-        record = WeightRecord(_layout(whole.base.sources[0].files), whole.config.vocab_size - whole.num_new_rows,
-                              tower.hexdigest() if tower is not None else None)  # fmt: skip
+        _copy(source, folder, (*_SMALL_FILES, *(path.name for path in source.glob("*.index.json"))))
+        record = WeightRecord(
+            _layout(whole.base.sources[0].files),
+            whole.config.vocab_size - whole.num_new_rows,
+            tower.hexdigest() if tower is not None else None,
+            _config_digest(directory),
+        )
         write_json(folder / _WEIGHTS, asdict(record))
     else:
         save_tokenizer(whole.tokenizer, folder)
@@ -107,9 +114,16 @@ def read_weight_record(directory: Path) -> WeightRecord | None:
             {str(file): dict(names) for file, names in content["files"].items()},
             int(content["num_rows"]),
             content["tower"],
+            str(content["config"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         raise CheckpointError(f"{path} is damaged. Delete it to convert without it, or copy it again.") from None
+
+
+def config_is_as_exported(directory: Path) -> bool:
+    """Whether an exported model's `config.json` says what the export wrote."""
+    record = read_weight_record(directory)
+    return record is not None and record.config == _config_digest(directory)
 
 
 def copy_native_files(directory: Path, target: Path, names: Iterable[str]) -> bool:
@@ -130,3 +144,8 @@ def _layout(files: WeightFiles) -> dict[str, dict[str, str]]:
         if not is_derived(native_name(key)):
             layout.setdefault(info.file.name, {})[key] = str(info.dtype).removeprefix("torch.")
     return layout
+
+
+def _config_digest(directory: Path) -> str:
+    content = read_json(directory / CONFIG)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

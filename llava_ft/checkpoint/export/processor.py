@@ -100,8 +100,8 @@ def _write_chat_templates(
     notes = [f"chat template: {template.name}"]
     if template.stop != tokenizer.eos_token and template.style is not TemplateStyle.PLAIN:
         notes.append(
-            f"an answer of template {template.name} ends with {template.stop!r}, which is not the tokenizer's end token "
-            f"({tokenizer.eos_token!r}): give it to a server as a stop string"
+            f"an answer of template {template.name} ends with {template.stop!r}, which is not the tokenizer's end "
+            f"token ({tokenizer.eos_token!r}): give it to a server as a stop string"
         )
     if template.style is TemplateStyle.PLAIN:
         notes.append("template plain is that of projector pretraining: no conversation")

@@ -1,9 +1,9 @@
 """The tokenizer's files for transformers' layout, in which `<image>` is an entry of the vocabulary.
 
-Here a text is split at `<image>` and every piece tokenised alone, as original LLaVA does; there `<image>` is found by the
-tokenizer itself. The ids come out equal if a piece behind an image begins as a text of its own does. Where a blank goes
-in front of every stretch of text (`legacy`), it does. Where it goes in front of the first stretch only, the tokenizer is
-given a rule that writes the blank behind each image, and `<image>` is looked for after that rule.
+Here a text is split at `<image>` and every piece tokenised alone, as original LLaVA does; there `<image>` is found by
+the tokenizer itself. The ids come out equal if a piece behind an image begins as a text of its own does. Where a blank
+goes in front of every stretch of text (`legacy`), it does. Where it goes in front of the first stretch only, the
+tokenizer is given a rule that writes the blank behind each image, and `<image>` is looked for after that rule.
 """
 
 import json

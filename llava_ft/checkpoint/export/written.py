@@ -1,37 +1,36 @@
 """What an export has written, compared with what it was made from."""
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
+from llava_ft.checkpoint.names import native_name
 from llava_ft.checkpoint.proof import ConversionReport
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.checkpoint.whole import WholeModel
 from llava_ft.errors import RunError
 
 
-def compare_written(
-    report: ConversionReport, whole: WholeModel, directory: Path, rename: Callable[[str], str], *, with_tower: bool
-) -> None:
-    """Compare every tensor on disk with the base's: frozen ones bit for bit, the others for how much they changed.
+def compare_written(report: ConversionReport, whole: WholeModel, directory: Path, names: Iterable[str]) -> None:
+    """Compare tensors on disk with the base's: frozen ones bit for bit, the others for how much they changed.
 
     Args:
         report: Gets `frozen` and `changed`.
         whole: What was written.
-        directory: Where it was written.
-        rename: From native names to those of the files.
-        with_tower: Whether a tower from another directory was written.
+        directory: Where it was written, under whatever names.
+        names: Native names of what was to be written.
 
     Raises:
         RunError: A tensor is missing, or a frozen one has other values.
     """
     written = WeightFiles.open(directory)
+    keys = {native_name(key): key for key in written.tensors}
     report.frozen = {"tensors": 0, "bit_identical": True}
-    for name in whole.names(with_tower=with_tower):
-        key = rename(name)
-        if key not in written.tensors:
-            raise RunError(f"{key} is missing from what was written. Is the disk damaged?")
+    for name in names:
+        key = keys.get(name)
+        if key is None:
+            raise RunError(f"{name} is missing from what was written. Is the disk damaged?")
         before = whole.before(name)
         if before is None:
             continue
