@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llava_ft.checkpoint.config_check import check_config
 from llava_ft.checkpoint.directory import ModelDirectory, identify, resolve_model_path
 from llava_ft.checkpoint.load import Division, Ledger, WeightSource, load_weights
 from llava_ft.checkpoint.names import (
@@ -118,6 +119,7 @@ def find_base(
         projector, token_rows = _open_projector(Path(projector_file), config)
         sources = [_only(source, lambda name: not is_projector(name)) for source in sources] + [projector]
     sources += extra_sources
+    check_config(config, sources, str(directory.path))
     return BaseModel(
         directory=directory,
         config=config,
