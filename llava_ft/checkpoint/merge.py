@@ -21,12 +21,13 @@ import torch
 from llava_ft.checkpoint.directory import ModelDirectory
 from llava_ft.checkpoint.lineage import record_lineage
 from llava_ft.checkpoint.manifest import Manifest
-from llava_ft.checkpoint.names import CONFIG, PREPROCESSOR_CONFIG
+from llava_ft.checkpoint.names import CONFIG
 from llava_ft.checkpoint.overrides import Force, collect_ignored
 from llava_ft.checkpoint.proof import ConversionReport, prove_tensors
 from llava_ft.checkpoint.save import ShardWriter, config_fields, staged_directory, write_json
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.checkpoint.whole import WholeModel, open_whole
+from llava_ft.data.image_processor import copy_image_settings
 from llava_ft.data.tokenizer import save_tokenizer
 from llava_ft.errors import CheckpointError
 from llava_ft.tuning.quant import Quantization
@@ -125,6 +126,6 @@ def _write_merged(staging: Path, whole: WholeModel, report: ConversionReport, op
     save_tokenizer(whole.tokenizer, staging)
     base = whole.base
     if base.vision_directory is not None:
-        shutil.copyfile(base.vision_directory / PREPROCESSOR_CONFIG, staging / PREPROCESSOR_CONFIG)
+        copy_image_settings(base.vision_directory, staging)
     if (base.directory.path / _GENERATION_CONFIG).is_file():
         shutil.copyfile(base.directory.path / _GENERATION_CONFIG, staging / _GENERATION_CONFIG)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from llava_ft.checkpoint.directory import read_config
 from llava_ft.checkpoint.names import CONFIG
-from llava_ft.checkpoint.weights import read_json
 from llava_ft.errors import CheckpointError
 
 _LLAMA_7B: Final = {
@@ -130,4 +130,4 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"{directory} has no {CONFIG}, which says what the model is made of. It holds {names}. Give the directory "
             "of a whole model; an adapter goes into --lora_weight_path."
         )
-    return read_json(directory / CONFIG)
+    return read_config(directory)[0]

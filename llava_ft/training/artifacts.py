@@ -28,7 +28,6 @@ from llava_ft.checkpoint.names import (
     HEAD,
     MANIFEST,
     NEW_ROWS_SUFFIX,
-    PREPROCESSOR_CONFIG,
     RUN_CONFIG,
     TRAINABLE_TABLE,
     is_vision,
@@ -44,6 +43,7 @@ from llava_ft.checkpoint.save import (
     write_lora,
     write_projector,
 )
+from llava_ft.data.image_processor import copy_image_settings
 from llava_ft.data.tokenizer import save_tokenizer
 from llava_ft.models.config import LlavaLlamaConfig
 from llava_ft.training.fragments import whole_value
@@ -159,7 +159,7 @@ class RunArtifacts:
         write_json(directory / CONFIG, config_fields(self.config, dtype))
         save_tokenizer(self.tokenizer, directory)
         if self.vision_directory is not None:
-            shutil.copyfile(self.vision_directory / PREPROCESSOR_CONFIG, directory / PREPROCESSOR_CONFIG)
+            copy_image_settings(self.vision_directory, directory)
         (directory / RUN_CONFIG).write_text(self.run_config, encoding="utf-8")
         write_json(directory / TRAINABLE_TABLE, self.table)
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 from transformers import PreTrainedTokenizerFast
 
 from llava_ft.args import ParsedArgs
-from llava_ft.checkpoint.directory import resolve_model_path
+from llava_ft.checkpoint.directory import read_config, resolve_model_path
 from llava_ft.checkpoint.names import CONFIG
 from llava_ft.checkpoint.weights import read_json
 from llava_ft.constants import CHECKPOINT_FIELDS
@@ -68,7 +68,7 @@ def find_data_model(args: ParsedArgs) -> DataModel:
 
 
 def _find_config(args: ParsedArgs, directory: Path) -> LlavaLlamaConfig:
-    base: dict[str, Any] = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else _UNKNOWN_MODEL
+    base: dict[str, Any] = read_config(directory)[0] if (directory / CONFIG).is_file() else _UNKNOWN_MODEL
     wishes: dict[str, Any] = {key: getattr(args.model, key, None) for key in CHECKPOINT_FIELDS}
     wishes |= {key: getattr(args.data, key) for key in ("image_aspect_ratio", "image_grid_pinpoints")}
     tower_name = args.model.vision_tower
