@@ -37,6 +37,8 @@ DEFAULT_S2_SCALES: Final = "336,672,1008"
 _REDUCTION_FROM: Final = 1.1
 """`anyres_max_N` leaves a grid alone until its sides are this many times too long, as LLaVA-NeXT does."""
 
+_MOST_GRIDS: Final = 10_000
+_LARGEST_S2_SIDE: Final = 8192
 _RANGE: Final = re.compile(r"\((\d+)x(\d+)\),(?:\.\.\.|…),\((\d+)x(\d+)\)")
 _GRID: Final = re.compile(r"\((\d+)x(\d+)\)")
 
@@ -298,6 +300,8 @@ def parse_grid_pinpoints(value: object, image_size: int) -> tuple[SizeWH, ...]:
         text = re.sub(r"\s", "", value)
         if match := _RANGE.fullmatch(text):
             first_columns, first_rows, last_columns, last_rows = map(int, match.groups())
+            if (last_columns - first_columns + 1) * (last_rows - first_rows + 1) > _MOST_GRIDS:
+                raise UserError(f"image_grid_pinpoints {value!r} names more than {_MOST_GRIDS:,} grids. Name fewer.")
             grids = [(c, r) for c in range(first_columns, last_columns + 1) for r in range(first_rows, last_rows + 1)]
         elif text.startswith("(") and "x" in text:
             grids = [(int(c), int(r)) for c, r in _GRID.findall(text)]
@@ -318,6 +322,8 @@ def parse_s2_scales(value: str) -> tuple[int, ...]:
     parts = [part.strip() for part in value.split(",")]
     if not all(re.fullmatch(r"[1-9][0-9]*", part) for part in parts):
         raise UserError(f"s2_scales is {value!r}; it must be sides in pixels with commas, such as {DEFAULT_S2_SCALES}.")
+    if max(map(int, parts)) > _LARGEST_S2_SIDE:
+        raise UserError(f"s2_scales is {value!r}; sides of up to {_LARGEST_S2_SIDE:,} pixels are allowed.")
     return tuple(sorted(map(int, parts)))
 
 

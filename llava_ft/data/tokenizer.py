@@ -363,9 +363,16 @@ def _load_other(directory: Path) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer  # brings PyTorch, which processes that only tokenise do without
 
     try:
-        tokenizer = cast("Any", AutoTokenizer).from_pretrained(str(directory), local_files_only=True)
+        tokenizer = cast("Any", AutoTokenizer).from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # whatever the library's many loaders raise is about this directory
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "custom code" in reason:
+            raise UserError(
+                f"The tokenizer in {directory} needs Python code from that directory (auto_map), and code that comes "
+                f"with a model is never run. A tokenizer with a {_FAST_FILE} of a class of transformers is needed."
+            ) from None
         raise UserError(
             f"The tokenizer in {directory} cannot be loaded: {reason}. Check that its files are complete."
         ) from None

@@ -110,8 +110,8 @@ def projector_depth(projector_type: str) -> int:
     match = PROJECTOR_TYPE_PATTERN.fullmatch(projector_type)
     if match is None:
         raise UserError(
-            f"mm_projector_type is {projector_type!r}. Known types are linear, identity and mlpNx_gelu with N >= 1, "
-            "such as mlp2x_gelu."
+            f"mm_projector_type is {projector_type!r}. Known types are linear, identity and mlpNx_gelu with N from 1 "
+            "to 99, such as mlp2x_gelu."
         )
     return {"identity": 0, "linear": 1}.get(projector_type) or int(match.group(1) or 0)
 
