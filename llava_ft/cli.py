@@ -1,4 +1,4 @@
-"""The command line: `llava-ft train | plan | check-data | inspect | merge | consolidate | generate | chat`.
+"""The command line: `llava-ft train | plan | check-data | inspect | merge | export | consolidate | generate | chat`.
 
 Exit status: 0 done, 1 the run failed, 2 the request was wrong. Messages go to standard error; standard output holds
 what was asked for and nothing else.
@@ -60,6 +60,7 @@ def _commands() -> dict[str, tuple[Callable[[Sequence[str]], int], str]]:
         "check-data": (check_data, "find what would stop or spoil a run in its records and images; repair a copy"),
         "inspect": (inspect, "inspect data: what the model will see of each record"),
         "merge": (merge, "put an adapter, or a projector, into its base model and verify the result"),
+        "export": (export, "write a model or an adapter as transformers, original LLaVA or llama.cpp read it"),
         "consolidate": (consolidate, "get the weights out of DeepSpeed's files, when nothing else is left of a run"),
         "generate": (generate, "answer one question about images"),
         "chat": (chat, "talk with a model about images; an adapter and its base side by side"),
@@ -142,6 +143,26 @@ def merge(argv: Sequence[str]) -> int:
     from llava_ft.inference.merge_command import run_merge
 
     run_merge(options)
+    return DONE
+
+
+def export(argv: Sequence[str]) -> int:
+    """Write a model or an adapter in the layout of other programs."""
+    parser = _Parser("llava-ft export", "Write a model or an adapter in the layout of other programs, and verify it.")
+    parser.add_argument("--model-path", "--model_path", required=True, help="a model, LoRA or projector directory")
+    parser.add_argument("--model-base", "--model_base", help="base of an adapter or projector, if it names none")
+    parser.add_argument("--save-path", "--save_path", required=True, help="where the result is written")
+    parser.add_argument("--format", choices=["llava", "hf", "gguf"], required=True, help="whose layout: see the docs")
+    parser.add_argument("--dtype", choices=["auto", *_DTYPES], default="auto", help="auto: that of the base's files")
+    parser.add_argument("--max-shard-size", "--max_shard_size", default="5GB", help="such as 5GB or 512MiB")
+    parser.add_argument("--adapter-only", "--adapter_only", action="store_true", help="the adapter without its base")
+    parser.add_argument("--vision-tower", "--vision_tower", help="the vision tower, if it is not where the model says")
+    parser.add_argument("--no-verify", "--no_verify", action="store_true", help="skip the comparison of logits")
+    parser.add_argument("--force", action="store_true", help=_FORCE_HELP)
+    options = parser.parse_args(argv)
+    from llava_ft.inference.export_command import run_export
+
+    run_export(options)
     return DONE
 
 

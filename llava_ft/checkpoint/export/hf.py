@@ -15,14 +15,13 @@ from llava_ft.checkpoint.export.native_record import TensorDigest, write_native_
 from llava_ft.checkpoint.export.options import ExportOptions
 from llava_ft.checkpoint.export.processor import check_images, write_processor
 from llava_ft.checkpoint.export.tokenizer import image_token_id, write_hf_tokenizer
-from llava_ft.checkpoint.export.written import compare_written
 from llava_ft.checkpoint.hf.config import hf_fields
 from llava_ft.checkpoint.hf.names import hub_name
 from llava_ft.checkpoint.load import fit_rows
 from llava_ft.checkpoint.names import CONFIG, EMBEDDINGS, HEAD, is_vision
-from llava_ft.checkpoint.proof import ConversionReport
+from llava_ft.checkpoint.proof import ConversionReport, prove_tensors
 from llava_ft.checkpoint.save import ShardWriter, write_json
-from llava_ft.checkpoint.weights import read_json
+from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.checkpoint.whole import WholeModel
 from llava_ft.data.images import ImageTransform
 from llava_ft.models.config import LlavaLlamaConfig
@@ -88,7 +87,7 @@ def export_hf(whole: WholeModel, target: Path, options: ExportOptions) -> Conver
     added = "a row for it was added, the mean of the others" if num_rows > whole.config.vocab_size else "it has a row"
     report.notes.append(f"<image> is token {image_id}; {added}")
     write_native_record(target, whole, tower)
-    compare_written(report, whole, target, whole.names(with_tower=True))
+    prove_tensors(report, whole, WeightFiles.open(target), with_tower=True, key_of=hub_name)
     return report
 
 

@@ -25,10 +25,10 @@ from llava_ft.checkpoint.export.native_record import (
 )
 from llava_ft.checkpoint.export.native_tokenizer import num_native_rows, write_native_tokenizer
 from llava_ft.checkpoint.export.options import ExportOptions
-from llava_ft.checkpoint.export.written import compare_written
+from llava_ft.checkpoint.export.completed import CompletedFiles
 from llava_ft.checkpoint.load import WeightSource
 from llava_ft.checkpoint.names import CONFIG, EMBEDDINGS, HEAD, PREPROCESSOR_CONFIG, is_vision, native_name
-from llava_ft.checkpoint.proof import ConversionReport
+from llava_ft.checkpoint.proof import ConversionReport, prove_tensors
 from llava_ft.checkpoint.save import ShardWriter, config_fields, write_json
 from llava_ft.checkpoint.weights import read_json
 from llava_ft.checkpoint.whole import Piece, WholeModel
@@ -69,7 +69,7 @@ def export_llava(whole: WholeModel, target: Path, options: ExportOptions) -> Con
             f"the vision tower is left out, as before the export it came from: its values are those of "
             f"{whole.config.mm_vision_tower}"
         )
-    compare_written(report, whole, target, names)
+    prove_tensors(report, whole, CompletedFiles(target, whole), with_tower=True)
     return report
 
 

@@ -30,6 +30,9 @@ _PROBES: Final = (
 )
 """Texts on which the written tokenizer is compared with ours."""
 
+NAMED_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "pad_token")
+"""Special tokens with a part of their own."""
+
 _IMAGE_THEN_BLANK: Final = f"{IMAGE_TOKEN} "
 
 
@@ -48,7 +51,7 @@ def write_hf_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> i
     backend.no_padding()
     backend.no_truncation()
     backend.save(str(directory / "tokenizer.json"))
-    named = {str(key): str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    named = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if key in NAMED_TOKENS}
     added = cast("list[dict[str, Any]]", json.loads(backend.to_str())["added_tokens"])
     fields: dict[str, Any] = {
         "add_bos_token": bool(getattr(tokenizer, "add_bos_token", False)),
@@ -62,7 +65,7 @@ def write_hf_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> i
         **named,
         "clean_up_tokenization_spaces": False,
         "image_token": IMAGE_TOKEN,
-        "model_max_length": tokenizer.model_max_length,
+        "model_max_length": int(cast("Any", tokenizer).model_max_length),
         "padding_side": "left",
         "tokenizer_class": "LlamaTokenizer" if isinstance(tokenizer, LlamaSpmTokenizer) else "PreTrainedTokenizerFast",
     }
