@@ -39,6 +39,7 @@ TEXTS = st.text(max_size=12).filter(lambda text: not text.startswith("--"))
 """What can stand as a value on a command line."""
 
 OWN_FLAGS = {
+    "adapter_mode",
     "allow_base_mismatch",
     "attn_implementation",
     "bad_sample_limit",
@@ -57,6 +58,7 @@ OWN_FLAGS = {
     "image_fast_decode",
     "image_folder",
     "image_grid_pinpoints",
+    "init_from",
     "is_multimodal",
     "lazy_preprocess",
     "logging_dir",
@@ -485,6 +487,21 @@ REFUSED_FLAGS = [
     ),
     (["--lora_enable", "--lora_target_modules", ","], r"lora_target_modules is empty"),
     (["--lora_weight_path", "a"], r"lora_weight_path=a needs lora_enable"),
+    (
+        ["--init_from", "a", "--lora_weight_path", "b", "--lora_enable"],
+        r"init_from=a and lora_weight_path=b exclude each",
+    ),
+    (["--adapter_mode", "new"], r"adapter_mode=new says what becomes of the adapter in init_from, which is missing"),
+    (["--init_from", "a", "--adapter_mode", "merge"], r"Allowed: continue \| new \| merge_first"),
+    (
+        ["--lora_weight_path", "a", "--lora_enable", "--adapter_mode", "new"],
+        r"adapter_mode=new and lora_weight_path=a exclude each other.* Write init_from=a",
+    ),
+    (["--init_from", "a", "--pretrain_mm_mlp_adapter", "b"], r"init_from=a and pretrain_mm_mlp_adapter=b exclude each"),
+    (
+        ["--init_from", "a", "--adapter_mode", "merge_first", "--lora_enable", "--bits", "4"],
+        r"adapter_mode=merge_first and bits=4 exclude each other",
+    ),
     (["--lora_enable", "--tune_mm_mlp_adapter"], r"lora_enable and tune_mm_mlp_adapter exclude each other"),
     (
         ["--tune_mm_mlp_adapter", "--freeze_mm_mlp_adapter"],

@@ -37,6 +37,7 @@ def check_arguments(
         _resolution_problems(model, data),
         _tuning_problems(model, training),
         _lora_problems(training),
+        _start_problems(model, training),
         _limit_problems(training),
         _schedule_problems(inherited),
         _precision_problems(inherited),
@@ -78,7 +79,7 @@ def _vision_problems(model: ModelArguments) -> Iterator[str]:
     if projector is not None and not PROJECTOR_TYPE_PATTERN.fullmatch(projector):
         yield (
             f"mm_projector_type={projector}: unknown projector. Allowed: linear, identity, mlpNx_gelu with "
-            "N from 1. LLaVA v1.5 uses mlp2x_gelu."
+            "N from 1 to 99. LLaVA v1.5 uses mlp2x_gelu."
         )
     if model.pretrain_mm_mlp_adapter == "":
         yield (
@@ -180,6 +181,37 @@ def _lora_problems(training: TrainingFlags) -> Iterator[str]:
                 f"lora_target_modules={name}: allowed are plain layer names inside the language model, "
                 "without a path or pattern, such as q_proj v_proj."
             )
+
+
+def _start_problems(model: ModelArguments, training: TrainingFlags) -> Iterator[str]:
+    start, flag = training.start
+    mode = training.adapter_mode
+    if training.init_from and training.lora_weight_path:
+        yield (
+            f"init_from={training.init_from} and lora_weight_path={training.lora_weight_path} exclude each other: "
+            "lora_weight_path is init_from with adapter_mode=continue. Give one of the two."
+        )
+    if mode is not None and not start:
+        yield (
+            f"adapter_mode={mode} says what becomes of the adapter in init_from, which is missing. Add init_from, or "
+            "leave out adapter_mode."
+        )
+    if flag == "lora_weight_path" and mode not in (None, "continue"):
+        yield (
+            f"adapter_mode={mode} and lora_weight_path={start} exclude each other: lora_weight_path always goes on "
+            f"with the adapter. Write init_from={start}."
+        )
+    if training.init_from and model.pretrain_mm_mlp_adapter is not None:
+        yield (
+            f"init_from={training.init_from} and pretrain_mm_mlp_adapter={model.pretrain_mm_mlp_adapter} exclude each "
+            "other: init_from brings the projector it was trained with. Leave out pretrain_mm_mlp_adapter."
+        )
+    if mode == "merge_first" and training.bits != 16:
+        yield (
+            f"adapter_mode=merge_first and bits={training.bits} exclude each other: quantising the merged weights "
+            "would change what the adapter has learnt. Use bits=16, or go on with the adapter on quantised weights "
+            "(adapter_mode=continue); or run llava-ft merge and give its result as model_name_or_path."
+        )
 
 
 def _limit_problems(training: TrainingFlags) -> Iterator[str]:

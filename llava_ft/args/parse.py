@@ -55,6 +55,14 @@ class ParsedArgs:
     notes: list[str] = field(default_factory=list[str], compare=False)
     print_config: bool = field(default=False, compare=False)
 
+    def with_model(self, model_name_or_path: str) -> ParsedArgs:
+        """Return the same request for another base; training arguments that have been built are shared."""
+        model = dataclasses.replace(self.model, model_name_or_path=model_name_or_path)
+        changed = dataclasses.replace(self, model=model)
+        built = {name: vars(self)[name] for name in ("training", "attn_implementation") if name in vars(self)}
+        vars(changed).update(built)
+        return changed
+
     @cached_property
     def training(self) -> TrainingArguments:
         """The training arguments as transformers wants them.
@@ -214,6 +222,8 @@ def _unknown(entry: Entry, flags: Mapping[str, Flag]) -> UserError:
 
 def _assemble(values: _Values, required: Sequence[str], notes: list[str], print_config: bool) -> ParsedArgs:
     for name in required:
+        if name == "model_name_or_path" and (values.get("init_from") or values.get("lora_weight_path")):
+            continue  # what the run starts from names its base
         if values.get(name) in (None, ""):
             raise UserError(
                 f"{name} is missing. It has no default; give --{name} VALUE or write it into the --config file."

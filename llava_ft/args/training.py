@@ -63,9 +63,24 @@ class TrainingFlags:
     lora_r: int = field(default=64, metadata={"help": "Rank of the LoRA matrices."})
     lora_alpha: int = field(default=16, metadata={"help": "LoRA scale; the update is multiplied by alpha / r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before LoRA A, at least 0 and below 1."})
+    init_from: str = field(
+        default="",
+        metadata={
+            "help": "Directory to start from: of a LoRA run, of a projector run, or a whole model. Unset: "
+            "model_name_or_path alone."
+        },
+    )
+    adapter_mode: Literal["continue", "new", "merge_first"] | None = field(
+        default=None,
+        metadata={
+            "help": "What becomes of the adapter in init_from. continue: it is trained on; new: it is left out, and "
+            "what was trained beside it is kept; merge_first: it is merged into its base, which is trained from there. "
+            "Unset: continue."
+        },
+    )
     lora_weight_path: str = field(
         default="",
-        metadata={"help": "Directory of a LoRA run whose adapter and projector are the starting point."},
+        metadata={"help": "The original's name for init_from with adapter_mode continue."},
     )
     lora_bias: Literal["none", "all", "lora_only"] = field(
         default="none", metadata={"help": "Which biases of the language model are trained beside LoRA."}
@@ -138,3 +153,8 @@ class TrainingFlags:
     gradient_checkpointing_kwargs: dict[str, Any] | None = field(
         default_factory=_reentrant_off, metadata={"help": "Options of torch.utils.checkpoint."}
     )
+
+    @property
+    def start(self) -> tuple[str, str]:
+        """The directory that the run starts from, "" without one, and the flag that named it."""
+        return (self.init_from, "init_from") if self.init_from else (self.lora_weight_path, "lora_weight_path")

@@ -45,7 +45,8 @@ class Lineage:
         base: Path (or name on the hub) and fingerprint of the base's language model, and its own record if it has one;
             None if there is no base.
         data: What was trained on: for each source its path, fingerprint, number of records and, in a mixture, share.
-        run_config: The resolved configuration of a run, without secrets, and the SHA-256 of its file; empty otherwise.
+        run_config: The resolved configuration of a run, without secrets, the SHA-256 of its file, and the directory
+            that relative paths in it count from; empty otherwise.
         parents: What the weights came from, besides the base: path, kind, fingerprint and the record of each.
         details: What else belongs to the action, such as the step or the resumptions of a run.
         git_commit: Commit that the program was started in, and whether files differed from it; "" if none.
@@ -197,7 +198,8 @@ def _describe_config(text: str) -> dict[str, Any]:
     if not text:
         return {}
     values = _without_secrets(yaml.safe_load(text))
-    return {"file": RUN_CONFIG, "sha256": hashlib.sha256(text.encode()).hexdigest(), "values": values}
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return {"file": RUN_CONFIG, "sha256": digest, "working_directory": str(Path.cwd()), "values": values}
 
 
 def _without_secrets(value: Any) -> Any:

@@ -199,7 +199,7 @@ class _Builder:
         measured = [
             self._measure(source, prefix) for source, prefix in zip(data.sources, data.prompt_prefixes, strict=True)
         ]
-        reports = [self._report(source.name, part) for source, part in zip(data.sources, measured, strict=True)]
+        reports = [self._report(source, part) for source, part in zip(data.sources, measured, strict=True)]
         report = reports[0] if data.mixture is None else total(path, reports)
         max_length = self.limits.max_length
         refuses_long = self.limits.truncation == "error"
@@ -279,12 +279,14 @@ class _Builder:
                 "it. Check --image_folder."
             )
 
-    def _report(self, name: str, measured: Measured) -> DataReport:
+    def _report(self, source: RecordSource, measured: Measured) -> DataReport:
         samples = measured.samples
         truncated: list[int] = samples.record_indices[samples.was_truncated].tolist()
         too_long: list[int] = measured.too_long.tolist() if self.limits.truncation != "truncate" else []
         return DataReport(
-            path=name,
+            path=source.name,
+            fingerprint=source.fingerprint(),
+            image_folder=None if source.image_folder is None else str(source.image_folder),
             num_records=len(samples.rows),
             num_usable=len(samples),
             errors=measured.errors,

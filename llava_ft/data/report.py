@@ -42,6 +42,8 @@ class DataReport:
         too_long_ids: The records left out for their length, likewise.
         num_taken: Samples that a mixture takes for an epoch; None outside a mixture.
         num_held_out: Samples that a mixture holds out for validation; None outside a mixture.
+        fingerprint: Changes when the source does; "" for several sources together.
+        image_folder: Folder of the source's images where it has one of its own.
         sources: The reports of the single sources, if there are several.
     """
 
@@ -60,6 +62,8 @@ class DataReport:
     too_long_ids: list[str] = field(default_factory=list[str])
     num_taken: int | None = None
     num_held_out: int | None = None
+    fingerprint: str = ""
+    image_folder: str | None = None
     sources: list["DataReport"] = field(default_factory=list["DataReport"])
 
     @property

@@ -57,6 +57,25 @@ def checkpoint_files(
     return files if is_final else files | _optimizer(shapes, request)
 
 
+def merged_base_bytes(shapes: Sequence[ParameterShape], planned: PlannedModel) -> int | None:
+    """Return the bytes of the model that `adapter_mode=merge_first` writes before the first step; None without it.
+
+    Its weights have the type of the base's files, which its `config.json` names; bfloat16 is assumed where it does not.
+    A vision tower is in it only where it is in the base's files.
+    """
+    if not planned.merges_first:
+        return None
+    dtype = planned.config.dtype if isinstance(planned.config.dtype, torch.dtype) else torch.bfloat16
+    native = {native_name(shape.name).replace(".base_layer.", "."): shape for shape in shapes}
+    return dtype.itemsize * sum(
+        shape.numel
+        for name, shape in native.items()
+        if "lora_" not in name
+        and not name.endswith(NEW_ROWS_SUFFIX)
+        and (planned.holds_vision_tower or not is_vision(name))
+    )
+
+
 def vision_cache_bytes(num_tiles: int, planned: PlannedModel, dtype: torch.dtype, kept_as: KeptAs) -> int:
     """Return the most that `vision_cache` takes.
 

@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 from llava_ft.args import ParsedArgs
 from llava_ft.planning.advice import Change, advise
-from llava_ft.planning.disk import checkpoint_files, vision_cache_bytes
+from llava_ft.planning.disk import checkpoint_files, merged_base_bytes, vision_cache_bytes
 from llava_ft.planning.memory import MemoryPlanner, RankMemory
 from llava_ft.planning.optimizers import optimizer_kind
 from llava_ft.planning.placement import weight_bytes
@@ -54,6 +54,7 @@ class Plan:
         checkpoint: Bytes by file of one checkpoint.
         result: Bytes by file of the result.
         vision_cache: Most bytes that the features of all images take; None without a vision cache or the records.
+        merged_base: Bytes of the base that the run merges first; None if it merges none.
         changes: What to change; empty if the run fits or it is not known whether it does.
         notes: What was assumed or left out.
     """
@@ -69,6 +70,7 @@ class Plan:
     checkpoint: dict[str, int]
     result: dict[str, int]
     vision_cache: int | None
+    merged_base: int | None
     changes: list[Change]
     notes: list[str]
 
@@ -146,6 +148,7 @@ def make_plan(args: ParsedArgs, machine: Machine) -> Plan:
         checkpoint=checkpoint_files(shapes, request, **files),
         result=checkpoint_files(shapes, request, **files, is_final=True),
         vision_cache=_vision_cache(args, planned, request, workload),
+        merged_base=merged_base_bytes(shapes, planned),
         changes=changes,
         notes=[*args.notes, *planned.notes, *workload.notes, *([optimizer_note] if optimizer_note else [])],
     )

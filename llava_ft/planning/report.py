@@ -61,6 +61,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "checkpoint": {"files": plan.checkpoint, "total": sum(plan.checkpoint.values())},
             "result": {"files": plan.result, "total": sum(plan.result.values())},
             "vision_cache": plan.vision_cache,
+            "merged_base": plan.merged_base,
         },
         "changes": [
             {
@@ -194,6 +195,8 @@ def _disk(plan: Plan) -> list[str]:
     rows.append(("the run's result", gib(sum(plan.result.values()))))
     if plan.vision_cache is not None:
         rows.append(("the vision cache, at most", gib(plan.vision_cache)))
+    if plan.merged_base is not None:
+        rows.append(("merged_base, once", gib(plan.merged_base)))
     return _table(("Disk per checkpoint", ""), rows)
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from llava_ft.args import ParsedArgs
-from llava_ft.checkpoint.names import ADAPTER_CONFIG, CONFIG, PROJECTOR_BIN, PROJECTOR_SAFETENSORS
-from llava_ft.checkpoint.weights import read_json
+from llava_ft.checkpoint.names import ADAPTER_CONFIG, PROJECTOR_BIN, PROJECTOR_SAFETENSORS
+from llava_ft.checkpoint.start import Start, find_start
 from llava_ft.constants import CHECKPOINT_FIELDS
 from llava_ft.errors import CheckpointError
-from llava_ft.models.builder import build_skeleton, checkpoint_wishes, is_llava_config, settle_config, vision_fields
+from llava_ft.models.builder import build_skeleton, is_llava_config, settle_config, vision_fields
 from llava_ft.models.config import LlavaLlamaConfig
 from llava_ft.models.llava import LlavaLlamaForCausalLM, part_of
 from llava_ft.planning.architectures import Architecture, find_architecture
@@ -46,6 +46,7 @@ class PlannedModel:
         num_new_rows: Entries that the run adds to the vocabulary.
         directory: Where the base model's `config.json` is, and perhaps a tokenizer; None if it is not here.
         notes: What the user should know about where the architecture is from.
+        merges_first: Whether an adapter is merged into the base before it is trained.
     """
 
     name: str
@@ -53,6 +54,7 @@ class PlannedModel:
     num_new_rows: int
     directory: Path | None
     notes: tuple[str, ...] = ()
+    merges_first: bool = False
 
     @property
     def has_vision(self) -> bool:
@@ -97,33 +99,37 @@ def find_planned_model(args: ParsedArgs) -> PlannedModel:
     Raises:
         UserError: A model is nowhere, is no LLaMA or CLIP, or a flag contradicts it.
     """
-    base = find_architecture(args.model.model_name_or_path, cache_dir=args.flags.cache_dir)
+    start = _start_of(args)
+    name = args.model.model_name_or_path if start is None else start.base_name(args.model.model_name_or_path)
+    base = find_architecture(name, cache_dir=args.flags.cache_dir)
     _refuse_what_is_no_base(base)
-    start = _starting_config(args.flags.lora_weight_path)
     given: dict[str, Any] = {key: getattr(args.model, key, None) for key in CHECKPOINT_FIELDS}
     given |= {key: getattr(args.data, key) for key in ("image_aspect_ratio", "image_grid_pinpoints")}
-    wishes = checkpoint_wishes(start) | {key: wish for key, wish in given.items() if wish is not None}
-    tower_name = args.model.vision_tower or start.get("mm_vision_tower") or base.fields.get("mm_vision_tower")
+    asked = {} if start is None else start.wishes()
+    wishes = asked | {key: wish for key, wish in given.items() if wish is not None}
+    named_tower = args.model.vision_tower or (start.vision_tower if start is not None else None)
+    tower_name = named_tower or base.fields.get("mm_vision_tower")
     vision, tower = _vision(base, tower_name, args.model.vision_tower is not None, args.flags.cache_dir)
     config = settle_config(
         base.fields,
-        args.model.model_name_or_path,
+        name,
         wishes=wishes,
         vision_tower=tower_name,
         vision=vision,
-        projector_is_replaced=bool(args.model.pretrain_mm_mlp_adapter or start),
+        projector_is_replaced=bool(args.model.pretrain_mm_mlp_adapter) or start is not None,
     )
     notes = [
-        f"{name} is not on this machine; its published architecture is used."
-        for name, found in ((args.model.model_name_or_path, base), (tower_name, tower))
+        f"{part} is not on this machine; its published architecture is used."
+        for part, found in ((name, base), (tower_name, tower))
         if found is not None and found.is_published
     ]
     return PlannedModel(
-        name=args.model.model_name_or_path,
+        name=name,
         config=config,
         num_new_rows=_num_new_rows(config, base.fields),
         directory=base.directory,
         notes=tuple(notes),
+        merges_first=start is not None and start.mode == "merge_first",
     )
 
 
@@ -194,15 +200,12 @@ def _refuse_what_is_no_base(base: Architecture) -> None:
         )
 
 
-def _starting_config(lora_weight_path: str) -> dict[str, Any]:
-    if not lora_weight_path:
-        return {}
-    file = Path(lora_weight_path) / CONFIG
-    if not file.is_file():
-        raise CheckpointError(
-            f"lora_weight_path is {lora_weight_path}, but {file} does not exist. Give the directory of a LoRA run."
-        )
-    return read_json(file)
+def _start_of(args: ParsedArgs) -> Start | None:
+    path, flag = args.flags.start
+    if not path:
+        return None
+    flags = args.flags
+    return find_start(path, flags.adapter_mode, trains_adapter=flags.lora_enable, flag=flag, cache_dir=flags.cache_dir)
 
 
 def _vision(

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from llava_ft.args import ParsedArgs
 from llava_ft.checkpoint.directory import read_config, resolve_model_path
 from llava_ft.checkpoint.names import CONFIG
+from llava_ft.checkpoint.start import Start
 from llava_ft.checkpoint.weights import read_json
 from llava_ft.constants import CHECKPOINT_FIELDS
 from llava_ft.conversation import get_template
@@ -16,8 +17,9 @@ from llava_ft.data.preparation.prepared import Limits
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.geometry import ImageGeometry
-from llava_ft.models.builder import checkpoint_wishes, settle_config, vision_fields
+from llava_ft.models.builder import settle_config, vision_fields
 from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.training.start_from import settle_base, start_of
 
 _UNKNOWN_MODEL: Final[dict[str, Any]] = {"model_type": "llama"}
 """Stands in for the `config.json` of a directory that has a tokenizer alone."""
@@ -49,8 +51,9 @@ def find_data_model(args: ParsedArgs) -> DataModel:
     Raises:
         UserError: A file is missing or damaged, or the request contradicts it.
     """
+    args, start = settle_base(args), start_of(args)
     directory = resolve_model_path(args.model.model_name_or_path, cache_dir=args.flags.cache_dir)
-    config = _find_config(args, directory)
+    config = _find_config(args, directory, start)
     tokenizer = load_tokenizer(directory, model_max_length=args.flags.model_max_length)
     add_image_tokens(
         tokenizer,
@@ -67,15 +70,14 @@ def find_data_model(args: ParsedArgs) -> DataModel:
     return DataModel(tokenizer, tokenize, geometry, Limits(geometry, args.flags.model_max_length, args.data.truncation))
 
 
-def _find_config(args: ParsedArgs, directory: Path) -> LlavaLlamaConfig:
+def _find_config(args: ParsedArgs, directory: Path, start: Start | None) -> LlavaLlamaConfig:
     base: dict[str, Any] = read_config(directory)[0] if (directory / CONFIG).is_file() else _UNKNOWN_MODEL
     wishes: dict[str, Any] = {key: getattr(args.model, key, None) for key in CHECKPOINT_FIELDS}
     wishes |= {key: getattr(args.data, key) for key in ("image_aspect_ratio", "image_grid_pinpoints")}
     tower_name = args.model.vision_tower
-    if args.flags.lora_weight_path:
-        start = read_json(Path(args.flags.lora_weight_path) / CONFIG)
-        wishes = checkpoint_wishes(start) | {key: wish for key, wish in wishes.items() if wish is not None}
-        tower_name = tower_name or start.get("mm_vision_tower")
+    if start is not None:
+        wishes = start.wishes() | {key: wish for key, wish in wishes.items() if wish is not None}
+        tower_name = tower_name or start.vision_tower
     fields = None if args.model.vision_tower else base.get("mm_vision_config")
     tower_name = tower_name or base.get("mm_vision_tower")
     if fields is None and tower_name is not None:

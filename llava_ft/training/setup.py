@@ -2,22 +2,20 @@
 
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast, PrinterCallback, ProgressCallback, set_seed
 
 from llava_ft.args import ParsedArgs, to_yaml
-from llava_ft.checkpoint.base import BaseModel, find_base, load_base
-from llava_ft.checkpoint.directory import identify
+from llava_ft.checkpoint.base import BaseModel, load_base
 from llava_ft.checkpoint.fingerprint import language_model_fingerprint
-from llava_ft.checkpoint.load import WeightSource
-from llava_ft.checkpoint.names import EMBEDDINGS, HEAD, IMAGE_NEWLINE, is_projector
-from llava_ft.checkpoint.overrides import Force, force_from_flags
-from llava_ft.checkpoint.restore import check_base, plain_name, restore_trained, trained_files
+from llava_ft.checkpoint.names import EMBEDDINGS, HEAD
+from llava_ft.checkpoint.overrides import collect_ignored
+from llava_ft.checkpoint.restore import check_base
 from llava_ft.checkpoint.resume import (
     check_checkpoint,
     check_training_state,
@@ -25,7 +23,6 @@ from llava_ft.checkpoint.resume import (
     remove_staging,
 )
 from llava_ft.checkpoint.trained import quantization_in_training
-from llava_ft.constants import CHECKPOINT_FIELDS
 from llava_ft.data.build import BuiltDatasets
 from llava_ft.data.collator import PackedCollator, PaddingCollator
 from llava_ft.data.dataset import ConversationDataset
@@ -34,14 +31,25 @@ from llava_ft.data.packing import PackedDataset, RowDataset, one_each
 from llava_ft.data.sampler import EpochSampler, steps_per_epoch
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.errors import UserError
-from llava_ft.models.builder import checkpoint_wishes
 from llava_ft.training.artifacts import RunArtifacts
 from llava_ft.training.callbacks import LogLines, Progress, SetSamplerEpoch, StopOnSignal
 from llava_ft.training.data_setup import prepare_datasets
 from llava_ft.training.distributed import zero_division
-from llava_ft.training.fragments import gathered, value_setter
+from llava_ft.training.fragments import gathered
 from llava_ft.training.reporting import attach_reporters
+from llava_ft.training.run_lineage import lineage_of_run
 from llava_ft.training.shared_output import check_same_checkpoint, check_shared_output
+from llava_ft.training.start_from import (
+    MergesAdapter,
+    check_resumed_start,
+    check_start,
+    find_model,
+    force_of,
+    merged_base,
+    put_start,
+    settle_base,
+    start_of,
+)
 from llava_ft.training.trainer import LlavaTrainer
 from llava_ft.training.vision_cache import use_vision_cache
 from llava_ft.tuning.freeze import TuningPlan
@@ -68,18 +76,30 @@ class Run:
     datasets: BuiltDatasets
 
 
-def prepare_run(args: ParsedArgs) -> Run:
+def prepare_run(args: ParsedArgs, merge: MergesAdapter | None = None) -> Run:
     """Find, check, load and connect everything a run needs.
+
+    Args:
+        args: The request.
+        merge: How an adapter is merged, for `adapter_mode=merge_first`.
 
     Raises:
         UserError: The request cannot be carried out.
+        RunError: The adapter that the run starts from could not be merged.
     """
+    with collect_ignored() as ignored:
+        return _prepare_run(settle_base(args), merge, ignored)
+
+
+def _prepare_run(args: ParsedArgs, merge: MergesAdapter | None, ignored: Sequence[str]) -> Run:
+    request, start = args, start_of(args)
     set_seed(args.training.seed)
     check_shared_output(args.training)
     checkpoint = choose_checkpoint(args)
     check_same_checkpoint(checkpoint, args.training.world_size)
     _check_bits(args, checkpoint)
-    base = find_model(args)
+    check_resumed_start(args, start, checkpoint)
+    base = find_model(args, start)
     tokenizer = load_tokenizer(base.directory.path, model_max_length=args.flags.model_max_length)
     add_image_tokens(
         tokenizer,
@@ -95,59 +115,41 @@ def prepare_run(args: ParsedArgs) -> Run:
         has_vision=base.config.mm_vision_config is not None,
     )
     fingerprint = language_model_fingerprint(base.sources[:1])
-    for earlier in (checkpoint, args.flags.lora_weight_path):
-        if earlier:
-            _check_same_base(args, Path(earlier), fingerprint, base)
+    if start is not None:
+        check_start(args, start, fingerprint, base)
+        if start.mode == "merge_first":
+            args = args.with_model(str(merged_base(args, start, merge)))
+            base = find_model(args, None)
+            fingerprint = language_model_fingerprint(base.sources[:1])
+    if checkpoint is not None:
+        check_base(checkpoint, fingerprint, str(base.directory.path), force=force_of(args))
     _complete_config(args, base)
     encodes_images = not use_vision_cache(args, base, plan, datasets, compute_dtype(args))
     num_new_rows = max(0, len(tokenizer) - base.config.vocab_size)
     model = load_model_to_train(args, base, plan, num_new_rows=num_new_rows, encodes_images=encodes_images)
-    if args.flags.lora_weight_path:
-        restore_trained(model, Path(args.flags.lora_weight_path), as_start=True, put=value_setter(model))
-        logger.info("Starting from the adapter and projector in %s.", args.flags.lora_weight_path)
+    if start is not None and start.mode != "merge_first":
+        put_start(args, start, model)
     peft_config = getattr(model, "peft_config", None)
+    base_name = lasting_name(args.model.model_name_or_path)
     artifacts = RunArtifacts(
         method=plan.method,
         config=base.config,
         tokenizer=tokenizer,
         vision_directory=base.vision_directory,
-        run_config=to_yaml(args),
-        base=lasting_name(args.model.model_name_or_path),
+        run_config=to_yaml(request),
+        base=base_name,
         base_fingerprint=fingerprint,
         template=args.model.version,
         weights_format=args.flags.weights_format,
         compute_dtype=compute_dtype(args),
+        lineage=lineage_of_run(
+            request, (base_name, fingerprint), datasets, start=start, checkpoint=checkpoint, ignored=ignored
+        ),
         save_vision_tower=_saves_tower(args, base),
         lora_config=peft_config["default"] if peft_config else None,
     )
     trainer, stop = _build_trainer(args, model, artifacts, tokenizer, datasets)
     return Run(trainer, stop, checkpoint, datasets)
-
-
-def find_model(args: ParsedArgs) -> BaseModel:
-    """Find the model's files and settle its configuration, from the request and an adapter to start from."""
-    wishes: dict[str, Any] = {key: getattr(args.model, key, None) for key in CHECKPOINT_FIELDS}
-    wishes |= {key: getattr(args.data, key) for key in ("image_aspect_ratio", "image_grid_pinpoints")}
-    vision_tower = args.model.vision_tower
-    extra: list[WeightSource] = []
-    if args.flags.lora_weight_path:
-        start = identify(Path(args.flags.lora_weight_path))
-        if start.kind != "lora":
-            raise UserError(f"lora_weight_path {start.path} holds a {start.kind}, not a LoRA adapter.")
-        wishes = checkpoint_wishes(start.config) | {key: wish for key, wish in wishes.items() if wish is not None}
-        vision_tower = vision_tower or start.config.get("mm_vision_tower")
-        beside = trained_files(start)[1]
-        names = {key: plain_name(key) for key in beside.tensors}
-        projector = {key: name for key, name in names.items() if is_projector(name) or name == IMAGE_NEWLINE}
-        extra.append(WeightSource("projector of the adapter", beside, projector, must_fit=True))
-    return find_base(
-        args.model.model_name_or_path,
-        vision_tower=vision_tower,
-        projector_file=args.model.pretrain_mm_mlp_adapter,
-        wishes=wishes,
-        extra_sources=extra,
-        cache_dir=args.flags.cache_dir,
-    )
 
 
 def load_model_to_train(
@@ -328,15 +330,6 @@ def _complete_config(args: ParsedArgs, base: BaseModel) -> None:
             args.flags.model_max_length,
             config.max_position_embeddings,
         )
-
-
-def _check_same_base(args: ParsedArgs, earlier: Path, fingerprint: str, base: BaseModel) -> None:
-    """Refuse to go on from what was trained on another language model."""
-    check_base(earlier, fingerprint, str(base.directory.path), force=_force(args))
-
-
-def _force(args: ParsedArgs) -> Force:
-    return force_from_flags(args.flags.force, args.flags.allow_base_mismatch)
 
 
 def _quantization(args: ParsedArgs) -> Quantization | None:

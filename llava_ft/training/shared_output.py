@@ -6,7 +6,8 @@ checkpoint than the others, or none. Nothing would tell before the run is lost, 
 """
 
 import secrets
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,6 +15,8 @@ import torch
 from transformers import TrainingArguments
 
 from llava_ft.errors import UserError
+
+_SECONDS_BETWEEN_LOOKS = 0.2
 
 _Value = TypeVar("_Value")
 
@@ -100,6 +103,23 @@ def from_first_rank(value: _Value, world_size: int) -> _Value:
 def from_all_ranks(value: _Value, world_size: int) -> list[_Value]:
     """Return what each rank calls this with, which is not None. All ranks call it together."""
     return _from_all_ranks(value) if world_size > 1 else [value]
+
+
+def wait_for_first(is_done: Callable[[], bool], training: TrainingArguments) -> None:
+    """Wait for files that the writing rank makes, however long it takes. All ranks call this together.
+
+    An operation of all ranks would give up after `ddp_timeout`. If the writing rank fails, the watch over the ranks
+    ends those that wait.
+
+    Args:
+        is_done: Whether the files are there.
+        training: Arguments of the run; its process group exists if there are several ranks.
+    """
+    if training.world_size == 1:
+        return
+    while not is_done():
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    torch.distributed.barrier()
 
 
 def _from_all_ranks(value: _Value) -> list[_Value]:

@@ -11,17 +11,19 @@ from llava_ft.training.data_setup import write_data_report
 from llava_ft.training.distributed import Ranks, is_communication_error, join_ranks, leave_ranks
 from llava_ft.training.log_setup import adopt_libraries
 from llava_ft.training.setup import prepare_run
+from llava_ft.training.start_from import MergesAdapter
 
 logger = logging.getLogger(__name__)
 
 _SECONDS_TO_FIND_THE_CAUSE = 30.0
 
 
-def run_training(args: ParsedArgs) -> bool:
+def run_training(args: ParsedArgs, merge: MergesAdapter | None = None) -> bool:
     """Train as asked.
 
     Args:
         args: The request.
+        merge: How an adapter is merged, for `adapter_mode=merge_first`.
 
     Returns:
         Whether the run reached its end; False if a signal stopped it after a complete checkpoint.
@@ -33,7 +35,7 @@ def run_training(args: ParsedArgs) -> bool:
     ranks, watch = join_ranks(args)
     adopt_libraries()
     try:
-        finished = _train(args, ranks)
+        finished = _train(args, ranks, merge)
     except Exception as raised:
         error = _in_plain_words(raised)
         if watch is not None:
@@ -50,11 +52,11 @@ def run_training(args: ParsedArgs) -> bool:
     return finished
 
 
-def _train(args: ParsedArgs, ranks: Ranks) -> bool:
+def _train(args: ParsedArgs, ranks: Ranks, merge: MergesAdapter | None) -> bool:
     _ = args.attn_implementation
     for note in args.notes:
         logger.info("%s", note)
-    run = prepare_run(args)
+    run = prepare_run(args, merge)
     if run.checkpoint is not None:
         logger.info("Resuming from %s.", run.checkpoint)
     if ranks.is_first:

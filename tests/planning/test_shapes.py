@@ -43,6 +43,7 @@ class TestAgainstRuns:
         adapter = tmp_path / "adapter"
         adapter.mkdir()
         (adapter / "config.json").write_text(json.dumps({"mm_vision_tower": str(tmp_path / "clip")}))
+        (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": argv[1]}))
         del argv[2:4]
         planned, _ = request_of([*argv, "--lora_enable", "True", "--lora_weight_path", str(adapter)])
         assert planned.has_vision
@@ -138,7 +139,7 @@ class TestRefused:
 
     def test_an_adapter_that_is_not_there(self, tmp_path):
         argv = [*write_configs(tmp_path), "--lora_enable", "True", "--lora_weight_path", str(tmp_path / "none")]
-        with pytest.raises(CheckpointError, match=r"lora_weight_path is .*none"):
+        with pytest.raises(CheckpointError, match=r"lora_weight_path=.*none cannot be started from"):
             request_of(argv)
 
 

@@ -1,0 +1,218 @@
+"""Starting a run from an earlier one: which model it is, which weights win, and what is restored before the first step.
+
+`checkpoint/start.py` knows what an earlier result holds; here it meets the flags of a run.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from llava_ft.args import ParsedArgs
+from llava_ft.checkpoint.base import BaseModel, find_base
+from llava_ft.checkpoint.lineage import describe_parent, read_lineage
+from llava_ft.checkpoint.manifest import what_is_incomplete
+from llava_ft.checkpoint.names import NEW_ROWS_SUFFIX, NON_LORA_BIN, is_language_model
+from llava_ft.checkpoint.overrides import Force, force_from_flags, refuse_unless
+from llava_ft.checkpoint.restore import check_base, plain_name, restore_trained
+from llava_ft.checkpoint.start import Start, find_start
+from llava_ft.constants import CHECKPOINT_FIELDS
+from llava_ft.errors import UserError
+from llava_ft.training.fragments import gathered, value_setter
+from llava_ft.training.shared_output import wait_for_first
+
+logger = logging.getLogger(__name__)
+
+MERGED_BASE = "merged_base"
+"""Directory inside the output directory that `adapter_mode=merge_first` makes."""
+
+
+class MergesAdapter(Protocol):
+    """Merges an adapter into its base, proves the result, and writes it under its name when it is complete."""
+
+    def __call__(self, adapter: Path, base: str, target: Path, *, vision_tower: str | None, force: Force) -> None:
+        """Merge."""
+        ...
+
+
+def force_of(args: ParsedArgs) -> Force:
+    """Return what the run passes over."""
+    return force_from_flags(args.flags.force, args.flags.allow_base_mismatch)
+
+
+def start_of(args: ParsedArgs) -> Start | None:
+    """Find what a run starts from; None if it starts from its base alone.
+
+    Raises:
+        UserError: It cannot start from that.
+    """
+    path, flag = args.flags.start
+    if not path:
+        return None
+    flags = args.flags
+    return find_start(path, flags.adapter_mode, trains_adapter=flags.lora_enable, flag=flag, cache_dir=flags.cache_dir)
+
+
+def settle_base(args: ParsedArgs) -> ParsedArgs:
+    """Fill in the base model that an earlier run names, where the request leaves it out.
+
+    Raises:
+        UserError: Nothing names it, or two different ones are named.
+    """
+    start = start_of(args)
+    if start is None:
+        return args
+    name = start.base_name(args.model.model_name_or_path)
+    if not args.model.model_name_or_path:
+        logger.info("The base model is %s, as %s says.", name, start.path)
+    return args.with_model(name)
+
+
+def find_model(args: ParsedArgs, start: Start | None) -> BaseModel:
+    """Find the model's files and settle its configuration, from the request and what the run starts from.
+
+    Raises:
+        UserError: Something is missing, damaged or does not fit together.
+    """
+    wishes: dict[str, Any] = {key: getattr(args.model, key, None) for key in CHECKPOINT_FIELDS}
+    wishes |= {key: getattr(args.data, key) for key in ("image_aspect_ratio", "image_grid_pinpoints")}
+    if start is None:
+        return find_base(
+            args.model.model_name_or_path,
+            vision_tower=args.model.vision_tower,
+            projector_file=args.model.pretrain_mm_mlp_adapter,
+            wishes=wishes,
+            cache_dir=args.flags.cache_dir,
+        )
+    start.check_adapter({"r": args.flags.lora_r, "lora_alpha": args.flags.lora_alpha}, force=force_of(args))
+    base = find_base(
+        args.model.model_name_or_path,
+        vision_tower=args.model.vision_tower or start.vision_tower,
+        projector_file=args.model.pretrain_mm_mlp_adapter or start.projector_file,
+        wishes=start.wishes() | {key: wish for key, wish in wishes.items() if wish is not None},
+        extra_sources=start.sources(force=force_of(args)),
+        cache_dir=args.flags.cache_dir,
+    )
+    start.check_newline(base)
+    if start.has_adapter and base.projector_is_new and start.vision_tower is not None:
+        refuse_unless(
+            force_of(args) is True,
+            f"The projector that the adapter in {start.path} was trained with is neither in {NON_LORA_BIN} nor in "
+            f"{base.directory.path}; a new one would take its place.",
+            "If it was frozen in that run, give it with --pretrain_mm_mlp_adapter beside --lora_weight_path.",
+        )
+    return base
+
+
+def check_start(args: ParsedArgs, start: Start, fingerprint: str, base: BaseModel) -> None:
+    """Refuse a start that was trained on another language model.
+
+    Raises:
+        UserError: It was, and that is not passed over.
+    """
+    if not start.is_whole:
+        check_base(start.path, fingerprint, str(base.directory.path), force=force_of(args))
+
+
+def put_start(args: ParsedArgs, start: Start, model: nn.Module) -> None:
+    """Give a model that has been loaded what the base's files and the start's sources do not give it.
+
+    That is the adapter where it is trained on, and rows of added tokens. All ranks call this together.
+
+    Raises:
+        UserError: The adapter does not fit the run.
+    """
+    put = value_setter(model)
+    if start.has_adapter and start.mode == "continue":
+        # Projector and image_newline have their values by now, from the start's files or the base's.
+        restore_trained(model, start.path, as_start=True, put=put, force=force_of(args), is_needed=is_language_model)
+        logger.info("Starting from the adapter in %s and what was trained beside it.", start.path)
+        return
+    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    for name, rows in start.token_rows().items():
+        own_rows = name.removesuffix(".weight") + NEW_ROWS_SUFFIX
+        if own_rows in parameters:
+            put(own_rows, parameters[own_rows], rows)
+            continue
+        with gathered([parameters[name]], modified=True):
+            parameters[name].data[-rows.shape[0] :] = rows.to(parameters[name].dtype)
+    if start.has_adapter:
+        logger.info(
+            "Starting from what was trained beside the adapter in %s; the adapter itself is not used "
+            "(adapter_mode=new).",
+            start.path,
+        )
+    else:
+        what = "projector" if start.directory.kind == "projector" else "model"
+        logger.info("Starting from the %s in %s.", what, start.path)
+
+
+def check_resumed_start(args: ParsedArgs, start: Start | None, checkpoint: Path | None) -> None:
+    """Refuse to resume a checkpoint of a run that started from something else.
+
+    Raises:
+        UserError: It did, and that is not passed over.
+    """
+    lineage = read_lineage(checkpoint) if checkpoint is not None else None
+    if checkpoint is None or lineage is None or "start" not in lineage.details:
+        return
+    before: dict[str, str] | None = lineage.details["start"]
+    now = None if start is None else describe_start(start)
+    same = ("fingerprint", "mode")
+    if [(before or {}).get(key) for key in same] == [(now or {}).get(key) for key in same]:
+        return
+    refuse_unless(
+        force_of(args) is True,
+        f"{checkpoint} belongs to a run that started from {_named(before)}, and this one is to start from "
+        f"{_named(now)}.",
+        "Give the same --init_from and --adapter_mode; or start anew with another --output_dir or "
+        "--resume_from_checkpoint False.",
+    )
+
+
+def describe_start(start: Start) -> dict[str, str]:
+    """Say what a run starts from, for its lineage: path, fingerprint of the weights, and mode."""
+    described = describe_parent(start.path)
+    return {"path": described["path"], "fingerprint": described["fingerprint"], "mode": start.mode}
+
+
+def merged_base(args: ParsedArgs, start: Start, merge: MergesAdapter | None) -> Path:
+    """Return the base that `adapter_mode=merge_first` trains on, after merging if that has not been done.
+
+    One rank merges, or one on each machine where each keeps its own output; the others wait.
+
+    Raises:
+        UserError: Another adapter was merged there, or they cannot be merged.
+        RunError: Merging failed.
+    """
+    assert merge is not None, "the command that trains brings the merging of adapters"
+    training = args.training
+    target = Path(training.output_dir or ".") / MERGED_BASE
+    if training.should_save:
+        if not _is_merged_from(target, start):
+            logger.info("Merging the adapter in %s into its base %s.", start.path, args.model.model_name_or_path)
+            tower = args.model.vision_tower or start.vision_tower
+            merge(start.path, args.model.model_name_or_path, target, vision_tower=tower, force=force_of(args))
+        else:
+            logger.info("The adapter in %s was merged before: %s.", start.path, target)
+    wait_for_first(lambda: what_is_incomplete(target) is None, training)
+    return target
+
+
+def _is_merged_from(target: Path, start: Start) -> bool:
+    """Whether the merged base is there, complete and made from this adapter."""
+    if not target.exists() or what_is_incomplete(target) is not None:
+        return False
+    lineage = read_lineage(target)
+    merged = [parent.get("fingerprint") for parent in lineage.parents] if lineage is not None else []
+    if merged != [describe_parent(start.path)["fingerprint"]]:
+        raise UserError(
+            f"{target} was merged from something else than {start.path}. Give another --output_dir, or remove "
+            f"{target.name} and the checkpoints beside it to start anew."
+        )
+    return True
+
+
+def _named(start: dict[str, str] | None) -> str:
+    return f"{start['path']} ({start['mode']})" if start else "its base alone"
