@@ -80,9 +80,10 @@ def train(argv: Sequence[str]) -> int:
         return DONE
     levels = (args.inherited.get(name) for name in ("log_level", "log_level_replica"))
     set_up_ranks(_rank(), *(str(level or "passive") for level in levels))
+    from llava_ft.inference.merge_first import merge_first
     from llava_ft.training.train_command import run_training
 
-    return DONE if run_training(args) else FAILED
+    return DONE if run_training(args, merge_first) else FAILED
 
 
 def plan(argv: Sequence[str]) -> int:
@@ -121,7 +122,10 @@ def plan(argv: Sequence[str]) -> int:
 def merge(argv: Sequence[str]) -> int:
     """Merge what was trained into its base model."""
     parser = _Parser("llava-ft merge", "Put a LoRA adapter, or a projector, into its base model and verify the result.")
-    parser.add_argument("--model-path", required=True, help="the adapter's (or projector's) directory")
+    parser.add_argument(
+        "--model-path", required=True, action="append", help="the adapter's (or projector's) directory; several add up"
+    )
+    parser.add_argument("--weight", type=float, action="append", help="of each adapter, in their order; 1 when absent")
     parser.add_argument("--model-base", help="its base model; when absent, the one that the adapter names")
     parser.add_argument("--save-model-path", required=True, help="where the merged model is written")
     parser.add_argument("--vision-tower", help="the vision tower, if it is not where the model says")
@@ -137,7 +141,7 @@ def merge(argv: Sequence[str]) -> int:
         help="for what was trained on quantised weights: merge into their values instead of the base's own",
     )
     parser.add_argument(
-        "--no-verify", action="store_true", help="skip the comparison of logits, which loads both models"
+        "--no-verify", action="store_true", help="skip the comparison of logits, which loads one model after the other"
     )
     options = parser.parse_args(argv)
     from llava_ft.inference.merge_command import run_merge

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from llava_ft.checkpoint.directory import ModelDirectory
-from llava_ft.checkpoint.names import ADAPTER_CONFIG, NEW_ROWS_SUFFIX, is_derived
+from llava_ft.checkpoint.names import ADAPTER_CONFIG, EMBEDDINGS, HEAD, NEW_ROWS_SUFFIX, is_derived
 from llava_ft.checkpoint.overrides import Force
 from llava_ft.checkpoint.restore import plain_name, trained_files
 from llava_ft.checkpoint.weights import WeightFiles, read_json
@@ -111,6 +111,17 @@ class LoraAdapter:
         """Native names of the parameters that the adapter changes."""
         return {*self.factors, *self.biases}
 
+    def new_rows(self) -> dict[str, torch.Tensor]:
+        """Return the trained rows of added tokens, by the native name of the matrix whose last rows they are."""
+        found: dict[str, torch.Tensor] = {}
+        for files in self.beside:
+            keys = {plain_name(key): key for key in files.tensors}
+            for name in (EMBEDDINGS, HEAD):
+                key = keys.get(name.removesuffix(".weight") + NEW_ROWS_SUFFIX)
+                if key is not None:
+                    found[name] = files.read([key])[key]
+        return found
+
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Check that a model has every parameter that the adapter changes, in the right shape.
 
@@ -166,9 +177,9 @@ def merged(
         block = weight[rows].to(torch.float32, copy=True)
         for share, adapter in adapters:
             a, b = adapter.factors[name]
-            block.addmm_(b[rows], a, alpha=share * adapter.scales[name])
+            block.add_(b[rows] @ a, alpha=share * adapter.scales[name])
             if name in adapter.magnitudes:
-                block *= (adapter.magnitudes[name][rows] / block.norm(dim=1))[:, None]
+                block.mul_((adapter.magnitudes[name][rows] / block.square().sum(dim=1).sqrt())[:, None])
         result[rows] = block
     return result
 

@@ -26,6 +26,7 @@ from llava_ft.checkpoint.names import (
     is_vision,
     native_name,
 )
+from llava_ft.checkpoint.quantized_base import refuse_quantized
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.data.image_processor import PREPROCESSOR_CONFIG, image_settings_file
 from llava_ft.errors import CheckpointError
@@ -92,6 +93,7 @@ def find_base(
     directory = identify(resolve_model_path(model_name_or_path, cache_dir=cache_dir))
     if directory.kind not in ("llava", "language model"):
         raise CheckpointError(_not_a_base(directory))
+    refuse_quantized(str(directory.path))
     files = WeightFiles.open(directory.path)
     base_source = WeightSource.of("base model", files, native_name)
     has_tower = any(is_vision(name) for name in base_source.names.values())

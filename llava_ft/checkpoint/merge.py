@@ -11,7 +11,7 @@ on.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,8 +25,9 @@ from llava_ft.checkpoint.names import CONFIG
 from llava_ft.checkpoint.overrides import Force, collect_ignored
 from llava_ft.checkpoint.proof import ConversionReport, prove_tensors
 from llava_ft.checkpoint.save import ShardWriter, config_fields, staged_directory, write_json
+from llava_ft.checkpoint.trained import open_trained
 from llava_ft.checkpoint.weights import WeightFiles
-from llava_ft.checkpoint.whole import WholeModel, open_whole
+from llava_ft.checkpoint.whole import WholeModel
 from llava_ft.data.image_processor import copy_image_settings
 from llava_ft.data.tokenizer import save_tokenizer
 from llava_ft.errors import CheckpointError
@@ -66,11 +67,24 @@ def merge(
     vision_tower: str | None = None,
     verify: Callable[[Path, ConversionReport], None] | None = None,
 ) -> ConversionReport:
+    """Merge what was trained into its base and write a whole model; see `merge_all`."""
+    return merge_all([(1.0, directory)], model_base, save_path, options, vision_tower=vision_tower, verify=verify)
+
+
+def merge_all(
+    shares: Sequence[tuple[float, ModelDirectory]],
+    model_base: str | None,
+    save_path: Path,
+    options: MergeOptions,
+    *,
+    vision_tower: str | None = None,
+    verify: Callable[[Path, ConversionReport], None] | None = None,
+) -> ConversionReport:
     """Merge what was trained into its base and write a whole model.
 
     Args:
-        directory: A LoRA or projector directory.
-        model_base: Its base; when absent, the one that the adapter names.
+        shares: A projector directory, or LoRA directories; and the weight of each.
+        model_base: The base; when absent, the one that the adapters name.
         save_path: Where the model is written; it must not exist or be an earlier result.
         options: How it is written.
         vision_tower: The vision tower, if it is not where the model says.
@@ -84,18 +98,14 @@ def merge(
         UserError: Something is missing, damaged or does not fit.
         RunError: The result is not what it should be; nothing is left behind.
     """
-    if directory.kind not in ("lora", "projector"):
-        raise CheckpointError(f"{directory.path} holds a {directory.kind}; there is nothing in it to merge.")
+    for _, directory in shares:
+        if directory.kind not in ("lora", "projector"):
+            raise CheckpointError(f"{directory.path} holds a {directory.kind}; there is nothing in it to merge.")
     _check_target(save_path)
     with collect_ignored() as ignored:
-        whole = open_whole(
-            directory,
-            model_base,
-            vision_tower=vision_tower,
-            force=options.force,
-            quantization=options.quantization,
-        )
-        report = ConversionReport("merge", str(directory.path), str(save_path))
+        trained = open_trained(shares, model_base, vision_tower=vision_tower, force=options.force)
+        whole = WholeModel(trained, options.quantization)
+        report = ConversionReport("merge", _named(shares), str(save_path), notes=list(trained.notes))
         with staged_directory(save_path) as staging:
             _write_merged(staging, whole, report, options)
             prove_tensors(report, whole, WeightFiles.open(staging), with_tower=options.save_vision_tower)
@@ -104,9 +114,22 @@ def merge(
             report.ignored, report.passed = ignored, True
             report.write(staging)
             base = (str(whole.base.directory.path), whole.fingerprint)
-            record_lineage(staging, "merge", parents=[directory.path], base=base)
+            record_lineage(
+                staging,
+                "merge",
+                parents=[directory.path for _, directory in shares],
+                base=base,
+                details={"weights": [share for share, _ in shares]},
+            )
             Manifest("full", *base, 0, whole.config.conversation_template or "").write(staging)
     return report
+
+
+def _named(shares: Sequence[tuple[float, ModelDirectory]]) -> str:
+    """Name what is merged, with the weights if they matter."""
+    if len(shares) == 1 and shares[0][0] == 1.0:
+        return str(shares[0][1].path)
+    return " + ".join(f"{share:g} x {directory.path}" for share, directory in shares)
 
 
 def _check_target(save_path: Path) -> None:

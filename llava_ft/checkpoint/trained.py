@@ -1,20 +1,28 @@
 """What was trained, together with the base it belongs to: the reading counterpart of `save.py`."""
 
 import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import yaml
+from transformers import PreTrainedTokenizerFast
 
 from llava_ft.checkpoint.adapter import LoraAdapter
 from llava_ft.checkpoint.base import BaseModel, find_base
+from llava_ft.checkpoint.blend import Adapters, beside_source, blended_rows, check_adapters, check_directories
 from llava_ft.checkpoint.directory import ModelDirectory
+from llava_ft.checkpoint.fingerprint import language_model_fingerprint
 from llava_ft.checkpoint.load import WeightSource
-from llava_ft.checkpoint.names import ADAPTER_CONFIG, EMBEDDINGS, HEAD, IMAGE_NEWLINE, NEW_ROWS_SUFFIX, RUN_CONFIG
-from llava_ft.checkpoint.overrides import Force
-from llava_ft.checkpoint.restore import plain_name
+from llava_ft.checkpoint.manifest import read_manifest
+from llava_ft.checkpoint.names import ADAPTER_CONFIG, IMAGE_NEWLINE, RUN_CONFIG
+from llava_ft.checkpoint.overrides import Force, refuse_unless
+from llava_ft.checkpoint.quantized_base import note_on_quantized, refuse_quantized
+from llava_ft.checkpoint.restore import check_base
 from llava_ft.checkpoint.weights import read_json
+from llava_ft.data.tokenizer import load_tokenizer
 from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import checkpoint_wishes
 from llava_ft.tuning.quant import Quantization
@@ -23,6 +31,70 @@ logger = logging.getLogger(__name__)
 
 BESIDE = "what was trained beside the adapter"
 """Label of the source with the whole tensors that were trained with an adapter."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model as a base and what was trained on it; a whole model is a base alone.
+
+    Attributes:
+        directories: What the user gave.
+        base: The base, with the whole tensors that were trained among its sources.
+        adapters: The adapters, and the weight of each.
+        tokenizer: The tokenizer.
+        rows: Trained rows of added tokens, by the native name of the matrix whose last rows they are.
+        fingerprint: Fingerprint of the base's language model.
+        notes: What a reader of a report should know.
+    """
+
+    directories: tuple[ModelDirectory, ...]
+    base: BaseModel
+    adapters: tuple[tuple[float, LoraAdapter], ...]
+    tokenizer: PreTrainedTokenizerFast
+    rows: Mapping[str, torch.Tensor]
+    fingerprint: str
+    notes: list[str]
+
+
+def open_trained(
+    shares: Sequence[tuple[float, ModelDirectory]],
+    model_base: str | None,
+    *,
+    vision_tower: str | None = None,
+    force: Force = False,
+) -> Trained:
+    """Open a model: a whole one, or what was trained with the base that it belongs to.
+
+    Args:
+        shares: One directory, or several adapters; and the weight of each.
+        model_base: The base; when absent, the one that the adapters name.
+        vision_tower: The vision tower, if it is not where the model says.
+        force: What is passed over, such as a base other than the one that an adapter was trained on.
+
+    Raises:
+        UserError: Something is missing, damaged, or does not fit.
+    """
+    directories = tuple(directory for _, directory in shares)
+    notes: list[str] = []
+    if len(shares) == 1 and shares[0][0] == 1.0:
+        base, lora = find_trained(directories[0], model_base, vision_tower=vision_tower, force=force)
+        adapters = () if lora is None else ((1.0, lora),)
+    else:
+        base, adapters = _find_blend(shares, model_base, notes, vision_tower=vision_tower, force=force)
+    fingerprint = language_model_fingerprint(base.sources[:1])
+    for directory in directories:
+        if directory.kind in ("lora", "projector"):
+            check_base(directory.path, fingerprint, str(base.directory.path), force=force)
+            notes += note_on_quantized(directory, base.directory)
+    return Trained(
+        directories=directories,
+        base=base,
+        adapters=tuple(adapters),
+        tokenizer=_common_tokenizer(directories, base),
+        rows=blended_rows(adapters, notes),
+        fingerprint=fingerprint,
+        notes=notes,
+    )
 
 
 def find_trained(
@@ -46,33 +118,105 @@ def find_trained(
         if model_base is not None:
             logger.warning("%s is a whole model; the base %s is not used.", directory.path, model_base)
         return find_base(str(directory.path), vision_tower=vision_tower), None
-    wishes = checkpoint_wishes(directory.config)
-    tower = vision_tower or directory.config.get("mm_vision_tower")
     if directory.kind == "projector":
         if model_base is None:
             raise CheckpointError(
                 f"{directory.path} holds a projector alone. Give its language model with --model-base."
             )
         projector = str(directory.projector_file)
-        base = find_base(model_base, vision_tower=tower, projector_file=projector, wishes=wishes)
-        _check_newline(directory, base)
-        base.config.conversation_template = directory.config.get("conversation_template")
-        return base, None
+        return _base_of(directory, model_base, vision_tower, projector_file=projector), None
     if directory.kind != "lora":
         raise CheckpointError(f"{directory.path} holds a {directory.kind}, which cannot answer by itself.")
-    base_name = model_base or read_json(directory.path / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not base_name:
-        raise CheckpointError(f"The adapter {directory.path} does not name its base model. Give it with --model-base.")
+    name = model_base or _named_base(directory)
     lora = LoraAdapter.read(directory, force=force)
     beside = [
         WeightSource(BESIDE, files, names, must_fit=True)
         for files, names in zip(lora.beside, lora.replaced, strict=True)
         if names
     ]
-    base = find_base(base_name, vision_tower=tower, wishes=wishes, extra_sources=beside)
-    _check_newline(directory, base)
-    base.config.conversation_template = directory.config.get("conversation_template")
-    return base, lora
+    return _base_of(directory, name, vision_tower, extra_sources=beside), lora
+
+
+def _find_blend(
+    shares: Sequence[tuple[float, ModelDirectory]],
+    model_base: str | None,
+    notes: list[str],
+    *,
+    vision_tower: str | None,
+    force: Force,
+) -> tuple[BaseModel, Adapters]:
+    """Find the base that several adapters have in common, and what was trained beside them."""
+    directories = [directory for _, directory in shares]
+    check_directories(directories)
+    name = model_base or _common_base(directories, force)
+    adapters = [(share, LoraAdapter.read(directory, force=force)) for share, directory in shares]
+    check_adapters(adapters)
+    templates = [directory.config.get("conversation_template") for directory in directories]
+    if len(set(templates)) > 1:
+        notes.append(f"the adapters were trained with different conversation templates; {templates[0]} is written")
+    alone = _base_of(directories[0], name, vision_tower, is_whole=False)
+    beside = beside_source(adapters, alone.sources[0], BESIDE, notes)
+    return _base_of(directories[0], name, vision_tower, extra_sources=[beside] if beside else []), adapters
+
+
+def _base_of(
+    directory: ModelDirectory, name: str, vision_tower: str | None, *, is_whole: bool = True, **more: Any
+) -> BaseModel:
+    """Find a base as something trained on it wants it."""
+    wishes = checkpoint_wishes(directory.config)
+    refuse_quantized(name, directory)
+    tower = vision_tower or directory.config.get("mm_vision_tower")
+    base = find_base(name, vision_tower=tower, wishes=wishes, **more)
+    if is_whole:
+        _check_newline(directory, base)
+    template = directory.config.get("conversation_template")
+    base.config.conversation_template = template or base.config.conversation_template
+    return base
+
+
+def _named_base(directory: ModelDirectory) -> str:
+    name = read_json(directory.path / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not name:
+        raise CheckpointError(f"The adapter {directory.path} does not name its base model. Give it with --model-base.")
+    return str(name)
+
+
+def _common_base(directories: Sequence[ModelDirectory], force: Force) -> str:
+    """Return the base that adapters name; the same weights under two paths are found by their fingerprint."""
+    names = [_named_base(directory) for directory in directories]
+    manifests = [read_manifest(directory.path) for directory in directories]
+    fingerprints = {manifest.base_fingerprint if manifest is not None else "" for manifest in manifests}
+    if len(set(names)) > 1 and (len(fingerprints) > 1 or fingerprints == {""}):
+        refuse_unless(
+            force is not False,
+            f"{directories[0].path} was trained on {names[0]} and "
+            f"{next(d.path for d, name in zip(directories, names, strict=True) if name != names[0])} on "
+            f"{next(name for name in names if name != names[0])}.",
+            "Only adapters of the same base can be put together; if both paths hold the same model, give it with "
+            "--model-base.",
+        )
+    return names[0]
+
+
+def _common_tokenizer(directories: Sequence[ModelDirectory], base: BaseModel) -> PreTrainedTokenizerFast:
+    """Load the tokenizer that was written with what was trained, or the base's.
+
+    Raises:
+        CheckpointError: Several adapters have different vocabularies.
+    """
+    files = ("tokenizer_config.json", "tokenizer.model")
+    paths = [
+        directory.path if any((directory.path / name).is_file() for name in files) else base.directory.path
+        for directory in directories
+    ]
+    first, *others = (load_tokenizer(path) for path in dict.fromkeys(paths))
+    for other in others:
+        if other.get_vocab() != first.get_vocab():
+            raise CheckpointError(
+                f"{directories[0].path} and another adapter have different vocabularies ({len(first)} and {len(other)} "
+                "entries). Only adapters with the same tokens can be put together."
+            )
+    return first
 
 
 def quantization_in_training(path: Path) -> Quantization | None:
@@ -96,18 +240,6 @@ def quantization_in_training(path: Path) -> Quantization | None:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise CheckpointError(f"{file} cannot be read as a run's configuration ({error}). Copy it again.") from None
     return Quantization.from_flags(bits, quant_type, bool(settings.get("double_quant", True)))
-
-
-def new_rows(lora: LoraAdapter | None) -> dict[str, torch.Tensor]:
-    """Return the trained rows of added tokens, by the native name of the matrix whose last rows they are."""
-    found: dict[str, torch.Tensor] = {}
-    for files in lora.beside if lora is not None else ():
-        keys = {plain_name(key): key for key in files.tensors}
-        for name in (EMBEDDINGS, HEAD):
-            key = keys.get(name.removesuffix(".weight") + NEW_ROWS_SUFFIX)
-            if key is not None:
-                found[name] = files.read([key])[key]
-    return found
 
 
 def _check_newline(directory: ModelDirectory, base: BaseModel) -> None:

@@ -5,23 +5,19 @@ arithmetic, and the result is rounded once, a block of rows at a time: beside th
 the adapter and a few megabytes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from transformers import PreTrainedTokenizerFast
 
-from llava_ft.checkpoint.adapter import LoraAdapter, merged
+from llava_ft.checkpoint.adapter import merged
 from llava_ft.checkpoint.base import BaseModel
 from llava_ft.checkpoint.directory import ModelDirectory
-from llava_ft.checkpoint.fingerprint import language_model_fingerprint
 from llava_ft.checkpoint.load import Ledger, Plan, WeightSource, fit_rows, plan_sources, stream_planned
-from llava_ft.checkpoint.names import EMBEDDINGS, native_name
+from llava_ft.checkpoint.names import EMBEDDINGS, is_vision, native_name
 from llava_ft.checkpoint.overrides import Force
-from llava_ft.checkpoint.restore import check_base
-from llava_ft.checkpoint.trained import find_trained, new_rows
-from llava_ft.data.tokenizer import load_tokenizer
+from llava_ft.checkpoint.trained import Trained, open_trained
 from llava_ft.models.builder import build_skeleton
 from llava_ft.models.config import LlavaLlamaConfig
 from llava_ft.tuning.freeze import language_model_linears
@@ -52,11 +48,13 @@ class WholeModel:
     """A model as a stream of tensors.
 
     Attributes:
-        directory: What the user gave: a whole model, or what was trained on a base.
+        trained: The base and what was trained on it.
+        directory: What the user gave, the first of several: a whole model, or what was trained on a base.
         base: The base, with what was trained beside an adapter among its sources.
         adapters: The adapters and the weight of each.
         tokenizer: Its tokenizer.
         config: Its configuration, with the vocabulary as large as the tokenizer's.
+        num_new_rows: Rows by which the vocabulary is larger than the base's.
         shapes: Shape of each parameter by native name, after growth; the vision tower's included.
         dtype: Type of most of the base's bytes.
         rows: Trained rows of added tokens, by the native name of the matrix whose last rows they are.
@@ -64,40 +62,33 @@ class WholeModel:
         quantization: If set, linear layers have the values that they are worth after being quantised like this.
     """
 
-    def __init__(
-        self,
-        directory: ModelDirectory,
-        base: BaseModel,
-        tokenizer: PreTrainedTokenizerFast,
-        adapters: Sequence[tuple[float, LoraAdapter]],
-        quantization: Quantization | None = None,
-    ):
-        self.directory = directory
-        self.base = base
-        self.adapters = tuple(adapters)
-        self.tokenizer = tokenizer
-        self.config: LlavaLlamaConfig = base.config
-        self.fingerprint = language_model_fingerprint(base.sources[:1])
+    def __init__(self, trained: Trained, quantization: Quantization | None = None):
+        self.trained = trained
+        self.directory, self.base, self.adapters = trained.directories[0], trained.base, trained.adapters
+        self.tokenizer, self.fingerprint = trained.tokenizer, trained.fingerprint
         self.quantization = quantization
-        self.num_new_rows = max(0, len(tokenizer) - base.config.vocab_size)
-        base.config.vocab_size += self.num_new_rows
-        skeleton = build_skeleton(base.config)
+        self.config: LlavaLlamaConfig = self.base.config
+        self.num_new_rows = max(0, len(self.tokenizer) - self.config.vocab_size)
+        self.config.vocab_size += self.num_new_rows
+        skeleton = build_skeleton(self.config)
+        sources = self.base.sources
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()
         }
-        self._plan: Plan = plan_sources(skeleton, base.sources, Ledger(), num_new_rows=self.num_new_rows)
+        self._plan: Plan = plan_sources(skeleton, sources, Ledger(), num_new_rows=self.num_new_rows)
         self._quantized = (
             {f"{name}.weight" for name in language_model_linears(skeleton)} if quantization is not None else set[str]()
         )
-        self._keys = {id(source): {name: key for key, name in source.names.items()} for source in base.sources}
-        self.rows: Mapping[str, torch.Tensor] = self._trained_rows()
-        self.dtype = _most_common_dtype(base)
+        self._keys = {id(source): {name: key for key, name in source.names.items()} for source in sources}
+        self.rows: Mapping[str, torch.Tensor] = {**trained.rows, **self._rows_of_projector_file()}
+        self.dtype = _most_common_dtype(self.base)
         for _, adapter in self.adapters:
             adapter.check_shapes(self.shapes)
+        self._tower_is_changed = any(is_vision(name) for _, adapter in self.adapters for name in adapter.changed)
 
     def names(self, *, with_tower: bool) -> list[str]:
         """Native names of the tensors that `stream` yields, in its order."""
-        return [name for name, source, _ in self._planned(with_tower)]
+        return [name for name, _, _ in self._planned(with_tower)]
 
     def origin(self, name: str) -> Origin:
         """Say where a parameter's value comes from; see `Piece`."""
@@ -115,7 +106,7 @@ class WholeModel:
             dtype: Type of all tensors. When absent, frozen ones keep the type they have on disk, so that they stay bit
                 for bit what they are; all others get that of most of the base's bytes.
             with_tower: Whether a vision tower that lies in a directory of its own is yielded too; one that the base
-                holds, or that was trained, always is.
+                holds, or that was trained or changed, always is.
         """
         for name, source, tensor in self._values(with_tower):
             origin = self.origin(name)
@@ -162,6 +153,7 @@ class WholeModel:
 
     def _sources(self, with_tower: bool) -> list[WeightSource]:
         """The sources in their order; a tower that is not wanted has no names, so that nothing of it is read."""
+        with_tower |= self._tower_is_changed
         return [
             source if with_tower or source.label != "vision tower" else WeightSource(source.label, source.files, {})
             for source in self.base.sources
@@ -173,14 +165,13 @@ class WholeModel:
         by = " and ".join(f"adapter {adapter.path}" for _, adapter in self.adapters) or str(self.quantization)
         return f"{source.label} {source.files.path}, changed by {by}"
 
-    def _trained_rows(self) -> dict[str, torch.Tensor]:
-        """The trained rows of added tokens, by the native name of the matrix whose last rows they are."""
-        rows = new_rows(self.adapters[0][1]) if self.adapters else {}
-        if self.base.token_rows is not None and self.num_new_rows:
-            files = self.base.token_rows
-            key = next(key for key in files.tensors if native_name(key) == EMBEDDINGS)
-            rows[EMBEDDINGS] = files.read([key])[key][-self.num_new_rows :]
-        return rows
+    def _rows_of_projector_file(self) -> dict[str, torch.Tensor]:
+        """The rows of added tokens that were trained with a projector alone."""
+        files = self.base.token_rows
+        if files is None or not self.num_new_rows:
+            return {}
+        key = next(key for key in files.tensors if native_name(key) == EMBEDDINGS)
+        return {EMBEDDINGS: files.read([key])[key][-self.num_new_rows :]}
 
 
 def open_whole(
@@ -203,13 +194,8 @@ def open_whole(
     Raises:
         UserError: Something is missing, damaged or does not fit.
     """
-    base, lora = find_trained(directory, model_base, vision_tower=vision_tower, force=force)
-    has_tokenizer = any((directory.path / name).is_file() for name in ("tokenizer_config.json", "tokenizer.model"))
-    tokenizer = load_tokenizer(directory.path if has_tokenizer else base.directory.path)
-    whole = WholeModel(directory, base, tokenizer, [(1.0, lora)] if lora is not None else [], quantization)
-    if directory.kind in ("lora", "projector"):
-        check_base(directory.path, whole.fingerprint, str(base.directory.path), force=force)
-    return whole
+    trained = open_trained([(1.0, directory)], model_base, vision_tower=vision_tower, force=force)
+    return WholeModel(trained, quantization)
 
 
 def _most_common_dtype(base: BaseModel) -> torch.dtype:

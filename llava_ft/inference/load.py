@@ -6,19 +6,18 @@ from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from llava_ft.checkpoint.adapter import LoraAdapter
+from llava_ft.checkpoint.adapter import LoraAdapter, merged
 from llava_ft.checkpoint.base import BaseModel, load_base
-from llava_ft.checkpoint.directory import ModelDirectory, identify, resolve_model_path
-from llava_ft.checkpoint.fingerprint import language_model_fingerprint
+from llava_ft.checkpoint.blend import Adapters
+from llava_ft.checkpoint.directory import identify, resolve_model_path
 from llava_ft.checkpoint.names import PEFT_PREFIX
 from llava_ft.checkpoint.overrides import Force
-from llava_ft.checkpoint.restore import check_base
-from llava_ft.checkpoint.trained import find_trained, new_rows, quantization_in_training
+from llava_ft.checkpoint.trained import Trained, open_trained, quantization_in_training
 from llava_ft.data.images import ImageTransform
-from llava_ft.data.tokenizer import load_tokenizer
 from llava_ft.errors import UserError
 from llava_ft.models.llava import LlavaLlamaForCausalLM
 from llava_ft.tuning.lora import wrap_with_peft
@@ -128,14 +127,32 @@ def load_model(
             once more; `beside` keeps it as a PEFT model.
         quantization: How the language model's linear layers are held.
     """
+    shares = [(1.0, identify(resolve_model_path(model_path)))]
+    trained = open_trained(shares, model_base, vision_tower=vision_tower, force=force)
+    return load_trained(
+        trained,
+        dtype=dtype,
+        device=device,
+        attn_implementation=attn_implementation,
+        adapter=adapter,
+        quantization=quantization,
+    )
+
+
+def load_trained(
+    trained: Trained,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    attn_implementation: str = "sdpa",
+    adapter: Literal["added", "beside"] = "added",
+    quantization: Quantization | None = None,
+) -> LoadedModel:
+    """Load what was opened, once; see `load_model`."""
     check_quantization(quantization)
     on = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if on.type == "cuda" else torch.float32)
-    directory = identify(resolve_model_path(model_path))
-    base, lora = find_trained(directory, model_base, vision_tower=vision_tower, force=force)
-    _check_base(directory, base, force)
-    has_own_tokenizer = any((directory.path / name).is_file() for name in ("tokenizer_config.json", "tokenizer.model"))
-    tokenizer = load_tokenizer(directory.path if has_own_tokenizer else base.directory.path)
+    base, tokenizer = trained.base, trained.tokenizer
     num_new_rows = max(0, len(tokenizer) - base.config.vocab_size)
     model, ledger = load_base(
         base,
@@ -146,13 +163,15 @@ def load_model(
         quantization=quantization,
     )
     ledger.log()
-    for name, rows in new_rows(lora).items():
+    for name, rows in trained.rows.items():
         weight = model.get_parameter(name)
         weight.data[-rows.shape[0] :] = rows.to(weight.dtype)
     result: LlavaLlamaForCausalLM | PeftModel = model
-    if lora is not None:
+    for _, lora in trained.adapters:
         lora.check_shapes(_shapes(model))
-        result = _wrap(model, lora) if adapter == "beside" or quantization is not None else _add(model, lora)
+    if trained.adapters:
+        stays_beside = adapter == "beside" or quantization is not None
+        result = _wrap(model, trained.adapters) if stays_beside else _add(model, trained.adapters)
     transform = None
     if base.vision_directory is not None:
         transform = ImageTransform.from_pretrained(base.vision_directory, geometry=base.config.image_geometry)
@@ -164,14 +183,6 @@ def load_model(
         context_len=getattr(base.config, "tokenizer_model_max_length", None) or base.config.max_position_embeddings,
         base=base,
     )
-
-
-def _check_base(directory: ModelDirectory, base: BaseModel, force: Force) -> None:
-    """Check that an adapter or projector is put on the language model it was trained on."""
-    if directory.kind not in ("lora", "projector"):
-        return
-    fingerprint = language_model_fingerprint(base.sources[:1])
-    check_base(directory.path, fingerprint, str(base.directory.path), force=force)
 
 
 def choose_quantization(model_path: str, bits: Literal[4, 8, 16]) -> Quantization | None:
@@ -195,39 +206,59 @@ def _shapes(model: LlavaLlamaForCausalLM) -> dict[str, tuple[int, ...]]:
     return shapes | {f"{name}.weight": (linear.out_features, linear.in_features) for name, linear in linears.items()}
 
 
-def _add(model: LlavaLlamaForCausalLM, lora: LoraAdapter) -> LlavaLlamaForCausalLM:
+def _add(model: LlavaLlamaForCausalLM, adapters: Adapters) -> LlavaLlamaForCausalLM:
     parameters = dict(model.named_parameters())
-    for name in lora.changed:
+    for name in dict.fromkeys(name for _, adapter in adapters for name in adapter.changed):
         weight = parameters[name]
-        weight.data = lora.apply(name, weight.data.cpu()).to(device=weight.device, dtype=weight.dtype)
+        changing = [(share, adapter) for share, adapter in adapters if name in adapter.changed]
+        weight.data = merged(name, weight.data.cpu(), changing, weight.dtype).to(weight.device)
     return model
 
 
-def _wrap(model: LlavaLlamaForCausalLM, lora: LoraAdapter) -> PeftModel:
-    """Put the adapter beside the weights, on exactly the modules it has matrices for; the arithmetic is PEFT's own."""
-    modules = [name.removesuffix(".weight") for name in lora.factors]
-    ranks = {name: lora.factors[name + ".weight"][0].shape[0] for name in modules}
-    config = LoraConfig(
+def _wrap(model: LlavaLlamaForCausalLM, adapters: Adapters) -> PeftModel:
+    """Put adapters beside the weights, each on exactly the modules it has matrices for; PEFT does the arithmetic."""
+    names = ["default", *(f"adapter_{index}" for index in range(1, len(adapters)))]
+    wrapped = wrap_with_peft(model, _peft_config(adapters[0][1]))
+    for name, (_, adapter) in zip(names[1:], adapters[1:], strict=True):
+        wrapped.add_adapter(name, _peft_config(adapter))
+    lora_model = wrapped.base_model
+    assert isinstance(lora_model, LoraModel)
+    lora_model.set_adapter(names)
+    for name, (share, adapter) in zip(names, adapters, strict=True):
+        _fill(wrapped, name, adapter)
+        for weight in adapter.factors if share != 1.0 else ():
+            layer = wrapped.get_submodule(PEFT_PREFIX + weight.removesuffix(".weight"))
+            assert isinstance(layer, LoraLayer)
+            layer.scaling[name] *= share
+    return wrapped
+
+
+def _peft_config(adapter: LoraAdapter) -> LoraConfig:
+    modules = [name.removesuffix(".weight") for name in adapter.factors]
+    ranks = {name: adapter.factors[name + ".weight"][0].shape[0] for name in modules}
+    return LoraConfig(
         r=max(ranks.values()),
         target_modules=modules,
         exclude_modules=None,
         rank_pattern={f"^{name}$": rank for name, rank in ranks.items()},
-        alpha_pattern={f"^{name}$": lora.alphas[name + ".weight"] for name in modules},
-        use_rslora=lora.use_rslora,
-        use_dora=bool(lora.magnitudes),
-        lora_bias=bool(lora.biases),
+        alpha_pattern={f"^{name}$": adapter.alphas[name + ".weight"] for name in modules},
+        use_rslora=adapter.use_rslora,
+        use_dora=bool(adapter.magnitudes),
+        lora_bias=bool(adapter.biases),
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
-    wrapped = wrap_with_peft(model, config)
+
+
+def _fill(wrapped: PeftModel, name: str, adapter: LoraAdapter) -> None:
+    """Give an adapter of a PEFT model its values."""
     parameters = dict(wrapped.named_parameters())
-    for name in modules:
-        a, b = lora.factors[name + ".weight"]
-        values = {"lora_A.default.weight": a, "lora_B.default.weight": b}
-        if f"{name}.weight" in lora.magnitudes:
-            values["lora_magnitude_vector.default.weight"] = lora.magnitudes[f"{name}.weight"]
-        if f"{name}.bias" in lora.biases:
-            values["lora_B.default.bias"] = lora.biases[f"{name}.bias"] / lora.scales[f"{name}.weight"]
+    for weight, (a, b) in adapter.factors.items():
+        module = weight.removesuffix(".weight")
+        values = {f"lora_A.{name}.weight": a, f"lora_B.{name}.weight": b}
+        if weight in adapter.magnitudes:
+            values[f"lora_magnitude_vector.{name}.weight"] = adapter.magnitudes[weight]
+        if f"{module}.bias" in adapter.biases:
+            values[f"lora_B.{name}.bias"] = adapter.biases[f"{module}.bias"] / adapter.scales[weight]
         for leaf, value in values.items():
-            parameters[f"{PEFT_PREFIX}{name}.{leaf}"].data.copy_(value)
-    return wrapped
+            parameters[f"{PEFT_PREFIX}{module}.{leaf}"].data.copy_(value)

@@ -15,12 +15,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from llava_ft.checkpoint.directory import ModelDirectory, identify
 from llava_ft.checkpoint.overrides import Force
 from llava_ft.checkpoint.proof import ConversionReport
+from llava_ft.checkpoint.trained import open_trained
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.constants import IMAGE_TOKEN_INDEX
 from llava_ft.errors import RunError
-from llava_ft.inference.load import LoadedModel, load_model
+from llava_ft.geometry import ImageGeometry
+from llava_ft.inference.load import LoadedModel, load_model, load_trained
 from llava_ft.models.config import LlavaLlamaConfig
 from llava_ft.tuning.quant import Quantization
 
@@ -115,8 +118,10 @@ class NativeSpeaker:
         device = next(self._loaded.model.parameters()).device
         if question.image is None:
             return {"input_ids": torch.tensor([question.ids], device=device)}
-        transform, geometry = self._loaded.image_transform, self._loaded.model.config.image_geometry
+        transform = self._loaded.image_transform
+        geometry: ImageGeometry | None = self._loaded.model.config.image_geometry
         assert transform is not None
+        assert geometry is not None
         position = question.ids.index(IMAGE_TOKEN_INDEX)
         num_tokens = geometry.num_tokens(question.image.size)
         ids = [*question.ids[:position], *[IMAGE_TOKEN_INDEX] * num_tokens, *question.ids[position + 1 :]]
@@ -231,7 +236,7 @@ def _continued(question: Question, answer: Sequence[int]) -> Question:
 
 def compare_merged(
     merged: Path,
-    model_path: str,
+    trained: str | Sequence[tuple[float, ModelDirectory]],
     model_base: str | None,
     *,
     vision_tower: str | None = None,
@@ -245,6 +250,16 @@ def compare_merged(
     The two models are in memory one after the other. Both are computed in float32, or in `merged_dtype` if float32
     weights would not fit into the memory that is free.
 
+    Args:
+        merged: The merged model.
+        trained: What was merged: a directory, or several adapters and the weight of each.
+        model_base: The base; when absent, the one that the adapters name.
+        vision_tower: The vision tower, if it is not where the model says.
+        merged_dtype: Type that the merged weights were rounded to; it decides the bound.
+        force: What was passed over.
+        quantization: How the base was quantised before it was merged into, if it was.
+        report: Gets the result.
+
     Returns:
         The report given, or a new one, with `logits` and `answers` filled.
 
@@ -252,16 +267,9 @@ def compare_merged(
         RunError: They differ by more than rounding explains.
     """
     dtype = computing_dtype(merged, merged_dtype, free_memory())
-    loaded = load_model(
-        model_path,
-        model_base,
-        vision_tower=vision_tower,
-        dtype=dtype,
-        device="cpu",
-        force=force,
-        adapter="beside",
-        quantization=quantization,
-    )
+    shares = [(1.0, identify(Path(trained)))] if isinstance(trained, str) else trained
+    source = open_trained(shares, model_base, vision_tower=vision_tower, force=force)
+    loaded = load_trained(source, dtype=dtype, device="cpu", adapter="beside", quantization=quantization)
     questions = fixed_questions(loaded.model.config)
     expected = Recorded(NativeSpeaker(loaded), questions)
     tower = vision_tower or loaded.model.config.mm_vision_tower
@@ -270,7 +278,9 @@ def compare_merged(
     relative = RELATIVE_BOUNDS.get(merged_dtype, 1e-4)
     if quantization is not None and quantization.bits == 8:
         relative = max(relative, BOUND_IN_8_BITS)
-    report = report or ConversionReport("merge", model_path, str(merged))
+    report = report or ConversionReport(
+        "merge", " and ".join(str(directory.path) for _, directory in shares), str(merged)
+    )
     prove(report, expected, got, questions, relative)
     return report
 

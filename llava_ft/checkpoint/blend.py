@@ -1,0 +1,207 @@
+"""Several adapters with weights: one model that has something of each.
+
+Source: task arithmetic (arXiv:2212.04089) on LoRA, W + sum of w_i s_i B_i A_i: the change that each adapter makes,
+times its weight. What was trained beside the adapters, the projector above all, is no change but a value. Where it
+differs it is averaged with the weights divided by their sum, so that it keeps its size whatever they add up to.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+
+from llava_ft.checkpoint.adapter import LoraAdapter
+from llava_ft.checkpoint.directory import ModelDirectory
+from llava_ft.checkpoint.load import WeightSource
+from llava_ft.checkpoint.weights import TensorInfo, WeightFiles
+from llava_ft.errors import CheckpointError, UserError
+from llava_ft.models.builder import checkpoint_wishes
+
+Adapters = Sequence[tuple[float, LoraAdapter]]
+"""Adapters and the weight of each."""
+
+_Place = tuple[WeightFiles, str]
+"""A file and a key in it."""
+
+
+class BlendedFiles(WeightFiles):
+    """Tensors that are averaged over several files, by native name; read as if they were in one."""
+
+    def __init__(self, first: WeightFiles, places: Mapping[str, Sequence[_Place]], shares: Sequence[float]):
+        """Set up.
+
+        Args:
+            first: The file that the result is called after in messages.
+            places: For each tensor where its values are.
+            shares: The weight of each value; they add up to 1.
+        """
+        infos = {name: of_name[0][0].tensors[of_name[0][1]] for name, of_name in places.items()}
+        super().__init__(
+            first.path, {name: TensorInfo(first.path, info.shape, info.dtype) for name, info in infos.items()}
+        )
+        self._places, self._shares = places, shares
+
+    def stream(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield names and tensors."""
+        for name in self.tensors if names is None else names:
+            yield name, blended([files.read([key])[key] for files, key in self._places[name]], self._shares)
+
+
+def blended(values: Sequence[torch.Tensor], shares: Sequence[float]) -> torch.Tensor:
+    """Return the weighted average of tensors, float32; the first of them as it is where all are equal."""
+    if all(torch.equal(values[0], value) for value in values[1:]):
+        return values[0]
+    average = torch.zeros(values[0].shape)
+    for value, share in zip(values, shares, strict=True):
+        average.add_(value.float(), alpha=share)
+    return average
+
+
+def check_directories(directories: Sequence[ModelDirectory]) -> None:
+    """Refuse directories that cannot be put together, from their configurations.
+
+    Raises:
+        UserError: One is no adapter, or they are for models of different configurations.
+    """
+    others = [directory for directory in directories if directory.kind != "lora"]
+    if others:
+        raise UserError(
+            f"{others[0].path} holds a {others[0].kind} and no adapter. Only LoRA adapters can be given weights or be "
+            "put together; merge it by itself."
+        )
+    first, wanted = directories[0], checkpoint_wishes(directories[0].config)
+    for directory in directories[1:]:
+        other = checkpoint_wishes(directory.config)
+        different = [key for key in wanted if wanted[key] != other[key]]
+        if different:
+            raise CheckpointError(
+                f"{first.path} and {directory.path} were trained for different models: {different[0]} is "
+                f"{wanted[different[0]]!r} in the one and {other[different[0]]!r} in the other. Only adapters for the "
+                "same model can be put together."
+            )
+
+
+def check_adapters(adapters: Adapters) -> None:
+    """Refuse adapters that have no weighted sum.
+
+    Raises:
+        UserError: One of several, or one with a weight, uses DoRA.
+    """
+    with_lengths = [adapter for _, adapter in adapters if adapter.magnitudes]
+    if with_lengths and (len(adapters) > 1 or adapters[0][0] != 1.0):
+        raise UserError(
+            f"{with_lengths[0].path} was trained with DoRA, which sets the length of each row: there is no change that "
+            "could be given a weight or be added to another's. Merge it alone, without a weight."
+        )
+
+
+def beside_source(adapters: Adapters, base: WeightSource, label: str, notes: list[str]) -> WeightSource | None:
+    """Put together the whole tensors that were trained beside several adapters.
+
+    A tensor that one run trained and another did not counts with the base's value for the other.
+
+    Args:
+        adapters: The adapters and their weights.
+        base: The base model's own files.
+        label: What the result is called.
+        notes: Gets what was averaged.
+
+    Returns:
+        The tensors; None if there are none.
+
+    Raises:
+        UserError: Values differ and have no average.
+    """
+    held = [_places(adapter) for _, adapter in adapters]
+    in_base: dict[str, _Place] = {name: (base.files, key) for key, name in base.names.items()}
+    places: dict[str, list[_Place]] = {}
+    for name in dict.fromkeys(name for of_adapter in held for name in of_adapter):
+        found = [of_adapter.get(name) or in_base.get(name) for of_adapter in held]
+        _check_places(name, found, adapters)
+        places[name] = [place for place in found if place is not None]
+    if not places:
+        return None
+    different = [name for name, of_name in places.items() if not _are_equal(of_name)]
+    shares = _normalised(adapters, different)
+    if different:
+        notes.append(_averaged_note(different, shares))
+    return WeightSource(label, BlendedFiles(adapters[0][1].beside[-1], places, shares), {n: n for n in places}, True)
+
+
+def blended_rows(adapters: Adapters, notes: list[str]) -> dict[str, torch.Tensor]:
+    """Put together the rows of added tokens that were trained beside adapters.
+
+    Args:
+        adapters: The adapters and their weights.
+        notes: Gets what was averaged.
+
+    Returns:
+        The rows, by the native name of the matrix whose last rows they are.
+
+    Raises:
+        UserError: They differ and have no average.
+    """
+    rows = [adapter.new_rows() for _, adapter in adapters]
+    if len(rows) < 2:
+        return rows[0] if rows else {}
+    names = list(dict.fromkeys(name for of_adapter in rows for name in of_adapter))
+    for name in names:
+        shapes = {tuple(of_adapter[name].shape) if name in of_adapter else None for of_adapter in rows}
+        if len(shapes) > 1:
+            raise CheckpointError(
+                f"The adapters do not hold the same rows of added tokens for {name}: {shapes}. Only adapters with the "
+                "same added tokens (mm_use_im_start_end) can be put together."
+            )
+    different = [name for name in names if not all(torch.equal(rows[0][name], other[name]) for other in rows[1:])]
+    shares = _normalised(adapters, different)
+    if different:
+        notes.append(_averaged_note([f"the new rows of {name}" for name in different], shares))
+    return {name: blended([of_adapter[name] for of_adapter in rows], shares) for name in names}
+
+
+def _places(adapter: LoraAdapter) -> dict[str, _Place]:
+    return {
+        name: (files, key)
+        for files, names in zip(adapter.beside, adapter.replaced, strict=True)
+        for key, name in names.items()
+    }
+
+
+def _check_places(name: str, found: Sequence[_Place | None], adapters: Adapters) -> None:
+    without = [adapter.path for (_, adapter), place in zip(adapters, found, strict=True) if place is None]
+    if without:
+        raise CheckpointError(
+            f"{name} was trained beside one of the adapters, but neither {without[0]} nor the base model holds it, so "
+            "there is no value to average with. Give a base model that holds it, or merge the adapters one by one."
+        )
+    shapes = {files.tensors[key].shape for files, key in (place for place in found if place is not None)}
+    if len(shapes) > 1:
+        raise CheckpointError(
+            f"{name} was trained beside the adapters in different shapes: {', '.join(map(str, sorted(shapes)))}. They "
+            "belong to different models."
+        )
+
+
+def _are_equal(places: Sequence[_Place]) -> bool:
+    first, *others = (files.read([key])[key] for files, key in places)
+    return all(torch.equal(first, other) for other in others)
+
+
+def _normalised(adapters: Adapters, different: Sequence[str]) -> list[float]:
+    """Divide the weights by their sum; any will do where nothing has to be averaged."""
+    weights = [weight for weight, _ in adapters]
+    if not different:
+        return [1.0, *[0.0] * (len(weights) - 1)]
+    if min(weights) < 0 or sum(weights) == 0:
+        raise UserError(
+            f"{different[0]} was trained beside the adapters to different values, and with the weights "
+            f"{', '.join(f'{weight:g}' for weight in weights)} they have no average. Give weights of at least 0, "
+            "not all of them 0."
+        )
+    return [weight / sum(weights) for weight in weights]
+
+
+def _averaged_note(names: Sequence[str], shares: Sequence[float]) -> str:
+    return (
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} were trained beside the adapters to "
+        f"different values; they are averaged, {' : '.join(f'{share:.3g}' for share in shares)}"
+    )

@@ -1,0 +1,82 @@
+"""Bases whose files hold quantised weights: nothing can be merged into them, and their 16-bit source is named.
+
+Such weights (bitsandbytes, GPTQ, AWQ and others) are packed integers with scales. A sum would have to be rounded to a
+few bits once more, which loses most of what an adapter adds, so adapters are put into the model that was quantised.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from llava_ft.checkpoint.directory import ModelDirectory
+from llava_ft.checkpoint.names import ADAPTER_CONFIG, CONFIG, RUN_CONFIG
+from llava_ft.checkpoint.weights import read_json
+from llava_ft.errors import CheckpointError
+
+
+def refuse_quantized(name: str, trained: ModelDirectory | None = None) -> None:
+    """Refuse a base whose files hold quantised weights.
+
+    Args:
+        name: The base: a directory, or a name on the hub, about which nothing is known before it is fetched.
+        trained: What was trained on it, if anything; its files may name the 16-bit model.
+
+    Raises:
+        CheckpointError: They do.
+    """
+    method = _method(Path(name))
+    if method is None:
+        return
+    sources = [source for source in _named_sources(trained, Path(name)) if _method(Path(source)) is None]
+    advice = f"That seems to be {sources[0]}." if sources else "No file here names it; see where the base came from."
+    raise CheckpointError(
+        f"The base model {name} holds weights quantised by {method}. Nothing is added to such weights: the sum would "
+        "be rounded to a few bits once more. Give the 16-bit model that was quantised (--model-base; to train, "
+        f"--model_name_or_path with bits=4, which quantises it as it is read). {advice}"
+    )
+
+
+def note_on_quantized(trained: ModelDirectory, base: ModelDirectory) -> list[str]:
+    """Say that an adapter was trained on quantised weights of a model and not on those it is put into, if it was."""
+    named = _adapter_base(trained)
+    method = _method(Path(named)) if named else None
+    if method is None or Path(named).resolve() == base.path.resolve():
+        return []
+    return [
+        f"{trained.path} was trained on {named}, whose weights are quantised by {method}. It is put into {base.path}, "
+        "whose own weights and fingerprint differ from those by the rounding, so answers differ slightly from those "
+        "in training"
+    ]
+
+
+def _method(directory: Path) -> str | None:
+    """How the weights of a directory are quantised, in words; None if they are not, or if it is not here."""
+    if not (directory / CONFIG).is_file():
+        return None
+    found = read_json(directory / CONFIG).get("quantization_config")
+    if not isinstance(found, Mapping):
+        return None
+    fields = cast("Mapping[str, Any]", found)
+    method = str(fields.get("quant_method") or "an unknown method")
+    bits = 4 if fields.get("load_in_4bit") else 8 if fields.get("load_in_8bit") else fields.get("bits")
+    return f"{method} to {bits} bits" if bits else method
+
+
+def _named_sources(trained: ModelDirectory | None, base: Path) -> list[str]:
+    """Models that the files of a run, of its adapter and of its base name, other than that base."""
+    named: list[Any] = []
+    if trained is not None:
+        run_file = trained.path / RUN_CONFIG
+        run = yaml.safe_load(run_file.read_text(encoding="utf-8")) if run_file.is_file() else None
+        settings = cast("dict[str, Any]", run) if isinstance(run, dict) else {}
+        named += [settings.get("model_name_or_path"), _adapter_base(trained)]
+    named.append(read_json(base / CONFIG).get("_name_or_path"))
+    return [str(name) for name in named if name and Path(name).resolve() != base.resolve()]
+
+
+def _adapter_base(trained: ModelDirectory) -> str:
+    if not (trained.path / ADAPTER_CONFIG).is_file():
+        return ""
+    return str(read_json(trained.path / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
