@@ -21,10 +21,8 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from llava_ft.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN
+from llava_ft.data.merges import SPIECE_BLANK, merges_by_score, order_merges_of_meta
 from llava_ft.errors import UserError
-
-SPIECE_BLANK: Final = "▁"
-"""How SentencePiece writes a space."""
 
 _SPM_FILE: Final = "tokenizer.model"
 _FAST_FILE: Final = "tokenizer.json"
@@ -207,7 +205,7 @@ def _load_from_spm(directory: Path, config: dict[str, Any]) -> LlamaSpmTokenizer
     backend = Tokenizer(
         BPE(
             vocab=vocab,
-            merges=_merges_by_score(mergeable),
+            merges=merges_by_score(mergeable),
             unk_token=unk_token,
             fuse_unk=True,
             byte_fallback=proto.trainer_spec.byte_fallback,
@@ -254,22 +252,6 @@ def _parse_spm(data: bytes, path: Path) -> Any:
             "the text as it is). Set its own tokenizer_class in tokenizer_config.json."
         )
     return proto
-
-
-def _merges_by_score(scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """List every way to put two pieces together, in the order in which SentencePiece prefers them.
-
-    SentencePiece joins the neighbours whose union has the highest score, the leftmost on a tie. Scores tie
-    among runs of blanks, where "leftmost" means that the run grows from its left end: longer left part first.
-    """
-    merges = [
-        (-score, -position, piece[:position], piece[position:])
-        for piece, score in scores.items()
-        for position in range(1, len(piece))
-        if piece[:position] in scores and piece[position:] in scores
-    ]
-    merges.sort(key=lambda merge: merge[:2])
-    return [(left, right) for _, _, left, right in merges]
 
 
 def _set_leading_blank(backend: Tokenizer, legacy: bool) -> None:
@@ -343,9 +325,10 @@ def _wrap(backend: Tokenizer, config: Mapping[str, Any], legacy: bool, spm_model
 
 
 def _load_llama_from_json(directory: Path, config: Mapping[str, Any]) -> LlamaSpmTokenizer:
-    """Load a LLaMA tokenizer of which only the fast file is there. The merges are taken as they stand."""
+    """Load a LLaMA tokenizer of which only the fast file is there; its merges count as written, but for Meta's."""
     path = directory / _FAST_FILE
     content = _read_json(path)
+    order_merges_of_meta(content.get("model"))
     for token in content.get("added_tokens", []):
         token["normalized"] = False
     try:
