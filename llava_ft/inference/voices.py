@@ -8,7 +8,7 @@ kept twice, and the values are exchanged with it. Each voice has a memory and a 
 import logging
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft import PeftModel
@@ -18,6 +18,7 @@ from llava_ft.checkpoint.base import BaseModel, find_base
 from llava_ft.checkpoint.load import WeightSource, fit_rows
 from llava_ft.checkpoint.names import EMBEDDINGS, HEAD
 from llava_ft.conversation import Template, get_template
+from llava_ft.data.images import ImageTransform
 from llava_ft.errors import UserError
 from llava_ft.inference.load import LoadedModel
 from llava_ft.inference.responder import Responder
@@ -89,7 +90,6 @@ def base_and_trained(loaded: LoadedModel, template: Template | None) -> list[Voi
             own.directory.path,
             "projector" if any("mm_projector" in name for name in missing) else missing[0],
         )
-    _warn_of_other_settings(loaded.base, own)
     exchanges = _find_exchanges(model, replaced, own)
 
     @contextmanager
@@ -103,7 +103,7 @@ def base_and_trained(loaded: LoadedModel, template: Template | None) -> list[Voi
     wraps = bool(own.config.mm_use_im_start_end)
     trained_name = "adapter" if isinstance(loaded.model, PeftModel) else "projector"
     return [
-        Voice("base", Responder(loaded), base_template, wraps, as_base),
+        Voice("base", Responder(_with_own_images(loaded, own)), base_template, wraps, as_base),
         single_voice(loaded, trained_name, template),
     ]
 
@@ -190,15 +190,24 @@ def _difference(parameter: nn.Parameter, value: torch.Tensor) -> list[_Exchange]
     return [_Exchange(parameter, num_rows, value[-num_rows:].clone())]
 
 
-def _warn_of_other_settings(trained: BaseModel, own: BaseModel) -> None:
-    """Say which settings of the images the base was trained with differ: the model has those of what was trained."""
+def _with_own_images(loaded: LoadedModel, own: BaseModel) -> LoadedModel:
+    """Prepare images as the base was trained with, as far as one model can: padded or not is free, tiles are not."""
     if not is_llava_config(own.directory.config):
-        return
-    names = ("image_aspect_ratio", "mm_patch_merge_type", "mm_vision_select_layer", "mm_vision_select_feature", "s2")
+        return loaded
+    ours, theirs = loaded.base.config.image_geometry, own.config.image_geometry
+    names = ["mm_vision_select_layer"]
+    if ours is not None and theirs is not None and own.vision_directory is not None:
+        is_tiled = ours.needs_image_sizes or theirs.needs_image_sizes
+        if not is_tiled and replace(ours, aspect_ratio=theirs.aspect_ratio) == theirs:
+            transform = ImageTransform.from_pretrained(own.vision_directory, geometry=theirs)
+            loaded = replace(loaded, image_transform=transform)
+        else:
+            names += ["image_aspect_ratio", "mm_patch_merge_type", "mm_vision_select_feature", "s2"]
     different = [
-        f"{name} {getattr(trained.config, name)} instead of {getattr(own.config, name)}"
+        f"{name} {getattr(loaded.base.config, name)} instead of {getattr(own.config, name)}"
         for name in names
-        if getattr(trained.config, name) != getattr(own.config, name)
+        if getattr(loaded.base.config, name) != getattr(own.config, name)
     ]
     if different:
         logger.warning("The base answers with the image settings of what was trained on it: %s.", ", ".join(different))
+    return loaded
