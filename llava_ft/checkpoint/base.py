@@ -114,21 +114,15 @@ def find_base(
         assert tower_directory is not None
         tower_files = WeightFiles.open(tower_directory)
         sources.append(WeightSource.of("vision tower", tower_files, clip_to_native_name))
-    token_rows = None
-    if projector_file is None:
-        projector_file = _projector_beside(directory, base_source)
-    if projector_file is not None:
-        projector, token_rows = _open_projector(Path(projector_file), config)
-        sources = [_only(source, lambda name: not is_projector(name)) for source in sources] + [projector]
+    sources, token_rows = _with_projector(sources, projector_file or _projector_beside(directory, base_source), config)
     sources += extra_sources
     check_config(config, sources, str(directory.path))
+    is_untrained = vision is not None and directory.kind != "llava"  # a LLaVA checkpoint has its projector in a file
     return BaseModel(
         directory=directory,
         config=config,
         sources=tuple(sources),
-        projector_is_new=vision is not None
-        and directory.kind != "llava"
-        and not any(map(is_projector, _names(sources))),
+        projector_is_new=is_untrained and not any(map(is_projector, _names(sources))),
         newline_is_new=config.has_image_newline and not _has_newline(directory, sources),
         vision_directory=_image_settings_directory(directory, tower_directory) if vision is not None else None,
         token_rows=token_rows,
@@ -250,6 +244,16 @@ def _names(sources: Sequence[WeightSource]) -> set[str]:
 def _has_newline(directory: ModelDirectory, sources: Sequence[WeightSource]) -> bool:
     """Whether `image_newline` is in a file, or ought to be because the base was trained with it."""
     return "unpad" in (directory.config.get("mm_patch_merge_type") or "") or IMAGE_NEWLINE in _names(sources)
+
+
+def _with_projector(
+    sources: list[WeightSource], file: str | None, config: LlavaLlamaConfig
+) -> tuple[list[WeightSource], WeightFiles | None]:
+    """Put a projector file in the place of the projector that other sources may hold; returns its token rows too."""
+    if file is None:
+        return sources, None
+    projector, token_rows = _open_projector(Path(file), config)
+    return [_only(source, lambda name: not is_projector(name)) for source in sources] + [projector], token_rows
 
 
 def _open_projector(path: Path, config: LlavaLlamaConfig) -> tuple[WeightSource, WeightFiles | None]:
