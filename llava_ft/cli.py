@@ -58,7 +58,7 @@ def _commands() -> dict[str, tuple[Callable[[Sequence[str]], int], str]]:
         "train": (train, "fine-tune a model: LoRA, full or projector only; the same command resumes"),
         "plan": (plan, "say what a run will take - memory, disk, steps - before any weight is loaded"),
         "check-data": (check_data, "find what would stop or spoil a run in its records and images; repair a copy"),
-        "inspect": (inspect, "inspect data: what the model will see of each record"),
+        "inspect": (inspect, "inspect data: what the model will see of each record; inspect lineage: what weights were made from"),
         "merge": (merge, "put an adapter, or a projector, into its base model and verify the result"),
         "export": (export, "write a model or an adapter as transformers, original LLaVA or llama.cpp read it"),
         "consolidate": (consolidate, "get the weights out of DeepSpeed's files, when nothing else is left of a run"),
@@ -266,9 +266,11 @@ def check_data(argv: Sequence[str]) -> int:
 
 
 def inspect(argv: Sequence[str]) -> int:
-    """Show what the model will see."""
+    """Show what the model will see, or what weights were made from."""
+    if argv and argv[0] == "lineage":
+        return _inspect_lineage(argv[1:])
     if not argv or argv[0] not in ("data", "-h", "--help"):
-        raise UserError("`llava-ft inspect` needs to know what to inspect. Known is: data.")
+        raise UserError("`llava-ft inspect` needs to know what to inspect. Known are: data, lineage.")
     parser = _Parser(
         "llava-ft inspect data",
         "Show records as the model will see them: what is supervised, what is cut off, and what is wrong with those "
@@ -297,6 +299,20 @@ def inspect(argv: Sequence[str]) -> int:
         selection=Selection(options.limit, tuple(options.index), tuple(options.id)),
     )
     return DONE if all_usable else FAILED
+
+
+def _inspect_lineage(argv: Sequence[str]) -> int:
+    parser = _Parser(
+        "llava-ft inspect lineage",
+        "Show what a directory was made from: base, data, and each earlier run or merge, back to the first base.",
+    )
+    parser.add_argument("path", metavar="PATH", help="a checkpoint, or the result of a run, a merge or an export")
+    parser.add_argument("--json", action="store_true", help="write JSON")
+    options = parser.parse_args(argv)
+    from llava_ft.inference.inspect_lineage_command import run_inspect_lineage
+
+    run_inspect_lineage(Path(options.path), sys.stdout, as_json=options.json)
+    return DONE
 
 
 class _Parser(argparse.ArgumentParser):

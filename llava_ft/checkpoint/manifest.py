@@ -12,7 +12,7 @@ import os
 import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from llava_ft.checkpoint.names import (
     ADAPTER_BIN,
@@ -27,6 +27,9 @@ from llava_ft.checkpoint.overrides import Force, refuse_unless
 from llava_ft.checkpoint.weights import read_json
 from llava_ft.errors import CheckpointError
 from llava_ft.version import __version__
+
+MERGED_BASE: Final = "merged_base"
+"""A base inside the output directory of a run that merged it first: a model of its own, with its own manifest."""
 
 _HASHED = frozenset(
     (
@@ -187,7 +190,7 @@ def _describe(path: Path) -> dict[str, Any]:
 def _files(directory: Path) -> list[Path]:
     found: list[Path] = []
     for entry in directory.iterdir():
-        if entry.name.startswith((".", "checkpoint-", "runs", "wandb")):
+        if entry.name.startswith((".", "checkpoint-", "runs", "wandb")) or entry.name == MERGED_BASE:
             continue
         found += [path for path in entry.rglob("*") if path.is_file()] if entry.is_dir() else [entry]
     return found

@@ -12,7 +12,7 @@ from torch import nn
 from llava_ft.args import ParsedArgs
 from llava_ft.checkpoint.base import BaseModel, find_base
 from llava_ft.checkpoint.lineage import describe_parent, read_lineage
-from llava_ft.checkpoint.manifest import what_is_incomplete
+from llava_ft.checkpoint.manifest import MERGED_BASE, what_is_incomplete
 from llava_ft.checkpoint.names import NEW_ROWS_SUFFIX, NON_LORA_BIN, is_language_model
 from llava_ft.checkpoint.overrides import Force, force_from_flags, refuse_unless
 from llava_ft.checkpoint.restore import check_base, plain_name, restore_trained
@@ -23,9 +23,6 @@ from llava_ft.training.fragments import gathered, value_setter
 from llava_ft.training.shared_output import wait_for_first
 
 logger = logging.getLogger(__name__)
-
-MERGED_BASE = "merged_base"
-"""Directory inside the output directory that `adapter_mode=merge_first` makes."""
 
 
 class MergesAdapter(Protocol):
