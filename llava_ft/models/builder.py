@@ -117,6 +117,7 @@ def settle_config(
     if vision is not None:
         _settle_resolution(fields, wishes, vision, where if was_llava else "")
     config = LlavaLlamaConfig(**fields)
+    config._name_or_path = where  # what PEFT calls an adapter's base; the file names the base's own base
     config.architectures = [LlavaLlamaForCausalLM.__name__]
     _check(config)
     return config
