@@ -129,6 +129,26 @@ def find_base(
     )
 
 
+def check_added_tokens(base: BaseModel, num_tokens: int, num_added: int) -> None:
+    """Refuse tokens that would get rows of the vocabulary that are there already: only new rows are trained.
+
+    Args:
+        base: The model.
+        num_tokens: Entries of its tokenizer, the added ones included.
+        num_added: How many of them were added for this run.
+
+    Raises:
+        CheckpointError: The model has more rows than its tokenizer has entries, as transformers pads them.
+    """
+    num_spare = base.config.vocab_size - (num_tokens - num_added)
+    if num_added and num_spare > 0:
+        raise CheckpointError(
+            f"mm_use_im_start_end and mm_use_im_patch_token add {num_added} tokens, but {base.directory.path} has "
+            f"{num_spare} rows more in its vocabulary than its tokenizer has entries. The tokens would take those, "
+            "untrained. Leave the flags out, or use a base without such rows, such as liuhaotian/llava-v1.5-7b."
+        )
+
+
 def load_base(
     base: BaseModel,
     *,

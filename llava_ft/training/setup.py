@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, PrinterCallback, ProgressCallback, set_seed
 
 from llava_ft.args import ParsedArgs, to_yaml
-from llava_ft.checkpoint.base import BaseModel, load_base
+from llava_ft.checkpoint.base import BaseModel, check_added_tokens, load_base
 from llava_ft.checkpoint.fingerprint import language_model_fingerprint
 from llava_ft.checkpoint.names import EMBEDDINGS, HEAD
 from llava_ft.checkpoint.overrides import collect_ignored
@@ -101,11 +101,12 @@ def _prepare_run(args: ParsedArgs, merge: MergesAdapter | None, ignored: Sequenc
     check_resumed_start(args, start, checkpoint)
     base = find_model(args, start)
     tokenizer = load_tokenizer(base.directory.path, model_max_length=args.flags.model_max_length)
-    add_image_tokens(
+    num_added = add_image_tokens(
         tokenizer,
         mm_use_im_start_end=base.config.mm_use_im_start_end,
         mm_use_im_patch_token=base.config.mm_use_im_patch_token,
     )
+    check_added_tokens(base, len(tokenizer), num_added)
     datasets = prepare_datasets(args, base, tokenizer)
     plan = TuningPlan.from_flags(
         lora_enable=args.flags.lora_enable,
