@@ -58,7 +58,7 @@ def _commands() -> dict[str, tuple[Callable[[Sequence[str]], int], str]]:
         "train": (train, "fine-tune a model: LoRA, full or projector only; the same command resumes"),
         "plan": (plan, "say what a run will take - memory, disk, steps - before any weight is loaded"),
         "check-data": (check_data, "find what would stop or spoil a run in its records and images; repair a copy"),
-        "inspect": (inspect, "inspect data: what the model will see of each record; inspect lineage: what weights were made from"),
+        "inspect": (inspect, "data: what the model will see of each record; lineage: what weights were made from"),
         "merge": (merge, "put an adapter, or a projector, into its base model and verify the result"),
         "export": (export, "write a model or an adapter as transformers, original LLaVA or llama.cpp read it"),
         "consolidate": (consolidate, "get the weights out of DeepSpeed's files, when nothing else is left of a run"),

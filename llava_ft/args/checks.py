@@ -204,7 +204,8 @@ def _start_problems(model: ModelArguments, training: TrainingFlags) -> Iterator[
     if training.init_from and model.pretrain_mm_mlp_adapter is not None:
         yield (
             f"init_from={training.init_from} and pretrain_mm_mlp_adapter={model.pretrain_mm_mlp_adapter} exclude each "
-            "other: init_from brings the projector it was trained with. Leave out pretrain_mm_mlp_adapter."
+            "other: init_from brings the projector it was trained with. Leave out pretrain_mm_mlp_adapter, or override "
+            "a configuration file with --pretrain_mm_mlp_adapter null."
         )
     if mode == "merge_first" and training.bits != 16:
         yield (

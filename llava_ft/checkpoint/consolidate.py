@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig
 
+from llava_ft.checkpoint.lineage import LINEAGE, record_lineage
 from llava_ft.checkpoint.manifest import Manifest
 from llava_ft.checkpoint.names import (
     ADAPTER_CONFIG,
@@ -163,8 +164,12 @@ def consolidate(options: ConsolidateOptions) -> Consolidation:
             is_usable=bool(config),
             notes=notes,
         )
-        write_json(staging / RECORD, _record(step_directory, shards, result))
-        _manifest(settings, result).write(staging)
+        record = _record(step_directory, shards, result)
+        write_json(staging / RECORD, record)
+        manifest = _manifest(settings, result)
+        checkpoint = step_directory.parent if (step_directory.parent / LINEAGE).is_file() else options.checkpoint
+        _record_lineage(staging, checkpoint, manifest, record)
+        manifest.write(staging)
     return result
 
 
@@ -306,6 +311,19 @@ def _record(step_directory: Path, shards: ZeroShards, result: Consolidation) -> 
         "values": result.num_values,
         "notes": result.notes,
     }
+
+
+def _record_lineage(staging: Path, checkpoint: Path, manifest: Manifest, record: Mapping[str, Any]) -> None:
+    """Record the checkpoint as the parent; what it was made from goes on to the result with its own record."""
+    config = staging / RUN_CONFIG
+    record_lineage(
+        staging,
+        "consolidate",
+        parents=[checkpoint],
+        base=(manifest.base, manifest.base_fingerprint) if manifest.base else None,
+        run_config=config.read_text(encoding="utf-8") if config.is_file() else "",
+        details=record,
+    )
 
 
 def _manifest(settings: RunSettings, result: Consolidation) -> Manifest:
