@@ -11,17 +11,20 @@ import torch
 from safetensors import SafetensorError
 
 from llava_ft.checkpoint.directory import ModelDirectory, identify, resolve_model_path
+from llava_ft.checkpoint.export.adapter import export_adapter
 from llava_ft.checkpoint.export.hf import export_hf
 from llava_ft.checkpoint.export.llava import export_llava
 from llava_ft.checkpoint.export.options import ExportOptions
 from llava_ft.checkpoint.lineage import record_lineage
 from llava_ft.checkpoint.manifest import Manifest
+from llava_ft.checkpoint.names import is_vision, native_name
 from llava_ft.checkpoint.overrides import collect_ignored
 from llava_ft.checkpoint.proof import CONVERSION_REPORT, ConversionReport
 from llava_ft.checkpoint.save import parse_size, staged_directory
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.checkpoint.whole import WholeModel, open_whole
 from llava_ft.errors import CheckpointError, RunError, UserError
+from llava_ft.inference.gguf_model import load_gguf
 from llava_ft.inference.hf_speaker import HfSpeaker
 from llava_ft.inference.load import load_model
 from llava_ft.inference.verify import (
@@ -56,7 +59,7 @@ def run_export(request: argparse.Namespace) -> ConversionReport:
             report = _export(request, whole, staging, options)
             report.target, report.ignored, report.passed = str(target), ignored, True
             report.write(staging)
-            _write_origin(request.format, whole, staging)
+            _write_origin(request, whole, staging)
     logger.info("Exported to %s.", target)
     for line in report.lines():
         logger.info("%s", line)
@@ -111,16 +114,22 @@ def _failures_of_the_disk(target: Path) -> Generator[None]:
 
 
 def _export(request: argparse.Namespace, whole: WholeModel, staging: Path, options: ExportOptions) -> ConversionReport:
+    """Write the format that was asked for, and compare what the source and the result say."""
     if request.format == "gguf":
         from llava_ft.checkpoint.export.gguf import export_gguf
 
-        return export_gguf(whole, staging, options)
-    report = (export_hf if request.format == "hf" else export_llava)(whole, staging, options)
+        report = export_gguf(whole, staging, options)
+    elif options.adapter_only:
+        report = export_adapter(whole, staging, options, request.format)
+    else:
+        report = (export_hf if request.format == "hf" else export_llava)(whole, staging, options)
+    report.notes += whole.trained.notes
     if not options.verify:
         report.notes.append("the logits were not compared (--no-verify)")
         return report
     written = options.dtype or whole.dtype
-    dtype = computing_dtype(staging, written, free_memory())
+    is_native = not options.adapter_only and request.format != "gguf"
+    dtype = computing_dtype(staging if is_native else whole.base.directory.path, written, free_memory())
     source = load_model(
         str(whole.directory.path),
         request.model_base,
@@ -133,34 +142,47 @@ def _export(request: argparse.Namespace, whole: WholeModel, staging: Path, optio
     questions = fixed_questions(source.model.config)
     expected = Recorded(NativeSpeaker(source), questions)
     del source
-    tower = request.vision_tower or whole.config.mm_vision_tower
-    result = _result(request.format, staging, tower, dtype)
-    prove(report, expected, result, questions, _bound(whole, report, dtype, written))
+    result = _result(request, whole, staging, dtype)
+    prove(report, expected, result, questions, _bound(whole, report, dtype, options))
     return report
 
 
-def _result(form: str, staging: Path, vision_tower: str | None, dtype: torch.dtype) -> Speaker:
-    if form == "hf":
-        return HfSpeaker.load(staging, dtype)
-    holds_tower = any("vision_tower" in name for name in WeightFiles.open(staging).tensors)
-    tower = None if holds_tower else vision_tower
-    return NativeSpeaker(load_model(str(staging), vision_tower=tower, dtype=dtype, device="cpu"))
+def _result(request: argparse.Namespace, whole: WholeModel, staging: Path, dtype: torch.dtype) -> Speaker:
+    """Load what was written."""
+    if request.format == "gguf":
+        return NativeSpeaker(load_gguf(staging, whole, dtype=dtype))
+    if request.format == "hf":
+        return HfSpeaker.with_adapter(whole, staging, dtype) if request.adapter_only else HfSpeaker.load(staging, dtype)
+    tower = request.vision_tower or whole.config.mm_vision_tower
+    base = None
+    if request.adapter_only:
+        base = str(whole.base.directory.path)
+    elif any(is_vision(native_name(name)) for name in WeightFiles.open(staging).tensors):
+        tower = None
+    loaded = load_model(str(staging), base, vision_tower=tower, dtype=dtype, device="cpu", adapter="beside")
+    return NativeSpeaker(loaded)
 
 
-def _bound(whole: WholeModel, report: ConversionReport, computed: torch.dtype, written: torch.dtype) -> float:
+def _bound(whole: WholeModel, report: ConversionReport, computed: torch.dtype, options: ExportOptions) -> float:
     """Largest difference of logits, as a share of the largest, that rounding explains.
 
     Weights that were neither changed nor converted are the same in source and result; then only the arithmetic rounds.
     """
-    was_rounded = not report.frozen["bit_identical"] or any(whole.origin(name) != "frozen" for name in whole.shapes)
-    rounded_to = written if was_rounded else torch.float32
+    if options.adapter_only:
+        was_rounded = options.dtype is not None
+    else:
+        is_exact = bool(report.frozen["bit_identical"])
+        was_rounded = not is_exact or any(whole.origin(name) != "frozen" for name in whole.shapes)
+    rounded_to = (options.dtype or whole.dtype) if was_rounded else torch.float32
     return max(RELATIVE_BOUNDS.get(dtype, RELATIVE_BOUNDS[torch.float32]) for dtype in (computed, rounded_to))
 
 
-def _write_origin(form: str, whole: WholeModel, staging: Path) -> None:
+def _write_origin(request: argparse.Namespace, whole: WholeModel, staging: Path) -> None:
     """Write what the result was made from, and the manifest."""
     base = (str(whole.base.directory.path), whole.fingerprint)
     is_whole = whole.directory.kind == "llava"
-    record_lineage(staging, f"export {form}", parents=[whole.directory.path], base=None if is_whole else base)
-    if form != "gguf":
-        Manifest("full", *base, 0, whole.config.conversation_template or "").write(staging)
+    action = f"export {request.format}" + " --adapter-only" * request.adapter_only
+    record_lineage(staging, action, parents=[whole.directory.path], base=None if is_whole else base)
+    if request.format != "gguf":
+        kind = "lora" if request.adapter_only else "full"
+        Manifest(kind, *base, 0, whole.config.conversation_template or "").write(staging)

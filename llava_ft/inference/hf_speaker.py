@@ -1,19 +1,27 @@
 """A model in transformers' own layout, asked the questions that conversions are proven with."""
 
-import logging
+import copy
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+from peft import PeftModel
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
-from llava_ft.checkpoint.names import CONFIG
+from llava_ft.checkpoint.export.hf import write_hf_files
+from llava_ft.checkpoint.export.options import ExportOptions
+from llava_ft.checkpoint.export.peft_keys import build_hf_skeleton
+from llava_ft.checkpoint.export.tokenizer import image_token_id
+from llava_ft.checkpoint.hf.names import module_name
+from llava_ft.checkpoint.load import fit_rows
+from llava_ft.checkpoint.names import CONFIG, EMBEDDINGS, HEAD
 from llava_ft.checkpoint.weights import read_json
+from llava_ft.checkpoint.whole import WholeModel
 from llava_ft.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_ft.errors import RunError
 from llava_ft.inference.verify import Question
-
-logger = logging.getLogger(__name__)
 
 MODEL_CLASSES: Any = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
 
@@ -52,6 +60,36 @@ class HfSpeaker:
         if wrong:
             raise RunError(f"transformers does not take the exported weights as they are: {wrong}.")
         return cls(model, cast("Any", AutoProcessor).from_pretrained(directory))
+
+    @classmethod
+    def with_adapter(cls, whole: WholeModel, adapter: Path, dtype: torch.dtype) -> "HfSpeaker":
+        """Put an exported adapter on its base, which is made in memory as its own export would write it.
+
+        A projector that was trained beside the adapter is zero in the base, so that the adapter has to bring it.
+
+        Args:
+            whole: The adapter with its base, as it was exported.
+            adapter: The exported adapter.
+            dtype: Type in which the model computes.
+        """
+        alone = WholeModel(replace(whole.trained, adapters=(), rows={}))
+        config = copy.deepcopy(whole.config)
+        config.vocab_size = max(config.vocab_size, image_token_id(whole.tokenizer) + 1)
+        model = build_hf_skeleton(config, dtype)
+        state: dict[str, torch.Tensor] = {}
+        for piece in alone.stream(dtype, with_tower=True):
+            is_trained = alone.origin(piece.name) == "replaced"
+            value = torch.zeros_like(piece.value) if is_trained else piece.value
+            if piece.name in (EMBEDDINGS, HEAD):
+                value = fit_rows(value, (config.vocab_size, *value.shape[1:]))
+            state[module_name(piece.name)] = value
+        model.load_state_dict(state, strict=not config.tie_word_embeddings, assign=True)
+        model.tie_weights()
+        with tempfile.TemporaryDirectory() as folder:
+            write_hf_files(whole, Path(folder), ExportOptions())
+            processor = cast("Any", AutoProcessor).from_pretrained(folder)
+        model.config.image_token_index = image_token_id(whole.tokenizer)
+        return cls(cast("Any", PeftModel).from_pretrained(model, str(adapter)), processor)
 
     @torch.no_grad()
     def logits(self, question: Question) -> torch.Tensor:

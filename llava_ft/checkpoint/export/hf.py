@@ -23,7 +23,9 @@ from llava_ft.checkpoint.proof import ConversionReport, prove_tensors
 from llava_ft.checkpoint.save import ShardWriter, write_json
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.checkpoint.whole import WholeModel
+from llava_ft.data.image_processor import ImageProcessorSettings
 from llava_ft.data.images import ImageTransform
+from llava_ft.geometry import ImageGeometry
 from llava_ft.models.config import LlavaLlamaConfig
 
 GENERATION_CONFIG: Final = "generation_config.json"
@@ -37,12 +39,8 @@ def check_hf(whole: WholeModel, options: ExportOptions) -> None:
     Raises:
         UserError: It cannot, or the image settings do not belong to the model.
     """
-    _hf_config(whole, options)
-    geometry = whole.config.image_geometry
-    assert geometry is not None
-    assert whole.base.vision_directory is not None
-    transform = ImageTransform.from_pretrained(whole.base.vision_directory, geometry=geometry)
-    check_images(transform.settings, geometry)
+    hf_config(whole, options.dtype or whole.dtype)
+    check_images(*image_settings(whole))
 
 
 def export_hf(whole: WholeModel, target: Path, options: ExportOptions) -> ConversionReport:
@@ -74,21 +72,48 @@ def export_hf(whole: WholeModel, target: Path, options: ExportOptions) -> Conver
         report.count(piece)
         writer.add(hub_name(piece.name), value)
     writer.finish()
-    write_json(target / CONFIG, _hf_config(whole, options))
-    _write_generation_config(whole, target)
-    image_id = write_hf_tokenizer(whole.tokenizer, target)
-    assert image_id == image_token_id(whole.tokenizer)
-    assert whole.base.vision_directory is not None
-    settings = ImageTransform.from_pretrained(
-        whole.base.vision_directory, geometry=whole.config.image_geometry
-    ).settings
-    template = whole.config.conversation_template or DEFAULT_TEMPLATE
-    report.notes += write_processor(target, whole.config, settings, whole.tokenizer, template)
-    added = "a row for it was added, the mean of the others" if num_rows > whole.config.vocab_size else "it has a row"
-    report.notes.append(f"<image> is token {image_id}; {added}")
+    report.notes += write_hf_files(whole, target, options)
     write_native_record(target, whole, tower)
     prove_tensors(report, whole, WeightFiles.open(target), with_tower=True, key_of=hub_name)
     return report
+
+
+def write_hf_files(whole: WholeModel, target: Path, options: ExportOptions) -> list[str]:
+    """Write everything that a model of transformers' layout has beside its weights.
+
+    Args:
+        whole: The model.
+        target: Where to.
+        options: The type of the weights.
+
+    Returns:
+        What a reader of the report should know.
+    """
+    write_json(target / CONFIG, hf_config(whole, options.dtype or whole.dtype))
+    _write_generation_config(whole, target)
+    image_id = write_hf_tokenizer(whole.tokenizer, target)
+    assert image_id == image_token_id(whole.tokenizer)
+    settings, _ = image_settings(whole)
+    template = whole.config.conversation_template or DEFAULT_TEMPLATE
+    added = "a row for it was added, the mean of the others"
+    is_added = _num_rows(whole) > whole.config.vocab_size
+    return [
+        *write_processor(target, whole.config, settings, whole.tokenizer, template),
+        f"<image> is token {image_id}; {added if is_added else 'it has a row'}",
+    ]
+
+
+def image_settings(whole: WholeModel) -> tuple[ImageProcessorSettings, ImageGeometry]:
+    """Return how a model's images are prepared.
+
+    Raises:
+        UserError: The settings do not belong to the model's tower.
+    """
+    geometry, directory = whole.config.image_geometry, whole.base.vision_directory
+    assert geometry is not None
+    assert directory is not None
+    ImageTransform.from_pretrained(directory, geometry=geometry)  # refuses what does not fit
+    return ImageProcessorSettings.from_pretrained(directory), geometry
 
 
 def _num_rows(whole: WholeModel) -> int:
@@ -96,10 +121,14 @@ def _num_rows(whole: WholeModel) -> int:
     return max(whole.config.vocab_size, image_token_id(whole.tokenizer) + 1)
 
 
-def _hf_config(whole: WholeModel, options: ExportOptions) -> dict[str, Any]:
+def hf_config(whole: WholeModel, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the `config.json` of a model in transformers' layout, the row of `<image>` counted.
+
+    Raises:
+        CheckpointError: The layout cannot hold the model.
+    """
     config: LlavaLlamaConfig = copy.deepcopy(whole.config)
     config.vocab_size = _num_rows(whole)
-    dtype: torch.dtype = options.dtype or whole.dtype
     return hf_fields(config, image_token_id=image_token_id(whole.tokenizer), dtype=dtype)
 
 

@@ -9,11 +9,12 @@ import copy
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import torch
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType] - a bare PathLike
 
+from llava_ft.checkpoint.export.completed import CompletedFiles
 from llava_ft.checkpoint.export.hf import GENERATION_CONFIG
 from llava_ft.checkpoint.export.native_record import (
     NATIVE_FOLDER,
@@ -25,7 +26,6 @@ from llava_ft.checkpoint.export.native_record import (
 )
 from llava_ft.checkpoint.export.native_tokenizer import num_native_rows, write_native_tokenizer
 from llava_ft.checkpoint.export.options import ExportOptions
-from llava_ft.checkpoint.export.completed import CompletedFiles
 from llava_ft.checkpoint.load import WeightSource
 from llava_ft.checkpoint.names import CONFIG, EMBEDDINGS, HEAD, PREPROCESSOR_CONFIG, is_vision, native_name
 from llava_ft.checkpoint.proof import ConversionReport, prove_tensors
@@ -63,7 +63,7 @@ def export_llava(whole: WholeModel, target: Path, options: ExportOptions) -> Con
     names = [name for name in whole.names(with_tower=True) if not (without_tower and is_vision(name))]
     _write_weights(whole, target, options, _Wanted(set(names), num_rows, record), report)
     tokenizer = write_native_tokenizer(whole.tokenizer, num_rows, target, source)
-    _write_configs(whole, target, options, (num_rows, tokenizer.pad_token_id, not without_tower))
+    _write_configs(whole, target, options, (num_rows, cast("int | None", tokenizer.pad_token_id), not without_tower))
     if without_tower:
         report.notes.append(
             f"the vision tower is left out, as before the export it came from: its values are those of "

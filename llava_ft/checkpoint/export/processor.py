@@ -63,20 +63,24 @@ def write_processor(
     """
     geometry = config.image_geometry
     assert geometry is not None
-    is_next = geometry.needs_image_sizes
-    names = "LlavaNextProcessor" if is_next else "LlavaProcessor"
-    write_json(
-        directory / PREPROCESSOR_CONFIG, {**image_processor_fields(settings, geometry), "processor_class": names}
-    )
+    name = write_image_processor(directory, settings, geometry)
     fields = {
         "image_token": IMAGE_TOKEN,
         "num_additional_image_tokens": 1,
         "patch_size": geometry.patch_size,
-        "processor_class": names,
+        "processor_class": name,
         "vision_feature_select_strategy": "full" if geometry.select_feature == "cls_patch" else "default",
     }
     write_json(directory / PROCESSOR_CONFIG, fields)
     return _write_chat_templates(directory, tokenizer, template_name, config.mm_use_im_start_end)
+
+
+def write_image_processor(directory: Path, settings: ImageProcessorSettings, geometry: ImageGeometry) -> str:
+    """Write `preprocessor_config.json` alone, and return the name of the processor's class."""
+    name = "LlavaNextProcessor" if geometry.needs_image_sizes else "LlavaProcessor"
+    fields = image_processor_fields(settings, geometry) | {"processor_class": name}
+    write_json(directory / PREPROCESSOR_CONFIG, fields)
+    return name
 
 
 def image_processor_fields(settings: ImageProcessorSettings, geometry: ImageGeometry) -> dict[str, Any]:
