@@ -98,6 +98,16 @@ def test_a_processor_that_pads_is_pad(hf: Any, files: str):
     check_equal(load_hf(directory), load_model(str(directory), dtype=torch.float32), directory, PICTURES)
 
 
+def test_the_class_token_is_kept_with_the_strategy_full(hf: Any, tmp_path: Path):
+    shutil.copytree(hf(), tmp_path / "full")
+    config = json.loads((tmp_path / "full/config.json").read_text())
+    config |= {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
+    (tmp_path / "full/config.json").write_text(json.dumps(config))
+    ours = load_model(str(tmp_path / "full"), dtype=torch.float32)
+    assert ours.model.config.mm_vision_select_feature == "cls_patch"
+    check_equal(load_hf(tmp_path / "full"), ours, tmp_path / "full", ["landscape.jpg"])
+
+
 @pytest.mark.parametrize("target", ["attention", "projector beside", "all-linear"])
 @pytest.mark.parametrize("model", ["llava", "llava_next"])
 def test_an_adapter_that_peft_made_gives_its_logits(hf: Any, tmp_path: Path, model: str, target: Any):
