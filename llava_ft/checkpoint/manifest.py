@@ -103,6 +103,13 @@ def read_manifest(directory: Path) -> Manifest | None:
     known = {key: value for key, value in fields.items() if key in Manifest.__dataclass_fields__}
     if "kind" not in known or not isinstance(known.get("files"), dict):
         raise CheckpointError(f"{directory / MANIFEST} is damaged: it does not list the directory's files.")
+    for name, described in cast("dict[str, Any]", known["files"]).items():
+        if not isinstance(described, dict) or not isinstance(cast("Any", described).get("size"), int):
+            raise CheckpointError(f"{directory / MANIFEST} is damaged: it does not say how large {name} is.")
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise CheckpointError(
+                f"{directory / MANIFEST} names {name!r}, which is not in its directory. It was changed."
+            )
     return Manifest(**known)
 
 

@@ -110,12 +110,15 @@ def read_weight_record(directory: Path) -> WeightRecord | None:
         return None
     content: dict[str, Any] = read_json(path)
     try:
-        return WeightRecord(
+        record = WeightRecord(
             {str(file): dict(names) for file, names in content["files"].items()},
             int(content["num_rows"]),
             content["tower"],
             str(content["config"]),
         )
+        if any(Path(file).name != file for file in record.files):
+            raise ValueError("a file is not in the directory")
+        return record
     except (KeyError, TypeError, ValueError, AttributeError):
         raise CheckpointError(f"{path} is damaged. Delete it to convert without it, or copy it again.") from None
 
