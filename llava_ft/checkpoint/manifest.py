@@ -11,8 +11,8 @@ import json
 import os
 import platform
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Final
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, cast
 
 from llava_ft.checkpoint.names import (
     ADAPTER_BIN,
