@@ -133,11 +133,26 @@ def write_tensors(
     safetensors_name: str,
 ) -> None:
     """Write tensors into one file of each kind asked for."""
-    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if weights_format in ("bin", "both"):
-        torch.save(held, directory / bin_name)
+        save_tensors(tensors, directory / bin_name)
     if weights_format in ("safetensors", "both"):
-        save_file(held, directory / safetensors_name, metadata={"format": "pt"})
+        save_tensors(tensors, directory / safetensors_name)
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a file of tensors, a .safetensors file or else a pickle, that others may read as the umask says.
+
+    The safetensors library makes its files readable by their owner alone, and a server under another user then cannot
+    load them.
+    """
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    if path.suffix != ".safetensors":
+        torch.save(held, path)
+        return
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(held, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -157,7 +172,6 @@ class ShardWriter:
     def __init__(self, directory: Path, *, max_shard_bytes: int, weights_format: Literal["bin", "safetensors"]):
         self._directory = directory
         self._max_shard_bytes = max_shard_bytes
-        self._format = weights_format
         self._stem, self._suffix = ("pytorch_model", ".bin") if weights_format == "bin" else ("model", ".safetensors")
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
@@ -194,11 +208,7 @@ class ShardWriter:
 
     def _write_shard(self) -> None:
         path = self._unnumbered(len(self._shards))
-        held = {name: tensor.detach().cpu().contiguous() for name, tensor in self._pending.items()}
-        if self._format == "bin":
-            torch.save(held, path)
-        else:
-            save_file(held, path, metadata={"format": "pt"})
+        save_tensors(self._pending, path)
         self._shards.append(list(self._pending))
         self._total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
