@@ -1,12 +1,11 @@
 """Export to llama.cpp: a GGUF file with the language model, and one with vision tower and projector ("mmproj").
 
-The files are laid out from shapes, filled tensor by tensor as the model is streamed, then read back and compared with
-a second stream: each tensor must be the source's, rounded once, and each key what the configuration says. Memory holds
-a tensor or two, whatever the model's size.
+The files are laid out from shapes and filled tensor by tensor as the model is streamed. Then they are read back: each
+tensor must be the source's, rounded once, and each key what the configuration says. Memory holds a tensor or two,
+whatever the model's size.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,6 @@ from llava_ft.checkpoint.export.gguf_file import (
     GgufWriter,
     create_gguf,
     import_gguf,
-    round_once,
 )
 from llava_ft.checkpoint.export.gguf_metadata import (
     check_dtype,
@@ -32,11 +30,12 @@ from llava_ft.checkpoint.export.gguf_metadata import (
     language_fields,
     vision_fields,
 )
+from llava_ft.checkpoint.export.gguf_read import GgufWeights
 from llava_ft.checkpoint.export.gguf_tensors import DTYPES, File, GgufTensor, file_tensors, plan_tensors
 from llava_ft.checkpoint.export.gguf_vocabulary import check_ids, read_vocabulary, vocabulary_fields
 from llava_ft.checkpoint.export.options import ExportOptions
-from llava_ft.checkpoint.proof import ConversionReport
-from llava_ft.checkpoint.whole import Piece, WholeModel
+from llava_ft.checkpoint.proof import ConversionReport, prove_tensors
+from llava_ft.checkpoint.whole import WholeModel
 from llava_ft.conversation import Template, TemplateStyle, get_template
 from llava_ft.data.image_processor import ImageProcessorSettings
 from llava_ft.errors import RunError, UserError
@@ -81,10 +80,10 @@ def export_gguf(whole: WholeModel, target: Path, options: ExportOptions) -> Conv
     plan = plan_export(whole, options)
     for note in plan.notes:
         logger.warning("GGUF: %s.", note)
-    _write(whole, target, plan)
     report = ConversionReport(
         kind="export gguf", source=str(whole.directory.path), target=str(target), notes=list(plan.notes)
     )
+    _write(whole, target, plan, report)
     _verify(whole, target, plan, report)
     return report
 
@@ -123,7 +122,7 @@ def plan_export(whole: WholeModel, options: ExportOptions) -> GgufPlan:
         tensors=plan_tensors(whole.shapes, config, dtype),
         fields=fields,
         names=names,
-        notes=[*differences(config), *_template_notes(template)],
+        notes=[*differences(config), *_template_notes(template, whole)],
     )
 
 
@@ -140,15 +139,22 @@ def _template_text(template: Template, whole: WholeModel) -> str | None:
     return chat_template(template, mm_use_im_start_end=whole.config.mm_use_im_start_end)
 
 
-def _template_notes(template: Template) -> list[str]:
+def _template_notes(template: Template, whole: WholeModel) -> list[str]:
+    """Say in what llama.cpp writes or ends a conversation otherwise than the model was trained."""
     if template.style is TemplateStyle.PLAIN:
         return ["the model was trained with template plain, which has no turns: the file holds no chat template"]
+    notes: list[str] = []
     if template.stop != "</s>":
-        return [f"answers in template {template.name} end with {template.stop!r}: give llama.cpp that as a stop text"]
-    return []
+        notes.append(f"answers in template {template.name} end with {template.stop!r}: give llama.cpp that stop text")
+    elif not getattr(whole.tokenizer, "legacy", True):
+        notes.append(
+            "from the second question on llama.cpp puts a blank behind </s>, which this tokenizer (legacy=false) does "
+            "not"
+        )
+    return notes
 
 
-def _write(whole: WholeModel, target: Path, plan: GgufPlan) -> None:
+def _write(whole: WholeModel, target: Path, plan: GgufPlan, report: ConversionReport) -> None:
     by_native = {tensor.native: tensor for tensor in plan.tensors}
     with ExitStack() as stack:
         writers: dict[File, GgufWriter] = {
@@ -157,40 +163,24 @@ def _write(whole: WholeModel, target: Path, plan: GgufPlan) -> None:
             )
             for file, name in plan.names.items()
         }
-        for tensor, piece in _pieces(whole, by_native):
-            writers[tensor.file].put(tensor, piece.value)
-
-
-def _pieces(whole: WholeModel, by_native: Mapping[str, GgufTensor]) -> Iterator[tuple[GgufTensor, Piece]]:
-    """Yield every tensor that is exported, in float32, with its place."""
-    for piece in whole.stream(torch.float32, with_tower=True):
-        if piece.name in by_native:
-            yield by_native[piece.name], piece
+        for piece in whole.stream(torch.float32, with_tower=True):
+            tensor = by_native.get(piece.name)
+            if tensor is not None:
+                report.count(replace(piece, value=writers[tensor.file].put(tensor, piece.value)))
 
 
 def _verify(whole: WholeModel, target: Path, plan: GgufPlan, report: ConversionReport) -> None:
-    """Read both files back and compare them with the model, tensor by tensor and key by key."""
+    """Read both files back and compare them with the files of the model, tensor by tensor and key by key."""
     files: dict[File, GgufContent] = {file: GgufContent(target / name) for file, name in plan.names.items()}
     for file, content in files.items():
-        _check_fields(target / plan.names[file], content, plan.fields[file], ARCHITECTURES[file])
-        expected = {tensor.name for tensor in file_tensors(plan.tensors, file)}
-        if set(content.names) != expected:
-            odd = sorted(expected.symmetric_difference(content.names))
-            raise RunError(f"{target / plan.names[file]} does not hold the tensors it should: {', '.join(odd[:4])}.")
-    by_native = {tensor.native: tensor for tensor in plan.tensors}
-    keeps_frozen = True
-    for tensor, piece in _pieces(whole, by_native):
-        got = files[tensor.file].read(tensor.name, tensor.num_heads)
-        expected_value = round_once(piece.value, tensor)
-        if got.dtype != tensor.dtype or not torch.equal(_bits(got), _bits(expected_value)):
-            raise RunError(
-                f"{tensor.name} in {target / plan.names[tensor.file]} is not {tensor.native} of {whole.directory.path}"
-                f" rounded to {tensor.dtype}. Nothing was written; is the disk full or failing?"
-            )
-        report.count(replace(piece, value=got))
-        if piece.origin == "frozen":
-            keeps_frozen &= torch.equal(got.float(), piece.value)
-    report.frozen["bit_identical"] = keeps_frozen or None
+        path = target / plan.names[file]
+        _check_fields(path, content, plan.fields[file], ARCHITECTURES[file])
+        written = {(name, content.shape(name), content.dtype(name)) for name in content.names}
+        expected = {(tensor.name, tensor.shape, tensor.dtype) for tensor in file_tensors(plan.tensors, file)}
+        if written != expected:
+            odd = sorted(name for name, _, _ in written ^ expected)
+            raise RunError(f"{path} does not hold the tensors it should: {', '.join(odd[:4])}. Nothing was kept.")
+    prove_tensors(report, whole, GgufWeights(target, files, plan.tensors, whole), with_tower=True)
 
 
 def _check_fields(path: Path, content: GgufContent, fields: Fields, architecture: str) -> None:
@@ -205,8 +195,3 @@ def _is_same(found: object, field: Field) -> bool:
     if kind == "FLOAT32" and found is not None:
         return np.array_equal(np.float32(found), np.float32(field.value))  # pyright: ignore[reportArgumentType]
     return found == field.value
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as integers, so that even NaN is equal to itself."""
-    return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize])

@@ -90,12 +90,15 @@ class GgufWriter:
         self._file = file
         self._missing = dict(offsets)
 
-    def put(self, tensor: GgufTensor, value: torch.Tensor) -> None:
+    def put(self, tensor: GgufTensor, value: torch.Tensor) -> torch.Tensor:
         """Round a tensor once to the type it has in the file and write it to its place.
 
         Args:
             tensor: What it is there.
             value: Its value in float32, rows as in PyTorch.
+
+        Returns:
+            The rounded value.
 
         Raises:
             CheckpointError: The type cannot hold the value.
@@ -105,10 +108,11 @@ class GgufWriter:
                 f"{tensor.native} is {tuple(value.shape)}, but was announced as {tensor.shape}. Are the files of this "
                 "model from different models?"
             )
-        rounded = round_once(value, tensor)
+        rounded = _round_once(value, tensor)
         self._file.seek(self._missing.pop(tensor.name))
         data = rotate_rows(rounded, tensor.num_heads).contiguous()
         self._file.write(data.view(-1).view(torch.uint8).numpy().data)
+        return rounded
 
     def check_complete(self) -> None:
         """Check that every tensor was written.
@@ -123,12 +127,7 @@ class GgufWriter:
             )
 
 
-def round_once(value: torch.Tensor, tensor: GgufTensor) -> torch.Tensor:
-    """Round a value to the type it has in the file.
-
-    Raises:
-        CheckpointError: A finite number would become infinite.
-    """
+def _round_once(value: torch.Tensor, tensor: GgufTensor) -> torch.Tensor:
     rounded = value.to(tensor.dtype)
     if tensor.dtype == torch.float16 and not torch.isfinite(rounded).all() and torch.isfinite(value).all():
         raise CheckpointError(

@@ -18,7 +18,7 @@ from llava_ft.models.config import LlavaLlamaConfig, projector_depth
 _FILE_TYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
 _QUANTIZATION_VERSION: Final = 2
 _ACTIVATIONS: Final = ("quick_gelu", "gelu")
-_ELSEWHERE: Final = "Export with --format llava or hf instead."
+_ELSEWHERE: Final = "Export with --format llava instead."
 
 
 def check_expressible(config: LlavaLlamaConfig) -> None:
@@ -64,9 +64,12 @@ def check_image_settings(settings: ImageProcessorSettings) -> None:
 
 def differences(config: LlavaLlamaConfig) -> list[str]:
     """Say in what llama.cpp treats images otherwise than the model was trained, though it reads the files."""
-    found: list[str] = []
     if config.mm_vision_config is None:
-        return found
+        return []
+    found = [
+        "many builds of llama.cpp put the class token behind the patches (its issue 25814) and so misread every CLIP "
+        "tower: docs/gguf.md has the test and the one-line correction"
+    ]
     aspect_ratio = config.image_aspect_ratio
     if aspect_ratio == "square":
         found.append(

@@ -4,6 +4,7 @@ This is the other half of the proof of an export. The configuration is made from
 their tensors, so a wrong key shows in the logits as a wrong tensor does.
 """
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,55 @@ import torch
 from torch import nn
 
 from llava_ft.checkpoint.export.gguf_file import GgufContent
-from llava_ft.checkpoint.export.gguf_tensors import plan_tensors
+from llava_ft.checkpoint.export.gguf_tensors import File, GgufTensor, plan_tensors
+from llava_ft.checkpoint.weights import TensorInfo, WeightFiles
+from llava_ft.checkpoint.whole import WholeModel
 from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import build_skeleton
 from llava_ft.models.config import LlavaLlamaConfig
 from llava_ft.models.llava import LlavaLlamaForCausalLM
 
 MMPROJ_PREFIX = "mmproj-"
+
+
+class GgufWeights(WeightFiles):
+    """The tensors of both files under native names, rows as in PyTorch.
+
+    What is not exported, the end of the vision tower, is taken from the source, so that the whole can be compared with
+    it as any other result.
+
+    Args:
+        directory: Where the files are.
+        files: The files.
+        plan: The tensors in them.
+        whole: The source.
+    """
+
+    def __init__(
+        self, directory: Path, files: Mapping[File, GgufContent], plan: Sequence[GgufTensor], whole: WholeModel
+    ):
+        self._files = files
+        self._plan = {tensor.native: tensor for tensor in plan}
+        self._whole = whole
+        super().__init__(
+            directory,
+            {
+                name: TensorInfo(directory, whole.shapes[name], self._dtype(name))
+                for name in whole.names(with_tower=True)
+            },
+        )
+
+    def stream(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield names and tensors."""
+        for name in self.tensors if names is None else names:
+            tensor = self._plan.get(name)
+            if tensor is None:
+                yield name, self._whole.on_disk(name)[1]
+            else:
+                yield name, self._files[tensor.file].read(tensor.name, tensor.num_heads)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return self._plan[name].dtype if name in self._plan else self._whole.dtype
 
 
 def find_files(directory: Path) -> tuple[Path, Path | None]:
