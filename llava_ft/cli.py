@@ -58,7 +58,10 @@ def _commands() -> dict[str, tuple[Callable[[Sequence[str]], int], str]]:
         "train": (train, "fine-tune a model: LoRA, full or projector only; the same command resumes"),
         "plan": (plan, "say what a run will take - memory, disk, steps - before any weight is loaded"),
         "check-data": (check_data, "find what would stop or spoil a run in its records and images; repair a copy"),
-        "inspect": (inspect, "data: what the model will see of each record; lineage: what weights were made from"),
+        "inspect": (
+            inspect,
+            "data: what the model will see; weights: what files hold; lineage: where they are from",
+        ),
         "merge": (merge, "put an adapter, or a projector, into its base model and verify the result"),
         "export": (export, "write a model or an adapter as transformers, original LLaVA or llama.cpp read it"),
         "consolidate": (consolidate, "get the weights out of DeepSpeed's files, when nothing else is left of a run"),
@@ -266,11 +269,37 @@ def check_data(argv: Sequence[str]) -> int:
 
 
 def inspect(argv: Sequence[str]) -> int:
-    """Show what the model will see, or what weights were made from."""
-    if argv and argv[0] == "lineage":
-        return _inspect_lineage(argv[1:])
-    if not argv or argv[0] not in ("data", "-h", "--help"):
-        raise UserError("`llava-ft inspect` needs to know what to inspect. Known are: data, lineage.")
+    """Show what the model will see, what weight files hold, or what they were made from."""
+    kinds = {"data": _inspect_data, "weights": _inspect_weights, "lineage": _inspect_lineage}
+    if _wants_help(argv[:1]):
+        print("llava-ft inspect data | weights | lineage ...\n\n`llava-ft inspect data --help` lists flags.")  # noqa: T201 - asked for
+        return DONE
+    if not argv or argv[0] not in kinds:
+        raise UserError(f"`llava-ft inspect` needs to know what to inspect. Known are {', '.join(kinds)}.")
+    return kinds[argv[0]](argv[1:])
+
+
+def _inspect_weights(argv: Sequence[str]) -> int:
+    parser = _Parser(
+        "llava-ft inspect weights",
+        "Say what a weight file or a directory holds, which base it needs and what is missing, without reading values "
+        "or running anything in a pickle. With two paths: how they differ. Exits with 1 if something is missing or "
+        "damaged, or the two are not equal bit for bit.",
+    )
+    parser.add_argument("paths", nargs="+", metavar="PATH", help=".bin, .safetensors or index file, or a directory")
+    parser.add_argument("--keys", action="store_true", help="list every tensor")
+    parser.add_argument("--json", action="store_true", help="write JSON, every tensor in it, sizes in bytes")
+    options = parser.parse_args(argv)
+    if len(options.paths) > 2:
+        raise UserError(f"{len(options.paths)} paths are given. Give one to describe it, or two to compare them.")
+    from llava_ft.inference.inspect_weights_command import run_inspect_weights
+
+    paths = [Path(path) for path in options.paths]
+    is_good = run_inspect_weights(paths, sys.stdout, as_json=options.json, all_keys=options.keys)
+    return DONE if is_good else FAILED
+
+
+def _inspect_data(argv: Sequence[str]) -> int:
     parser = _Parser(
         "llava-ft inspect data",
         "Show records as the model will see them: what is supervised, what is cut off, and what is wrong with those "
@@ -282,7 +311,7 @@ def inspect(argv: Sequence[str]) -> int:
     parser.add_argument("--id", nargs="+", default=[], help="show the records with these ids")
     parser.add_argument("--json", action="store_true", help="write one JSON object a line")
     parser.add_argument("--html", metavar="FILE", help="write a page with thumbnails instead")
-    options, flags = parser.parse_known_args(argv[1:] if argv[0] == "data" else argv)
+    options, flags = parser.parse_known_args(argv)
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit is {options.limit}; it must be at least 1.")
     if options.json and options.html:

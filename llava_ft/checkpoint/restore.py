@@ -66,7 +66,7 @@ def _adapter_files(directory: ModelDirectory, force: Force) -> list[WeightFiles]
     adapter = WeightFiles.open(directory.adapter_file)
     if directory.non_lora_file is not None:
         return [adapter, WeightFiles.open(directory.non_lora_file)]
-    if _lacks_projector(directory, adapter):
+    if lacks_projector(directory, adapter):
         refuse_unless(
             force is True,
             f"{directory.path} has an adapter but no {NON_LORA_BIN}: the projector that was trained with it is "
@@ -77,7 +77,7 @@ def _adapter_files(directory: ModelDirectory, force: Force) -> list[WeightFiles]
     return [adapter]
 
 
-def _lacks_projector(directory: ModelDirectory, adapter: WeightFiles) -> bool:
+def lacks_projector(directory: ModelDirectory, adapter: WeightFiles) -> bool:
     """Whether a projector was trained beside an adapter and is not in its file.
 
     LLaVA and this program train it, and write it to a file of its own; PEFT by itself writes all it trains to one file.

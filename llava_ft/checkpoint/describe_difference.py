@@ -1,0 +1,242 @@
+"""The difference of two models, adapters or weight files, under native names, with bounded memory.
+
+Tensors are read in groups: a few of the first, then their counterparts in the second one by one, so a file may be
+divided into shards in any way. Values are compared in blocks, in float32 (float64 where a type needs it).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from llava_ft.checkpoint.describe import Description, describe
+from llava_ft.checkpoint.describe_files import PARTS, TensorHeader
+from llava_ft.checkpoint.names import EMBEDDINGS, HEAD
+from llava_ft.checkpoint.weights import WeightFiles
+from llava_ft.errors import CheckpointError
+
+_BYTES_PER_GROUP: Final = 256 * 2**20
+_VALUES_PER_BLOCK: Final = 2**22
+_WITH_ROWS: Final = (EMBEDDINGS, HEAD)
+_WIDE: Final = (torch.float64, torch.int64, torch.int32)
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """Two tensors of one name that are not the same.
+
+    Attributes:
+        name: Native name.
+        part: What it belongs to.
+        shapes: Shape in the first and in the second.
+        dtypes: Type in the first and in the second.
+        max_difference: Largest |difference| of the values; None where the shapes cannot be compared. Not a number
+            against a number is infinite.
+        relative: That divided by the largest |value| of the first.
+        num_rows: Where only the number of rows differs, as with added tokens: the rows that were compared.
+        is_rounded: Whether the second holds the first's values, rounded to its own type.
+    """
+
+    name: str
+    part: str
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    dtypes: tuple[str, str]
+    max_difference: float | None = None
+    relative: float | None = None
+    num_rows: int | None = None
+    is_rounded: bool = False
+
+
+@dataclass
+class PartDifference:
+    """The difference of one part.
+
+    Attributes:
+        part: One of `PARTS`.
+        num_common: Tensors that both have.
+        num_equal: Those that are equal in shape, type and every bit.
+        max_difference: Largest |difference| of values.
+        relative: Largest relative one.
+        worst: Name of the tensor with the largest |difference|.
+    """
+
+    part: str
+    num_common: int = 0
+    num_equal: int = 0
+    max_difference: float = 0.0
+    relative: float = 0.0
+    worst: str = ""
+
+
+@dataclass
+class Difference:
+    """The difference of two paths.
+
+    Attributes:
+        first: The first.
+        second: The second.
+        only_first: Tensors that only the first has.
+        only_second: Tensors that only the second has.
+        different: Tensors of both that differ.
+        parts: The same by part.
+        unreadable: What could not be compared, and why.
+    """
+
+    first: Description
+    second: Description
+    only_first: list[TensorHeader] = field(default_factory=list[TensorHeader])
+    only_second: list[TensorHeader] = field(default_factory=list[TensorHeader])
+    different: list[TensorDifference] = field(default_factory=list[TensorDifference])
+    parts: list[PartDifference] = field(default_factory=list[PartDifference])
+    unreadable: list[str] = field(default_factory=list[str])
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether both hold the same tensors, bit for bit."""
+        return not (self.only_first or self.only_second or self.different or self.unreadable)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the difference for JSON; what is infinite becomes null."""
+        return {
+            "first": str(self.first.path),
+            "second": str(self.second.path),
+            "equal": self.is_equal,
+            "only_first": [tensor.name for tensor in self.only_first],
+            "only_second": [tensor.name for tensor in self.only_second],
+            "different": [_finite(asdict(one)) for one in self.different],
+            "parts": [_finite(asdict(part)) for part in self.parts],
+            "unreadable": self.unreadable,
+        }
+
+
+@dataclass(frozen=True)
+class _Tensors:
+    """Tensors of several files, each under its native name."""
+
+    headers: dict[str, TensorHeader]
+    files: dict[str, WeightFiles]
+
+    @classmethod
+    def open(cls, description: Description, unreadable: list[str]) -> "_Tensors":
+        headers: dict[str, TensorHeader] = {}
+        files: dict[str, WeightFiles] = {}
+        for scan in description.files:
+            if scan.path.name not in description.read or not scan.tensors:
+                continue
+            try:
+                files[scan.path.name] = WeightFiles.open(scan.path)
+            except CheckpointError as error:
+                unreadable.append(str(error))
+                continue
+            headers |= {tensor.name: tensor for tensor in scan.tensors if tensor.part != "derived"}
+        return cls(headers, files)
+
+    def stream(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        by_file: dict[str, dict[str, str]] = {}
+        for name in names:
+            tensor = self.headers[name]
+            by_file.setdefault(tensor.file, {})[tensor.key] = name
+        for file, keys in by_file.items():
+            for key, value in self.files[file].stream(keys):
+                yield keys[key], value
+
+
+def compare(first: Path, second: Path) -> Difference:
+    """Compare two files or directories.
+
+    Raises:
+        CheckpointError: One does not exist, or holds no tensors of its own.
+    """
+    found = Difference(describe(first), describe(second))
+    found.unreadable += found.first.damaged + found.second.damaged + found.first.missing + found.second.missing
+    ours, theirs = (_Tensors.open(one, found.unreadable) for one in (found.first, found.second))
+    for description, tensors in ((found.first, ours), (found.second, theirs)):
+        if not tensors.headers and not description.damaged:
+            raise CheckpointError(f"{description.path} holds no tensors to compare. {description.what}")
+    found.unreadable = list(dict.fromkeys(found.unreadable))
+    found.only_first = [tensor for name, tensor in ours.headers.items() if name not in theirs.headers]
+    found.only_second = [tensor for name, tensor in theirs.headers.items() if name not in ours.headers]
+    by_part = {part: PartDifference(part) for part in PARTS}
+    common = [name for name in ours.headers if name in theirs.headers]
+    for name, one, other in _pairs(ours, theirs, common):
+        part = by_part[ours.headers[name].part]
+        part.num_common += 1
+        difference = _difference(ours.headers[name], theirs.headers[name], one, other)
+        if difference is None:
+            part.num_equal += 1
+            continue
+        found.different.append(difference)
+        part.relative = max(part.relative, difference.relative or 0.0)
+        if not part.worst or (difference.max_difference or 0.0) > part.max_difference:
+            part.max_difference, part.worst = difference.max_difference or 0.0, name
+    found.parts = [part for part in by_part.values() if part.num_common]
+    return found
+
+
+def _pairs(ours: _Tensors, theirs: _Tensors, names: list[str]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    group: list[str] = []
+    num_bytes = 0
+    ordered = sorted(names, key=lambda name: list(ours.files).index(ours.headers[name].file))
+    for name in ordered:
+        group.append(name)
+        num_bytes += ours.headers[name].num_bytes
+        if num_bytes >= _BYTES_PER_GROUP:
+            yield from _pairs_of_group(ours, theirs, group)
+            group, num_bytes = [], 0
+    yield from _pairs_of_group(ours, theirs, group)
+
+
+def _pairs_of_group(
+    ours: _Tensors, theirs: _Tensors, names: list[str]
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    held = {name: value.clone() for name, value in ours.stream(names)}
+    for name, value in theirs.stream(names):
+        yield name, held.pop(name), value
+
+
+def _difference(
+    first: TensorHeader, second: TensorHeader, one: torch.Tensor, other: torch.Tensor
+) -> TensorDifference | None:
+    """Compare two tensors; None if they are equal bit for bit."""
+    if first.shape == second.shape and one.dtype == other.dtype and _has_same_bits(one, other):
+        return None
+    shapes, dtypes = (first.shape, second.shape), (first.dtype, second.dtype)
+    num_rows = None
+    if first.shape != second.shape:
+        if first.name not in _WITH_ROWS or first.shape[1:] != second.shape[1:]:
+            return TensorDifference(first.name, first.part, shapes, dtypes)
+        num_rows = min(first.shape[0], second.shape[0])
+        one, other = one[:num_rows], other[:num_rows]
+    difference, scale = _largest(one, other)
+    relative = difference / scale if scale else math.inf if difference else 0.0
+    is_rounded = one.dtype != other.dtype and difference > 0 and _has_same_bits(one.to(other.dtype), other)
+    return TensorDifference(first.name, first.part, shapes, dtypes, difference, relative, num_rows, is_rounded)
+
+
+def _has_same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if not one.numel():
+        return True
+    return torch.equal(one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8))
+
+
+def _largest(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
+    """Return the largest |difference| and the largest |value| of the first; both not a number counts as equal."""
+    compute = torch.float64 if one.dtype in _WIDE or other.dtype in _WIDE else torch.float32
+    largest, scale = 0.0, 0.0
+    flat, counterpart = one.reshape(-1), other.reshape(-1)
+    for start in range(0, flat.numel(), _VALUES_PER_BLOCK):
+        a, b = (values[start : start + _VALUES_PER_BLOCK].to(compute) for values in (flat, counterpart))
+        same = (a == b) | (a.isnan() & b.isnan())
+        difference = torch.where(same, torch.zeros_like(a), (a - b).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
+        largest = max(largest, difference.max().item())
+        scale = max(scale, a.abs().nan_to_num(nan=0.0, posinf=0.0).max().item())
+    return largest, scale
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+    }
