@@ -6,6 +6,7 @@ import logging
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,16 +18,16 @@ from llava_ft.checkpoint.export.llava import export_llava
 from llava_ft.checkpoint.export.options import ExportOptions
 from llava_ft.checkpoint.lineage import record_lineage
 from llava_ft.checkpoint.manifest import Manifest
-from llava_ft.checkpoint.names import is_vision, native_name
+from llava_ft.checkpoint.names import CONFIG, is_vision, native_name
 from llava_ft.checkpoint.overrides import collect_ignored
 from llava_ft.checkpoint.proof import CONVERSION_REPORT, ConversionReport
 from llava_ft.checkpoint.save import parse_size, staged_directory
-from llava_ft.checkpoint.weights import WeightFiles
+from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.checkpoint.whole import WholeModel, open_whole
 from llava_ft.errors import CheckpointError, RunError, UserError
 from llava_ft.inference.gguf_model import load_gguf
 from llava_ft.inference.hf_speaker import HfSpeaker
-from llava_ft.inference.load import load_model
+from llava_ft.inference.load import LoadedModel, load_model
 from llava_ft.inference.verify import (
     RELATIVE_BOUNDS,
     NativeSpeaker,
@@ -128,8 +129,8 @@ def _export(request: argparse.Namespace, whole: WholeModel, staging: Path, optio
         report.notes.append("the logits were not compared (--no-verify)")
         return report
     written = options.dtype or whole.dtype
-    is_native = not options.adapter_only and request.format != "gguf"
-    dtype = computing_dtype(staging if is_native else whole.base.directory.path, written, free_memory())
+    is_whole = not options.adapter_only and request.format != "gguf"
+    dtype = computing_dtype(staging if is_whole else whole.base.directory.path, written, free_memory())
     source = load_model(
         str(whole.directory.path),
         request.model_base,
@@ -139,12 +140,22 @@ def _export(request: argparse.Namespace, whole: WholeModel, staging: Path, optio
         force=options.force,
         adapter="beside",
     )
+    if is_whole:
+        _keep_to_shared_tokens(source, staging)
     questions = fixed_questions(source.model.config)
     expected = Recorded(NativeSpeaker(source), questions)
     del source
     result = _result(request, whole, staging, dtype)
     prove(report, expected, result, questions, _bound(whole, report, dtype, options))
     return report
+
+
+def _keep_to_shared_tokens(source: LoadedModel, staging: Path) -> None:
+    """Let the source answer with tokens that the result has too: rows that are left out stand for no text."""
+    num_rows = read_json(staging / CONFIG).get("vocab_size", source.model.config.vocab_size)
+    if num_rows < source.model.config.vocab_size:
+        settings: Any = source.model.generation_config
+        settings.suppress_tokens = list(range(num_rows, source.model.config.vocab_size))
 
 
 def _result(request: argparse.Namespace, whole: WholeModel, staging: Path, dtype: torch.dtype) -> Speaker:

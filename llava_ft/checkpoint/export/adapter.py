@@ -9,6 +9,7 @@ The way back gives the files of the source, byte for byte: their names, the orde
 in the folder `source/` of what was exported.
 """
 
+import copy
 import hashlib
 import re
 import shutil
@@ -17,10 +18,13 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
+from peft import LoraConfig
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType] - a bare PathLike
 
 from llava_ft.checkpoint.adapter import LoraAdapter
 from llava_ft.checkpoint.export.hf import hf_config, image_settings
+from llava_ft.checkpoint.export.native_record import read_weight_record
+from llava_ft.checkpoint.export.native_tokenizer import num_native_rows
 from llava_ft.checkpoint.export.options import ExportOptions
 from llava_ft.checkpoint.export.peft_keys import check_taken
 from llava_ft.checkpoint.export.processor import write_image_processor
@@ -41,7 +45,7 @@ from llava_ft.checkpoint.names import (
 )
 from llava_ft.checkpoint.proof import ConversionReport
 from llava_ft.checkpoint.restore import plain_name
-from llava_ft.checkpoint.save import config_fields, write_json
+from llava_ft.checkpoint.save import adapter_config_fields, config_fields, write_json
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.checkpoint.whole import WholeModel
 from llava_ft.errors import CheckpointError, RunError
@@ -146,12 +150,25 @@ def _write(whole: WholeModel, target: Path, tensors: Mapping[str, torch.Tensor],
         torch.save(lora, target / ADAPTER_BIN)
         if beside:
             torch.save({PEFT_PREFIX + name: tensors[name] for name in tensors if name in beside}, target / NON_LORA_BIN)
-        write_json(target / CONFIG, config_fields(whole.config, whole.dtype))
+        write_json(target / CONFIG, _native_config(whole))
     write_json(target / ADAPTER_CONFIG, _adapter_config(whole, bool(beside), layout))
 
 
+def _native_config(whole: WholeModel) -> dict[str, Any]:
+    """Return `config.json` of the whole model, whose vocabulary is that of its native base."""
+    config = copy.deepcopy(whole.config)
+    if whole.base.directory.layout == "hf":
+        record = read_weight_record(whole.base.directory.path)
+        at_least = record.num_rows if record is not None else 0
+        config.vocab_size = num_native_rows(whole.tokenizer, config.vocab_size, at_least)
+    return config_fields(config, whole.dtype)
+
+
 def _adapter_config(whole: WholeModel, has_projector: bool, layout: Layout) -> dict[str, Any]:
-    """Return `adapter_config.json`: the source's, with what names modules written anew."""
+    """Return `adapter_config.json`: the source's, with what names modules written anew.
+
+    Original LLaVA's is written as its PEFT reads it, without keys that came later and have their default.
+    """
     lora = _the_adapter(whole)
     fields = read_json(lora.path / ADAPTER_CONFIG)
     rename = module_name if layout == "hf" else str
@@ -169,7 +186,10 @@ def _adapter_config(whole: WholeModel, has_projector: bool, layout: Layout) -> d
     }
     for name in ("exclude_modules", "layers_to_transform", "layers_pattern", "auto_mapping"):
         fields.pop(name, None)
-    return dict(sorted(fields.items()))
+    if layout == "hf":
+        return dict(sorted(fields.items()))
+    known = {name: value for name, value in fields.items() if name in LoraConfig.__dataclass_fields__}
+    return adapter_config_fields(LoraConfig(**known))
 
 
 def target_expression(modules: list[str]) -> str:

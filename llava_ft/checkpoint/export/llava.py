@@ -69,6 +69,11 @@ def export_llava(whole: WholeModel, target: Path, options: ExportOptions) -> Con
             f"the vision tower is left out, as before the export it came from: its values are those of "
             f"{whole.config.mm_vision_tower}"
         )
+    if whole.config.mm_vision_tower is None:
+        report.notes.append(
+            "mm_vision_tower is null: nothing says which CLIP the tower was. This program needs no name, original "
+            "LLaVA does: write it into config.json"
+        )
     prove_tensors(report, whole, CompletedFiles(target, whole), with_tower=True)
     return report
 

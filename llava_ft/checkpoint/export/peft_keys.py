@@ -54,7 +54,8 @@ def check_taken(directory: Path, config: LlavaLlamaConfig, layout: Literal["llav
     adapter = cast("Any", LoraConfig).from_pretrained(str(directory))
     model.name_or_path = adapter.base_model_name_or_path  # PEFT compares the two, and warns
     wrapped = cast("Any", get_peft_model)(model, adapter, low_cpu_mem_usage=True)
-    looked_for = {key: tuple(value.shape) for key, value in cast("Any", _state_dict)(wrapped).items()}
+    state = cast("Any", _state_dict)(wrapped, save_embedding_layers=False)  # or PEFT looks into the base's directory
+    looked_for = {key: tuple(value.shape) for key, value in state.items()}
     files = [directory / name for name in (ADAPTER_BIN, ADAPTER_SAFETENSORS) if (directory / name).is_file()]
     found = {_as_peft_saves(key): info.shape for file in files for key, info in WeightFiles.open(file).tensors.items()}
     wrong = sorted(key for key in looked_for.keys() | found.keys() if looked_for.get(key) != found.get(key))
