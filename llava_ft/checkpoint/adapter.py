@@ -48,11 +48,11 @@ class LoraAdapter:
 
     Attributes:
         path: The directory.
-        factors: A `(r, in)` and B `(out, r)`, float32, for each weight they change, by its native name.
+        factors: A `(r, in)` and B `(out, r)`, as on disk, for each weight they change, by its native name.
         scales: Factor of B A for each such weight.
         beside: The files that hold what was trained beside them, under keys of `replaced`.
         replaced: For each of these files the native names, by key, of the values that replace the base's.
-        magnitudes: With DoRA: the length of each row of the weight, `(out,)` float32, by the weight's native name.
+        magnitudes: With DoRA: the length of each row of the weight, `(out,)`, by the weight's native name.
         biases: With `lora_bias`: what is added to the bias of a layer, `(out,)` float32, by the bias's native name.
         alphas: `lora_alpha` of each weight.
         use_rslora: Whether alpha is divided by the root of the rank.
@@ -98,7 +98,7 @@ class LoraAdapter:
                 f"{m}.weight": found["magnitude_vector"] for m, found in parts.items() if config.get("use_dora")
             },
             biases={
-                f"{module}.bias": scales[f"{module}.weight"] * found["B.bias"]
+                f"{module}.bias": scales[f"{module}.weight"] * found["B.bias"].float()
                 for module, found in parts.items()
                 if "B.bias" in found
             },
@@ -177,9 +177,9 @@ def merged(
         block = weight[rows].to(torch.float32, copy=True)
         for share, adapter in adapters:
             a, b = adapter.factors[name]
-            block.add_(b[rows] @ a, alpha=share * adapter.scales[name])
+            block.add_(b[rows].float() @ a.float(), alpha=share * adapter.scales[name])
             if name in adapter.magnitudes:
-                block.mul_((adapter.magnitudes[name][rows] / block.square().sum(dim=1).sqrt())[:, None])
+                block.mul_((adapter.magnitudes[name][rows].float() / block.square().sum(dim=1).sqrt())[:, None])
         result[rows] = block
     return result
 
@@ -210,7 +210,7 @@ def _lora_parts(files: WeightFiles) -> tuple[dict[str, dict[str, torch.Tensor]],
             raise CheckpointError(f"{files.path} holds {key}, which is no LoRA matrix of a linear layer.")
     for key, tensor in files.read(wanted).items():
         module = wanted[key]["module"]
-        parts.setdefault(module, {})[wanted[key]["part"].replace("vector.weight", "vector")] = tensor.float()
+        parts.setdefault(module, {})[wanted[key]["part"].replace("vector.weight", "vector")] = tensor
         original[module] = re.sub(r"^(?:base_model\.model\.)+|\.lora_.*$", "", key)
     return parts, original
 

@@ -201,7 +201,6 @@ def _normalised(adapters: Adapters, different: Sequence[str]) -> list[float]:
 
 
 def _averaged_note(names: Sequence[str], shares: Sequence[float]) -> str:
-    return (
-        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} were trained beside the adapters to "
-        f"different values; they are averaged, {' : '.join(f'{share:.3g}' for share in shares)}"
-    )
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    ratio = " : ".join(f"{share:.3g}" for share in shares)
+    return f"trained beside the adapters to different values, and averaged {ratio}: {names[0]}{more}"

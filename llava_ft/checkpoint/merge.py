@@ -11,12 +11,14 @@ on.
 """
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 
 from llava_ft.checkpoint.directory import ModelDirectory
 from llava_ft.checkpoint.lineage import record_lineage
@@ -25,12 +27,13 @@ from llava_ft.checkpoint.names import CONFIG
 from llava_ft.checkpoint.overrides import Force, collect_ignored
 from llava_ft.checkpoint.proof import ConversionReport, prove_tensors
 from llava_ft.checkpoint.save import ShardWriter, config_fields, staged_directory, write_json
+from llava_ft.checkpoint.shard_files import Layout, ShardFiles
 from llava_ft.checkpoint.trained import open_trained
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.checkpoint.whole import WholeModel
 from llava_ft.data.image_processor import copy_image_settings
 from llava_ft.data.tokenizer import save_tokenizer
-from llava_ft.errors import CheckpointError
+from llava_ft.errors import CheckpointError, RunError, UserError
 from llava_ft.tuning.quant import Quantization
 
 _GENERATION_CONFIG = "generation_config.json"
@@ -106,7 +109,7 @@ def merge_all(
         trained = open_trained(shares, model_base, vision_tower=vision_tower, force=options.force)
         whole = WholeModel(trained, options.quantization)
         report = ConversionReport("merge", _named(shares), str(save_path), notes=list(trained.notes))
-        with staged_directory(save_path) as staging:
+        with _failures_of_disks(save_path), staged_directory(save_path) as staging:
             _write_merged(staging, whole, report, options)
             prove_tensors(report, whole, WeightFiles.open(staging), with_tower=options.save_vision_tower)
             if verify is not None:
@@ -125,6 +128,32 @@ def merge_all(
     return report
 
 
+def _check_space(staging: Path, layout: Layout) -> None:
+    """Refuse a merge for which the disk has no room, before any weight is read."""
+    needed = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in layout.values())
+    free = shutil.disk_usage(staging).free
+    if needed > free:
+        raise UserError(
+            f"The merged model takes {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free in {staging.parent}. "
+            "Free some space, or give another --save-model-path."
+        )
+
+
+@contextmanager
+def _failures_of_disks(save_path: Path) -> Generator[None]:
+    """Tell what an operating system or a library says of a full or broken disk as a failed run."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch's writer of .bin files has no error of its own.
+        if isinstance(error, RunError) or (type(error) is RuntimeError and "PytorchStreamWriter" not in str(error)):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise RunError(
+            f"{save_path} could not be written: {reason}. Nothing was kept; see that the disk is whole and has room."
+        ) from error
+
+
 def _named(shares: Sequence[tuple[float, ModelDirectory]]) -> str:
     """Name what is merged, with the weights if they matter."""
     if len(shares) == 1 and shares[0][0] == 1.0:
@@ -140,7 +169,13 @@ def _check_target(save_path: Path) -> None:
 
 
 def _write_merged(staging: Path, whole: WholeModel, report: ConversionReport, options: MergeOptions) -> None:
-    writer = ShardWriter(staging, max_shard_bytes=options.max_shard_bytes, weights_format=options.weights_format)
+    layout = whole.layout(options.dtype, with_tower=options.save_vision_tower)
+    _check_space(staging, layout)
+    writer = (
+        ShardFiles(staging, layout, max_shard_bytes=options.max_shard_bytes)
+        if options.weights_format == "safetensors"
+        else ShardWriter(staging, max_shard_bytes=options.max_shard_bytes, weights_format="bin")
+    )
     for piece in whole.stream(options.dtype, with_tower=options.save_vision_tower):
         report.count(piece)
         writer.add(piece.name, piece.value)

@@ -81,10 +81,10 @@ class ConversionReport:
         if self.changed:
             largest = sorted(self.changed, key=lambda change: -(change["relative"] or 0))[:_SHOWN]
             shown = "; ".join(f"{c['name']} by {c['max_difference']:.3g} ({c['relative'] or 0:.2%})" for c in largest)
-            lines.append(f"{len(self.changed)} tensors differ from the base's, most of all {shown}")
+            lines.append(f"different from the base's: {len(self.changed)}, most of all {shown}")
         if self.frozen["tensors"]:
             state = {True: "bit-identical to the base", None: "the base's, rounded once to another type"}
-            lines.append(f"{self.frozen['tensors']} tensors are frozen: {state[self.frozen['bit_identical']]}")
+            lines.append(f"frozen: {self.frozen['tensors']}, {state[self.frozen['bit_identical']]}")
         lines += [
             f"{entry['input']}: max |difference of logits| {entry['max_difference']:.3g} "
             f"(bound {entry['bound']:.3g}, largest logit {entry['scale']:.3g})"
@@ -169,9 +169,9 @@ def _check_changed(whole: WholeModel, name: str, before: torch.Tensor, after: to
                 wanted = wanted + share * adapter.biases[name][rows]
             if name in adapter.factors:
                 a, b = adapter.factors[name]
-                wanted = wanted + (share * adapter.scales[name]) * torch.einsum("or,ri->oi", b[rows], a)
+                wanted = wanted + (share * adapter.scales[name]) * torch.einsum("or,ri->oi", b[rows].float(), a.float())
             if name in adapter.magnitudes:
-                wanted = torch.nn.functional.normalize(wanted, dim=1) * adapter.magnitudes[name][rows, None]
+                wanted = torch.nn.functional.normalize(wanted, dim=1) * adapter.magnitudes[name][rows, None].float()
         accumulated = 2e-6 * torch.maximum(old.abs().amax(), wanted.abs().amax())
         off = (after[rows].float() - wanted).abs() - (rounding * wanted.abs() + accumulated + smallest)
         if not bool((off <= 0).all()):

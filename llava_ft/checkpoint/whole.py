@@ -88,7 +88,21 @@ class WholeModel:
 
     def names(self, *, with_tower: bool) -> list[str]:
         """Native names of the tensors that `stream` yields, in its order."""
-        return [name for name, _, _ in self._planned(with_tower)]
+        return list(self.layout(with_tower=with_tower))
+
+    def layout(
+        self, dtype: torch.dtype | None = None, *, with_tower: bool
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of the tensors that `stream` yields, in its order."""
+        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        for index, source in enumerate(self._sources(with_tower)):
+            infos = source.files.tensors
+            wanted = {key: name for key, name in source.names.items() if self._plan.get(name) == (index, key)}
+            files = {file: place for place, file in enumerate(dict.fromkeys(infos[key].file for key in wanted))}
+            for key in sorted(wanted, key=lambda key: files[infos[key].file]):
+                name = wanted[key]
+                found[name] = self.shapes[name], self._dtype(name, infos[key].dtype, dtype)
+        return found
 
     def origin(self, name: str) -> Origin:
         """Say where a parameter's value comes from; see `Piece`."""
@@ -110,22 +124,24 @@ class WholeModel:
         """
         for name, source, tensor in self._values(with_tower):
             origin = self.origin(name)
-            to = dtype or (tensor.dtype if origin == "frozen" else self.dtype)
-            yield Piece(name, self._finished(name, tensor, to), origin, self._label(origin, source))
+            value = self._finished(name, tensor, self._dtype(name, tensor.dtype, dtype))
+            yield Piece(name, value, origin, self._label(origin, source))
 
     def before(self, name: str) -> torch.Tensor | None:
-        """Return the value that the base itself has for a parameter, as on disk; None if the base does not hold it."""
+        """Return the value that the base itself has for a parameter, as on disk; None if the base does not hold it.
+
+        It is not to be changed: its memory is the file.
+        """
         for source in self.base.sources:
             if source.label in ("base model", "vision tower") and name in self._keys[id(source)]:
-                key = self._keys[id(source)][name]
-                return source.files.read([key])[key]
+                return _mapped(source, self._keys[id(source)][name])
         return None
 
     def on_disk(self, name: str) -> tuple[str, torch.Tensor]:
-        """Return the value of a parameter in the file it is taken from, and what that file is."""
+        """Return what file a parameter is taken from, and its value there; it is not to be changed."""
         index, key = self._plan[name]
         source = self.base.sources[index]
-        return f"the {source.label} {source.files.path}", source.files.read([key])[key]
+        return f"the {source.label} {source.files.path}", _mapped(source, key)
 
     def quantized_value(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return what a weight is worth after being quantised, if this model is made of such weights."""
@@ -145,11 +161,8 @@ class WholeModel:
     def _values(self, with_tower: bool) -> Iterator[tuple[str, WeightSource, torch.Tensor]]:
         return stream_planned(self._sources(with_tower), self._plan)
 
-    def _planned(self, with_tower: bool) -> Iterator[tuple[str, WeightSource, str]]:
-        for index, source in enumerate(self._sources(with_tower)):
-            for key, name in source.names.items():
-                if self._plan.get(name) == (index, key):
-                    yield name, source, key
+    def _dtype(self, name: str, on_disk: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+        return wanted or (on_disk if self.origin(name) == "frozen" else self.dtype)
 
     def _sources(self, with_tower: bool) -> list[WeightSource]:
         """The sources in their order; a tower that is not wanted has no names, so that nothing of it is read."""
@@ -196,6 +209,10 @@ def open_whole(
     """
     trained = open_trained([(1.0, directory)], model_base, vision_tower=vision_tower, force=force)
     return WholeModel(trained, quantization)
+
+
+def _mapped(source: WeightSource, key: str) -> torch.Tensor:
+    return next(tensor for _, tensor in source.files.stream([key]))
 
 
 def _most_common_dtype(base: BaseModel) -> torch.dtype:
