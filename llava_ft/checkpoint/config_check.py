@@ -1,29 +1,30 @@
 """A configuration is compared with the shapes of its weights before a model is built from it.
 
-Parameters are built without memory, but not the modules that hold them, nor what follows from sizes: rotary
-frequencies, numbers of positions. A `config.json` that asks for a billion layers would take all of the memory before a
-missing weight could be reported.
+Layers are Python objects whatever their weights take, each parameter is reserved for a moment before it is taken away
+again, and rotary frequencies and numbers of positions stay in memory. A `config.json` that asks for a billion layers
+would take all of the memory before a missing weight could be reported.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 from llava_ft.checkpoint.load import WeightSource
-from llava_ft.checkpoint.names import VISION_PREFIX
+from llava_ft.checkpoint.names import EMBEDDINGS, VISION_PREFIX
 from llava_ft.errors import CheckpointError
 from llava_ft.models.config import LlavaLlamaConfig
 
-_QUERY = "model.layers.0.self_attn.q_proj.weight"
-_POSITIONS = f"{VISION_PREFIX}embeddings.position_embedding.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _VISION_LAYER = re.compile(re.escape(VISION_PREFIX) + r"encoder\.layers\.(\d+)\.")
 
+_Shapes = Mapping[str, tuple[int, ...]]
+_Size = tuple[str, int, int, str]
+"""Name in the configuration, its value, the value that the files can hold, and where they say so."""
+
 
 def check_config(config: LlavaLlamaConfig, sources: Iterable[WeightSource], where: str) -> None:
-    """Refuse a configuration whose sizes are not those of the weights.
+    """Refuse a configuration that asks for more than its weights hold.
 
-    Checked is what takes memory when the model is built; the shape of each weight is compared afterwards, by
-    `plan_sources`.
+    What is too small is left to `plan_sources`, which compares every shape.
 
     Args:
         config: The settled configuration.
@@ -33,37 +34,52 @@ def check_config(config: LlavaLlamaConfig, sources: Iterable[WeightSource], wher
     Raises:
         CheckpointError: It asks for more than the files hold.
     """
-    shapes = {name: source.files.tensors[key].shape for source in sources for key, name in source.names.items()}
-    _check_layers("num_hidden_layers", config.num_hidden_layers, _LAYER, shapes, where)
-    query = shapes.get(_QUERY)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for source in sources:
+        shapes |= {name: source.files.tensors[key].shape for key, name in source.names.items()}
+    for field, wanted, held, proof in (*_language_sizes(config, shapes), *_vision_sizes(config, shapes)):
+        if wanted > held:
+            raise CheckpointError(
+                f"The configuration of {where} says {field}={wanted:,}, but by {proof} it can be {held:,}. Is a file "
+                "missing, or does config.json belong to another model?"
+            )
+
+
+def _language_sizes(config: LlavaLlamaConfig, shapes: _Shapes) -> Iterator[_Size]:
+    first = "model.layers.0."
+    query, gate = f"{first}self_attn.q_proj.weight", f"{first}mlp.gate_proj.weight"
     heads = config.num_attention_heads
+    yield "num_hidden_layers", config.num_hidden_layers, *_layers(_LAYER, shapes)
+    yield "vocab_size", config.vocab_size, _size(shapes, EMBEDDINGS, 0), EMBEDDINGS
+    yield "hidden_size", config.hidden_size, _size(shapes, EMBEDDINGS, 1), EMBEDDINGS
+    yield "intermediate_size", config.intermediate_size, _size(shapes, gate, 0), gate
     width = config.head_dim or config.hidden_size // max(heads, 1)
-    if query is None or heads * width != query[0]:
-        held = 0 if query is None else query[0]
-        raise CheckpointError(
-            f"The configuration of {where} says {heads} heads of {width} values, but {_QUERY} has {held} rows. It "
-            "belongs to another model; copy the right config.json."
-        )
-    vision, positions = config.vision_config, shapes.get(_POSITIONS)
+    yield "num_attention_heads x head_dim", heads * width, _size(shapes, query, 0), query
+
+
+def _vision_sizes(config: LlavaLlamaConfig, shapes: _Shapes) -> Iterator[_Size]:
+    vision = config.vision_config
     if vision is None:
         return
-    _check_layers("num_hidden_layers of the vision tower", vision.num_hidden_layers, _VISION_LAYER, shapes, where)
+    positions = f"{VISION_PREFIX}embeddings.position_embedding.weight"
+    patches = f"{VISION_PREFIX}embeddings.patch_embedding.weight"
+    middle = f"{VISION_PREFIX}encoder.layers.0.mlp.fc1.weight"
     image_size, patch_size = vision.image_size, vision.patch_size
     assert isinstance(image_size, int)
     assert isinstance(patch_size, int)
-    if positions is None or (image_size // max(patch_size, 1)) ** 2 + 1 != positions[0]:
-        held = 0 if positions is None else positions[0] - 1
-        raise CheckpointError(
-            f"The configuration of {where} says images of {image_size} pixels in patches of {patch_size}, but its "
-            f"vision tower has {held} positions for patches. It belongs to another tower; copy the right "
-            "config.json."
-        )
+    yield "num_hidden_layers of the vision tower", vision.num_hidden_layers, *_layers(_VISION_LAYER, shapes)
+    yield "hidden_size of the vision tower", vision.hidden_size, _size(shapes, positions, 1), positions
+    yield "intermediate_size of the vision tower", vision.intermediate_size, _size(shapes, middle, 0), middle
+    yield "num_channels", vision.num_channels, _size(shapes, patches, 1), patches
+    yield "patch_size", patch_size, _size(shapes, patches, 2), patches
+    per_side = image_size // max(patch_size, 1)
+    yield "(image_size / patch_size)^2 + 1", per_side**2 + 1, _size(shapes, positions, 0), positions
 
 
-def _check_layers(field: str, wanted: int, pattern: re.Pattern[str], names: Iterable[str], where: str) -> None:
-    held = len({match[1] for name in names if (match := pattern.match(name))})
-    if wanted > held:
-        raise CheckpointError(
-            f"The configuration of {where} says {field}={wanted:,}, but its files hold {held} layers. Is a shard "
-            "missing, or does config.json belong to another model?"
-        )
+def _size(shapes: _Shapes, name: str, dimension: int) -> int:
+    shape = shapes.get(name, ())
+    return shape[dimension] if dimension < len(shape) else 0
+
+
+def _layers(pattern: re.Pattern[str], names: Iterable[str]) -> tuple[int, str]:
+    return len({match[1] for name in names if (match := pattern.match(name))}), "the layers in its files"
