@@ -15,6 +15,7 @@ from llava_ft.checkpoint.describe_missing import missing_in_directory, missing_i
 from llava_ft.checkpoint.describe_parts import PartSummary, summarise
 from llava_ft.checkpoint.describe_words import Needs, kind_of_directory, kind_of_tensors, needs_of, sentence
 from llava_ft.checkpoint.directory import read_config
+from llava_ft.checkpoint.lineage import LINEAGE
 from llava_ft.checkpoint.names import ADAPTER_CONFIG, CONFIG
 from llava_ft.checkpoint.select_files import Selection, select_weights
 from llava_ft.checkpoint.weights import read_json
@@ -243,6 +244,8 @@ def _notes(path: Path, selection: Selection, scans: Sequence[FileScan]) -> list[
     steps = sorted((entry.name for entry in path.glob("checkpoint-*") if entry.is_dir()), key=lambda n: (len(n), n))
     if steps:
         notes.append(f"It also holds {len(steps)} checkpoints of the run: {_some(steps)}.")
+    if (path / LINEAGE).is_file():
+        notes.append(f"`llava-ft inspect lineage {path}` says what it was made from.")
     if any(path.glob("global_step*")):
         notes.append("It also holds DeepSpeed's files, to resume from.")
     return notes

@@ -5,6 +5,7 @@ error. Where nobody types the questions, the first that cannot be answered ends 
 """
 
 import signal
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Final
 from transformers import set_seed
 
 from llava_ft.constants import IMAGE_TOKEN
-from llava_ft.errors import UserError
+from llava_ft.errors import RunError, UserError
 from llava_ft.inference.chat_files import find_typed_path, save_conversation
 from llava_ft.inference.chat_screen import Screen
 from llava_ft.inference.dialogue import Dialogue, Picture, Question
@@ -34,6 +35,8 @@ _HELP: Final = """\
 /exit          end; so does Ctrl-D
 Ctrl-C stops an answer. A line that ends with \\ goes on in the next one. A question that begins with a slash is
 written with two."""
+
+_SECONDS_WITHOUT_CTRL_C: Final = 0.3
 
 
 @dataclass
@@ -68,12 +71,13 @@ class Chat:
 
         Raises:
             UserError: A line cannot be carried out and nobody is there to read why.
+            RunError: An answer failed, likewise.
         """
         for line in lines:
             try:
                 if not self.take(line):
                     return
-            except UserError as error:
+            except (UserError, RunError) as error:
                 if not self.is_interactive:
                     raise
                 self.screen.notice(str(error))
@@ -243,4 +247,8 @@ class Chat:
         except KeyboardInterrupt:
             interrupt.is_set = True
         finally:
+            if interrupt.is_set:
+                # One Ctrl-C too many would otherwise be noticed by the next prompt, and take a line away.
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                time.sleep(_SECONDS_WITHOUT_CTRL_C)
             signal.signal(signal.SIGINT, previous)

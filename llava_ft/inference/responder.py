@@ -19,7 +19,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from llava_ft.constants import IMAGE_TOKEN_INDEX
 from llava_ft.conversation import Template
 from llava_ft.data.tokenize import tokenize_prompt
-from llava_ft.errors import UserError
+from llava_ft.errors import RunError, UserError
 from llava_ft.inference.dialogue import Picture, ask_for_fewer
 from llava_ft.inference.generate import Sampling
 from llava_ft.inference.load import LoadedModel
@@ -118,6 +118,7 @@ class Responder:
 
         Raises:
             UserError: As in `check`.
+            RunError: The GPU's memory is exhausted.
         """
         entries = self._entries(prompt, pictures)
         if sampling.num_beams > 1:
@@ -135,6 +136,12 @@ class Responder:
         read, self._read = entries, []  # nothing counts as read if this ends in an error
         try:
             ids = self._generate(entries, num_reused, template, options)
+        except torch.OutOfMemoryError:
+            self.forget()
+            raise RunError(
+                f"The memory of the GPU is too small for this conversation of {len(entries):,} tokens. Begin anew "
+                "(/clear), or load the model with --bits 8 or --bits 4."
+            ) from None
         except BaseException:
             self.forget()
             raise

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationMixin
 
 from llava_ft import cli
 from llava_ft.conversation import TEMPLATES, TemplateStyle, get_template
 from llava_ft.data.inspection.terminal import visible
 from llava_ft.data.schema import parse_record
 from llava_ft.data.tokenize import SampleTokenizer, tokenize_prompt
-from llava_ft.errors import UserError
+from llava_ft.errors import RunError, UserError
 from llava_ft.inference.chat import Chat
 from llava_ft.inference.chat_files import find_typed_path, piped_lines
 from llava_ft.inference.chat_screen import ColumnScreen, PipeScreen, display_width, wrap
@@ -177,6 +178,20 @@ def test_an_answer_that_broke_off_leaves_no_memory(loaded: LoadedModel):
         kept.answer("Hello you", [], V1, SHORT, write=fail)
     again = kept.answer("Hello", [], V1, SHORT)
     assert (again.ids, again.num_reused) == (expected, 0)
+
+
+def test_too_little_memory_ends_an_answer_and_not_the_chat(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch):
+    def exhausted(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    typed = Typed([single_voice(loaded, "model", None)], is_interactive=True)
+    (answer,) = typed.take("Hello")
+    with monkeypatch.context() as patch:
+        patch.setattr(GenerationMixin, "generate", exhausted)
+        typed.take("And why?")
+        with pytest.raises(RunError, match="The memory of the GPU is too small for this conversation"):
+            Typed([single_voice(loaded, "model", None)]).take("Hello")
+    assert typed.take("/clear", "Hello") == [answer]
 
 
 def test_beams_answer_without_memory(loaded: LoadedModel):
@@ -582,7 +597,10 @@ def test_somebody_types(tmp_path: Path):
         terminal.wait_for("What is this?\r\n")
         terminal.wait_for_more()
         terminal.press_ctrl_c()
-        terminal.wait_for("Stopped. What was written stays in the conversation.")
+        terminal.press_ctrl_c()
+        terminal.wait_for("Stopped. ")
+        terminal.wait_for("> ")
+        terminal.type("/clear\n")
         terminal.wait_for("> ")
         terminal.type("/undo\n/retry\n")
         terminal.wait_for("Nothing has been asked yet")
