@@ -14,7 +14,7 @@ from llava_ft.checkpoint.base import find_base
 from llava_ft.checkpoint.directory import identify
 from llava_ft.checkpoint.hf.config import hf_fields, is_hf_config, native_fields
 from llava_ft.cli import main
-from llava_ft.data.image_processor import ImageProcessorSettings
+from llava_ft.data.image_processor import ImageProcessorSettings, copy_image_settings, pads_to_square
 from llava_ft.data.tokenize import tokenize_prompt
 from llava_ft.data.tokenizer import load_tokenizer
 from llava_ft.errors import CheckpointError, UserError
@@ -106,6 +106,25 @@ def test_the_class_token_is_kept_with_the_strategy_full(hf: Any, tmp_path: Path)
     ours = load_model(str(tmp_path / "full"), dtype=torch.float32)
     assert ours.model.config.mm_vision_select_feature == "cls_patch"
     check_equal(load_hf(tmp_path / "full"), ours, tmp_path / "full", ["landscape.jpg"])
+
+
+def test_the_image_processor_inside_processor_config_wins_as_in_transformers(hf: Any, tmp_path: Path):
+    shutil.copytree(hf("llava", pads=True), tmp_path / "m")
+    (tmp_path / "m/preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor", "size": 20}')
+    assert pads_to_square(tmp_path / "m")
+    assert ImageProcessorSettings.from_pretrained(tmp_path / "m").size == {"shortest_edge": 56}
+    (tmp_path / "m/processor_config.json").write_text('{"patch_size": 14}')
+    assert not pads_to_square(tmp_path / "m")
+    assert ImageProcessorSettings.from_pretrained(tmp_path / "m").size == {"shortest_edge": 20}
+    (tmp_path / "m/processor_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"processor_config.json cannot be read as JSON"):
+        identify(tmp_path / "m")
+
+
+def test_settings_of_clip_are_copied_as_they_are(tmp_path: Path):
+    copy_image_settings(Path("ckpt/clip-tiny"), tmp_path)
+    name = "preprocessor_config.json"
+    assert (tmp_path / name).read_bytes() == Path("ckpt/clip-tiny", name).read_bytes()
 
 
 @pytest.mark.parametrize("target", ["attention", "projector beside", "all-linear"])
