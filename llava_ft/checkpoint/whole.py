@@ -143,6 +143,11 @@ class WholeModel:
         source = self.base.sources[index]
         return f"the {source.label} {source.files.path}", _mapped(source, key)
 
+    def value(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return what `stream` yields for one parameter."""
+        _, tensor = self.on_disk(name)
+        return self._finished(name, tensor, self._dtype(name, tensor.dtype, dtype))
+
     def quantized_value(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return what a weight is worth after being quantised, if this model is made of such weights."""
         return self.quantization.round_trip(tensor) if self.quantization and name in self._quantized else tensor

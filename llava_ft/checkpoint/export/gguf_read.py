@@ -55,7 +55,7 @@ class GgufWeights(WeightFiles):
         for name in self.tensors if names is None else names:
             tensor = self._plan.get(name)
             if tensor is None:
-                yield name, self._whole.on_disk(name)[1]
+                yield name, self._whole.value(name)
             else:
                 yield name, self._files[tensor.file].read(tensor.name, tensor.num_heads)
 

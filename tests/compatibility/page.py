@@ -1,0 +1,55 @@
+"""`docs/compatibility.md`: written from what the tests found, and read again to compare."""
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+Results = dict[tuple[str, str], str | None]
+"""For row and column None if it was done, else why it was refused."""
+
+PAGE = Path(__file__).parents[2] / "docs/compatibility.md"
+COMMAND = "LLAVA_FT_WRITE_PAGES=1 python -m pytest tests/compatibility -n0"
+_DONE, _REFUSED = "yes", "no: "
+
+_HEAD = f"""# Which checkpoints can be used for what
+
+Written by the tests: `{COMMAND}`. Each cell was tried on a tiny
+checkpoint of that layout, and the result was compared by numbers. `yes` says that it was done and was right; `no` that
+it is refused, with a message that gives this reason.
+
+"""
+_TAIL = """
+Logits and greedy answers are those to one question of text and one about a picture, in float32. They are compared with
+a model made of the tensors that ought to be in the files, without reading these. The largest difference allowed is 1e-5
+of the largest logit, and 1e-4 after an export to another program's layout. What is read is written by `tests/layouts`
+and `tests/compatibility/runs.py`.
+"""
+
+
+def render(results: Results, rows: Iterable[str], columns: Mapping[str, Callable[..., None]]) -> str:
+    """Return the page.
+
+    Args:
+        results: What came of each cell.
+        rows: Names of the rows.
+        columns: Names of the columns, each with the function that tries it and says in its first words what it does.
+    """
+    lines = [f"| | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
+    for row in rows:
+        cells = [results[row, column] for column in columns]
+        lines.append(f"| {row} | {' | '.join(_DONE if why is None else _REFUSED + why for why in cells)} |")
+    lines += ["", "| column | what was done, and what had to hold |", "| --- | --- |"]
+    lines += [f"| {name} | {' '.join((inspect.getdoc(attempt) or '').split())} |" for name, attempt in columns.items()]
+    return _HEAD + "\n".join(lines) + "\n" + _TAIL
+
+
+def read(text: str) -> Results:
+    """Return what the page says of each cell."""
+    table = [line for line in text.removeprefix(_HEAD).split("\n\n", 1)[0].splitlines() if line.startswith("|")]
+    columns, _, *rows = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table)
+    return {
+        (row[0], column): None if cell == _DONE else cell.removeprefix(_REFUSED)
+        for row in rows
+        for column, cell in zip(columns[1:], row[1:], strict=True)
+    }
