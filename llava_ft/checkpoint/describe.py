@@ -36,6 +36,7 @@ class Description:
         facts: Sizes that follow from the shapes.
         needs: The base it belongs to, if it needs one.
         missing: What ought to be there and is not.
+        lost: What of that are files of weights.
         damaged: What cannot be read.
         notes: What else a user should know.
         files: Every weight file.
@@ -51,6 +52,7 @@ class Description:
     facts: Facts = field(default_factory=Facts)
     needs: Needs | None = None
     missing: list[str] = field(default_factory=list[str])
+    lost: list[str] = field(default_factory=list[str])
     damaged: list[str] = field(default_factory=list[str])
     notes: list[str] = field(default_factory=list[str])
     files: list[FileScan] = field(default_factory=list[FileScan])
@@ -150,6 +152,7 @@ def _describe_directory(path: Path, index: Path | None = None) -> Description:
     found = Description(index or path, "nothing", files=scans, read=[file.name for file in selection.read])
     found.damaged += [scan.problem for scan in scans if scan.problem]
     found.damaged += selection.problems
+    found.lost += selection.missing
     found.missing += selection.missing
     config, adapter_config = _settings(path, found)
     tensors = found.tensors

@@ -151,7 +151,7 @@ def compare(first: Path, second: Path) -> Difference:
         CheckpointError: One does not exist, or holds no tensors of its own.
     """
     found = Difference(describe(first), describe(second))
-    found.unreadable += found.first.damaged + found.second.damaged + found.first.missing + found.second.missing
+    found.unreadable += found.first.damaged + found.second.damaged + found.first.lost + found.second.lost
     ours, theirs = (_Tensors.open(one, found.unreadable) for one in (found.first, found.second))
     for description, tensors in ((found.first, ours), (found.second, theirs)):
         if not tensors.headers and not description.damaged:

@@ -150,11 +150,10 @@ class Responder:
         answer = finished_answer(text, template.stop_strings)
         if write is not None and sampling.num_beams > 1:
             write(answer)
-        is_cut = len(ids) == limit and not self._has_ended(ids, text, template)
         ending: Ending = "finished"
         if interrupt is not None and interrupt.is_set:
             ending = "interrupted"
-        elif is_cut:
+        elif len(ids) == limit and not self._has_ended(ids, text, template):
             ending = "context" if limit == room else "length"
         return Reply(answer, ids, ending, len(entries), num_reused)
 
