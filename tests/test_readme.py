@@ -59,7 +59,7 @@ OF_LAUNCHERS = {"--num_gpus", "--nproc-per-node"}
 
 
 def flags_of_commands(capsys: pytest.CaptureFixture[str]) -> set[str]:
-    for command in (cli.plan, cli.check_data, cli.merge, cli.generate, cli.chat):
+    for command in (cli.plan, cli.check_data, cli.merge, cli.export, cli.generate, cli.chat):
         with pytest.raises(SystemExit):
             command(["--help"])
     with pytest.raises(SystemExit):
