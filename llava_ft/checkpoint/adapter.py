@@ -21,7 +21,7 @@ from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.errors import CheckpointError
 
 _LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<part>A\.weight|B\.weight|B\.bias|magnitude_vector(?:\.weight)?)")
-_VALUES_PER_BLOCK = 2**22
+_VALUES_PER_BLOCK = 2**20
 
 _NEUTRAL_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 """Values of PEFT's `init_lora_weights` that leave the base's weights alone. Others (pissa, olora, corda, loftq, lora_ga
@@ -185,7 +185,7 @@ def merged(
 
 
 def row_blocks(shape: Sequence[int]) -> Iterator[slice]:
-    """Divide the rows of a tensor into blocks of a few million values."""
+    """Divide the rows of a tensor into blocks of about a million values."""
     values_per_row = max(1, torch.Size(shape[1:]).numel())
     step = max(1, _VALUES_PER_BLOCK // values_per_row)
     return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
