@@ -10,13 +10,14 @@ Results = dict[tuple[str, str], str | None]
 
 PAGE = Path(__file__).parents[2] / "docs/compatibility.md"
 COMMAND = "LLAVA_FT_WRITE_PAGES=1 python -m pytest tests/compatibility -n0"
-_DONE, _REFUSED = "yes", "no: "
+_DONE = "yes"
+_NOTE = re.compile(r"no \[(\d+)\]")
 
 _HEAD = f"""# Which checkpoints can be used for what
 
 Written by the tests: `{COMMAND}`. Each cell was tried on a tiny
-checkpoint of that layout, and the result was compared by numbers. `yes` says that it was done and was right; `no` that
-it is refused, with a message that gives this reason.
+checkpoint of that layout, and the result was compared by numbers. `yes` says that it was done and was right, `no` that
+it is refused by design, with a message that gives the reason below.
 
 """
 _TAIL = """
@@ -35,10 +36,13 @@ def render(results: Results, rows: Iterable[str], columns: Mapping[str, Callable
         rows: Names of the rows.
         columns: Names of the columns, each with the function that tries it and says in its first words what it does.
     """
+    reasons = list(dict.fromkeys(why for why in results.values() if why is not None))
     lines = [f"| | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
     for row in rows:
         cells = [results[row, column] for column in columns]
-        lines.append(f"| {row} | {' | '.join(_DONE if why is None else _REFUSED + why for why in cells)} |")
+        written = [_DONE if why is None else f"no [{reasons.index(why) + 1}]" for why in cells]
+        lines.append(f"| {row} | {' | '.join(written)} |")
+    lines += ["", *(f"{number}. {why}" for number, why in enumerate(reasons, start=1))]
     lines += ["", "| column | what was done, and what had to hold |", "| --- | --- |"]
     lines += [f"| {name} | {' '.join((inspect.getdoc(attempt) or '').split())} |" for name, attempt in columns.items()]
     return _HEAD + "\n".join(lines) + "\n" + _TAIL
@@ -46,10 +50,17 @@ def render(results: Results, rows: Iterable[str], columns: Mapping[str, Callable
 
 def read(text: str) -> Results:
     """Return what the page says of each cell."""
-    table = [line for line in text.removeprefix(_HEAD).split("\n\n", 1)[0].splitlines() if line.startswith("|")]
-    columns, _, *rows = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table)
+    table, notes, *_ = text.removeprefix(_HEAD).split("\n\n")
+    reasons = dict(note.split(". ", 1) for note in notes.splitlines())
+    columns, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
     return {
-        (row[0], column): None if cell == _DONE else cell.removeprefix(_REFUSED)
+        (row[0], column): None if cell == _DONE else reasons[_number(cell)]
         for row in rows
         for column, cell in zip(columns[1:], row[1:], strict=True)
     }
+
+
+def _number(cell: str) -> str:
+    match = _NOTE.fullmatch(cell)
+    assert match is not None, cell
+    return match[1]

@@ -42,16 +42,21 @@ class Row:
     own: OwnRun | None = None
 
 
-WHOLE = {"merge": Refusal("nothing in it to merge", "a whole model has nothing to merge")}
+WHOLE = {"merge": Refusal("nothing in it to merge", "It is a whole model: there is nothing in it to merge.")}
+_LINEAR = "transformers' layout and llama.cpp hold no other projector than mlp2x_gelu."
 LINEAR = {
-    "export hf": Refusal("its projector is linear, and the layout knows mlp2x_gelu alone", "holds mlp2x_gelu alone"),
-    "export gguf": Refusal("its projector is linear, and llama.cpp's has two", "holds mlp2x_gelu alone"),
+    "export hf": Refusal("its projector is linear, and the layout knows mlp2x_gelu alone", _LINEAR),
+    "export gguf": Refusal("its projector is linear, and llama.cpp's has two", _LINEAR),
 }
+_SCALES = "transformers' layout and llama.cpp see an image at one scale."
 S2 = {
-    "export hf": Refusal("its tower sees images at several scales", "holds one scale"),
-    "export gguf": Refusal("it sees each image at several scales", "holds one scale"),
+    "export hf": Refusal("its tower sees images at several scales", _SCALES),
+    "export gguf": Refusal("it sees each image at several scales", _SCALES),
 }
-NO_PROJECTOR = Refusal("the projector that was trained with it is missing", "the projector is not in it")
+NO_PROJECTOR = Refusal(
+    "the projector that was trained with it is missing",
+    "The projector that was trained with it is not in it; `llava-ft consolidate` gets it out of DeepSpeed's files.",
+)
 COLUMNS = ("load", "train", "resume", "merge", "generate", "export hf", "export llava", "export gguf")
 
 
