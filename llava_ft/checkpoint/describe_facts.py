@@ -14,6 +14,9 @@ _LORA: Final = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
 _WIDTH_IN: Final = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 """Layers that read the hidden state."""
 
+_MOST_NEW_ROWS: Final = 100
+"""Vocabularies are larger; what is added to them is smaller."""
+
 
 @dataclass
 class Facts:
@@ -29,6 +32,7 @@ class Facts:
         projector_in: Width that it reads: that of the tower's features.
         tower_width: Width of the vision tower.
         tower_layers: Its layers.
+        is_dora: Whether an adapter has DoRA magnitudes.
         rank: Ranks of an adapter, such as "8" or "8, 16".
         targets: Last names of the layers that an adapter changes.
         num_new_rows: Rows of added tokens.
@@ -44,6 +48,7 @@ class Facts:
     projector_in: int | None = None
     tower_width: int | None = None
     tower_layers: int | None = None
+    is_dora: bool = False
     rank: str | None = None
     targets: tuple[str, ...] = ()
     num_new_rows: int | None = None
@@ -51,7 +56,7 @@ class Facts:
 
     def to_json(self) -> dict[str, Any]:
         """Return what is known."""
-        return {key: value for key, value in asdict(self).items() if value not in (None, "", ())}
+        return {key: value for key, value in asdict(self).items() if value not in (None, "", (), False)}
 
 
 def facts_of(tensors: Iterable[TensorHeader]) -> Facts:
@@ -70,6 +75,8 @@ def facts_of(tensors: Iterable[TensorHeader]) -> Facts:
     for name in (HEAD, EMBEDDINGS):
         if name in by_name and len(by_name[name].shape) == 2:
             facts.vocab_size, facts.hidden_size = by_name[name].shape
+    if facts.vocab_size and facts.vocab_size < _MOST_NEW_ROWS and not layers:
+        facts.num_new_rows, facts.vocab_size = facts.vocab_size, None  # a projector's file holds these rows alone
     _add_lora(facts, tensors)
     _add_layers(facts, by_name)
     _add_projector(facts, by_name)
@@ -88,6 +95,7 @@ def lora_modules(tensors: Iterable[TensorHeader]) -> dict[str, dict[str, TensorH
 
 def _add_lora(facts: Facts, tensors: list[TensorHeader]) -> None:
     modules = lora_modules(tensors)
+    facts.is_dora = any(tensor.part == "DoRA magnitudes" for tensor in tensors)
     ranks = sorted({pair["A"].shape[0] for pair in modules.values() if "A" in pair and len(pair["A"].shape) == 2})
     facts.rank = ", ".join(map(str, ranks)) or None
     facts.targets = tuple(sorted({module.rpartition(".")[2] for module in modules}))

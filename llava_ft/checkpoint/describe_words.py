@@ -88,7 +88,7 @@ def sentence(
         config: Content of `config.json`.
     """
     thing = {
-        "lora": f"a LoRA adapter{f' of rank {facts.rank}' if facts.rank else ''}"
+        "lora": f"a {'DoRA' if facts.is_dora else 'LoRA'} adapter{f' of rank {facts.rank}' if facts.rank else ''}"
         + (f" on {', '.join(facts.targets)}" if facts.targets else ""),
         "projector": "a projector" + (" and nothing else" if is_file else " with its configuration"),
         "trained beside an adapter": "what was trained beside a LoRA adapter: the projector",

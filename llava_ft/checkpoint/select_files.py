@@ -68,7 +68,7 @@ def select_weights(path: Path, index: Path | None = None) -> Selection:
     found.belongs_together = has_any or (path / ADAPTER_CONFIG).is_file()
     for file in found.files:
         if file not in found.read:
-            found.beside.setdefault(file, "it belongs to none of the files that are")
+            found.beside.setdefault(file, "the model's or adapter's own files are")
     return found
 
 

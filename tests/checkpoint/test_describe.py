@@ -113,6 +113,13 @@ def test_transformers_layout_is_told_by_its_keys(rename: object, tmp_path: Path)
     assert compare(Path(LLAVA), tmp_path / "model.safetensors").is_equal
 
 
+def test_rows_of_added_tokens_in_a_projector_s_file_are_no_vocabulary(tmp_path: Path):
+    tensors = torch.load("ckpt/mm_projector.bin", weights_only=True) | {"model.embed_tokens.weight": torch.ones(2, 64)}
+    torch.save(tensors, tmp_path / "mm_projector.bin")
+    facts = describe(tmp_path / "mm_projector.bin").facts
+    assert (facts.num_new_rows, facts.vocab_size, facts.hidden_size) == (2, None, 64)
+
+
 @pytest.mark.parametrize(
     ("name", "part"),
     [
@@ -185,6 +192,7 @@ def test_dora_magnitudes_are_missed(tmp_path: Path):
     save_file(tensors | vectors, directory / "adapter_model.safetensors")
     found = describe(directory)
     assert number_of(found, "DoRA magnitudes") == 14
+    assert found.what.startswith("A DoRA adapter")
     assert found.is_whole
     vectors.pop(next(iter(vectors)))
     save_file(tensors | vectors, directory / "adapter_model.safetensors")
