@@ -334,6 +334,12 @@ def test_a_tokenizer_or_model_that_needs_its_code_is_refused(tmp_path: Path):
     assert not (directory / "marker").exists()
 
 
+def test_code_cannot_be_asked_for(tmp_path: Path):
+    with pytest.raises(UserError, match="trust_remote_code=True: code that comes with a model is never run"):
+        prepare(tmp_path / "out", trust_remote_code="True")
+    assert prepare(tmp_path / "out", trust_remote_code="False").checkpoint is None
+
+
 # Names of files
 
 

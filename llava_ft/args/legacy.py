@@ -92,6 +92,15 @@ def _include_inputs_for_metrics(value: object, values: Values) -> str:
     return "include_inputs_for_metrics is now include_for_metrics=inputs."
 
 
+def _trust_remote_code(value: object, values: Values) -> str:
+    if not value:
+        return "trust_remote_code=False is how it always is."
+    raise UserError(
+        "trust_remote_code=True: code that comes with a model is never run. The models that are supported need none; leave "
+        "the flag out."
+    )
+
+
 def _into_mapping(name: str, target: str, key: str) -> Callable[[object, Values], str]:
     """Translate a flag into one key of another flag that takes a mapping."""
 
@@ -122,6 +131,7 @@ TRANSLATED: Final[Mapping[str, tuple[str, Callable[[object, Values], str]]]] = {
     "include_inputs_for_metrics": ("bool", _include_inputs_for_metrics),
     "save_safetensors": ("bool | None", _save_safetensors),
     "split_batches": ("bool | None", _into_mapping("split_batches", "accelerator_config", "split_batches")),
+    "trust_remote_code": ("bool", _trust_remote_code),
     "warmup_ratio": ("float", _warmup_ratio),
 }
 """Type, and what to do: changes the values of the same source and returns a note."""
