@@ -28,6 +28,7 @@ from llava_ft.inference.responder import Interrupt, Responder
 from llava_ft.inference.voices import Voice, base_and_trained, single_voice
 from tests.conftest import RECORDINGS
 from tests.inference.terminal import PaintedScreen, Typist
+from tests.layouts import native
 from tests.training.helpers import train
 
 pytestmark = pytest.mark.usefixtures("in_recordings")
@@ -416,6 +417,21 @@ def test_logits_of_the_base_are_its_own(with_new_tokens: Path):
         got = loaded.model(input_ids=ids).logits[..., : expected.shape[-1]]
     assert torch.equal(got, expected)
     assert not torch.equal(loaded.model(input_ids=ids).logits[..., : expected.shape[-1]], expected)
+
+
+@pytest.mark.parametrize("write", [native.dora, native.lora_im_start_end, native.lora_all_bin, native.rslora])
+def test_adapters_of_every_kind_are_switched(write: native.Write, tmp_path: Path):
+    checkpoint = write(tmp_path / "adapter")
+    loaded = load_model(str(checkpoint.path), adapter="beside")
+    base, adapter = base_and_trained(loaded, None)
+    ids = torch.tensor([tokenize_prompt("USER: Hello ASSISTANT:", loaded.tokenizer)])
+    alone = load_model(str(checkpoint.base)).model(input_ids=ids).logits
+    added = load_model(str(checkpoint.path)).model(input_ids=ids).logits
+    with base.speaking():
+        assert torch.equal(loaded.model(input_ids=ids).logits[..., : alone.shape[-1]], alone)
+    with adapter.speaking():
+        torch.testing.assert_close(loaded.model(input_ids=ids).logits, added, rtol=0, atol=1e-4)
+    assert (added[..., : alone.shape[-1]] - alone).abs().max() > 1e-2
 
 
 def test_a_base_without_projector_answers_with_the_trained_one(caplog: pytest.LogCaptureFixture):
