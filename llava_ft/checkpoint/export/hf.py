@@ -97,7 +97,11 @@ def write_hf_files(whole: WholeModel, target: Path, options: ExportOptions) -> l
     template = whole.config.conversation_template or DEFAULT_TEMPLATE
     added = "a row for it was added, the mean of the others"
     is_added = _num_rows(whole) > whole.config.vocab_size
+    assumed = (
+        [] if whole.config.conversation_template else [f"the configuration names no template; {template} is taken"]
+    )
     return [
+        *assumed,
         *write_processor(target, whole.config, settings, whole.tokenizer, template),
         f"<image> is token {image_id}; {added if is_added else 'it has a row'}",
     ]
