@@ -104,8 +104,6 @@ def read_model(directory: Path, dtype: torch.dtype = torch.float32) -> LlavaLlam
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:  # the tower's last norm, which is never run
             _assign(model, name, torch.ones(parameter.shape, dtype=dtype))
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval()
 
 
@@ -128,7 +126,7 @@ def _config(language: GgufContent, vision: GgufContent | None) -> LlavaLlamaConf
         rope_parameters=rope,
         attention_bias=bias[0],
         mlp_bias=bias[1],
-        tie_word_embeddings="output.weight" not in language.names,
+        tie_word_embeddings=False,
         bos_token_id=keys.get("tokenizer.ggml.bos_token_id"),
         eos_token_id=keys.get("tokenizer.ggml.eos_token_id"),
         **({} if vision is None else _vision_config(vision.fields)),

@@ -2,20 +2,21 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
-import gguf
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llava_ft.checkpoint.export import gguf as gguf_export
-from llava_ft.checkpoint.export.gguf import model_name
+from llava_ft.checkpoint.export.gguf import export_gguf, model_name
 from llava_ft.checkpoint.export.gguf_metadata import language_fields
 from llava_ft.checkpoint.export.gguf_read import find_files, read_model
-from llava_ft.checkpoint.export.gguf_tensors import gguf_name, restore_rows, rotate_rows
+from llava_ft.checkpoint.export.gguf_tensors import gguf_name, restore_rows
+from llava_ft.checkpoint.export.options import ExportOptions
 from llava_ft.checkpoint.proof import ConversionReport
 from llava_ft.checkpoint.whole import WholeModel
 from llava_ft.cli import main
@@ -25,58 +26,13 @@ from llava_ft.inference.gguf_model import load_gguf
 from llava_ft.inference.load import load_model
 from llava_ft.inference.verify import NativeSpeaker, fixed_questions
 from tests.checkpoint.export.gguf_files import ANYRES, LLAVA, changed_copy, export, values, whole
+from tests.layouts.hf import write_hf
 
 pytestmark = pytest.mark.usefixtures("in_recordings")
 
 ADAPTER = "train/lora/llava-tiny-lora"
 GGML_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 TEXTS = ["What is in the image?", "a tab\tand\nnew lines", "1234567890 + 3.14159", "naïve façade, 图像里有什么？ 🦙"]
-
-
-# Names and rows
-
-
-def test_names_are_those_of_the_gguf_package():
-    language = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 4)
-    vision = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, 4)
-    checked = 0
-    for native in whole(ANYRES).shapes:
-        found = gguf_name(native)
-        if found is None:
-            assert "post_layernorm" in native
-        elif found[0] == "language":
-            assert language.get_name(native, (".weight", ".bias")) == found[1]
-        elif "mm_projector" in native:
-            assert found[1] == native.replace("model.mm_projector", "mm")
-        else:
-            known = native.replace("model.vision_tower.vision_tower.", "vision_tower.")
-            assert vision.get_name(known, (".weight", ".bias")) == found[1]
-        checked += 1
-    assert checked == 81
-
-
-@pytest.mark.parametrize("heads", [1, 2, 4])
-def test_rotating_neighbours_of_the_new_order_is_rotating_halves_of_the_old(heads: int):
-    torch.manual_seed(0)
-    size, length = 8, 5
-    weight, hidden = torch.randn(heads * size, 16), torch.randn(length, 16)
-    angles = torch.outer(torch.arange(length).float(), 10000.0 ** -(torch.arange(0, size, 2) / size))[:, None]
-
-    ours = (hidden @ weight.T).view(length, heads, size)
-    first, second = ours.chunk(2, dim=-1)
-    halves = torch.cat(
-        [first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], dim=-1
-    )
-    theirs = (hidden @ rotate_rows(weight, heads).T).view(length, heads, size)
-    even, odd = theirs[..., ::2], theirs[..., 1::2]
-    neighbours = torch.stack(
-        [even * angles.cos() - odd * angles.sin(), odd * angles.cos() + even * angles.sin()], dim=-1
-    ).flatten(-2)
-
-    scores = [torch.einsum("qhd,khd->hqk", rotated, rotated) for rotated in (halves, neighbours)]
-    torch.testing.assert_close(scores[0], scores[1], rtol=1e-5, atol=1e-4)
-    assert torch.equal(restore_rows(rotate_rows(weight, heads), heads), weight)
-    assert torch.equal(restore_rows(rotate_rows(weight[:, 0], heads), heads), weight[:, 0])
 
 
 # Tensors
@@ -290,6 +246,44 @@ def test_the_files_as_a_model_again_say_the_same(tmp_path: Path, path: str):
     again = NativeSpeaker(load_gguf(tmp_path, whole(path)))
     for question in fixed_questions(loaded.model.config):
         assert torch.equal(NativeSpeaker(loaded).logits(question), again.logits(question))
+
+
+@pytest.mark.parametrize("model", ["llava", "llava_next"])
+def test_transformers_own_layout_is_exported_too(tmp_path: Path, model: Literal["llava", "llava_next"]):
+    source = tmp_path / "source"
+    write_hf(source, model, "hub")
+    _, language, _ = export(str(source), tmp_path / "out")
+    pieces = language.fields["tokenizer.ggml.tokens"]
+    assert len(pieces) == language.fields["llama.vocab_size"] == 520
+    assert "<image>" in pieces
+    loaded = load_model(str(source), device="cpu")
+    again = NativeSpeaker(load_gguf(tmp_path / "out", whole(str(source))))
+    for question in fixed_questions(loaded.model.config):
+        assert torch.equal(NativeSpeaker(loaded).logits(question), again.logits(question))
+
+
+def test_biases_of_the_language_model_are_exported(tmp_path: Path):
+    model = changed_copy(LLAVA, tmp_path / "model", attention_bias=True, mlp_bias=True)
+    tensors = load_file(f"{model}/model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for index in range(2):
+        for part, size in (("self_attn.q", 64), ("self_attn.k", 64), ("self_attn.v", 64), ("self_attn.o", 64)):
+            tensors[f"model.layers.{index}.{part}_proj.bias"] = torch.randn(size, generator=generator)
+        for part, size in (("gate", 128), ("up", 128), ("down", 64)):
+            tensors[f"model.layers.{index}.mlp.{part}_proj.bias"] = torch.randn(size, generator=generator)
+    save_file(tensors, f"{model}/model.safetensors")
+    export(model, tmp_path / "out")
+    loaded = load_model(model, device="cpu")
+    again = NativeSpeaker(load_gguf(tmp_path / "out", whole(model)))
+    for question in fixed_questions(loaded.model.config):
+        assert torch.equal(NativeSpeaker(loaded).logits(question), again.logits(question))
+
+
+def test_a_model_without_a_tower_gives_one_file(tmp_path: Path):
+    report = export_gguf(whole("ckpt/base-llm"), tmp_path, ExportOptions(dtype=torch.float32))
+    assert [path.name for path in tmp_path.iterdir()] == ["base-llm-F32.gguf"]
+    assert not any("class token" in note for note in report.notes)
+    assert not read_model(tmp_path).has_vision
 
 
 # The files are compared with the source
