@@ -96,8 +96,8 @@ def _trust_remote_code(value: object, values: Values) -> str:
     if not value:
         return "trust_remote_code=False is how it always is."
     raise UserError(
-        "trust_remote_code=True: code that comes with a model is never run. The models that are supported need none; leave "
-        "the flag out."
+        "trust_remote_code=True: code that comes with a model is never run. The models that are supported need none; "
+        "leave the flag out."
     )
 
 

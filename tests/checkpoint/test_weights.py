@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,21 @@ def test_something_else_in_a_bin_file_is_refused(tmp_path: Path):
     torch.save([torch.ones(2)], tmp_path / "mm_projector.bin")
     with pytest.raises(CheckpointError, match="not a dictionary of tensors"):
         WeightFiles.open(tmp_path / "mm_projector.bin")
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "bin", "old bin"])
+def test_whatever_is_damaged_is_a_checkpoint_error(tmp_path: Path, layout: str):
+    (file,) = write(tmp_path / "model", layout).iterdir()
+    content, chance = file.read_bytes(), random.Random(0)
+    num_refused = 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        for _ in range(chance.randint(1, 4)):
+            place, length = chance.randrange(len(damaged)), chance.randint(0, 8)
+            damaged[place : place + chance.randint(0, 8)] = chance.randbytes(length)
+        file.write_bytes(damaged)
+        try:
+            WeightFiles.open(file).read()
+        except CheckpointError:
+            num_refused += 1
+    assert num_refused > 100
