@@ -1,42 +1,29 @@
-"""A chat: what is asked of the model, what each line does, and what is shown."""
+"""A chat: what is asked of the model, and what each line does."""
 
 import io
 import itertools
 import json
-import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import GenerationMixin
 
-from llava_ft import cli
 from llava_ft.conversation import TEMPLATES, TemplateStyle, get_template
-from llava_ft.data.inspection.terminal import visible
 from llava_ft.data.schema import parse_record
 from llava_ft.data.tokenize import SampleTokenizer, tokenize_prompt
 from llava_ft.errors import RunError, UserError
-from llava_ft.inference.chat import Chat
 from llava_ft.inference.chat_files import find_typed_path, piped_lines
-from llava_ft.inference.chat_screen import ColumnScreen, PipeScreen, display_width, wrap
 from llava_ft.inference.dialogue import Dialogue, Picture, Question
 from llava_ft.inference.generate import Sampling, build_prompt, generate_answer
 from llava_ft.inference.load import LoadedModel, load_model
 from llava_ft.inference.responder import Interrupt, Responder
-from llava_ft.inference.voices import Voice, base_and_trained, single_voice
+from llava_ft.inference.voices import single_voice
 from tests.conftest import RECORDINGS
-from tests.inference.terminal import PaintedScreen, Typist
-from tests.layouts import native
-from tests.training.helpers import train
+from tests.inference.typed_chat import LANDSCAPE, SHORT, SQUARE, V1, Typed
 
 pytestmark = pytest.mark.usefixtures("in_recordings")
 
-LANDSCAPE, SQUARE = "images/src/landscape.jpg", "images/src/square.png"
-LORA = "train/lora/llava-tiny-lora"
-V1 = get_template("v1")
-SHORT = Sampling(max_new_tokens=8)
 CHAT_TEMPLATES = [name for name, template in TEMPLATES.items() if template.style is not TemplateStyle.PLAIN]
 
 
@@ -45,25 +32,6 @@ def loaded() -> LoadedModel:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(RECORDINGS)
         return load_model("ckpt/llava15-tiny")
-
-
-class Typed:
-    """A chat whose output is kept."""
-
-    def __init__(self, voices: list[Voice], sampling: Sampling = SHORT, *, is_interactive: bool = False):
-        self.output, self.messages = io.StringIO(), io.StringIO()
-        self.chat = Chat(voices, PipeScreen(self.output, self.messages), sampling, is_interactive=is_interactive)
-
-    def take(self, *lines: str) -> list[str]:
-        """Carry out lines and return what was written by them on standard output."""
-        start = len(self.output.getvalue())
-        self.chat.run(iter(lines))
-        return self.output.getvalue()[start:].split("\n")[:-1]
-
-    def history(self, *lines: str) -> list[list[str]]:
-        """Carry out lines and return the answers of each voice that are in its history then."""
-        self.take(*lines)
-        return [[answer for _, answer in dialogue.exchanges] for dialogue in self.chat.dialogues]
 
 
 @pytest.fixture
@@ -362,283 +330,3 @@ def test_lines_of_a_pipe():
     assert list(piped_lines(io.StringIO("one\r\ntwo \\\nthree\n\nfour"))) == ["one", "two \nthree", "", "four"]
     with pytest.raises(UserError, match="Standard input is not utf-8"):
         list(piped_lines(io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")))
-
-
-# Base and adapter
-
-
-def same_weights(loaded: LoadedModel) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in loaded.model.named_parameters()}
-
-
-@pytest.fixture(scope="module")
-def with_new_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter on a LLaVA model, trained with tokens around images that the base does not have."""
-    output = tmp_path_factory.mktemp("lora") / "llava-tiny-lora-tokens"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(RECORDINGS)
-        train(
-            output,
-            model_name_or_path="ckpt/llava15-tiny",
-            pretrain_mm_mlp_adapter=None,
-            mm_use_im_start_end="True",
-            max_steps="2",
-            learning_rate="5e-2",
-            mm_projector_lr="5e-2",
-        )
-    return output
-
-
-def test_base_and_adapter_answer_as_each_alone(with_new_tokens: Path):
-    loaded = load_model(str(with_new_tokens), adapter="beside")
-    before = same_weights(loaded)
-    base, adapter = base_and_trained(loaded, None)
-    assert (base.name, adapter.name) == ("base", "adapter")
-    assert (base.mm_use_im_start_end, adapter.mm_use_im_start_end) == (False, True)
-    alone = [
-        single_voice(load_model("ckpt/llava15-tiny"), "alone", None),
-        single_voice(load_model(str(with_new_tokens), adapter="beside"), "alone", None),
-    ]
-    sampling = Sampling(max_new_tokens=16)
-    lines = (f"/image {LANDSCAPE}", "What is this?", "And why?", "/undo", "Which colour?")
-    together = Typed([base, adapter], sampling).history(*lines)
-    assert together == [Typed([voice], sampling).history(*lines)[0] for voice in alone]
-    assert together[0] != together[1]
-    after = same_weights(loaded)
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_logits_of_the_base_are_its_own(with_new_tokens: Path):
-    loaded = load_model(str(with_new_tokens), adapter="beside")
-    base, _ = base_and_trained(loaded, None)
-    ids = torch.tensor([tokenize_prompt("USER: Hello ASSISTANT:", loaded.tokenizer)])
-    expected = load_model("ckpt/llava15-tiny").model(input_ids=ids).logits
-    with base.speaking():
-        got = loaded.model(input_ids=ids).logits[..., : expected.shape[-1]]
-    assert torch.equal(got, expected)
-    assert not torch.equal(loaded.model(input_ids=ids).logits[..., : expected.shape[-1]], expected)
-
-
-@pytest.mark.parametrize("write", [native.dora, native.lora_im_start_end, native.lora_all_bin, native.rslora])
-def test_adapters_of_every_kind_are_switched(write: native.Write, tmp_path: Path):
-    checkpoint = write(tmp_path / "adapter")
-    loaded = load_model(str(checkpoint.path), adapter="beside")
-    base, adapter = base_and_trained(loaded, None)
-    ids = torch.tensor([tokenize_prompt("USER: Hello ASSISTANT:", loaded.tokenizer)])
-    alone = load_model(str(checkpoint.base)).model(input_ids=ids).logits
-    added = load_model(str(checkpoint.path)).model(input_ids=ids).logits
-    with base.speaking():
-        assert torch.equal(loaded.model(input_ids=ids).logits[..., : alone.shape[-1]], alone)
-    with adapter.speaking():
-        torch.testing.assert_close(loaded.model(input_ids=ids).logits, added, rtol=0, atol=1e-4)
-    assert (added[..., : alone.shape[-1]] - alone).abs().max() > 1e-2
-
-
-def test_a_base_without_projector_answers_with_the_trained_one(caplog: pytest.LogCaptureFixture):
-    caplog.set_level("WARNING", "llava_ft")
-    base, adapter = base_and_trained(load_model(LORA, adapter="beside"), None)
-    assert "has no projector of its own" in caplog.text
-    answers = Typed([base, adapter]).take(f"/image {LANDSCAPE}", "What is this?")
-    assert [answer.split(":")[0] for answer in answers] == ["base", "adapter"]
-
-
-def test_a_projector_is_compared_with_that_of_its_base():
-    loaded = load_model("train/pretrain_vt32/llava-tiny-pretrain", "ckpt/llava15-tiny")
-    base, trained = base_and_trained(loaded, V1)
-    assert trained.name == "projector"
-    lines = (f"/image {LANDSCAPE}", "What is this?")
-    base_alone = Typed([single_voice(load_model("ckpt/llava15-tiny"), "alone", V1)]).history(*lines)[0]
-    trained_alone = Typed([single_voice(loaded, "alone", V1)]).history(*lines)[0]
-    assert Typed([base, trained]).history(*lines) == [base_alone, trained_alone]
-    assert base_alone != trained_alone
-
-
-def test_settings_that_one_model_cannot_hold_twice_are_said(caplog: pytest.LogCaptureFixture):
-    caplog.set_level("WARNING", "llava_ft")
-    loaded = load_model("train/pretrain_vt32/llava-tiny-pretrain", "ckpt/llava16-tiny-anyres")
-    base_and_trained(loaded, V1)
-    assert "image_aspect_ratio square instead of anyres, mm_patch_merge_type flat instead of spatial" in caplog.text
-
-
-def test_an_interrupted_comparison_is_taken_back(loaded: LoadedModel):
-    first = single_voice(loaded, "one", None)
-    typed = Typed([first, single_voice(loaded, "two", None)])
-    original = first.responder.answer
-
-    def interrupted(*arguments: object, interrupt: Interrupt, **options: object):
-        interrupt.is_set = True
-        return original(*arguments, interrupt=interrupt, **options)
-
-    first.responder.answer = interrupted
-    typed.take("/clear", "Hello")
-    assert typed.chat.dialogues[0].exchanges == typed.chat.dialogues[1].exchanges == []
-    assert "Stopped. The question was taken back." in typed.messages.getvalue()
-
-
-# Columns
-
-
-def painted(write: Callable[[ColumnScreen], None], columns: int = 44, rows: int = 10) -> list[str]:
-    output = io.StringIO()
-    write(ColumnScreen(output, io.StringIO(), (columns, rows)))
-    screen = PaintedScreen(columns, rows)
-    screen.feed(output.getvalue())
-    return screen.text()
-
-
-def test_two_answers_stand_side_by_side():
-    def write(screen: ColumnScreen) -> None:
-        screen.begin(["base", "adapter"])
-        for piece in ("It is a small", " red", " hou", "se by the sea.\nYes."):
-            screen.write(0, piece)
-        for piece in ("A", " house", "."):
-            screen.write(1, piece)
-        screen.end()
-
-    assert painted(write) == [
-        "base                 | adapter",
-        "It is a small red    | A house.",
-        "house by the sea.",
-        "Yes.",
-        "",
-    ]
-
-
-def test_the_right_answer_may_be_longer_than_the_left():
-    def write(screen: ColumnScreen) -> None:
-        screen.begin(["base", "adapter"])
-        screen.write(0, "Yes.")
-        screen.write(1, "one two three four five six seven eight nine")
-        screen.end()
-        screen.begin(["base", "adapter"])
-
-    lines = painted(write)
-    assert lines[1:4] == [
-        "Yes.                 | one two three four",
-        "                     | five six seven eight",
-        "                     | nine",
-    ]
-    assert lines[4] == "base                 | adapter"
-
-
-def test_rows_that_left_the_screen_stay_as_they_are():
-    def write(screen: ColumnScreen) -> None:
-        screen.begin(["base", "adapter"])
-        screen.write(0, "\n".join(f"left {number}" for number in range(20)))
-        screen.write(1, "\n".join(f"right {number}" for number in range(22)))
-        screen.end()
-
-    lines = painted(write)
-    assert lines[1] == "left 0"
-    assert lines[20] == "left 19              | right 19"
-    assert lines[22] == "                     | right 21"
-
-
-def test_lines_are_broken_between_words():
-    assert wrap("a bb ccc", 4) == ["a bb", "ccc"]
-    assert wrap("abcdefgh ij", 4) == ["abcd", "efgh", "ij"]
-    assert wrap("  indented\n\nx", 20) == ["  indented", "", "x"]
-    assert wrap("漢字かな", 4) == ["漢字", "かな"]
-    assert all(display_width(line) <= 7 for line in wrap("wide 漢字 and é or e\u0301 " * 9, 7))
-
-
-# The command
-
-
-def run(lines: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    return cli.main(["chat", "--model-path", "ckpt/llava15-tiny", "--max-new-tokens", "6", *arguments])
-
-
-def test_a_pipe_gets_answers_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    assert run("What is this?\nAnd why?\n", ["--image-file", LANDSCAPE], monkeypatch) == 0
-    printed = capsys.readouterr()
-    loaded = load_model("ckpt/llava15-tiny")
-    expected = Typed([single_voice(loaded, "model", None)], Sampling(max_new_tokens=6))
-    assert printed.out.split("\n")[:-1] == expected.take(f"/image {LANDSCAPE}", "What is this?", "And why?")
-    assert "cut after 6 tokens" in printed.err
-
-
-def test_a_pipe_ends_at_the_first_mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    assert run("Hello\n/image nowhere.png\nAnd why?\n", [], monkeypatch) == 2
-    printed = capsys.readouterr()
-    assert len(printed.out.splitlines()) == 1
-    assert "Image 'nowhere.png' does not exist" in printed.err
-
-
-def test_two_models_are_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    assert run("Hello\n", ["--compare-with", "ckpt/llava15-tiny-imse"], monkeypatch) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(": ")[0] for line in lines] == ["ckpt/llava15-tiny", "ckpt/llava15-tiny-imse"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--compare"], "--compare needs an adapter, and ckpt/llava15-tiny is a whole model"),
-        (["--compare", "--compare-with", "x"], "--compare and --compare-with exclude each other"),
-        (["--compare-with-base", "x"], "--compare-with-base is the base of the model that --compare-with names"),
-        (["--conv-mode", "v9"], "Unknown conversation template 'v9'"),
-        (["--temperature", "-1"], "--temperature is -1.0"),
-        (["--image-file", "nowhere.png"], "Image 'nowhere.png' does not exist"),
-    ],
-)
-def test_wrong_requests_are_refused_before_weights_are_read(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    assert run("Hello\n", arguments, monkeypatch) == 2
-    printed = capsys.readouterr()
-    assert message in printed.err
-    assert "Weights:" not in printed.err
-
-
-def test_somebody_types(tmp_path: Path):
-    arguments = ["chat", "--model-path", "ckpt/llava15-tiny", "--max-new-tokens", "1500"]
-    shutil.copy(LANDSCAPE, tmp_path / "two words.jpg")
-    with Typist(arguments, RECORDINGS, NO_COLOR="1") as terminal:
-        terminal.wait_for("/help lists the commands")
-        terminal.wait_for("> ")
-        terminal.type("\n/image nowhere.png\n")
-        terminal.wait_for("does not exist")
-        terminal.type("/image README.md\n")
-        terminal.wait_for("is not an image")
-        terminal.type(f"/image '{tmp_path}/two words.jpg'\n")
-        terminal.wait_for(f"Images: {tmp_path}/two words.jpg.")
-        terminal.wait_for("> ")
-        terminal.type("half a line")
-        terminal.wait_for("half a line")
-        terminal.press_ctrl_c()
-        terminal.wait_for("Ctrl-D or /exit ends.")
-        terminal.type("What is this?\n")
-        terminal.wait_for("What is this?\r\n")
-        terminal.wait_for_more()
-        terminal.press_ctrl_c()
-        terminal.press_ctrl_c()
-        terminal.wait_for("Stopped. ")
-        terminal.wait_for("> ")
-        terminal.type("/clear\n")
-        terminal.wait_for("> ")
-        terminal.type("/undo\n/retry\n")
-        terminal.wait_for("Nothing has been asked yet")
-        terminal.wait_for("> ")
-        terminal.type("\x04")
-        assert terminal.end() == 0
-
-
-def test_answers_stand_in_columns_on_a_wide_terminal():
-    arguments = ["chat", "--model-path", LORA, "--compare", "--max-new-tokens", "24"]
-    with Typist(arguments, RECORDINGS, NO_COLOR="1", COLUMNS="120", LINES="30") as terminal:
-        terminal.wait_for("> ")
-        terminal.type("Hello\n")
-        terminal.wait_for("Hello\r\n")
-        written = terminal.wait_for("The answer of")
-        terminal.type("/exit\n")
-        assert terminal.end() == 0
-    screen = PaintedScreen(120, 30)
-    screen.feed(written)
-    lines = screen.text()
-    assert lines[0].split() == ["base", "|", "adapter"]
-    pipe = Typed(base_and_trained(load_model(LORA, adapter="beside"), None), Sampling(max_new_tokens=24)).take("Hello")
-    for column, answer in zip((slice(0, 58), slice(61, 120)), pipe, strict=True):
-        shown = "".join(line[column] for line in lines[1:-1])
-        assert shown.replace(" ", "") == visible(answer.split(": ", 1)[1]).replace(" ", "")

@@ -1,0 +1,184 @@
+"""What is shown of a chat: in columns, in a pipe, to somebody who types."""
+
+import io
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llava_ft import cli
+from llava_ft.data.inspection.terminal import visible
+from llava_ft.inference.chat_screen import ColumnScreen, display_width, wrap
+from llava_ft.inference.generate import Sampling
+from llava_ft.inference.load import load_model
+from llava_ft.inference.voices import base_and_trained, single_voice
+from tests.conftest import RECORDINGS
+from tests.inference.terminal import PaintedScreen, Typist
+from tests.inference.typed_chat import LANDSCAPE, LORA, Typed
+
+pytestmark = pytest.mark.usefixtures("in_recordings")
+
+
+def painted(write: Callable[[ColumnScreen], None], columns: int = 44, rows: int = 10) -> list[str]:
+    output = io.StringIO()
+    write(ColumnScreen(output, io.StringIO(), (columns, rows)))
+    screen = PaintedScreen(columns, rows)
+    screen.feed(output.getvalue())
+    return screen.text()
+
+
+def test_two_answers_stand_side_by_side():
+    def write(screen: ColumnScreen) -> None:
+        screen.begin(["base", "adapter"])
+        for piece in ("It is a small", " red", " hou", "se by the sea.\nYes."):
+            screen.write(0, piece)
+        for piece in ("A", " house", "."):
+            screen.write(1, piece)
+        screen.end()
+
+    assert painted(write) == [
+        "base                 | adapter",
+        "It is a small red    | A house.",
+        "house by the sea.",
+        "Yes.",
+        "",
+    ]
+
+
+def test_the_right_answer_may_be_longer_than_the_left():
+    def write(screen: ColumnScreen) -> None:
+        screen.begin(["base", "adapter"])
+        screen.write(0, "Yes.")
+        screen.write(1, "one two three four five six seven eight nine")
+        screen.end()
+        screen.begin(["base", "adapter"])
+
+    lines = painted(write)
+    assert lines[1:4] == [
+        "Yes.                 | one two three four",
+        "                     | five six seven eight",
+        "                     | nine",
+    ]
+    assert lines[4] == "base                 | adapter"
+
+
+def test_rows_that_left_the_screen_stay_as_they_are():
+    def write(screen: ColumnScreen) -> None:
+        screen.begin(["base", "adapter"])
+        screen.write(0, "\n".join(f"left {number}" for number in range(20)))
+        screen.write(1, "\n".join(f"right {number}" for number in range(22)))
+        screen.end()
+
+    lines = painted(write)
+    assert lines[1] == "left 0"
+    assert lines[20] == "left 19              | right 19"
+    assert lines[22] == "                     | right 21"
+
+
+def test_lines_are_broken_between_words():
+    assert wrap("a bb ccc", 4) == ["a bb", "ccc"]
+    assert wrap("abcdefgh ij", 4) == ["abcd", "efgh", "ij"]
+    assert wrap("  indented\n\nx", 20) == ["  indented", "", "x"]
+    assert wrap("漢字かな", 4) == ["漢字", "かな"]
+    assert all(display_width(line) <= 7 for line in wrap("wide 漢字 and é or e\u0301 " * 9, 7))
+
+
+def run(lines: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    return cli.main(["chat", "--model-path", "ckpt/llava15-tiny", "--max-new-tokens", "6", *arguments])
+
+
+def test_a_pipe_gets_answers_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    assert run("What is this?\nAnd why?\n", ["--image-file", LANDSCAPE], monkeypatch) == 0
+    printed = capsys.readouterr()
+    loaded = load_model("ckpt/llava15-tiny")
+    expected = Typed([single_voice(loaded, "model", None)], Sampling(max_new_tokens=6))
+    assert printed.out.split("\n")[:-1] == expected.take(f"/image {LANDSCAPE}", "What is this?", "And why?")
+    assert "cut after 6 tokens" in printed.err
+
+
+def test_a_pipe_ends_at_the_first_mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    assert run("Hello\n/image nowhere.png\nAnd why?\n", [], monkeypatch) == 2
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 1
+    assert "Image 'nowhere.png' does not exist" in printed.err
+
+
+def test_two_models_are_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    assert run("Hello\n", ["--compare-with", "ckpt/llava15-tiny-imse"], monkeypatch) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in lines] == ["ckpt/llava15-tiny", "ckpt/llava15-tiny-imse"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--compare"], "--compare needs an adapter, and ckpt/llava15-tiny is a whole model"),
+        (["--compare", "--compare-with", "x"], "--compare and --compare-with exclude each other"),
+        (["--compare-with-base", "x"], "--compare-with-base is the base of the model that --compare-with names"),
+        (["--conv-mode", "v9"], "Unknown conversation template 'v9'"),
+        (["--temperature", "-1"], "--temperature is -1.0"),
+        (["--image-file", "nowhere.png"], "Image 'nowhere.png' does not exist"),
+    ],
+)
+def test_wrong_requests_are_refused_before_weights_are_read(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    assert run("Hello\n", arguments, monkeypatch) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert "Weights:" not in printed.err
+
+
+def test_somebody_types(tmp_path: Path):
+    arguments = ["chat", "--model-path", "ckpt/llava15-tiny", "--max-new-tokens", "1500"]
+    shutil.copy(LANDSCAPE, tmp_path / "two words.jpg")
+    with Typist(arguments, RECORDINGS, NO_COLOR="1") as terminal:
+        terminal.wait_for("/help lists the commands")
+        terminal.wait_for("> ")
+        terminal.type("\n/image nowhere.png\n")
+        terminal.wait_for("does not exist")
+        terminal.type("/image README.md\n")
+        terminal.wait_for("is not an image")
+        terminal.type(f"/image '{tmp_path}/two words.jpg'\n")
+        terminal.wait_for(f"Images: {tmp_path}/two words.jpg.")
+        terminal.wait_for("> ")
+        terminal.type("half a line")
+        terminal.wait_for("half a line")
+        terminal.press_ctrl_c()
+        terminal.wait_for("Ctrl-D or /exit ends.")
+        terminal.type("What is this?\n")
+        terminal.wait_for("What is this?\r\n")
+        terminal.wait_for_more()
+        terminal.press_ctrl_c()
+        terminal.press_ctrl_c()
+        terminal.wait_for("Stopped. ")
+        terminal.wait_for("> ")
+        terminal.type("/clear\n")
+        terminal.wait_for("> ")
+        terminal.type("/undo\n/retry\n")
+        terminal.wait_for("Nothing has been asked yet")
+        terminal.wait_for("> ")
+        terminal.type("\x04")
+        assert terminal.end() == 0
+
+
+def test_answers_stand_in_columns_on_a_wide_terminal():
+    arguments = ["chat", "--model-path", LORA, "--compare", "--max-new-tokens", "24"]
+    with Typist(arguments, RECORDINGS, NO_COLOR="1", COLUMNS="120", LINES="30") as terminal:
+        terminal.wait_for("> ")
+        terminal.type("Hello\n")
+        terminal.wait_for("Hello\r\n")
+        written = terminal.wait_for("The answer of")
+        terminal.type("/exit\n")
+        assert terminal.end() == 0
+    screen = PaintedScreen(120, 30)
+    screen.feed(written)
+    lines = screen.text()
+    assert lines[0].split() == ["base", "|", "adapter"]
+    pipe = Typed(base_and_trained(load_model(LORA, adapter="beside"), None), Sampling(max_new_tokens=24)).take("Hello")
+    for column, answer in zip((slice(0, 58), slice(61, 120)), pipe, strict=True):
+        shown = "".join(line[column] for line in lines[1:-1])
+        assert shown.replace(" ", "") == visible(answer.split(": ", 1)[1]).replace(" ", "")
