@@ -144,6 +144,8 @@ def _template_notes(template: Template, whole: WholeModel) -> list[str]:
     if template.style is TemplateStyle.PLAIN:
         return ["the model was trained with template plain, which has no turns: the file holds no chat template"]
     notes: list[str] = []
+    if whole.config.conversation_template is None:
+        notes.append(f"the model does not name its template: the chat template is that of {template.name}")
     if template.stop != "</s>":
         notes.append(f"answers in template {template.name} end with {template.stop!r}: give llama.cpp that stop text")
     elif not getattr(whole.tokenizer, "legacy", True):

@@ -152,9 +152,10 @@ def test_what_the_vision_file_says(tmp_path: Path):
     assert vision.fields["clip.vision.image_mean"] == pytest.approx([0.48145466, 0.4578275, 0.40821073])
     assert vision.fields["clip.vision.image_std"] == pytest.approx([0.26862954, 0.26130258, 0.27577711])
     assert "clip.vision.image_grid_pinpoints" not in vision.fields
-    assert len(report.notes) == 2
+    assert len(report.notes) == 3
     assert "class token" in report.notes[0]
-    assert "legacy=false" in report.notes[1]
+    assert "does not name its template" in report.notes[1]
+    assert "legacy=false" in report.notes[2]
 
 
 def test_tiles_have_their_sizes_width_first_and_a_newline(tmp_path: Path):
@@ -163,6 +164,17 @@ def test_tiles_have_their_sizes_width_first_and_a_newline(tmp_path: Path):
     assert vision.fields["clip.vision.mm_patch_merge_type"] == "spatial_unpad"
     assert vision.shape("v.image_newline") == (64,)
     assert any("one after another" in note and "image_newline" in note for note in report.notes)
+
+
+def test_a_template_without_an_end_token_or_turns_is_noted(tmp_path: Path):
+    model = changed_copy(LLAVA, tmp_path / "blocks", conversation_template="v0")
+    report, language, _ = export(model, tmp_path / "out")
+    assert any("end with '###'" in note for note in report.notes)
+    assert "Human" in language.fields["tokenizer.chat_template"]
+    model = changed_copy(LLAVA, tmp_path / "plain", conversation_template="plain")
+    report, language, _ = export(model, tmp_path / "out_plain")
+    assert any("no turns" in note for note in report.notes)
+    assert "tokenizer.chat_template" not in language.fields
 
 
 def test_images_cropped_in_training_are_noted(tmp_path: Path):
