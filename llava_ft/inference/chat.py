@@ -28,7 +28,7 @@ _HELP: Final = """\
 /drop          leave the images out that were given for the next question
 /retry         answer the last question again
 /undo          take back the last question and its answer
-/clear         begin anew: forget everything, images too
+/clear         begin anew: forget questions, answers and images; the system text is kept
 /system TEXT   set the system text; alone: show it
 /save FILE     write the conversation: .json as a record that can be trained on, anything else as text
 /help          this list
