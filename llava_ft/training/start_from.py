@@ -4,10 +4,14 @@
 """
 
 import logging
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from llava_ft.args import ParsedArgs
 from llava_ft.checkpoint.base import BaseModel, find_base
@@ -190,11 +194,29 @@ def merged_base(args: ParsedArgs, start: Start, merge: MergesAdapter | None) -> 
         if not _is_merged_from(target, start):
             logger.info("Merging the adapter in %s into its base %s.", start.path, args.model.model_name_or_path)
             tower = args.model.vision_tower or start.vision_tower
-            merge(start.path, args.model.model_name_or_path, target, vision_tower=tower, force=force_of(args))
+            with _without_zero3(training):
+                merge(start.path, args.model.model_name_or_path, target, vision_tower=tower, force=force_of(args))
         else:
             logger.info("The adapter in %s was merged before: %s.", start.path, target)
     wait_for_first(lambda: what_is_incomplete(target) is None, training)
     return target
+
+
+@contextmanager
+def _without_zero3(training: TrainingArguments) -> Generator[None]:
+    """Let one rank use a model of its own while transformers would divide every model among the ranks.
+
+    Under ZeRO-3 its `generate` waits in each step for the other ranks, which do not take part.
+    """
+    deepspeed = getattr(training, "hf_deepspeed_config", None)  # set by transformers only with DeepSpeed
+    if deepspeed is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(deepspeed)
 
 
 def _is_merged_from(target: Path, start: Start) -> bool:
