@@ -1,9 +1,9 @@
 """Merging an adapter into its base, and proving that nothing else changed.
 
 The result is a whole LLaVA model. It is made on the CPU, tensor by tensor: each weight is read, the adapter's part is
-added in float32, and the sum is rounded once; memory holds one output shard and the adapter. Before the result gets
-its name it is checked: frozen tensors must be bit-identical to the base's, and the logits on fixed inputs must agree
-with those of the adapter beside the base.
+added in float32, and the sum is rounded once and written at once; memory holds the adapter, and the largest tensor a
+few times. Before the result gets its name it is proven: every tensor is compared with the files it comes from, and
+logits and answers on fixed inputs with those of the adapter beside the base. See docs/merge.md.
 
 What was trained on quantised weights is merged into the base's own, never into quantised ones: the sum would be rounded
 to 4 or 8 bits once more. On request it is merged into what the quantised weights are worth, the weights it was trained
@@ -23,9 +23,9 @@ from safetensors import SafetensorError
 from llava_ft.checkpoint.directory import ModelDirectory
 from llava_ft.checkpoint.lineage import record_lineage
 from llava_ft.checkpoint.manifest import Manifest
-from llava_ft.checkpoint.names import CONFIG
+from llava_ft.checkpoint.names import CONFIG, MANIFEST, RUN_CONFIG
 from llava_ft.checkpoint.overrides import Force, collect_ignored
-from llava_ft.checkpoint.proof import ConversionReport, prove_tensors
+from llava_ft.checkpoint.proof import CONVERSION_REPORT, ConversionReport, prove_tensors
 from llava_ft.checkpoint.save import ShardWriter, config_fields, staged_directory, write_json
 from llava_ft.checkpoint.shard_files import Layout, ShardFiles
 from llava_ft.checkpoint.trained import open_trained
@@ -108,6 +108,7 @@ def merge_all(
     with collect_ignored() as ignored:
         trained = open_trained(shares, model_base, vision_tower=vision_tower, force=options.force)
         whole = WholeModel(trained, options.quantization)
+        _check_sources(save_path, whole)
         report = ConversionReport("merge", _named(shares), str(save_path), notes=list(trained.notes))
         with _failures_of_disks(save_path), staged_directory(save_path) as staging:
             _write_merged(staging, whole, report, options)
@@ -162,10 +163,28 @@ def _named(shares: Sequence[tuple[float, ModelDirectory]]) -> str:
 
 
 def _check_target(save_path: Path) -> None:
-    if save_path.is_file():
+    if save_path.exists() and not save_path.is_dir():
         raise CheckpointError(f"{save_path} is a file. Give a directory for the merged model.")
-    if save_path.is_dir() and any(save_path.iterdir()) and not (save_path / CONFIG).is_file():
-        raise CheckpointError(f"{save_path} holds files that are no model, and would be replaced. Give another place.")
+    is_earlier = (save_path / CONVERSION_REPORT).is_file() or (
+        (save_path / MANIFEST).is_file() and not (save_path / RUN_CONFIG).is_file()
+    )
+    if save_path.is_dir() and any(save_path.iterdir()) and not is_earlier:
+        raise CheckpointError(
+            f"{save_path} holds files that no merge has written, and they would be replaced. Give another place, or "
+            "empty it first."
+        )
+
+
+def _check_sources(save_path: Path, whole: WholeModel) -> None:
+    """Refuse to replace what is merged."""
+    sources = [directory.path for directory in whole.trained.directories]
+    sources += [source.files.path for source in whole.base.sources]
+    inside = [source for source in sources if source.resolve().is_relative_to(save_path.resolve())]
+    if inside:
+        raise CheckpointError(
+            f"--save-model-path {save_path} holds {inside[0]}, which is merged and would be replaced. Give another "
+            "place."
+        )
 
 
 def _write_merged(staging: Path, whole: WholeModel, report: ConversionReport, options: MergeOptions) -> None:

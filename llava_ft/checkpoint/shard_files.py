@@ -56,7 +56,7 @@ class ShardFiles:
         """Put a tensor into its place."""
         assert (tuple(tensor.shape), tensor.dtype) == self._layout[name], name
         index, offset = self._places[name]
-        data = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
         descriptor = self._descriptor(index)
         while data:
             written = os.pwrite(descriptor, data, offset)  # at most 2 GiB at a time

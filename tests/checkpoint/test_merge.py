@@ -1,8 +1,13 @@
 """Merging: the original's files give the original's result, and every merge proves itself."""
 
+import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +18,7 @@ from llava_ft.checkpoint.merge import MergeOptions, merge
 from llava_ft.checkpoint.proof import ConversionReport
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.cli import main
-from llava_ft.errors import CheckpointError, RunError
+from llava_ft.errors import CheckpointError, RunError, UserError
 from llava_ft.inference import verify
 from llava_ft.inference.verify import compare_merged
 
@@ -153,12 +158,29 @@ def test_what_cannot_be_merged_is_refused(tmp_path: Path, change, message: str):
     assert not (tmp_path / "merged").exists()
 
 
-def test_files_that_are_no_model_are_not_replaced(tmp_path: Path):
+def test_only_what_a_merge_has_written_is_replaced(tmp_path: Path):
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged/thesis.txt").write_text("years of work")
-    with pytest.raises(CheckpointError, match="holds files that are no model"):
-        merge_recorded(tmp_path / "merged")
-    assert (tmp_path / "merged/thesis.txt").read_text() == "years of work"
+    shutil.copytree("ckpt/base-llm", tmp_path / "model")
+    for name in ("merged", "model"):
+        before = sorted(path.name for path in (tmp_path / name).iterdir())
+        with pytest.raises(CheckpointError, match="holds files that no merge has written"):
+            merge_recorded(tmp_path / name)
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == before
+    merge_recorded(tmp_path / "again")
+    (tmp_path / "again/model.safetensors").unlink()
+    merge_recorded(tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").is_file()
+
+
+def test_what_is_merged_is_not_replaced(tmp_path: Path):
+    merge_recorded(tmp_path / "base")
+    directory = broken_copy(tmp_path, lambda directory: None)
+    for target in (tmp_path / "base", tmp_path):
+        (target / "conversion_report.json").touch()
+        with pytest.raises(CheckpointError, match="which is merged and would be replaced"):
+            merge(identify(directory), str(tmp_path / "base"), target, MergeOptions())
+    assert (tmp_path / "base/model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -170,3 +192,49 @@ def test_the_comparison_fits_into_the_memory_that_is_free(
     proven = compare_merged(tmp_path / "merged", str(LORA), "ckpt/base-llm", merged_dtype=getattr(torch, dtype))
     assert all(entry["max_difference"] <= entry["bound"] for entry in proven.logits)
     assert f"compared in torch.{dtype}" in caplog.text
+
+
+def test_a_full_disk_is_told_before_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"takes 0\.0 GB, but only 0\.0 GB are free in"):
+        merge_recorded(tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("weights_format", ["safetensors", "bin"])
+def test_a_disk_that_fails_while_it_is_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights_format: str
+):
+    def fails(*_) -> None:
+        if weights_format == "bin":
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(*((torch, "save", fails) if weights_format == "bin" else (os, "pwrite", fails)))
+    with pytest.raises(RunError, match=r"could not be written: .*Nothing was kept"):
+        merge_recorded(tmp_path / "merged", weights_format=weights_format)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_merge_leaves_nothing_at_its_target(tmp_path: Path):
+    script = (
+        "import os, sys, llava_ft.checkpoint.merge as merge; from llava_ft.cli import main\n"
+        "merge.prove_tensors = lambda *_, **__: os.kill(os.getpid(), 9)\n"
+        "main(sys.argv[1:])"
+    )
+    argv = ["merge", "--model-path", str(LORA), "--model-base", "ckpt/base-llm", "--save-model-path"]
+    target = tmp_path / "merged"
+    killed = subprocess.run([sys.executable, "-c", script, *argv, str(target)], capture_output=True)
+    assert killed.returncode == -9
+    assert not target.exists()
+    merge_recorded(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_a_truncated_shard_is_refused(tmp_path: Path):
+    shutil.copytree("ckpt/base-llm", tmp_path / "base")
+    file = tmp_path / "base/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="it is damaged or incomplete"):
+        merge(identify(LORA), str(tmp_path / "base"), tmp_path / "merged", MergeOptions())
+    assert not (tmp_path / "merged").exists()

@@ -18,7 +18,7 @@ from llava_ft.checkpoint.whole import open_whole
 from llava_ft.cli import main
 from llava_ft.inference.load import load_model
 from llava_ft.inference.verify import fixed_logits
-from tests.checkpoint.adapters import BASE, peft_adapter
+from tests.checkpoint.adapters import peft_adapter
 from tests.conftest import RECORDINGS
 from tests.training.helpers import train
 
