@@ -106,7 +106,10 @@ def _failures_of_the_disk(target: Path) -> Generator[None]:
     """Say in plain words that a file could not be written."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch's writer of .bin files has no error of its own.
+        if isinstance(error, RunError) or (type(error) is RuntimeError and "PytorchStreamWriter" not in str(error)):
+            raise
         reason = "the disk is full" if getattr(error, "errno", None) == errno.ENOSPC else str(error)
         raise RunError(
             f"Nothing was exported to {target}: {reason}. Free some space, or give another place with --save-path, and "

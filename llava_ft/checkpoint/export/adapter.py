@@ -19,7 +19,6 @@ from typing import Any, Final, Literal
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType] - a bare PathLike
 
 from llava_ft.checkpoint.adapter import LoraAdapter
 from llava_ft.checkpoint.export.hf import hf_config, image_settings
@@ -45,7 +44,7 @@ from llava_ft.checkpoint.names import (
 )
 from llava_ft.checkpoint.proof import ConversionReport
 from llava_ft.checkpoint.restore import plain_name
-from llava_ft.checkpoint.save import adapter_config_fields, config_fields, write_json
+from llava_ft.checkpoint.save import adapter_config_fields, config_fields, save_tensors, write_json
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.checkpoint.whole import WholeModel
 from llava_ft.errors import CheckpointError, RunError
@@ -141,15 +140,16 @@ def _tensors(
 def _write(whole: WholeModel, target: Path, tensors: Mapping[str, torch.Tensor], layout: Layout) -> None:
     beside = {name for name in tensors if ".lora_" not in name}
     if layout == "hf":
-        renamed = {PEFT_PREFIX + module_name(name): value.contiguous() for name, value in tensors.items()}
-        save_file(renamed, target / ADAPTER_SAFETENSORS, metadata={"format": "pt"})
+        renamed = {PEFT_PREFIX + module_name(name): value for name, value in tensors.items()}
+        save_tensors(renamed, target / ADAPTER_SAFETENSORS)
         write_json(target / CONFIG, hf_config(whole, whole.dtype))
         write_image_processor(target, *image_settings(whole))
     else:
         lora = {PEFT_PREFIX + name: value for name, value in tensors.items() if name not in beside}
-        torch.save(lora, target / ADAPTER_BIN)
+        save_tensors(lora, target / ADAPTER_BIN)
         if beside:
-            torch.save({PEFT_PREFIX + name: tensors[name] for name in tensors if name in beside}, target / NON_LORA_BIN)
+            whole_tensors = {PEFT_PREFIX + name: tensors[name] for name in tensors if name in beside}
+            save_tensors(whole_tensors, target / NON_LORA_BIN)
         write_json(target / CONFIG, _native_config(whole))
     write_json(target / ADAPTER_CONFIG, _adapter_config(whole, bool(beside), layout))
 
@@ -254,11 +254,7 @@ def _restore_source(path: Path, target: Path, tensors: Mapping[str, torch.Tensor
     if record["layout"] != layout or not is_unchanged or any(Path(file).name != file for file in files):
         return False
     for file, keys in files.items():
-        held = {key: tensors[plain_name(key)].contiguous() for key in keys if not is_derived(key)}
-        if file.endswith(".safetensors"):
-            save_file(held, target / file, metadata={"format": "pt"})
-        else:
-            torch.save(held, target / file)
+        save_tensors({key: tensors[plain_name(key)] for key in keys if not is_derived(key)}, target / file)
     for name in (ADAPTER_CONFIG, CONFIG):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, target / name)

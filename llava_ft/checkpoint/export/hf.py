@@ -20,7 +20,8 @@ from llava_ft.checkpoint.hf.names import hub_name
 from llava_ft.checkpoint.load import fit_rows
 from llava_ft.checkpoint.names import CONFIG, EMBEDDINGS, HEAD, is_vision
 from llava_ft.checkpoint.proof import ConversionReport, prove_tensors
-from llava_ft.checkpoint.save import ShardWriter, write_json
+from llava_ft.checkpoint.save import write_json
+from llava_ft.checkpoint.shard_files import Layout, ShardFiles
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.checkpoint.whole import WholeModel
 from llava_ft.data.image_processor import ImageProcessorSettings
@@ -62,7 +63,7 @@ def export_hf(whole: WholeModel, target: Path, options: ExportOptions) -> Conver
     report = ConversionReport("export hf", str(whole.directory.path), str(target))
     num_rows = _num_rows(whole)
     tower = TensorDigest() if not whole.base.holds_vision_tower else None
-    writer = ShardWriter(target, max_shard_bytes=options.max_shard_bytes, weights_format="safetensors")
+    writer = ShardFiles(target, _layout(whole, options, num_rows), max_shard_bytes=options.max_shard_bytes)
     for piece in whole.stream(options.dtype, with_tower=True):
         value = piece.value
         if piece.name in (EMBEDDINGS, HEAD):
@@ -76,6 +77,15 @@ def export_hf(whole: WholeModel, target: Path, options: ExportOptions) -> Conver
     write_native_record(target, whole, tower)
     prove_tensors(report, whole, WeightFiles.open(target), with_tower=True, key_of=hub_name)
     return report
+
+
+def _layout(whole: WholeModel, options: ExportOptions, num_rows: int) -> Layout:
+    """Name, shape and type of every tensor as it is written."""
+    layout = whole.layout(options.dtype, with_tower=True)
+    return {
+        hub_name(name): ((num_rows, *shape[1:]) if name in (EMBEDDINGS, HEAD) else shape, dtype)
+        for name, (shape, dtype) in layout.items()
+    }
 
 
 def write_hf_files(whole: WholeModel, target: Path, options: ExportOptions) -> list[str]:

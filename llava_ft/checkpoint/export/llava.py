@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Final, cast
 
 import torch
-from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType] - a bare PathLike
 
 from llava_ft.checkpoint.export.completed import CompletedFiles
 from llava_ft.checkpoint.export.hf import GENERATION_CONFIG
@@ -29,7 +28,8 @@ from llava_ft.checkpoint.export.options import ExportOptions
 from llava_ft.checkpoint.load import WeightSource
 from llava_ft.checkpoint.names import CONFIG, EMBEDDINGS, HEAD, PREPROCESSOR_CONFIG, is_vision, native_name
 from llava_ft.checkpoint.proof import ConversionReport, prove_tensors
-from llava_ft.checkpoint.save import ShardWriter, config_fields, write_json
+from llava_ft.checkpoint.save import config_fields, save_tensors, write_json
+from llava_ft.checkpoint.shard_files import ShardFiles
 from llava_ft.checkpoint.weights import read_json
 from llava_ft.checkpoint.whole import Piece, WholeModel
 from llava_ft.data.image_processor import ImageProcessorSettings
@@ -138,16 +138,18 @@ def _write_weights(
             for piece in pieces:
                 report.count(piece)
             tensors = {key: wanted.cut(piece.name, piece.value) for key, piece in zip(keys, pieces, strict=True)}
-            if file.endswith(".bin"):
-                torch.save(tensors, target / file)
-            else:
-                save_file(tensors, target / file, metadata={"format": "pt"})
+            save_tensors(tensors, target / file)
         folder = whole.base.directory.path / NATIVE_FOLDER
         for index in folder.glob("*.index.json"):
             shutil.copyfile(index, target / index.name)
         report.notes.append("the weight files are those that the model was exported from: same names, order and types")
         return
-    writer = ShardWriter(target, max_shard_bytes=options.max_shard_bytes, weights_format="safetensors")
+    layout = {
+        name: ((min(shape[0], wanted.num_rows), *shape[1:]) if name in _VOCABULARY else shape, dtype)
+        for name, (shape, dtype) in whole.layout(options.dtype, with_tower=True).items()
+        if name in wanted.names
+    }
+    writer = ShardFiles(target, layout, max_shard_bytes=options.max_shard_bytes)
     for piece in whole.stream(options.dtype, with_tower=True):
         if piece.name in wanted.names:
             report.count(piece)
