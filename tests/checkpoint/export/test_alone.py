@@ -57,7 +57,14 @@ print(json.dumps(said))
 
 
 @pytest.mark.usefixtures("in_recordings")
-@pytest.mark.parametrize("source", ["ckpt/llava15-tiny", "ckpt/llava16-tiny-anyres", str(LORA)])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "ckpt/llava15-tiny",
+        pytest.param("ckpt/llava16-tiny-anyres", marks=pytest.mark.slow),
+        pytest.param(str(LORA), marks=pytest.mark.slow),
+    ],
+)
 def test_plain_transformers_says_what_we_say(source: str, tmp_path: Path):
     exported = export(Path(source), tmp_path / "hf", "hf", "--no-verify")
     image, question = RECORDINGS / "images/src/landscape.jpg", "What is this?"
