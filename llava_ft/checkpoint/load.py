@@ -182,6 +182,8 @@ def plan_sources(
         CheckpointError: A parameter is missing or has another shape, or a source that must fit does not.
     """
     parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if _head_is_tied(model):
+        parameters.pop(HEAD, None)  # becomes the embeddings once these are read
     plan: Plan = {}
     for index, source in enumerate(sources):
         unexpected: list[str] = []
