@@ -4,7 +4,8 @@ Source: LLaVA (arXiv:2304.08485) figure 1 and `llava/model/llava_arch.py`. The m
 and on disk: `model.vision_tower` and `model.mm_projector` beside `model.layers`.
 
 What is notable: image placeholders are expanded by the data side, so the model does one masked scatter (`merge.py`);
-logits and loss are computed only where a label is supervised; a micro-batch without images does not run the tower.
+loss and last layer are computed only where a label is supervised (`loss.py`, `decoder.py`); a micro-batch without
+images does not run the tower.
 
 Shapes: B samples, T positions, D width, M images, K tiles (one an image, more with anyres), N features per tile,
 C width of the tower, S supervised positions, V vocabulary.
@@ -14,15 +15,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from llava_ft.constants import IGNORE_INDEX
 from llava_ft.geometry import ImageGeometry, SizeWH
 from llava_ft.models.anyres import merge_tiles
 from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.models.decoder import LastDecoderLayer, read_last_layer_selectively
+from llava_ft.models.loss import LossHead, mean_loss, supervised_positions
 from llava_ft.models.merge import image_positions, scatter_image_features
 from llava_ft.models.projector import build_projector
 from llava_ft.models.vision import CLIPVisionTower
@@ -97,6 +98,7 @@ class LlavaMixin(_Base):
         pixel_values: torch.Tensor | None = None,
         image_sizes: torch.Tensor | Sequence[SizeWH] | None = None,
         image_features: torch.Tensor | None = None,
+        tile_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embed words and images; see `forward`.
 
@@ -111,8 +113,10 @@ class LlavaMixin(_Base):
         if image_features is not None and image_features.shape[0] > 0:
             return scatter_image_features(embeds_BTD, self._lay_out(self.project(image_features), image_sizes), mask_BT)
         if pixel_values is not None and pixel_values.shape[0] > 0:
-            features_SD = self._lay_out(self.encode_images(pixel_values), image_sizes)
-            return scatter_image_features(embeds_BTD, features_SD, mask_BT)
+            features_KND = self.encode_images(pixel_values)
+            if tile_index is not None:
+                features_KND = features_KND.index_select(0, tile_index)
+            return scatter_image_features(embeds_BTD, self._lay_out(features_KND, image_sizes), mask_BT)
         if bool(mask_BT.any()):
             raise ValueError("input_ids has image positions, but there are neither pixel_values nor image_features.")
         is_divided = self.has_vision and any(hasattr(p, "ds_id") for p in self._projector.parameters())
@@ -175,6 +179,7 @@ class LlavaMixin(_Base):
         pixel_values: torch.Tensor | None = None,
         image_sizes: torch.Tensor | Sequence[SizeWH] | None = None,
         image_features: torch.Tensor | None = None,
+        tile_index: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
@@ -193,6 +198,8 @@ class LlavaMixin(_Base):
             pixel_values: `(K, 3, H, W)` normalised pixels of the tiles of all images of the batch in reading order.
             image_sizes: `(M, 2)`, width and height of each image in pixels; needed with anyres only.
             image_features: `(K, N, C)` features of the tower for the same tiles, instead of `pixel_values`.
+            tile_index: `(K,)` int64 where `pixel_values` holds each of several equal tiles once: which of its entries
+                each tile of the batch is.
             logits_to_keep: Without labels: how many last positions get logits; 0 is all.
             num_items_in_batch: Number by which the summed loss is divided; by default the supervised positions here.
             **kwargs: Passed to the language model.
@@ -200,7 +207,11 @@ class LlavaMixin(_Base):
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("Either input_ids or inputs_embeds is needed.")
-            inputs_embeds = self.embed_inputs(input_ids, pixel_values, image_sizes, image_features)
+            inputs_embeds = self.embed_inputs(input_ids, pixel_values, image_sizes, image_features, tile_index)
+        positions_S = None if labels is None else supervised_positions(labels)
+        is_selective = positions_S is not None and self._reads_selectively(kwargs)
+        if is_selective:
+            kwargs["read_positions"] = positions_S
         outputs = self.model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -209,13 +220,15 @@ class LlavaMixin(_Base):
             use_cache=use_cache if labels is None else False,
             **kwargs,
         )
-        hidden_BTD = outputs.last_hidden_state
         loss = logits = None
-        if labels is not None:
-            loss = self._supervised_loss(hidden_BTD, labels, num_items_in_batch)
+        if labels is not None and positions_S is not None:
+            hidden_SD = outputs.last_hidden_state.flatten(0, 1)
+            if not is_selective:
+                hidden_SD = hidden_SD.index_select(0, positions_S)
+            loss = mean_loss(hidden_SD, self.lm_head, labels.flatten()[positions_S + 1], num_items_in_batch)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden_BTD[:, kept])
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -224,22 +237,12 @@ class LlavaMixin(_Base):
             attentions=outputs.attentions,
         )
 
-    def _supervised_loss(
-        self, hidden_BTD: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None
-    ) -> torch.Tensor:
-        """Next-token cross-entropy over the supervised positions, in float32.
-
-        A batch without supervised positions gives zero with zero gradients, not NaN.
-        """
-        targets_BT = labels[:, 1:]
-        supervised_BT = targets_BT != IGNORE_INDEX
-        logits_SV = self.lm_head(hidden_BTD[:, :-1][supervised_BT]).float()
-        total = F.cross_entropy(logits_SV, targets_BT[supervised_BT], reduction="sum")
-        if num_items is None:
-            num_items = supervised_BT.sum()
-        if isinstance(num_items, torch.Tensor):
-            return total / num_items.to(total.device).clamp(min=1)
-        return total / max(num_items, 1)
+    def _reads_selectively(self, kwargs: dict[str, Any]) -> bool:
+        """Whether the last layer may leave out positions that have no target: not if its whole output is asked for."""
+        is_shown = any(
+            kwargs.get(name, getattr(self.config, name)) for name in ("output_hidden_states", "output_attentions")
+        )
+        return isinstance(self.model.layers[-1], LastDecoderLayer) and not is_shown
 
     @torch.no_grad()
     def generate(
@@ -278,6 +281,8 @@ class LlavaLlamaForCausalLM(LlavaMixin, LlamaForCausalLM):
 
     def __init__(self, config: LlavaLlamaConfig):
         super().__init__(config)
+        self.lm_head.__class__ = LossHead
+        read_last_layer_selectively(self.model.layers)
         self._add_vision(config)
 
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from llava_ft.models.loss import LossHead
+
 
 class EmbeddingWithNewRows(nn.Embedding):
     """An embedding whose last K rows are the parameter `new_rows`, `(K, D)` float32."""
@@ -26,16 +28,19 @@ class EmbeddingWithNewRows(nn.Embedding):
         return torch.where((input >= first_new).unsqueeze(-1), new_embeds, embeds)
 
 
-class HeadWithNewRows(nn.Linear):
+class HeadWithNewRows(LossHead):
     """A language-model head without bias whose last K outputs come from the parameter `new_rows`, `(K, D)`."""
 
     new_rows: nn.Parameter
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def matrices(self) -> tuple[torch.Tensor, ...]:
+        """The frozen rows, `(V - K, D)`, and the trained ones, `(K, D)`."""
+        return self.weight[: self.out_features - self.new_rows.shape[0]], self.new_rows
+
+    def logits(self, input: torch.Tensor) -> torch.Tensor:
         """Map `(..., D)` to logits `(..., V)`."""
-        first_new = self.out_features - self.new_rows.shape[0]
-        old_logits = F.linear(input, self.weight[:first_new])
-        return torch.cat([old_logits, F.linear(input, self.new_rows.to(input.dtype))], dim=-1)
+        old_rows, new_rows = self.matrices()
+        return torch.cat([F.linear(input, old_rows), F.linear(input, new_rows.to(input.dtype))], dim=-1)
 
 
 def add_new_rows(module: nn.Embedding | nn.Linear, num_new: int) -> nn.Parameter:

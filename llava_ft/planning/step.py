@@ -134,10 +134,9 @@ class _StepTracker(MemoryTracker):
     def run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return False if args[0].dtype == torch.bool else self._num_image_positions
-        if func is torch.ops.aten.index.Tensor and args[1][0] is not None and args[1][0].dtype == torch.bool:
-            values, mask = args[0], args[1][0]
-            assert mask.shape == (self._batch.size, self._batch.length - 1)
-            return values.new_empty((self._batch.num_supervised, *values.shape[mask.dim() :]))
+        if func is torch.ops.aten.nonzero.default:
+            assert args[0].shape == (self._batch.size * self._batch.length,)
+            return args[0].new_empty((self._batch.num_supervised, 1), dtype=torch.int64)
         return func(*args, **kwargs)
 
     def label_of(self, func: Callable[..., Any], args: Sequence[Any], result: torch.Tensor) -> str:
@@ -146,6 +145,8 @@ class _StepTracker(MemoryTracker):
         is_weight_like = result.shape in self._weight_shapes
         if is_weight_like and func in (torch.ops.aten._to_copy.default, torch.ops.aten.new_empty.default):
             return COPIES
+        if is_weight_like and func is torch.ops.aten.zeros.default:  # the head's, made while its logits are there
+            return GRADIENTS
         return self.label
 
 

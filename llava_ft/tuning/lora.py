@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from llava_ft.errors import UserError
 from llava_ft.models.llava import part_of
 from llava_ft.tuning.freeze import DECODER_LAYER, language_model_linears
+from llava_ft.tuning.lora_layer import use_fast_layers
 
 
 def target_pattern(model: nn.Module, leaf_names: Sequence[str] | None = None) -> str:
@@ -53,6 +54,7 @@ def add_lora(
     bias: Literal["none", "all", "lora_only"] = "none",
     leaf_names: Sequence[str] | None = None,
     base_model_name: str | None = None,
+    fast: bool = True,
 ) -> PeftModel:
     """Wrap a model with LoRA adapters on its language model. LoRA weights are float32.
 
@@ -64,6 +66,7 @@ def add_lora(
         bias: Which biases of the language model are trained: `none`, `all` or `lora_only`.
         leaf_names: Layers to adapt; see `target_pattern`.
         base_model_name: Written into `adapter_config.json`.
+        fast: Whether the adapted layers compute as `lora_layer.py` says, and not as PEFT does.
 
     Raises:
         UserError: A layer name is unknown.
@@ -82,6 +85,8 @@ def add_lora(
     for name, parameter in peft_model.named_parameters():
         if name.endswith("bias") and part_of(name) == "vision tower":
             parameter.requires_grad_(False)
+    if fast:
+        use_fast_layers(peft_model)
     return peft_model
 
 

@@ -121,10 +121,11 @@ class TestTraceStep:
         dtypes = {name: torch.float32 for name, _ in model.named_parameters()}
         traced = trace_step(model, dtypes, settings)
         logits = 6 * 512 * 4
-        assert traced["loss"].by_label[LOGITS] == pytest.approx(2 * logits, rel=0.1)  # and their log-softmax
+        assert logits < traced["loss"].by_label[LOGITS] < 1.5 * logits  # once, and vectors of the width beside them
         assert traced[VISION].by_label[VISION] > 0
         kept = traced[BACKWARD].by_label.get(GRADIENTS, 0)
-        assert trained / 2 < kept <= trained if gradients == "fresh" else kept == 0
+        head = 512 * 64 * 4  # its gradient is there when the backward pass begins
+        assert trained / 2 < kept <= trained if gradients == "fresh" else kept == head
 
     def test_a_gpu_keeps_a_smaller_mask_of_dropout(self, tmp_path):
         planned, request = request_of([*write_configs(tmp_path), *METHODS["lora"]])

@@ -1,0 +1,63 @@
+"""Random LLaVA models of a preset, made in place, with the same values in every layout."""
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from workload import Preset
+
+from llava_ft.models.builder import build_skeleton, settle_config, vision_fields
+from llava_ft.models.llava import LlavaLlamaForCausalLM, part_of
+
+
+def build_native(preset: Preset, attn_implementation: str) -> LlavaLlamaForCausalLM:
+    """The program's model with random weights in the compute dtype on the preset's device; nothing is trained yet."""
+    fields: dict[str, Any] = {"model_type": "llama", "eos_token_id": 2, "pad_token_id": 0, **preset.language}
+    wishes = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "image_aspect_ratio": "pad"}
+    vision = vision_fields(dict(preset.vision), "inside")
+    config = settle_config(fields, "random", wishes=wishes, vision_tower="inside", vision=vision)
+    model = build_skeleton(config, attn_implementation=attn_implementation)
+    model.config.use_cache = False
+    give_values(model, preset)
+    return model.to(preset.device)
+
+
+def give_values(model: nn.Module, preset: Preset) -> None:
+    """Put random values in place of parameters on the meta device, each from a seed of its own."""
+    for module_name, module in model.named_modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_meta:
+                continue
+            name = f"{module_name}.{leaf}"
+            dtype = torch.float32 if part_of(name) == "projector" else preset.dtype
+            values = random_values(name, parameter.shape, dtype, preset.device)
+            module._parameters[leaf] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+
+
+def random_values(name: str, shape: torch.Size, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Values of a parameter, from its name alone: near 1 for scales, else of spread 0.02."""
+    seed = sum(ord(letter) * 31 ** (place % 11) for place, letter in enumerate(name)) % 2**31
+    generator = torch.Generator(device).manual_seed(seed)
+    values = torch.empty(shape, dtype=dtype, device=device).normal_(0.0, 0.02, generator=generator)
+    is_scale = name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "layrnorm.weight"))
+    return values.add_(1.0) if is_scale else values
+
+
+def randomize_adapters(model: nn.Module) -> None:
+    """Give all LoRA weights values, so that none of their gradients is zero."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            values = random_values(canonical(name), parameter.shape, parameter.dtype, str(parameter.device))
+            parameter.data.copy_(values)
+
+
+def canonical(name: str) -> str:
+    """The native name of a parameter in any of the layouts, without PEFT's prefixes."""
+    name = name.replace("base_model.model.", "", 1) if name.startswith("base_model.model.") else name
+    name = name.replace(".default.", ".").replace(".base_layer.", ".")
+    name = re.sub(r"^model\.language_model\.", "model.", name)
+    name = re.sub(r"^model\.multi_modal_projector\.linear_1", "model.mm_projector.0", name)
+    name = re.sub(r"^model\.multi_modal_projector\.linear_2", "model.mm_projector.2", name)
+    name = re.sub(r"^model\.vision_tower\.(?!vision_tower)", "model.vision_tower.vision_tower.vision_model.", name)
+    return name
