@@ -68,6 +68,7 @@ OWN_FLAGS = {
     "lora_enable",
     "lora_r",
     "lora_target_modules",
+    "fast_lora",
     "lora_weight_path",
     "loss_normalization",
     "mm_patch_merge_type",

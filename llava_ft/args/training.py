@@ -85,6 +85,10 @@ class TrainingFlags:
     lora_bias: Literal["none", "all", "lora_only"] = field(
         default="none", metadata={"help": "Which biases of the language model are trained beside LoRA."}
     )
+    fast_lora: bool = field(
+        default=True,
+        metadata={"help": "LoRA's arithmetic written out in place of PEFT's; equal but for rounding, see speed.md."},
+    )
     mm_projector_lr: float | None = field(
         default=None, metadata={"help": "Learning rate of the projector. Unset: learning_rate."}
     )

@@ -65,6 +65,7 @@ class LoraSettings:
     dropout: float
     bias: Literal["none", "all", "lora_only"]
     leaf_names: tuple[str, ...] | None
+    fast: bool = True
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,9 @@ def plan_request(args: ParsedArgs, machine: Machine, *, hidden_size: int, has_vi
     return PlanRequest(
         machine=machine,
         tuning=tuning,
-        lora=LoraSettings(flags.lora_r, flags.lora_alpha, flags.lora_dropout, flags.lora_bias, leaf_names)
+        lora=LoraSettings(
+            flags.lora_r, flags.lora_alpha, flags.lora_dropout, flags.lora_bias, leaf_names, flags.fast_lora
+        )
         if flags.lora_enable
         else None,
         quantization=quantization,

@@ -150,7 +150,13 @@ def build_model(planned: PlannedModel, request: PlanRequest) -> nn.Module:
         lora = request.lora
         with torch.device("meta"):
             result = add_lora(
-                model, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, bias=lora.bias, leaf_names=lora.leaf_names
+                model,
+                r=lora.r,
+                alpha=lora.alpha,
+                dropout=lora.dropout,
+                bias=lora.bias,
+                leaf_names=lora.leaf_names,
+                fast=lora.fast,
             )
     request.tuning.apply(result)
     model.config.use_cache = False
