@@ -55,6 +55,7 @@ def _train(argv: list[str], until: int | None) -> Result:
     from transformers import TrainerCallback
 
     from llava_ft.args import parse_args
+    from llava_ft.inference.merge_first import merge_first
     from llava_ft.training.distributed import join_ranks
     from llava_ft.training.fragments import trained_parameters, whole_value
     from llava_ft.training.setup import prepare_run
@@ -67,7 +68,7 @@ def _train(argv: list[str], until: int | None) -> Result:
     args = parse_args(argv)
     _, watch = join_ranks(args)
     try:
-        run = prepare_run(args)
+        run = prepare_run(args, merge_first)
         if until is not None:
             run.trainer.add_callback(StopAt())
         with contextlib.redirect_stdout(None):
