@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
 
 from llava_ft.checkpoint.directory import ModelDirectory
 from llava_ft.checkpoint.lineage import record_lineage
@@ -37,6 +36,8 @@ from llava_ft.errors import CheckpointError, RunError, UserError
 from llava_ft.tuning.quant import Quantization
 
 _GENERATION_CONFIG = "generation_config.json"
+_DISK_ERRORS = ("os error", "iostream error", "PytorchStreamWriter")
+"""By what errors of the operating system are known that safetensors, tokenizers and torch report in their own words."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _check_space(staging: Path, layout: Layout) -> None:
     free = shutil.disk_usage(staging).free
     if needed > free:
         raise UserError(
-            f"The merged model takes {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free in {staging.parent}. "
+            f"The merged model takes {needed / 1e9:.3g} GB, but only {free / 1e9:.3g} GB are free in {staging.parent}. "
             "Free some space, or give another --save-model-path."
         )
 
@@ -145,9 +146,11 @@ def _failures_of_disks(save_path: Path) -> Generator[None]:
     """Tell what an operating system or a library says of a full or broken disk as a failed run."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # torch's writer of .bin files has no error of its own.
-        if isinstance(error, RunError) or (type(error) is RuntimeError and "PytorchStreamWriter" not in str(error)):
+    except (UserError, RunError):
+        raise
+    except Exception as error:
+        is_of_disk = isinstance(error, OSError) or any(mark in str(error) for mark in _DISK_ERRORS)
+        if not is_of_disk:
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         raise RunError(

@@ -196,7 +196,7 @@ def test_the_comparison_fits_into_the_memory_that_is_free(
 
 def test_a_full_disk_is_told_before_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match=r"takes 0\.0 GB, but only 0\.0 GB are free in"):
+    with pytest.raises(UserError, match=r"takes 0\.000616 GB, but only 1e-06 GB are free in"):
         merge_recorded(tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
 
