@@ -20,7 +20,7 @@ Force = bool | Literal["base"]
 Functions hand it on as it is; only those that find something wrong look at it.
 """
 
-_collected: ContextVar[list[str] | None] = ContextVar("ignored problems", default=None)
+_collectors: ContextVar[tuple[list[str], ...]] = ContextVar("collectors of ignored problems", default=())
 
 
 def force_from_flags(force: bool, allow_base_mismatch: bool) -> Force:
@@ -30,17 +30,17 @@ def force_from_flags(force: bool, allow_base_mismatch: bool) -> Force:
 
 @contextmanager
 def collect_ignored() -> Generator[list[str]]:
-    """Collect what is passed over inside the block, each problem once and logged once.
+    """Collect what is passed over inside the block, each problem once and logged once, by a block around it too.
 
     Yields:
         The list that grows, for a report.
     """
     ignored: list[str] = []
-    token = _collected.set(ignored)
+    token = _collectors.set((*_collectors.get(), ignored))
     try:
         yield ignored
     finally:
-        _collected.reset(token)
+        _collectors.reset(token)
 
 
 def refuse_unless(is_forced: bool, problem: str, advice: str) -> str:
@@ -59,9 +59,10 @@ def refuse_unless(is_forced: bool, problem: str, advice: str) -> str:
     """
     if not is_forced:
         raise CheckpointError(f"{problem} {advice}")
-    collected = _collected.get()
-    if collected is None or problem not in collected:
+    collectors = _collectors.get()
+    if not any(problem in collected for collected in collectors):
         logger.warning("Ignored: %s", problem)
-    if collected is not None and problem not in collected:
-        collected.append(problem)
+    for collected in collectors:
+        if problem not in collected:
+            collected.append(problem)
     return problem

@@ -3,15 +3,12 @@
 import logging
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from llava_ft.checkpoint.directory import identify
 from llava_ft.checkpoint.merge import MergeOptions, merge
 from llava_ft.checkpoint.overrides import Force
 from llava_ft.checkpoint.proof import ConversionReport
 from llava_ft.checkpoint.trained import quantization_in_training
 from llava_ft.checkpoint.weights import WeightFiles
-from llava_ft.errors import RunError
 from llava_ft.inference.verify import compare_merged
 
 logger = logging.getLogger(__name__)
@@ -44,13 +41,7 @@ def merge_first(adapter: Path, base: str, target: Path, *, vision_tower: str | N
             report=report,
         )
 
-    try:
-        report = merge(directory, base, target, MergeOptions(force=force), vision_tower=vision_tower, verify=verify)
-    except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"The merged base could not be written to {target}: {error}. It takes as much as the base model; `llava-ft "
-            "plan` with the same flags says how much. Free some space and start the same command again."
-        ) from error
+    report = merge(directory, base, target, MergeOptions(force=force), vision_tower=vision_tower, verify=verify)
     for line in report.lines():
         logger.info("%s", line)
     in_training = quantization_in_training(adapter)

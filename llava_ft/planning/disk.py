@@ -20,6 +20,7 @@ from llava_ft.checkpoint.names import (
     is_vision,
     native_name,
 )
+from llava_ft.checkpoint.weights import WeightFiles, has_model_weights
 from llava_ft.data.features.format import FeatureFormat
 from llava_ft.planning.optimizers import optimizer_kind
 from llava_ft.planning.request import PlanRequest
@@ -60,12 +61,12 @@ def checkpoint_files(
 def merged_base_bytes(shapes: Sequence[ParameterShape], planned: PlannedModel) -> int | None:
     """Return the bytes of the model that `adapter_mode=merge_first` writes before the first step; None without it.
 
-    Its weights have the type of the base's files, which its `config.json` names; bfloat16 is assumed where it does not.
-    A vision tower is in it only where it is in the base's files.
+    Its weights have the type of the base's files; where these are not here, that which `config.json` names, else
+    bfloat16. A vision tower is in it only where it is in the base's files.
     """
     if not planned.merges_first:
         return None
-    dtype = planned.config.dtype if isinstance(planned.config.dtype, torch.dtype) else torch.bfloat16
+    dtype = _base_dtype(planned)
     native = {native_name(shape.name).replace(".base_layer.", "."): shape for shape in shapes}
     return dtype.itemsize * sum(
         shape.numel
@@ -74,6 +75,15 @@ def merged_base_bytes(shapes: Sequence[ParameterShape], planned: PlannedModel) -
         and not name.endswith(NEW_ROWS_SUFFIX)
         and (planned.holds_vision_tower or not is_vision(name))
     )
+
+
+def _base_dtype(planned: PlannedModel) -> torch.dtype:
+    if planned.directory is not None and has_model_weights(planned.directory):
+        by_dtype: dict[torch.dtype, int] = {}
+        for info in WeightFiles.open(planned.directory).tensors.values():
+            by_dtype[info.dtype] = by_dtype.get(info.dtype, 0) + info.num_bytes
+        return max(by_dtype, key=lambda dtype: by_dtype[dtype])
+    return planned.config.dtype if isinstance(planned.config.dtype, torch.dtype) else torch.bfloat16
 
 
 def vision_cache_bytes(num_tiles: int, planned: PlannedModel, dtype: torch.dtype, kept_as: KeptAs) -> int:

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from llava_ft.args import parse_args
+from llava_ft.inference.merge_first import merge_first
 from llava_ft.planning.disk import WHOLE_MODEL, checkpoint_files
 from llava_ft.planning.report import as_dict, as_text
 from llava_ft.planning.shapes import build_model, parameter_shapes
+from llava_ft.training.setup import prepare_run
 from tests.planning.helpers import GPU_7B, LORA, plan_of, request_of, write_configs
 from tests.training.helpers import METHODS, flags, prepare, train
 
@@ -22,6 +25,25 @@ def files_of(argv: list[str], gpus: int = 1, **options: bool) -> dict[str, int]:
 def size_of(directory: Path, name: str) -> int:
     pattern = "model*.safetensors" if name == WHOLE_MODEL else name.replace("stepN", "step*")
     return sum(path.stat().st_size for path in directory.glob(pattern))
+
+
+class TestMergedBase:
+    def test_is_planned_as_it_is_written(self, in_recordings, tmp_path):
+        train(tmp_path / "first", max_steps="1")
+        own = dict.fromkeys(("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter"))
+        argv = flags(tmp_path / "out", **own, init_from=tmp_path / "first", adapter_mode="merge_first")
+        prepare_run(parse_args(argv), merge_first)
+        plan = plan_of(argv)
+        size = size_of(tmp_path / "out/merged_base", WHOLE_MODEL)
+        assert plan.merged_base is not None
+        assert plan.merged_base <= size <= plan.merged_base + SMALL
+        assert "merged_base, once" in as_text(plan)
+        assert as_dict(plan)["disk"]["merged_base"] == plan.merged_base
+
+    def test_other_runs_have_none(self, tmp_path):
+        plan = plan_of(write_configs(tmp_path))
+        assert plan.merged_base is None
+        assert "merged_base" not in as_text(plan)
 
 
 class TestAgainstRuns:

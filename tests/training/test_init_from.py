@@ -332,7 +332,7 @@ def test_a_full_disk_while_merging(tmp_path, earlier, monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("llava_ft.checkpoint.merge.ShardWriter.finish", full)
-    with pytest.raises(RunError, match=r"merged_base: .*No space left on device. It takes as much as the base model"):
+    monkeypatch.setattr("llava_ft.checkpoint.merge.prove_tensors", full)
+    with pytest.raises(RunError, match=r"merged_base could not be written: No space left on device"):
         prepare(tmp_path / "out", init_from=earlier, adapter_mode="merge_first")
     assert [path.name for path in (tmp_path / "out").iterdir()] == []
