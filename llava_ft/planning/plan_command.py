@@ -2,16 +2,19 @@
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TextIO
 
 from llava_ft.args import ParsedArgs
 from llava_ft.planning.advice import Change, advise
 from llava_ft.planning.disk import checkpoint_files, merged_base_bytes, vision_cache_bytes
+from llava_ft.planning.hardware import find_gpu
 from llava_ft.planning.memory import MemoryPlanner, RankMemory
 from llava_ft.planning.optimizers import optimizer_kind
 from llava_ft.planning.placement import weight_bytes
 from llava_ft.planning.request import Machine, PlanRequest, plan_machine, plan_request, training_values
+from llava_ft.planning.run_time import TimeWishes, plan_time
+from llava_ft.planning.scaling import StepTime
 from llava_ft.planning.shapes import PARTS, ParameterShape, PlannedModel, find_planned_model
 from llava_ft.planning.step import Batch
 from llava_ft.planning.workload import Workload, find_workload
@@ -55,6 +58,8 @@ class Plan:
         result: Bytes by file of the result.
         vision_cache: Most bytes that the features of all images take; None without a vision cache or the records.
         merged_base: Bytes of the base that the run merges first; None if it merges none.
+        time: Computed time of a step of the run, and of one with the same batch for each GPU on one machine; None on a
+            CPU.
         changes: What to change; empty if the run fits or it is not known whether it does.
         notes: What was assumed or left out.
     """
@@ -71,6 +76,7 @@ class Plan:
     result: dict[str, int]
     vision_cache: int | None
     merged_base: int | None
+    time: tuple[StepTime, StepTime] | None
     changes: list[Change]
     notes: list[str]
 
@@ -82,7 +88,14 @@ class Plan:
 
 
 def run_plan(
-    args: ParsedArgs, output: TextIO, *, gpus: int | None, nodes: int, gpu_memory: str | None, as_json: bool
+    args: ParsedArgs,
+    output: TextIO,
+    *,
+    gpus: int | None,
+    nodes: int,
+    gpu_memory: str | None,
+    as_json: bool,
+    time: TimeWishes | None = None,
 ) -> bool:
     """Write the plan of a run.
 
@@ -93,6 +106,8 @@ def run_plan(
         nodes: Machines.
         gpu_memory: Memory of a GPU, such as `24GiB`; None asks this machine.
         as_json: Whether to write JSON instead of text to read.
+        time: What times are to be worked out from. A GPU named there has the memory that its data sheet says, unless
+            `gpu_memory` is given.
 
     Returns:
         False if the run does not fit.
@@ -102,17 +117,23 @@ def run_plan(
     """
     from llava_ft.planning.report import as_dict, as_text
 
-    plan = make_plan(args, plan_machine(args.inherited, gpus=gpus, nodes=nodes, gpu_memory=gpu_memory))
+    wishes = time or TimeWishes()
+    machine = plan_machine(args.inherited, gpus=gpus, nodes=nodes, gpu_memory=gpu_memory)
+    if wishes.gpu and not gpu_memory and machine.device == "cuda":
+        gpu = find_gpu(wishes.gpu)
+        machine = replace(machine, memory=gpu.memory, memory_source=f"data sheet of {gpu.name}")
+    plan = make_plan(args, machine, wishes)
     output.write(json.dumps(as_dict(plan), indent=1) + "\n" if as_json else as_text(plan) + "\n")
     return plan.fits is not False
 
 
-def make_plan(args: ParsedArgs, machine: Machine) -> Plan:
+def make_plan(args: ParsedArgs, machine: Machine, time: TimeWishes | None = None) -> Plan:
     """Plan a run.
 
     Args:
         args: The run's flags.
         machine: Where it is to take place.
+        time: What times are to be worked out from.
 
     Raises:
         UserError: Such a run would be refused.
@@ -149,6 +170,7 @@ def make_plan(args: ParsedArgs, machine: Machine) -> Plan:
         result=checkpoint_files(shapes, request, **files, is_final=True),
         vision_cache=_vision_cache(args, planned, request, workload),
         merged_base=merged_base_bytes(shapes, planned),
+        time=plan_time(args, planned, shapes, request, workload, values, time or TimeWishes()),
         changes=changes,
         notes=[*args.notes, *planned.notes, *workload.notes, *([optimizer_note] if optimizer_note else [])],
     )

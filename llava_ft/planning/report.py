@@ -7,6 +7,7 @@ from typing import Any
 from llava_ft.planning.advice import Change
 from llava_ft.planning.memory import COMPONENTS, RankMemory
 from llava_ft.planning.plan_command import Plan
+from llava_ft.planning.scaling import StepTime, efficiency, time_as_dict
 
 _GIB = 2**30
 _SMALLEST_SHOWN = _GIB // 200
@@ -20,6 +21,7 @@ def as_text(plan: Plan) -> str:
         _parameters(plan),
         _memory(plan),
         _host(plan),
+        _time(plan),
         _data(plan),
         _disk(plan),
         _changes(plan),
@@ -56,6 +58,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "parameters": [asdict(part) for part in plan.parts],
         "batch": asdict(plan.batch),
         "memory": _memory_as_dict(plan.memory) | {"total_if_all_text_is_supervised": plan.most_if_supervised},
+        "time": None if plan.time is None else time_as_dict(*plan.time, plan.epoch),
         "epoch": plan.epoch,
         "disk": {
             "checkpoint": {"files": plan.checkpoint, "total": sum(plan.checkpoint.values())},
@@ -162,6 +165,45 @@ def _memory(plan: Plan) -> list[str]:
 
 def _two_digits(num_bytes: int) -> str:
     return f"{num_bytes / _GIB:,.2f}" if num_bytes >= _SMALLEST_SHOWN else ""
+
+
+def _time(plan: Plan) -> list[str]:
+    if plan.time is None:
+        return []
+    time, one_node = plan.time
+    rows = [(name, f"{1000 * seconds:,.1f} ms") for name, seconds in time.parts.items()]
+    rows.append(("total", f"{1000 * time.seconds:,.1f} ms"))
+    steps = plan.epoch.get("steps_per_epoch")
+    facts = [
+        ("samples per second", f"{time.samples_per_second:,.1f}"),
+        ("positions per second, without padding", f"{time.tokens / time.seconds:,.0f}"),
+        ("model FLOPs per sample", f"{time.model_flops / time.samples / 1e12:,.2f} TFLOP"),
+        ("model FLOPs, share of the peak", f"{time.mfu:.1%}"),
+        ("sent by each GPU", gib(round(time.sent_bytes))),
+        ("communication hidden", f"{1000 * time.hidden_seconds:,.1f} ms"),
+        ("work of the slowest rank, over the mean", f"{time.waiting:.2f}"),
+        ("efficiency against one machine", f"{efficiency(time, one_node):.1%}"),
+        ("cores of each machine for decoding 640 x 480 JPEGs", f"{time.loading_cores:,.1f}"),
+    ]
+    if steps is not None:
+        facts += _epoch_facts(time, steps)
+    settings = time.settings
+    network = f", {time.machine.network / 1e9:g} GB/s of network each" if time.machine.num_nodes > 1 else ""
+    stated = f"{settings.gpu.name}, {settings.share:.0%} of {settings.gpu.flops / 1e12:g} TFLOP/s{network}"
+    return [
+        *_table((f"Time of a step, computed and not measured ({stated})", ""), rows),
+        "",
+        *_table(("Per step, computed", ""), facts),
+        *(f"{_INDENT}{note}" for note in settings.notes),
+    ]
+
+
+def _epoch_facts(time: StepTime, steps: int) -> list[tuple[str, str]]:
+    hours = steps * time.seconds / 3600
+    return [
+        ("an epoch", f"{hours:,.2f} h"),
+        ("an epoch, of all GPUs", f"{hours * time.machine.world_size:,.1f} GPU-hours"),
+    ]
 
 
 def _host(plan: Plan) -> list[str]:

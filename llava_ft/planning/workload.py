@@ -59,6 +59,8 @@ class Records:
         num_images: Images of each sample, most first.
         num_tiles: Tiles of all images that the records name, each name counted once.
         packed: The rows that a run with packing makes of the samples; None without packing.
+        samples: Positions, tokens to predict and images of each sample in the order of the records, which belong
+            together, unlike those above; None without a tokenizer.
     """
 
     path: str
@@ -69,6 +71,7 @@ class Records:
     num_images: np.ndarray[Any, Any]
     num_tiles: int = 0
     packed: PackedRows | None = None
+    samples: tuple[np.ndarray[Any, Any], ...] | None = None
 
     @property
     def are_measured(self) -> bool:
@@ -266,6 +269,7 @@ def _measure(args: ParsedArgs, planned: PlannedModel, notes: list[str]) -> Recor
         *map(_descending, counts),
         num_tiles=num_tiles,
         packed=plan_rows(*counts, max_length=limits.max_length, seed=seed) if args.data.packing else None,
+        samples=tuple(count.astype(np.int64) for count in counts),
     )
 
 

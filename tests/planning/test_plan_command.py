@@ -62,7 +62,8 @@ class TestJson:
         assert status == cli.DONE
         assert plan["fits"] is True
         assert set(plan) == {
-            *("fits", "model", "machine", "run", "parameters", "batch", "memory", "epoch", "disk", "changes", "notes")
+            *("fits", "model", "machine", "run", "parameters", "batch", "memory"),
+            *("time", "epoch", "disk", "changes", "notes"),
         }
         assert plan["machine"]["world_size"] == 2
         memory = plan["memory"]
