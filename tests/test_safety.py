@@ -17,18 +17,18 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from llava_ft.checkpoint.consolidate import ConsolidateOptions, consolidate
 from llava_ft.checkpoint.manifest import check_pairing, what_is_incomplete
 from llava_ft.checkpoint.trained import quantization_in_training
 from llava_ft.checkpoint.weights import WeightFiles
-from llava_ft.checkpoint.zero_files import find_step_directory
+from llava_ft.checkpoint.zero.consolidate import ConsolidateOptions, consolidate
+from llava_ft.checkpoint.zero.files import find_step_directory
 from llava_ft.cli import main
 from llava_ft.data.sources import open_source
 from llava_ft.data.sources.mixture import open_mixture
 from llava_ft.data.tokenizer import load_tokenizer
 from llava_ft.errors import CheckpointError, UserError
 from llava_ft.inference.load import load_model
-from tests.checkpoint.shards import Step
+from tests.checkpoint.zero.shards import Step
 from tests.layouts import native
 from tests.training.helpers import prepare, train
 

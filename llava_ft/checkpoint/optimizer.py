@@ -123,7 +123,7 @@ def open_saved_optimizer(checkpoint: Path) -> SavedOptimizer:
     if (checkpoint / OPTIMIZER).is_file():
         return OptimizerFile(checkpoint / OPTIMIZER)
     if any(checkpoint.glob("global_step*")):
-        from llava_ft.checkpoint.zero_optimizer import ZeroOptimizer
+        from llava_ft.checkpoint.zero.optimizer import ZeroOptimizer
 
         return ZeroOptimizer(checkpoint)
     raise CheckpointError(

@@ -180,8 +180,9 @@ class WholeModel:
     def _label(self, origin: Origin, source: WeightSource) -> str:
         if origin != "changed":
             return f"{source.label} {source.files.path}"
-        by = " and ".join(f"adapter {adapter.path}" for _, adapter in self.adapters) or str(self.quantization)
-        return f"{source.label} {source.files.path}, changed by {by}"
+        changes = [f"adapter {adapter.path}" for _, adapter in self.adapters]
+        changes = [f"being quantised as {self.quantization}", *changes] if self.quantization else changes
+        return f"{source.label} {source.files.path}, changed by {' and '.join(changes)}"
 
     def _rows_of_projector_file(self) -> dict[str, torch.Tensor]:
         """The rows of added tokens that were trained with a projector alone."""

@@ -11,13 +11,13 @@ from llava_ft.checkpoint.directory import identify, resolve_model_path
 from llava_ft.checkpoint.overrides import force_from_flags
 from llava_ft.conversation import Template, get_template
 from llava_ft.errors import UserError
-from llava_ft.inference.chat import Chat
-from llava_ft.inference.chat_files import piped_lines, typed_lines
-from llava_ft.inference.chat_screen import choose_screen
-from llava_ft.inference.dialogue import Picture
+from llava_ft.inference.chat.dialogue import Picture
+from llava_ft.inference.chat.files import piped_lines, typed_lines
+from llava_ft.inference.chat.loop import Chat
+from llava_ft.inference.chat.screen import choose_screen
+from llava_ft.inference.chat.voices import Voice, base_and_trained, single_voice
 from llava_ft.inference.generate import Sampling
 from llava_ft.inference.load import LoadedModel, choose_quantization, load_model
-from llava_ft.inference.voices import Voice, base_and_trained, single_voice
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from llava_ft.checkpoint.consolidate import ConsolidateOptions, Consolidation, consolidate, next_commands
 from llava_ft.checkpoint.save import parse_size
+from llava_ft.checkpoint.zero.consolidate import ConsolidateOptions, Consolidation, consolidate, next_commands
 from llava_ft.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from llava_ft.checkpoint.describe import Description, describe
-from llava_ft.checkpoint.describe_difference import Difference, TensorDifference, compare
-from llava_ft.checkpoint.describe_files import TensorHeader
-from llava_ft.checkpoint.describe_parts import fold
-from llava_ft.checkpoint.describe_words import Needs
+from llava_ft.checkpoint.describe.description import Description, describe
+from llava_ft.checkpoint.describe.difference import Difference, TensorDifference, compare
+from llava_ft.checkpoint.describe.files import TensorHeader
+from llava_ft.checkpoint.describe.parts import fold
+from llava_ft.checkpoint.describe.words import Needs
 from llava_ft.data.inspection.terminal import visible
 
 _MOST_LINES = 8

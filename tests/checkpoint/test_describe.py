@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava_ft.checkpoint.describe import Description, describe
-from llava_ft.checkpoint.describe_difference import compare
-from llava_ft.checkpoint.describe_files import PARTS, TensorHeader, part_of_tensor, scan_file
-from llava_ft.checkpoint.describe_parts import braced, fold, ranges
+from llava_ft.checkpoint.describe.description import Description, describe
+from llava_ft.checkpoint.describe.difference import compare
+from llava_ft.checkpoint.describe.files import PARTS, TensorHeader, part_of_tensor, scan_file
+from llava_ft.checkpoint.describe.parts import braced, fold, ranges
 from llava_ft.checkpoint.hf.names import hub_name, module_name
 from llava_ft.errors import CheckpointError
 from tests.training.helpers import train

@@ -14,9 +14,9 @@ import torch
 
 from llava_ft.checkpoint.optimizer import Place, SavedOptimizer, State
 from llava_ft.checkpoint.restore import plain_name
-from llava_ft.checkpoint.zero_files import find_step_directory, read_states
-from llava_ft.checkpoint.zero_layout import FLAT_1_2, FLAT_3, OPTIMIZER, Part
-from llava_ft.checkpoint.zero_shards import ZeroShards
+from llava_ft.checkpoint.zero.files import find_step_directory, read_states
+from llava_ft.checkpoint.zero.layout import FLAT_1_2, FLAT_3, OPTIMIZER, Part
+from llava_ft.checkpoint.zero.shards import ZeroShards
 
 _Vector = tuple[Path, int]
 """A rank's file, and the number of a vector in it."""

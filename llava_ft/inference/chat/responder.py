@@ -20,7 +20,7 @@ from llava_ft.constants import IMAGE_TOKEN_INDEX
 from llava_ft.conversation import Template
 from llava_ft.data.tokenize import tokenize_prompt
 from llava_ft.errors import RunError, UserError
-from llava_ft.inference.dialogue import Picture, ask_for_fewer
+from llava_ft.inference.chat.dialogue import Picture, ask_for_fewer
 from llava_ft.inference.generate import Sampling
 from llava_ft.inference.load import LoadedModel
 from llava_ft.inference.streaming import AnswerStreamer, finished_answer

@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 from llava_ft import cli
 from llava_ft.args import parse_args
 from llava_ft.args.fields import all_flags
-from llava_ft.checkpoint.consolidate import ConsolidateOptions, Consolidation, consolidate, next_commands
 from llava_ft.checkpoint.names import native_name
 from llava_ft.checkpoint.weights import WeightFiles
+from llava_ft.checkpoint.zero.consolidate import ConsolidateOptions, Consolidation, consolidate, next_commands
 from llava_ft.cli import main
 from llava_ft.errors import CheckpointError, UserError
 from llava_ft.inference.load import load_model
 from llava_ft.training.setup import prepare_run
-from tests.checkpoint.shards import Step
+from tests.checkpoint.zero.shards import Step
 from tests.conftest import RECORDINGS
 from tests.training.helpers import flags
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from llava_ft.checkpoint.zero_files import Fragment, StepFiles
+from llava_ft.checkpoint.zero.files import Fragment, StepFiles
 from llava_ft.errors import CheckpointError
 
 OPTIMIZER = "optimizer_state_dict"

@@ -11,10 +11,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llava_ft.checkpoint.zero_files import find_step_directory
-from llava_ft.checkpoint.zero_shards import ZeroShards
+from llava_ft.checkpoint.zero.files import find_step_directory
+from llava_ft.checkpoint.zero.shards import ZeroShards
 from llava_ft.errors import CheckpointError
-from tests.checkpoint.shards import Step, edit
+from tests.checkpoint.zero.shards import Step, edit
 
 
 def tensors(*shapes: tuple[int, ...], prefix: str = "p", seed: int = 0) -> dict[str, torch.Tensor]:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_ft.checkpoint.consolidate import ConsolidateOptions, consolidate
 from llava_ft.checkpoint.names import native_name
 from llava_ft.checkpoint.restore import plain_name
 from llava_ft.checkpoint.weights import WeightFiles
-from llava_ft.checkpoint.zero_shards import ZeroShards
+from llava_ft.checkpoint.zero.consolidate import ConsolidateOptions, consolidate
+from llava_ft.checkpoint.zero.shards import ZeroShards
 from tests.distributed.pool import Pool
 from tests.distributed.tasks import train
 from tests.training.helpers import flags

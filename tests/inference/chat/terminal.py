@@ -71,7 +71,7 @@ class Typist:
             stdout=follower,
             stderr=follower,
             env=os.environ
-            | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+            | {"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1", "TERM": "xterm"}
             | environment,
             start_new_session=True,
             preexec_fn=_take_terminal,

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from llava_ft.checkpoint.describe_files import is_weight_file
+from llava_ft.checkpoint.describe.files import is_weight_file
 from llava_ft.checkpoint.names import (
     ADAPTER_ALL_BIN,
     ADAPTER_BIN,

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from llava_ft.checkpoint.describe_facts import Facts, facts_of
-from llava_ft.checkpoint.describe_files import TensorHeader, scan_file
+from llava_ft.checkpoint.describe.facts import Facts, facts_of
+from llava_ft.checkpoint.describe.files import TensorHeader, scan_file
+from llava_ft.checkpoint.describe.select_files import select_weights
 from llava_ft.checkpoint.manifest import read_manifest
-from llava_ft.checkpoint.select_files import select_weights
 from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import is_llava_config
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, Final
 
-from llava_ft.checkpoint.describe_files import PARTS, TensorHeader
+from llava_ft.checkpoint.describe.files import PARTS, TensorHeader
 
 _INDEX: Final = re.compile(r"(?<=\.)(\d+)(?=\.)")
 _MOST_CHARACTERS: Final = 60

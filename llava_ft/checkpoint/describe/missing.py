@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from llava_ft.checkpoint.describe_facts import facts_of, lora_modules
-from llava_ft.checkpoint.describe_files import TensorHeader
-from llava_ft.checkpoint.describe_parts import ranges
+from llava_ft.checkpoint.describe.facts import facts_of, lora_modules
+from llava_ft.checkpoint.describe.files import TensorHeader
+from llava_ft.checkpoint.describe.parts import ranges
 from llava_ft.checkpoint.directory import identify
 from llava_ft.checkpoint.manifest import what_is_incomplete
 from llava_ft.checkpoint.names import CONFIG, MANIFEST, NON_LORA_BIN, PREPROCESSOR_CONFIG

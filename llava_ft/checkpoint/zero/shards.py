@@ -12,8 +12,8 @@ from typing import Any, cast
 
 import torch
 
-from llava_ft.checkpoint.zero_files import StepFiles, find_step_files, read_states
-from llava_ft.checkpoint.zero_layout import (
+from llava_ft.checkpoint.zero.files import StepFiles, find_step_files, read_states
+from llava_ft.checkpoint.zero.layout import (
     FLAT_1_2,
     FLAT_3,
     FROZEN_SHAPES,

@@ -13,14 +13,14 @@ from llava_ft.conversation import TEMPLATES, TemplateStyle, get_template
 from llava_ft.data.schema import parse_record
 from llava_ft.data.tokenize import SampleTokenizer, tokenize_prompt
 from llava_ft.errors import RunError, UserError
-from llava_ft.inference.chat_files import find_typed_path, piped_lines
-from llava_ft.inference.dialogue import Dialogue, Picture, Question
+from llava_ft.inference.chat.dialogue import Dialogue, Picture, Question
+from llava_ft.inference.chat.files import find_typed_path, piped_lines
+from llava_ft.inference.chat.responder import Interrupt, Responder
+from llava_ft.inference.chat.voices import single_voice
 from llava_ft.inference.generate import Sampling, build_prompt, generate_answer
 from llava_ft.inference.load import LoadedModel, load_model
-from llava_ft.inference.responder import Interrupt, Responder
-from llava_ft.inference.voices import single_voice
 from tests.conftest import RECORDINGS
-from tests.inference.typed_chat import LANDSCAPE, SHORT, SQUARE, V1, Typed
+from tests.inference.chat.typed_chat import LANDSCAPE, SHORT, SQUARE, V1, Typed
 
 pytestmark = pytest.mark.usefixtures("in_recordings")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from llava_ft.errors import UserError
-from llava_ft.inference.dialogue import Dialogue
+from llava_ft.inference.chat.dialogue import Dialogue
 
 
 def typed_lines(stdin: TextIO, output: TextIO, messages: TextIO, prompt: str = "> ") -> Iterator[str]:

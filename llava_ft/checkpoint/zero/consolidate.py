@@ -45,8 +45,8 @@ from llava_ft.checkpoint.save import (
     write_projector,
 )
 from llava_ft.checkpoint.weights import read_json
-from llava_ft.checkpoint.zero_files import find_step_directory
-from llava_ft.checkpoint.zero_shards import ZeroShards
+from llava_ft.checkpoint.zero.files import find_step_directory
+from llava_ft.checkpoint.zero.shards import ZeroShards
 from llava_ft.constants import ORIGINAL_DEFAULTS
 from llava_ft.errors import CheckpointError, UserError
 

@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_ft.checkpoint.describe_facts import Facts, facts_of
-from llava_ft.checkpoint.describe_files import FileScan, TensorHeader, is_weight_file, scan_file
-from llava_ft.checkpoint.describe_missing import missing_in_directory, missing_in_tensors
-from llava_ft.checkpoint.describe_parts import PartSummary, summarise
-from llava_ft.checkpoint.describe_words import Needs, kind_of_directory, kind_of_tensors, needs_of, sentence
+from llava_ft.checkpoint.describe.facts import Facts, facts_of
+from llava_ft.checkpoint.describe.files import FileScan, TensorHeader, is_weight_file, scan_file
+from llava_ft.checkpoint.describe.missing import missing_in_directory, missing_in_tensors
+from llava_ft.checkpoint.describe.parts import PartSummary, summarise
+from llava_ft.checkpoint.describe.select_files import Selection, select_weights
+from llava_ft.checkpoint.describe.words import Needs, kind_of_directory, kind_of_tensors, needs_of, sentence
 from llava_ft.checkpoint.directory import read_config
 from llava_ft.checkpoint.lineage import LINEAGE
 from llava_ft.checkpoint.names import ADAPTER_CONFIG, CONFIG
-from llava_ft.checkpoint.select_files import Selection, select_weights
 from llava_ft.checkpoint.weights import read_json
-from llava_ft.checkpoint.zero_files import find_step_directory, find_step_files
+from llava_ft.checkpoint.zero.files import find_step_directory, find_step_files
 from llava_ft.errors import CheckpointError, UserError
 
 

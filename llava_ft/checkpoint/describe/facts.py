@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from llava_ft.checkpoint.describe_files import TensorHeader
+from llava_ft.checkpoint.describe.files import TensorHeader
 from llava_ft.checkpoint.names import EMBEDDINGS, HEAD, is_transformers_spelling
 
 _LAYER: Final = re.compile(r"^model\.layers\.(\d+)\.")

@@ -16,12 +16,12 @@ from transformers import set_seed
 
 from llava_ft.constants import IMAGE_TOKEN
 from llava_ft.errors import RunError, UserError
-from llava_ft.inference.chat_files import find_typed_path, save_conversation
-from llava_ft.inference.chat_screen import Screen
-from llava_ft.inference.dialogue import Dialogue, Picture, Question
+from llava_ft.inference.chat.dialogue import Dialogue, Picture, Question
+from llava_ft.inference.chat.files import find_typed_path, save_conversation
+from llava_ft.inference.chat.responder import Interrupt, Reply
+from llava_ft.inference.chat.screen import Screen
+from llava_ft.inference.chat.voices import Voice
 from llava_ft.inference.generate import Sampling
-from llava_ft.inference.responder import Interrupt, Reply
-from llava_ft.inference.voices import Voice
 
 _HELP: Final = """\
 /image PATH    give an image with the next question; several times for several; alone: list them

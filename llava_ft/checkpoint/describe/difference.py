@@ -12,8 +12,8 @@ from typing import Any, Final
 
 import torch
 
-from llava_ft.checkpoint.describe import Description, describe
-from llava_ft.checkpoint.describe_files import PARTS, TensorHeader
+from llava_ft.checkpoint.describe.description import Description, describe
+from llava_ft.checkpoint.describe.files import PARTS, TensorHeader
 from llava_ft.checkpoint.names import EMBEDDINGS, HEAD
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.errors import CheckpointError
