@@ -16,6 +16,7 @@ from llava_ft.geometry import (
     parse_grid_pinpoints,
     parse_s2_scales,
 )
+from llava_ft.models import attention_by_sample
 from llava_ft.models.config import LlavaLlamaConfig, hidden_state_index, projector_depth
 from llava_ft.models.llava import LlavaLlamaForCausalLM
 
@@ -128,8 +129,9 @@ def build_skeleton(config: LlavaLlamaConfig, *, attn_implementation: str = "sdpa
 
     Args:
         config: The model's configuration.
-        attn_implementation: Attention of the language model, by transformers' name.
+        attn_implementation: Attention of the language model, by transformers' name, or `attention_by_sample.NAME`.
     """
+    attention_by_sample.register()
     config._attn_implementation = attn_implementation
     with init_empty_weights(include_buffers=False):
         model = LlavaLlamaForCausalLM(config)

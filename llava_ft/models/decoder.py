@@ -47,7 +47,7 @@ class SelectiveAttention(LlamaAttention):
             asked, query_cos, query_sin = (rows_of(tensor, read_positions) for tensor in (hidden_states, cos, sin))
             kwargs["query_positions"] = read_positions
         query, key, value = (
-            projection(states).view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+            projection(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection, states in ((self.q_proj, asked), (self.k_proj, hidden_states), (self.v_proj, hidden_states))
         )
         query, _ = apply_rotary_pos_emb(query, query, query_cos, query_sin)

@@ -11,6 +11,7 @@ gathered once a step on every rank, however many chunks a rank has.
 Shapes: S supervised positions, D width, V vocabulary, C positions of a chunk.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
@@ -46,10 +47,11 @@ class LossHead(nn.Linear):
         """
         if targets is None:
             return self.logits(input)
-        fused = _liger() if input.is_cuda and len(self.matrices()) == 1 and len(targets) else None
+        matrices = self.matrices()
+        fused = fused_kernel(input, matrices, targets)
         if fused is not None:
-            return fused(input, self.weight, targets, reduction="sum").float()
-        return _ChunkedCrossEntropy.apply(input, targets, *self.matrices())
+            return fused(input, matrices[0], targets, reduction="sum").float()
+        return _ChunkedCrossEntropy.apply(input, targets, *matrices)
 
     def logits(self, input: torch.Tensor) -> torch.Tensor:
         """Map `(..., D)` to logits `(..., V)`."""
@@ -102,8 +104,12 @@ def mean_loss(
     return total / max(len(targets_S) if num_items is None else num_items, 1)
 
 
-def _liger() -> Any:
-    """Liger's fused linear cross-entropy, or None where it is not installed."""
+def fused_kernel(
+    hidden_SD: torch.Tensor, matrices: Sequence[torch.Tensor], targets_S: torch.Tensor
+) -> Callable[..., torch.Tensor] | None:
+    """Liger's fused linear cross-entropy where it is installed and does the same: on a GPU, with one output matrix."""
+    if not hidden_SD.is_cuda or len(matrices) != 1 or len(targets_S) == 0:
+        return None
     try:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
     except ImportError:

@@ -10,7 +10,7 @@ step is one function with its backward pass written out:
 | norm, gate, up, SwiGLU, down, residual | its input, gate, up | the norm, SwiGLU |
 
 Modules and parameters are those of transformers and PEFT. Where a layer is not what these functions compute - weights
-in 4 bits or divided by ZeRO-3, biases, DoRA, several adapters, trained norms - its own modules run as before.
+in 4 bits, biases, DoRA, several adapters, trained norms - its own modules run as before.
 
 Shapes: B samples, T positions (B T of them in flat tensors), D width, I width inside the MLP.
 """
@@ -27,6 +27,7 @@ from llava_ft.models.decoder import LastDecoderLayer, SelectiveAttention, attend
 from llava_ft.models.precision import compute_dtype
 from llava_ft.tuning.lora_linear import (
     Flat,
+    Gradients,
     Kept,
     LoraProduct,
     LoraWeights,
@@ -40,7 +41,12 @@ _MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 
 
 class LoraDecoderLayer(LastDecoderLayer):
-    """A decoder layer that computes as this module's text says where it can."""
+    """A decoder layer that computes as this module's text says where it can.
+
+    It reads its linear layers' weights without calling them, so ZeRO-3 has to gather those of the layer together.
+    """
+
+    _z3_leaf = True
 
     def forward(
         self, hidden_states: torch.Tensor, *, read_positions: torch.Tensor | None = None, **kwargs: Any
@@ -118,7 +124,7 @@ def _linear_weights(module: nn.Module, dropouts: set[float]) -> LoraWeights | No
     base = module.base_layer if type(module) is PeftLinear else module
     if type(base) is not nn.Linear or base.bias is not None:
         return None
-    if base.weight.requires_grad or hasattr(base.weight, "ds_id"):
+    if base.weight.requires_grad:
         return None
     if base is module:
         return LoraWeights(base.weight, None, None, 0.0)
@@ -134,7 +140,8 @@ def _linear_weights(module: nn.Module, dropouts: set[float]) -> LoraWeights | No
         dropouts.add(dropout.p if dropout.training else 0.0)
     elif not isinstance(dropout, nn.Identity):
         return None
-    return LoraWeights(base.weight, module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
+    adapter: tuple[Any, Any] = module.lora_A[name], module.lora_B[name]
+    return LoraWeights(base.weight, adapter[0].weight, adapter[1].weight, module.scaling[name])
 
 
 def _normalize(x_TD: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -200,7 +207,7 @@ class NormProject(torch.autograd.Function):
         for number, layer in enumerate(Flat(weights, scales).layers(x.dtype)):
             is_chosen = number == 0 and rows is not None
             y_TO, kept_of_layer = adapted_product(normed_TD[rows] if is_chosen else normed_TD, layer, dropout)
-            output = y_TO.view(*((1, len(y_TO)) if is_chosen else x.shape[:-1]), -1, head_dim)
+            output = y_TO.view(*((1, len(y_TO)) if is_chosen else x.shape[:-1]), y_TO.shape[-1] // head_dim, head_dim)
             outputs.append(_rotate_(output, *turns[number]) if number < 2 else output)
             kept += kept_of_layer
         ctx.save_for_backward(x, norm_weight, cos, sin, rows, *kept, *weights)
@@ -218,31 +225,31 @@ class NormProject(torch.autograd.Function):
         turns = _turns(cos, sin, rows, head_dim, x.dtype)
         layers, needs_input = flat.layers(x.dtype), ctx.needs_input_grad[0]
         grad_normed: torch.Tensor | None = None
-        pairs: list[tuple[torch.Tensor | None, torch.Tensor | None]] = []
+        gradients: list[Gradients] = []
         for number in (2, 1, 0):
             grad_BTHW = grad_outputs[number].transpose(1, 2)
             if number < 2:
                 angle_cos, angle_sin = turns[number]
                 grad_BTHW = _rotate_(grad_BTHW.clone(memory_format=torch.contiguous_format), angle_cos, -angle_sin)
-            is_chosen = number == 0 and rows is not None
-            grad_x, grad_down, grad_up = adapted_gradients(
+            chosen = rows if number == 0 else None
+            found = adapted_gradients(
                 grad_BTHW.reshape(-1, layers[number].weight.shape[0]),
-                normed_TD[rows] if is_chosen else normed_TD,
+                normed_TD if chosen is None else normed_TD[chosen],
                 layers[number],
                 Kept(*kept[2 * number : 2 * number + 2]),
                 dropout=dropout,
-                onto=None if is_chosen else grad_normed,
+                onto=grad_normed if chosen is None else None,
                 needs_input=needs_input,
             )
-            if is_chosen and grad_normed is not None and grad_x is not None:
-                grad_normed.index_add_(0, rows, grad_x)
-            else:
-                grad_normed = grad_x
-            pairs.insert(0, (grad_down, grad_up))
+            if chosen is None:
+                grad_normed = found.input
+            elif grad_normed is not None and found.input is not None:
+                grad_normed.index_add_(0, chosen, found.input)
+            gradients.insert(0, found)
         grad_input = None
         if needs_input and grad_normed is not None:
             grad_input = _norm_gradient(grad_normed, x_TD, norm_weight, inverse_T1).view(x.shape)
-        return grad_input, None, None, None, None, None, None, None, None, *flat_gradients(flat, pairs)
+        return grad_input, None, None, None, None, None, None, None, None, *flat_gradients(flat, gradients)
 
 
 class LoraMLP(torch.autograd.Function):
@@ -280,23 +287,22 @@ class LoraMLP(torch.autograd.Function):
         grad_TD = grad_outputs[0].reshape(-1, x.shape[-1])
         activated_TI = F.silu(gate_TI)
         product_TI = activated_TI * up_TI
-        grad_product, *pair_down = adapted_gradients(grad_TD, product_TI, down, kept[2], dropout=dropout)
-        assert grad_product is not None
+        of_down = adapted_gradients(grad_TD, product_TI, down, kept[2], dropout=dropout)
         del product_TI
-        grad_up_TI = activated_TI.mul_(grad_product)
-        grad_gate_TI = torch.ops.aten.silu_backward(grad_product.mul_(up_TI), gate_TI)
-        del grad_product, activated_TI
+        grad_product_TI = of_down.input
+        assert grad_product_TI is not None
+        grad_up_TI = activated_TI.mul_(grad_product_TI)
+        grad_gate_TI = torch.ops.aten.silu_backward(grad_product_TI.mul_(up_TI), gate_TI)
+        del grad_product_TI, activated_TI
+        of_down = of_down._replace(input=None)
         x_TD = x.reshape(-1, x.shape[-1])
         normed_TD, inverse_T1 = _normalize(x_TD, norm_weight, epsilon)
         needs_input = ctx.needs_input_grad[0]
-        grad_normed, *pair_gate = adapted_gradients(
-            grad_gate_TI, normed_TD, gate, kept[0], dropout=dropout, needs_input=needs_input
-        )
-        grad_normed, *pair_up = adapted_gradients(
-            grad_up_TI, normed_TD, up, kept[1], dropout=dropout, onto=grad_normed, needs_input=needs_input
+        of_gate = adapted_gradients(grad_gate_TI, normed_TD, gate, kept[0], dropout=dropout, needs_input=needs_input)
+        of_up = adapted_gradients(
+            grad_up_TI, normed_TD, up, kept[1], dropout=dropout, onto=of_gate.input, needs_input=needs_input
         )
         grad_x = None
-        if needs_input and grad_normed is not None:
-            grad_x = _norm_gradient(grad_normed, x_TD, norm_weight, inverse_T1).add_(grad_TD).view(x.shape)
-        pairs = [tuple(pair_gate), tuple(pair_up), tuple(pair_down)]
-        return grad_x, None, None, None, None, *flat_gradients(flat, pairs)
+        if needs_input and of_up.input is not None:
+            grad_x = _norm_gradient(of_up.input, x_TD, norm_weight, inverse_T1).add_(grad_TD).view(x.shape)
+        return grad_x, None, None, None, None, *flat_gradients(flat, [of_gate, of_up, of_down])

@@ -49,6 +49,20 @@ class Kept(NamedTuple):
     mask_TI: torch.Tensor | None
 
 
+class Gradients(NamedTuple):
+    """Gradients of one adapted product; None for what has none.
+
+    Attributes:
+        input: `(T, I)`.
+        down: Of A.
+        up: Of B.
+    """
+
+    input: torch.Tensor | None
+    down: torch.Tensor | None
+    up: torch.Tensor | None
+
+
 def adapted_product(
     x_TI: torch.Tensor, layer: LoraWeights, dropout: float = 0.0, onto: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, Kept]:
@@ -69,7 +83,7 @@ def adapted_product(
         return y_TO, Kept(None, None)
     mask_TI = None
     if dropout > 0.0:
-        mask_TI = torch.rand(x_TI.shape, device=x_TI.device) >= dropout
+        mask_TI = torch.empty(x_TI.shape, dtype=torch.bool, device=x_TI.device).bernoulli_(1.0 - dropout)
     low_TR = _dropped(x_TI, mask_TI, dropout) @ layer.down.T
     return y_TO.addmm_(low_TR, layer.up.T, alpha=layer.scale), Kept(low_TR, mask_TI)
 
@@ -83,7 +97,7 @@ def adapted_gradients(
     dropout: float = 0.0,
     onto: torch.Tensor | None = None,
     needs_input: bool = True,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+) -> Gradients:
     """Compute the gradients of `adapted_product`.
 
     Args:
@@ -94,15 +108,12 @@ def adapted_gradients(
         dropout: As there.
         onto: `(T, I)` to which the gradient of the input is added, in place.
         needs_input: Whether the gradient of the input is wanted.
-
-    Returns:
-        Gradients of the input, `(T, I)`, of A and of B; None for what there is not.
     """
     grad_x = onto
     if needs_input:
         grad_x = grad_TO @ layer.weight if onto is None else onto.addmm_(grad_TO, layer.weight)
     if layer.down is None or layer.up is None or kept.low_TR is None:
-        return grad_x, None, None
+        return Gradients(grad_x, None, None)
     grad_up = (grad_TO.T @ kept.low_TR).mul_(layer.scale)
     grad_low_TR = (grad_TO @ layer.up).mul_(layer.scale)
     grad_down = grad_low_TR.T @ _dropped(x_TI, kept.mask_TI, dropout)
@@ -111,11 +122,11 @@ def adapted_gradients(
             grad_x.addmm_(grad_low_TR, layer.down)
         else:
             grad_x.add_(_dropped(grad_low_TR @ layer.down, kept.mask_TI, dropout))
-    return grad_x, grad_down, grad_up
+    return Gradients(grad_x, grad_down, grad_up)
 
 
 def _dropped(values: torch.Tensor, mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
-    return values if mask is None else values * mask * (1.0 / (1.0 - dropout))
+    return values if mask is None else (values * mask).mul_(1.0 / (1.0 - dropout))
 
 
 class Flat(NamedTuple):
@@ -136,22 +147,22 @@ class Flat(NamedTuple):
 
     def layers(self, dtype: torch.dtype) -> list[LoraWeights]:
         """The layers again, in a dtype."""
-        return [
-            LoraWeights(*self.tensors[3 * i : 3 * i + 3], scale).to(dtype)  # pyright: ignore[reportArgumentType]
-            for i, scale in enumerate(self.scales)
-        ]
+        found: list[LoraWeights] = []
+        for number, scale in enumerate(self.scales):
+            weight, down, up = self.tensors[3 * number : 3 * number + 3]
+            assert weight is not None
+            found.append(LoraWeights(weight, down, up, scale).to(dtype))
+        return found
 
 
-def flat_gradients(
-    flat: Flat, pairs: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]]
-) -> list[torch.Tensor | None]:
+def flat_gradients(flat: Flat, gradients: Sequence[Gradients]) -> list[torch.Tensor | None]:
     """Gradients of `Flat.tensors`: none for frozen weights, those of A and B in their own dtypes."""
-    grads: list[torch.Tensor | None] = []
-    for number, pair in enumerate(pairs):
-        grads.append(None)
-        for parameter, grad in zip(flat.tensors[3 * number + 1 : 3 * number + 3], pair, strict=True):
-            grads.append(None if parameter is None or grad is None else grad.to(parameter.dtype))
-    return grads
+    found: list[torch.Tensor | None] = []
+    for number, (_, *pair) in enumerate(gradients):
+        found.append(None)
+        for parameter, gradient in zip(flat.tensors[3 * number + 1 : 3 * number + 3], pair, strict=True):
+            found.append(None if parameter is None or gradient is None else gradient.to(parameter.dtype))
+    return found
 
 
 class LoraProduct(torch.autograd.Function):
@@ -169,7 +180,7 @@ class LoraProduct(torch.autograd.Function):
         y_TO, kept = adapted_product(x_TI, layer, dropout, onto)
         ctx.save_for_backward(x, *kept, *weights)
         ctx.settings = scale, dropout
-        return y_TO.view(*x.shape[:-1], -1)
+        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
@@ -180,12 +191,7 @@ class LoraProduct(torch.autograd.Function):
         [layer] = flat.layers(x.dtype)
         grad = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])
         needs_input, x_TI = ctx.needs_input_grad[0], x.reshape(-1, x.shape[-1])
-        grad_x, *pair = adapted_gradients(grad, x_TI, layer, Kept(low, mask), dropout=dropout, needs_input=needs_input)
+        gradients = adapted_gradients(grad, x_TI, layer, Kept(low, mask), dropout=dropout, needs_input=needs_input)
+        grad_x = None if gradients.input is None else gradients.input.view(x.shape)
         grad_residual = grad_outputs[0] if ctx.needs_input_grad[1] else None
-        return (
-            None if grad_x is None else grad_x.view(x.shape),
-            grad_residual,
-            None,
-            None,
-            *flat_gradients(flat, [(pair[0], pair[1])]),
-        )
+        return grad_x, grad_residual, None, None, *flat_gradients(flat, [gradients])
