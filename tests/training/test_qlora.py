@@ -220,8 +220,9 @@ def test_train_resume_evaluate_merge_and_ask(tmp_path: Path, capsys: pytest.Capt
         argv = ["merge", "--model-path", str(out), "--save-model-path", str(merged[name]), *more]
         assert main(argv) == 0, capsys.readouterr().err
         log = capsys.readouterr().err
-        assert "Verified: max |difference of logits|" in log
-        assert "changed by the adapter" in log
+        assert "text: max |difference of logits|" in log
+        assert f"adapter {out}" in log
+        assert ("changed by being quantised as nf4" in log) == (name == "trained")
         assert ("--base-as-trained merges into the weights it was trained on" in log) == (name == "own")
         assert "quantization" not in json.dumps(json.loads((merged[name] / "config.json").read_text()))
 
