@@ -6,6 +6,7 @@ from typing import Any, Final
 import torch
 
 from llava_ft.constants import IGNORE_INDEX
+from llava_ft.data.repeated_tiles import distinct_tiles
 
 Item = Mapping[str, Any]
 
@@ -121,13 +122,18 @@ def collect(samples: Sequence[Item]) -> dict[str, Any]:
     Returns:
         `pixel_values` `(num_tiles, 3, H, W)` uint8 or float32, or `image_features` `(num_tiles, N, C)` instead, and
         `image_sizes` `(M, 2)` int64 (width, height): of all samples in reading order, each absent when no sample has
-        it. `sample_indices`, the record of each sample; `num_tokens`, positions that hold one; `bad_samples`, one error
-        for each sample that has no labels because of it.
+        it. Where tiles are equal, `pixel_values` has each once and `tile_index` `(num_tiles,)` int64 says which of
+        them each tile is. `sample_indices`, the record of each sample; `num_tokens`, positions that hold one;
+        `bad_samples`, one error for each sample that has no labels because of it.
     """
     gathered: dict[str, Any] = {}
     for key in IMAGE_KEYS:
         if tensors := [sample[key] for sample in samples if key in sample]:
             gathered[key] = torch.cat(tensors)
+    if "pixel_values" in gathered:
+        gathered["pixel_values"], tile_index = distinct_tiles(gathered["pixel_values"])
+        if tile_index is not None:
+            gathered["tile_index"] = tile_index
     gathered["sample_indices"] = [int(sample["index"]) for sample in samples]
     gathered["num_tokens"] = sum(len(sample["input_ids"]) for sample in samples)
     gathered["bad_samples"] = [sample["bad_sample"] for sample in samples if "bad_sample" in sample]

@@ -113,10 +113,10 @@ class LlavaMixin(_Base):
         if image_features is not None and image_features.shape[0] > 0:
             return scatter_image_features(embeds_BTD, self._lay_out(self.project(image_features), image_sizes), mask_BT)
         if pixel_values is not None and pixel_values.shape[0] > 0:
-            features_KND = self.encode_images(pixel_values)
-            if tile_index is not None:
-                features_KND = features_KND.index_select(0, tile_index)
-            return scatter_image_features(embeds_BTD, self._lay_out(features_KND, image_sizes), mask_BT)
+            features_KNC = self._tower(pixel_values)
+            if tile_index is not None:  # before the projector, so that it computes the same as with cached features
+                features_KNC = features_KNC.index_select(0, tile_index)
+            return scatter_image_features(embeds_BTD, self._lay_out(self.project(features_KNC), image_sizes), mask_BT)
         if bool(mask_BT.any()):
             raise ValueError("input_ids has image positions, but there are neither pixel_values nor image_features.")
         is_divided = self.has_vision and any(hasattr(p, "ds_id") for p in self._projector.parameters())

@@ -44,7 +44,8 @@ def test_pad_token_in_the_text_stays_visible():
 def test_images_of_all_items_are_in_reading_order():
     image = IMAGE_TOKEN_INDEX
     items = [item(1, [image, 4], 1), item(2, [4, 4, 4]), item(3, [image, image], 2)]
-    pixels = PaddingCollator(0)(items)["pixel_values"]
+    batch = PaddingCollator(0)(items)
+    pixels = batch["pixel_values"][batch["tile_index"]]
     assert pixels.shape == (3, 3, 2, 2)
     assert pixels.dtype == torch.float32
     assert pixels[:, 0, 0, 0].tolist() == [1.0, 3.0, 3.0]
@@ -127,7 +128,7 @@ def test_images_sizes_and_features_of_all_rows_are_in_reading_order(flatten):
     rows = [row(with_images(1, 1, 3), item(2, [4, 4])), row(with_images(3, 2, 2), with_images(4, 1, 1))]
     batch = PackedCollator(0, row_length=6, flatten=flatten)(rows)
     assert batch["pixel_values"].dtype == torch.uint8
-    assert batch["pixel_values"][:, 0, 0, 0].tolist() == [1, 1, 1, 3, 3, 4]
+    assert batch["pixel_values"][batch["tile_index"], 0, 0, 0].tolist() == [1, 1, 1, 3, 3, 4]
     assert batch["image_sizes"].tolist() == [[1, 0], [3, 0], [3, 1], [4, 0]]
     assert batch["image_features"].shape == (6, 4, 5)
     assert batch["image_features"].dtype == torch.bfloat16
