@@ -56,8 +56,11 @@ def blended(values: Sequence[torch.Tensor], shares: Sequence[float]) -> torch.Te
     return average
 
 
-def check_directories(directories: Sequence[ModelDirectory]) -> None:
+def check_directories(directories: Sequence[ModelDirectory]) -> ModelDirectory:
     """Refuse directories that cannot be put together, from their configurations.
+
+    Returns:
+        One whose configuration describes the model; adapters that PEFT wrote have none.
 
     Raises:
         UserError: One is no adapter, or they are for models of different configurations.
@@ -68,9 +71,9 @@ def check_directories(directories: Sequence[ModelDirectory]) -> None:
             f"{others[0].path} holds a {others[0].kind} and no adapter. Only LoRA adapters can be given weights or be "
             "put together; merge it by itself."
         )
-    first, wanted = directories[0], checkpoint_wishes(directories[0].config)
-    for directory in directories[1:]:
-        other = checkpoint_wishes(directory.config)
+    described = [directory for directory in directories if directory.config]
+    for directory in described[1:]:
+        first, wanted, other = described[0], checkpoint_wishes(described[0].config), checkpoint_wishes(directory.config)
         different = [key for key in wanted if wanted[key] != other[key]]
         if different:
             raise CheckpointError(
@@ -78,6 +81,7 @@ def check_directories(directories: Sequence[ModelDirectory]) -> None:
                 f"{wanted[different[0]]!r} in the one and {other[different[0]]!r} in the other. Only adapters for the "
                 "same model can be put together."
             )
+    return (described or directories)[0]
 
 
 def check_adapters(adapters: Adapters) -> None:

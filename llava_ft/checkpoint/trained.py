@@ -147,16 +147,17 @@ def _find_blend(
 ) -> tuple[BaseModel, Adapters]:
     """Find the base that several adapters have in common, and what was trained beside them."""
     directories = [directory for _, directory in shares]
-    check_directories(directories)
+    described = check_directories(directories)
     name = model_base or _common_base(directories, force)
     adapters = [(share, LoraAdapter.read(directory, force=force)) for share, directory in shares]
     check_adapters(adapters)
-    templates = [directory.config.get("conversation_template") for directory in directories]
-    if len(set(templates)) > 1:
-        notes.append(f"the adapters were trained with different conversation templates; {templates[0]} is written")
-    alone = _base_of(directories[0], name, vision_tower, is_whole=False)
+    templates = dict.fromkeys(directory.config.get("conversation_template") for directory in directories)
+    templates.pop(None, None)
+    if len(templates) > 1:
+        notes.append(f"trained with the conversation templates {', '.join(templates)}; the first is written")
+    alone = _base_of(described, name, vision_tower, is_whole=False)
     beside = beside_source(adapters, alone.sources[0], BESIDE, notes)
-    return _base_of(directories[0], name, vision_tower, extra_sources=[beside] if beside else []), adapters
+    return _base_of(described, name, vision_tower, extra_sources=[beside] if beside else []), adapters
 
 
 def _base_of(

@@ -152,6 +152,12 @@ def load_trained(
     check_quantization(quantization)
     on = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if on.type == "cuda" else torch.float32)
+    with_lengths = [lora.path for _, lora in trained.adapters if lora.magnitudes]
+    if with_lengths and quantization is not None and quantization.bits == 8 and on.type == "cpu":
+        raise UserError(
+            f"{with_lengths[0]} was trained with DoRA, and beside weights in 8 bits PEFT loses their scales on a CPU "
+            "(peft 0.21, bitsandbytes 0.50). Use 4 or 16 bits."
+        )
     base, tokenizer = trained.base, trained.tokenizer
     num_new_rows = max(0, len(tokenizer) - base.config.vocab_size)
     model, ledger = load_base(

@@ -10,9 +10,10 @@ from llava_ft.checkpoint.adapter import LoraAdapter, merged
 from llava_ft.checkpoint.directory import identify
 from llava_ft.checkpoint.merge import MergeOptions, merge
 from llava_ft.checkpoint.weights import WeightFiles
-from llava_ft.errors import CheckpointError
+from llava_ft.errors import CheckpointError, UserError
 from llava_ft.inference.load import load_model
 from llava_ft.inference.verify import compare_merged, fixed_logits
+from llava_ft.tuning.quant import Quantization
 from tests.checkpoint.adapters import (
     BASE,
     DECODER,
@@ -167,3 +168,15 @@ def test_a_tensor_that_the_model_has_no_place_for_is_refused(tmp_path: Path):
     rewrite(tmp_path / "adapter", lambda weights: weights.update({key: torch.ones(3)}))
     with pytest.raises(CheckpointError, match="for which the model has no place"):
         merge(identify(tmp_path / "adapter"), None, tmp_path / "merged", MergeOptions())
+
+
+def test_dora_on_quantised_weights(tmp_path: Path):
+    pytest.importorskip("bitsandbytes")
+    peft_adapter(tmp_path / "adapter", use_dora=True)
+    quantization = Quantization(4)
+    options = MergeOptions(quantization=quantization)
+    merge(identify(tmp_path / "adapter"), None, tmp_path / "merged", options)
+    proven = compare_merged(tmp_path / "merged", str(tmp_path / "adapter"), None, quantization=quantization)
+    assert all(entry["max_difference"] < 1e-5 * entry["scale"] for entry in proven.logits)
+    with pytest.raises(UserError, match="beside weights in 8 bits PEFT loses their scales on a CPU"):
+        load_model(str(tmp_path / "adapter"), device="cpu", quantization=Quantization(8))

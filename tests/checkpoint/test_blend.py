@@ -112,6 +112,24 @@ def test_a_projector_that_one_run_did_not_train_is_the_base_s(tmp_path: Path):
         blend(tmp_path / "other", [1.0, 1.0], tmp_path / "one", tmp_path / "two", base="ckpt/base-llm")
 
 
+def test_an_adapter_without_a_configuration_takes_the_other_s(tmp_path: Path):
+    run_copy(tmp_path / "run", 0)
+    set_fields(tmp_path / "run/config.json", conversation_template="v1")
+    peft_adapter(tmp_path / "by-peft")
+    for target, paths in (("one", ["by-peft", "run"]), ("two", ["run", "by-peft"])):
+        blend(tmp_path / target, [1.0, 1.0], *(tmp_path / path for path in paths), base=BASE)
+        config = json.loads((tmp_path / target / "config.json").read_text())
+        assert (config["conversation_template"], config["image_aspect_ratio"]) == ("v1", "pad")
+
+
+def test_templates_that_differ_are_told(tmp_path: Path):
+    paths = [run_copy(tmp_path / template, seed) for seed, template in enumerate(("v1", "plain"))]
+    for path in paths:
+        set_fields(path / "config.json", conversation_template=path.name)
+    report = blend(tmp_path / "merged", [1.0, 1.0], *paths, base="ckpt/base-llm")
+    assert "trained with the conversation templates v1, plain; the first is written" in report.notes
+
+
 def test_wrong_weights_are_found(tmp_path: Path):
     peft_adapter(tmp_path / "a")
     peft_adapter(tmp_path / "b", seed=2)
