@@ -151,8 +151,8 @@ def _find_blend(
     name = model_base or _common_base(directories, force)
     adapters = [(share, LoraAdapter.read(directory, force=force)) for share, directory in shares]
     check_adapters(adapters)
-    templates = dict.fromkeys(directory.config.get("conversation_template") for directory in directories)
-    templates.pop(None, None)
+    named = [directory.config.get("conversation_template") for directory in directories]
+    templates = dict.fromkeys(str(template) for template in named if template)
     if len(templates) > 1:
         notes.append(f"trained with the conversation templates {', '.join(templates)}; the first is written")
     alone = _base_of(described, name, vision_tower, is_whole=False)
