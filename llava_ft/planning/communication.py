@@ -13,8 +13,9 @@ are used, a micro-batches a step. Each rank sends, times (N-1)/N:
 
 ZeRO's paper (arXiv:1910.02054, section 7) has G in place of 2 G for stages 1 and 2: gradients reduced to the rank that
 needs them. DeepSpeed all-reduces them in its default setting (`use_multi_rank_bucket_allreduce`), which is what is
-counted. Under ZeRO-3 frozen weights travel too; those that nothing behind them needs again (a frozen vision tower,
-frozen embeddings) only once.
+counted. Under ZeRO-3 frozen weights travel too; those that the backward pass does not need (a frozen vision tower,
+frozen embeddings) only once, and so do the last layers' as far as `stage3_max_reuse_distance` keeps them whole: between
+the two uses of a weight lie, there and back, twice the weights behind it.
 """
 
 import math
@@ -105,6 +106,7 @@ def _stage_3(planned: PlannedModel, shapes: Sequence[ParameterShape], request: P
         for shape in divided
         if shape.part != "vision tower" and (shape.part != "embeddings" or shape.is_trained)
     )
+    backward -= min(backward, zero.max_reuse_distance // 2)
     trained = sum(shape.numel for shape in shapes if shape.is_trained)
 
     def gather(values: int, phase: Phase) -> Collective:

@@ -1,0 +1,113 @@
+"""What two ranks send under DeepSpeed is what the plan says.
+
+Collectives are counted where Python hands them to torch's process group. DDP is not among them: its buckets go from
+C++ to the backend.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llava_ft.args import parse_args
+from llava_ft.planning.communication import collectives
+from llava_ft.planning.memory import MemoryPlanner
+from llava_ft.planning.request import Machine, plan_request
+from llava_ft.planning.shapes import find_planned_model
+from tests.conftest import RECORDINGS
+from tests.distributed import tasks
+from tests.distributed.matrix import Pools, Setting
+from tests.training.helpers import REPOSITORY
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.usefixtures("in_recordings")]
+
+KINDS = {
+    "allreduce": "all-reduce",
+    "allreduce_coalesced": "all-reduce",
+    "reduce": "reduce",
+    "allgather": "all-gather",
+    "_allgather_base": "all-gather",
+    "all_gather_single": "all-gather",
+    "allgather_coalesced": "all-gather",
+    "allgather_into_tensor_coalesced": "all-gather",
+    "reduce_scatter": "reduce-scatter",
+    "_reduce_scatter_base": "reduce-scatter",
+    "reduce_scatter_single": "reduce-scatter",
+    "reduce_scatter_tensor_coalesced": "reduce-scatter",
+}
+
+
+def _bytes_of(argument: Any) -> int:
+    if isinstance(argument, torch.Tensor):
+        return argument.numel() * argument.itemsize
+    return sum(map(_bytes_of, argument)) if isinstance(argument, (list, tuple)) else 0
+
+
+def train_and_count(argv: list[str]) -> dict[str, int]:
+    """Train as one rank; returns the bytes of whole buffers by kind of collective."""
+    group = torch.distributed.ProcessGroup
+    originals = {name: getattr(group, name) for name in KINDS}
+    counted = dict.fromkeys(KINDS.values(), 0)
+
+    def counting(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counted[KINDS[name]] += max(map(_bytes_of, (*args, *kwargs.values())))
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    for name in KINDS:
+        setattr(group, name, counting(name))
+    try:
+        tasks.train(argv)
+    finally:
+        for name, original in originals.items():
+            setattr(group, name, original)
+    return counted
+
+
+def planned_bytes(argv: list[str]) -> dict[str, int]:
+    args = parse_args(argv)
+    planned = find_planned_model(args)
+    machine = Machine("cpu", 2)
+    request = plan_request(args, machine, hidden_size=planned.config.hidden_size, has_vision=planned.has_vision)
+    totals = dict.fromkeys(KINDS.values(), 0)
+    for collective in collectives(planned, MemoryPlanner(planned).shapes(request), request):
+        totals[collective.kind] += collective.rounds * collective.num_bytes
+    return totals
+
+
+@pytest.mark.parametrize(
+    ("method", "stage", "dtype"),
+    [
+        ("lora", 1, "float32"),
+        ("lora", 2, "float32"),
+        ("lora", 3, "float32"),
+        ("lora, kept whole", 3, "float32"),
+        ("full", 2, "bfloat16"),
+        ("full", 3, "bfloat16"),
+    ],
+)
+def test_is_what_two_ranks_send(pools: Pools, tmp_path: Path, method: str, stage: int, dtype: str):
+    """Two micro-batches a step. One step more, so many bytes more: starting and saving are in both runs."""
+    os.chdir(RECORDINGS)
+    config = json.loads((REPOSITORY / f"configs/zero{stage}.json").read_text())
+    zero = config["zero_optimization"]
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = 0
+    if stage == 3 and not method.endswith("kept whole"):  # as if the model were large: no weight is soon needed again
+        zero |= {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps(config))
+    counts = []
+    for steps in (1, 2):
+        changes = {"deepspeed": file, "max_steps": steps, "save_steps": 100, "group_by_modality_length": None}
+        argv = pools.command(tmp_path / f"{steps}", method.split(",")[0], Setting("zero2", 2), dtype, **changes)
+        counts.append(pools.of(2).run(train_and_count, argv)[0])
+    sent = {kind: counts[1][kind] - counts[0][kind] for kind in counts[0]}
+    for kind, planned in planned_bytes(argv).items():
+        assert sent[kind] == pytest.approx(planned, rel=0.02, abs=1024), (kind, sent, planned_bytes(argv))
