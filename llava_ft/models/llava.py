@@ -208,41 +208,55 @@ class LlavaMixin(_Base):
             if input_ids is None:
                 raise ValueError("Either input_ids or inputs_embeds is needed.")
             inputs_embeds = self.embed_inputs(input_ids, pixel_values, image_sizes, image_features, tile_index)
-        positions_S = None if labels is None else supervised_positions(labels)
-        is_selective = positions_S is not None and self._reads_selectively(kwargs)
-        if is_selective:
-            kwargs["read_positions"] = positions_S
+        if labels is not None:
+            kwargs |= {
+                "attention_mask": attention_mask,
+                "position_ids": position_ids,
+                "past_key_values": past_key_values,
+            }
+            return self._loss(inputs_embeds, labels, num_items_in_batch, kwargs)
         outputs = self.model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            use_cache=use_cache if labels is None else False,
+            use_cache=use_cache,
             **kwargs,
         )
-        loss = logits = None
-        if labels is not None and positions_S is not None:
-            hidden_SD = outputs.last_hidden_state.flatten(0, 1)
-            if not is_selective:
-                hidden_SD = hidden_SD.index_select(0, positions_S)
-            loss = mean_loss(hidden_SD, self.lm_head, labels.flatten()[positions_S + 1], num_items_in_batch)
-        else:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
+            logits=self.lm_head(outputs.last_hidden_state[:, kept]),
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _loss(
+        self,
+        embeds_BTD: torch.Tensor,
+        labels: torch.Tensor,
+        num_items: torch.Tensor | int | None,
+        kwargs: dict[str, Any],
+    ) -> CausalLMOutputWithPast:
+        """Run the decoder where the loss reads it, and compute the loss; see `forward`."""
+        positions_S = supervised_positions(labels)
+        is_selective = self._reads_selectively(kwargs)
+        if is_selective:
+            kwargs = kwargs | {"read_positions": positions_S}
+        outputs = self.model(inputs_embeds=embeds_BTD, use_cache=False, **kwargs)
+        hidden_SD = outputs.last_hidden_state.flatten(0, 1)
+        if not is_selective:
+            hidden_SD = hidden_SD.index_select(0, positions_S)
+        loss: Any = mean_loss(hidden_SD, self.lm_head, labels.flatten()[positions_S + 1], num_items)
+        return CausalLMOutputWithPast(loss=loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
     def _reads_selectively(self, kwargs: dict[str, Any]) -> bool:
         """Whether the last layer may leave out positions that have no target: not if its whole output is asked for."""
         is_shown = any(
             kwargs.get(name, getattr(self.config, name)) for name in ("output_hidden_states", "output_attentions")
         )
-        return isinstance(self.model.layers[-1], LastDecoderLayer) and not is_shown
+        has_cache = kwargs.get("past_key_values") is not None
+        return isinstance(self.model.layers[-1], LastDecoderLayer) and not is_shown and not has_cache
 
     @torch.no_grad()
     def generate(
