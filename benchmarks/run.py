@@ -119,25 +119,24 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def report(
-    preset: Preset, about: dict[str, Any], options: argparse.Namespace, rows: list[dict[str, Any]], rate: float
-) -> str:
+def report(preset: Preset, options: argparse.Namespace, content: dict[str, Any]) -> str:
     """The page of results."""
-    described = ", ".join(f"{key} {value}" for key, value in about.items() if value is not None)
-    clock = "CPU seconds of one thread" if preset.device == "cpu" else "seconds"
-    num_samples = options.steps * preset.batch_size
+    described = ", ".join(f"{key} {value}" for key, value in content["where"].items() if value is not None)
+    is_cpu = preset.device == "cpu"
+    clock, memory = ("CPU seconds of one thread", "resident") if is_cpu else ("seconds", "on the device")
+    dtype = str(preset.dtype).removeprefix("torch.")
     return (
         f"# A training step: {preset.name}\n\n"
         f"`python benchmarks/run.py --preset {preset.name} --steps {options.steps} --rounds {options.rounds}`; "
         f"{described}.\n\n"
-        f"LoRA r={preset.lora_r} on the language model and the projector trained, "
-        f"{str(preset.dtype).removeprefix('torch.')}, {preset.batch_size} samples a step, {num_samples} samples of "
-        f"`benchmarks/workload.py`, random weights. Times are {clock}, the median of {options.rounds} rounds step by step. Model FLOPs are those that training needs "
-        f"(`benchmarks/measure.py`), the same for all rows but the cached one; matrix products alone ran at "
-        f"{rate / 1e12:.3g} TFLOP/s. Memory is {'resident, ' if preset.device == 'cpu' else 'on the device, '}"
-        "weights included. The last columns are the largest differences from the third row: of the loss of two batches "
-        "before training, of the loss of any step, and of a gradient (norm of the difference to the norm).\n\n"
-        f"{table(rows)}\n"
+        f"LoRA r={preset.lora_r} on the language model and the projector trained, {dtype}, {preset.batch_size} samples "
+        f"a step, {options.steps * preset.batch_size} samples of `benchmarks/workload.py`, random weights. Times are "
+        f"{clock}, the median of {options.rounds} rounds step by step. Model FLOPs are those that training needs "
+        "(`benchmarks/measure.py`), the same for all rows but the cached one; matrix products alone ran at "
+        f"{content['product_rate'] / 1e12:.3g} TFLOP/s. Memory is {memory}, weights included. The last columns are the "
+        "largest differences from the third row: of the loss of two batches before training, of the loss of any step, "
+        "and of a gradient (norm of the difference to the norm).\n\n"
+        f"{table(content['rows'])}\n"
     )
 
 
@@ -169,11 +168,11 @@ def main() -> int:
                 print(f"round {number + 1}, {name}: {sum(runs[name][-1]['seconds']):.1f} s", file=sys.stderr)
         rows = summarise(runs, preset, options.steps, folder)
     rate = statistics.median(run["product_rate"] for each in runs.values() for run in each)
-    text = report(preset, about, options, rows, rate)
+    content = {"preset": preset.name, "where": about, "product_rate": rate, "rows": rows, "runs": runs}
+    text = report(preset, options, content)
     print(text)
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
-        content = {"preset": preset.name, "where": about, "product_rate": rate, "rows": rows, "runs": runs}
         path = options.output / f"speed_{preset.name}"
         path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
         path.with_suffix(".md").write_text(text)

@@ -208,21 +208,10 @@ class LlavaMixin(_Base):
             if input_ids is None:
                 raise ValueError("Either input_ids or inputs_embeds is needed.")
             inputs_embeds = self.embed_inputs(input_ids, pixel_values, image_sizes, image_features, tile_index)
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
         if labels is not None:
-            kwargs |= {
-                "attention_mask": attention_mask,
-                "position_ids": position_ids,
-                "past_key_values": past_key_values,
-            }
             return self._loss(inputs_embeds, labels, num_items_in_batch, kwargs)
-        outputs = self.model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        outputs = self.model(inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return CausalLMOutputWithPast(
             logits=self.lm_head(outputs.last_hidden_state[:, kept]),
