@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import torch
 
-from llava_ft.data.sampler import balanced_order, sorted_order
+from llava_ft.data.sampler import SORTED_BATCHES, balanced_order
 from llava_ft.planning.flops import Counts, Flops
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -125,16 +125,17 @@ def _steps(samples: Samples, drawing: Drawing, seed: int) -> Array:
     """Draw whole steps: indices by step, micro-batch, rank and sample. Few samples are taken again and again."""
     batches = drawing.ranks * drawing.accumulation
     size = batches * drawing.batch_size
-    num_steps = 1 if len(set(samples.lengths.tolist())) == 1 else max(1, min(DRAWN_STEPS, DRAWN_SAMPLES // size))
+    num_steps = 1 if samples.lengths.min() == samples.lengths.max() else max(1, min(DRAWN_STEPS, DRAWN_SAMPLES // size))
+    if drawing.order == "length":  # one of the groups that the sampler sorts
+        num_steps = max(1, min(len(samples) // (4 * size), SORTED_BATCHES))
     random = np.random.default_rng(seed)
     rounds = -(-num_steps * size // len(samples))
     pool = np.concatenate([random.permutation(len(samples)) for _ in range(rounds)])[: num_steps * size]
-    generator = torch.Generator().manual_seed(seed)
-    lengths = samples.lengths[pool].tolist()
     if drawing.order == "length":
-        pool = pool[sorted_order(lengths, drawing.batch_size, batches, generator)]
+        pool = pool[np.argsort(-samples.lengths[pool], kind="stable")]
     elif drawing.order == "modality_length":
-        pool = pool[balanced_order(lengths, drawing.batch_size, batches, generator)]
+        generator = torch.Generator().manual_seed(seed)
+        pool = pool[balanced_order(samples.lengths[pool].tolist(), drawing.batch_size, batches, generator)]
     return pool.reshape(num_steps, drawing.accumulation, drawing.ranks, drawing.batch_size)
 
 
