@@ -26,7 +26,6 @@ class Meter:
     def __post_init__(self) -> None:
         self._at_start = _resident()
         self._last = 0.0
-        self.baseline = 0
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 

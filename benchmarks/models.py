@@ -9,6 +9,9 @@ from workload import Preset
 
 from llava_ft.models.builder import build_skeleton, settle_config, vision_fields
 from llava_ft.models.llava import LlavaLlamaForCausalLM, part_of
+from llava_ft.tuning.quant import Quantization, is_quantized, quantize_linears, set_quantized_weight
+
+QUANTIZATION = Quantization(4, "nf4", True)
 
 
 def build_native(preset: Preset, attn_implementation: str) -> LlavaLlamaForCausalLM:
@@ -19,6 +22,8 @@ def build_native(preset: Preset, attn_implementation: str) -> LlavaLlamaForCausa
     config = settle_config(fields, "random", wishes=wishes, vision_tower="inside", vision=vision)
     model = build_skeleton(config, attn_implementation=attn_implementation)
     model.config.use_cache = False
+    if preset.bits == 4:
+        quantize_linears(model, QUANTIZATION, lambda _: preset.dtype)
     give_values(model, preset)
     return model.to(preset.device)
 
@@ -26,6 +31,10 @@ def build_native(preset: Preset, attn_implementation: str) -> LlavaLlamaForCausa
 def give_values(model: nn.Module, preset: Preset) -> None:
     """Put random values in place of parameters on the meta device, each from a seed of its own."""
     for module_name, module in model.named_modules():
+        if is_quantized(module):
+            shape = torch.Size((module.out_features, module.in_features))
+            set_quantized_weight(module, random_values(f"{module_name}.weight", shape, preset.dtype, preset.device))
+            continue
         for leaf, parameter in module._parameters.items():
             if parameter is None or not parameter.is_meta:
                 continue

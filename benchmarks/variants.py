@@ -161,6 +161,8 @@ def run(name: str, preset_name: str, num_steps: int, gradient_file: str) -> dict
     meter = Meter(device)
     batches = make_batches(preset, num_steps)
     model = build_model(variant, preset)
+    if device.type == "cuda":  # quantising passes through weights that a run never holds
+        torch.cuda.reset_peak_memory_stats()
     features = _encode(model, batches, preset) if variant.cached else {}
     collate, loss_of = collator(variant, preset, features), loss_function(variant)
     checked = _check(model, [batches[0], _smallest(batches)], collate, loss_of, preset)

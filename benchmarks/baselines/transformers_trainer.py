@@ -1,5 +1,6 @@
 """transformers' own LLaVA with PEFT's LoRA, for transformers' Trainer: nothing of this program computes in it."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,8 @@ def build(preset: Preset) -> nn.Module:
         native = canonical(name)
         dtype = torch.float32 if "mm_projector" in native else preset.dtype
         parameter.data = random_values(native, parameter.shape, dtype, preset.device)
+    if preset.bits == 4:
+        _quantize(model, preset)
     lora = LoraConfig(
         r=preset.lora_r,
         lora_alpha=preset.lora_alpha,
@@ -49,6 +52,21 @@ def build(preset: Preset) -> nn.Module:
         parameter.requires_grad_("lora_" in name or "multi_modal_projector" in name)
     randomize_adapters(wrapped)
     return wrapped
+
+
+def _quantize(model: nn.Module, preset: Preset) -> None:
+    """Hold the language model's linear layers in 4 bits, as bitsandbytes does for transformers."""
+    import bitsandbytes as bnb
+
+    pattern = re.compile(rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({LINEARS})")
+    for name, linear in [(n, m) for n, m in model.named_modules() if pattern.fullmatch(n)]:
+        options = {"compress_statistics": True, "quant_type": "nf4"}
+        layer = bnb.nn.Linear4bit(
+            linear.in_features, linear.out_features, bias=False, compute_dtype=preset.dtype, device="meta", **options
+        )
+        layer.weight = bnb.nn.Params4bit(linear.weight.data.cpu(), requires_grad=False, **options)
+        model.set_submodule(name, layer.to(preset.device))
+    model.is_loaded_in_4bit = True
 
 
 def collate(samples: Sequence[Sample], preset: Preset) -> dict[str, Any]:
