@@ -30,11 +30,11 @@ class TestText:
 
     def test_a_run_that_does_not_fit_says_what_to_change(self, tmp_path, capsys):
         argv = [*write_configs(tmp_path), "--model_max_length", "256", "--per_device_train_batch_size", "8"]
-        status, out, _ = run([*argv, "--gpu-memory", "540MiB"], capsys)
+        status, out, _ = run([*argv, "--gpu-memory", "530MiB"], capsys)
         assert status == cli.FAILED
         assert out.startswith("Does not fit: ")
         assert "--gradient_checkpointing True" in out
-        assert "It fits with --gradient_checkpointing True" in out
+        assert "It fits with --per_device_train_batch_size 1 --gradient_accumulation_steps 8" in out
 
     def test_without_a_gpu_and_its_size_there_is_no_verdict(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -86,7 +86,8 @@ class TestJson:
             "--bits",
             "--lora_r",
         ]  # offload is not among them: its buffers are larger than such a model
-        assert all(change["alone"]["total"] < plan["memory"]["total"] for change in plan["changes"])
+        larger = [c["flags"] for c in plan["changes"] if c["alone"]["total"] >= plan["memory"]["total"]]
+        assert set(larger) <= {"--bits 4"}  # in 4 bits PEFT computes LoRA, which keeps more than such a model's weights
         totals = [plan["memory"]["total"], *(change["with_those_before"]["total"] for change in plan["changes"])]
         assert totals == sorted(totals, reverse=True)
 

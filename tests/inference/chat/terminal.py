@@ -113,6 +113,17 @@ class Typist:
     def press_ctrl_c(self) -> None:
         os.write(self._terminal, b"\x03")
 
+    def press_ctrl_c_until(self, text: str) -> None:
+        """Press as a person does: again when nothing happens, since Python's prompt can miss a signal between reads."""
+        for _ in range(20):
+            self.press_ctrl_c()
+            try:
+                self.wait_for(text, seconds=5)
+                return
+            except AssertionError:
+                continue
+        raise AssertionError(f"{text!r} did not come. Seen: {self.seen!r}")
+
     def end(self, *, seconds: float = 60) -> int:
         """Read until the program ends; returns its exit status."""
         deadline = time.monotonic() + seconds
