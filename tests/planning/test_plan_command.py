@@ -30,7 +30,7 @@ class TestText:
 
     def test_a_run_that_does_not_fit_says_what_to_change(self, tmp_path, capsys):
         argv = [*write_configs(tmp_path), "--model_max_length", "256", "--per_device_train_batch_size", "8"]
-        status, out, _ = run([*argv, "--gpu-memory", "530MiB"], capsys)
+        status, out, _ = run([*argv, "--gpu-memory", "522MiB"], capsys)
         assert status == cli.FAILED
         assert out.startswith("Does not fit: ")
         assert "--gradient_checkpointing True" in out
