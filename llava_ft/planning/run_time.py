@@ -97,7 +97,8 @@ def samples_of(workload: Workload, planned: PlannedModel, tokens: int | None) ->
             f"--tokens-per-sample is {tokens}. Allowed are numbers from 1 to model_max_length, {workload.max_length}."
         )
     geometry = planned.config.image_geometry
-    tiles = 0 if geometry is None else geometry.num_tiles(workload.image_size_wh)
+    is_seen = workload.tokens_per_image > 0  # with anyres perhaps no image fits into a sample
+    tiles = geometry.num_tiles(workload.image_size_wh) if geometry is not None and is_seen else 0
     records = workload.records
     if records is not None and records.samples is not None:
         lengths, supervised, images = records.samples
