@@ -19,6 +19,8 @@ os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 
 RECORDINGS = Path(__file__).parent / "golden"
 SEVERAL_RANKS = Path(__file__).parent / "distributed"
+_LOG_LEVELS = {name: logging.getLogger(name).level for name in ("", "llava_ft")}
+"""Taken before any test: fixtures of a whole file run commands before the first of its tests begins."""
 
 
 class _ByFile(LoadScopeScheduling):
@@ -42,16 +44,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _logging_as_before():
     """Take back what the command line does to logging in this process."""
-    root, ours = logging.getLogger(), logging.getLogger("llava_ft")
-    handlers, levels = list(root.handlers), (root.level, ours.level)
+    root = logging.getLogger()
+    handlers = list(root.handlers)
+    for name, level in _LOG_LEVELS.items():
+        logging.getLogger(name).setLevel(level)
     looks = [(handler, list(handler.filters), handler.formatter) for handler in handlers]
     yield
     root.handlers[:] = handlers
     for handler, filters, formatter in looks:
         handler.filters[:] = filters
         handler.setFormatter(formatter)
-    root.setLevel(levels[0])
-    ours.setLevel(levels[1])
+    for name, level in _LOG_LEVELS.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture(autouse=True)

@@ -175,11 +175,12 @@ class TestLossDuringARun:
         )
         (batch,) = list(loader)
         assert batch["sample_indices"] == [0, 1, 2]
-        assert batch["pixel_values"].shape == (3, 3, 56, 56)
+        assert batch["pixel_values"].shape == (2, 3, 56, 56)  # both images of the second are blank
+        assert batch["tile_index"].tolist() == [0, 1, 1]
         assert [(error.index, error.kind) for error in batch["bad_samples"]] == [(1, "image-missing")]
         assert (batch["labels"][1] == IGNORE_INDEX).all()
         num_positions = int((batch["input_ids"] == IMAGE_TOKEN_INDEX).sum())
-        assert num_positions == TOKENS_PER_IMAGE * len(batch["pixel_values"])
+        assert num_positions == TOKENS_PER_IMAGE * len(batch["tile_index"])
 
     @pytest.mark.parametrize("name", ["truncated.jpg", "text.png", "sub.png", "bomb.png"])
     def test_any_bad_file(self, build, folder, name):

@@ -50,13 +50,15 @@ def _bytes_of(argument: Any) -> int:
 def train_and_count(argv: list[str]) -> dict[str, int]:
     """Train as one rank; returns the bytes of whole buffers by kind of collective."""
     group = torch.distributed.ProcessGroup
-    originals = {name: getattr(group, name) for name in KINDS}
+    # What the class holds: a function looked up on it is another object, which put back would not take `self`.
+    originals = {name: vars(group)[name] for name in KINDS}
+    functions = {name: getattr(group, name) for name in KINDS}
     counted = dict.fromkeys(KINDS.values(), 0)
 
     def counting(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             counted[KINDS[name]] += max(map(_bytes_of, (*args, *kwargs.values())))
-            return originals[name](*args, **kwargs)
+            return functions[name](*args, **kwargs)
 
         return call
 

@@ -113,6 +113,7 @@ class TestSameLosses:
         plain = train(tmp_path / "plain")
         train(tmp_path / "cached", vision_cache=tmp_path / "cache")
         shutil.rmtree(tmp_path / "cached" / "checkpoint-6")
+        caplog.clear()
         with caplog.at_level(logging.INFO, logger="llava_ft"):
             resumed = train(tmp_path / "cached", vision_cache=tmp_path / "cache")
         assert "step 4/6" in caplog.text
