@@ -2,7 +2,8 @@
 
 Weights are random and made in place. Lengths are those of llava_v1_5_mix665k in outline: 6% of the samples are text
 alone, an image takes 576 tokens, and text is log-normal, 223 tokens on average, so that a sample has about 760 tokens
-(cut off at `max_length`). They are those of no real file. Half of the text behind the system prompt is answers, which are supervised.
+(cut off at `max_length`). They are those of no real file. Half of the text behind the system prompt is answers, which
+are supervised.
 """
 
 import math
