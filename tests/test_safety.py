@@ -187,7 +187,8 @@ def test_training_arguments_are_never_read(trained: Path, tmp_path: Path, spoil:
     checkpoint = resumable(trained, tmp_path)
     (checkpoint / "training_args.bin").touch()
     spoil(checkpoint / "training_args.bin")
-    train(tmp_path / "out", max_steps=2, save_steps=1, resume_from_checkpoint=str(checkpoint))
+    run = train(tmp_path / "out", max_steps=2, save_steps=1, resume_from_checkpoint=str(checkpoint))
+    assert run.trainer.state.global_step == 2
 
 
 @pytest.mark.parametrize("stage", [1, 3])
