@@ -4,6 +4,7 @@ Every trained tensor has to be restored and every tensor in the files has to fin
 that lists the difference. A projector that silently starts anew is the mistake this module exists to prevent.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from llava_ft.checkpoint.overrides import Force, refuse_unless
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import is_llava_config
+
+logger = logging.getLogger(__name__)
 
 
 def trained_files(directory: ModelDirectory, *, force: Force = False) -> list[WeightFiles]:
@@ -183,7 +186,10 @@ def check_base(path: Path, fingerprint: str, base: str, *, force: Force = False)
         CheckpointError: They do not fit.
     """
     manifest = read_manifest(path)
-    if manifest is None or not manifest.base_fingerprint or manifest.base_fingerprint == fingerprint:
+    if manifest is None or not manifest.base_fingerprint:
+        _warn_of_another_name(path, base)
+        return None
+    if manifest.base_fingerprint == fingerprint:
         return None
     problem = (
         f"{path} was trained on {manifest.base} ({manifest.base_fingerprint}), but the model given is {base} "
@@ -191,6 +197,21 @@ def check_base(path: Path, fingerprint: str, base: str, *, force: Force = False)
     )
     advice = "Give the original base model, or pass --allow_base_mismatch true or --force if you know that it fits."
     return refuse_unless(force is not False, problem, advice)
+
+
+def _warn_of_another_name(path: Path, base: str) -> None:
+    """Say that nothing but a name tells which base weights without a fingerprint belong to, if it is another one."""
+    config = read_json(path / ADAPTER_CONFIG) if (path / ADAPTER_CONFIG).is_file() else {}
+    named = config.get("base_model_name_or_path")
+    if isinstance(named, str) and named and Path(named).name != Path(base).name:
+        logger.warning(
+            "%s was trained on %s, by its %s, and is put on %s. It has no fingerprint of its base, so only shapes can "
+            "be compared. See that it is the same model.",
+            path,
+            named,
+            ADAPTER_CONFIG,
+            base,
+        )
 
 
 def _target_names(files: WeightFiles, trainable: Mapping[str, nn.Parameter], kind: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -238,3 +239,12 @@ def test_a_truncated_shard_is_refused(tmp_path: Path):
     with pytest.raises(CheckpointError, match="it is damaged or incomplete"):
         merge(identify(LORA), str(tmp_path / "base"), tmp_path / "merged", MergeOptions())
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_base_of_another_name_is_noted_where_there_is_no_fingerprint(tmp_path: Path, caplog):
+    shutil.copytree("ckpt/base-llm", tmp_path / "other-llm")
+    with caplog.at_level(logging.WARNING, logger="llava_ft"):
+        merge(identify(LORA), "ckpt/base-llm", tmp_path / "one", MergeOptions())
+        assert "was trained on" not in caplog.text
+        merge(identify(LORA), str(tmp_path / "other-llm"), tmp_path / "other", MergeOptions())
+    assert "was trained on ckpt/base-llm, by its adapter_config.json, and is put on" in caplog.text
