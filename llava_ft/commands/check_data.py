@@ -1,0 +1,37 @@
+"""`llava-ft check-data`."""
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava_ft.commands.parser import DONE, FAILED, Parser
+from llava_ft.training.log_setup import set_up_ranks
+
+
+def check_data(argv: Sequence[str]) -> int:
+    """Check the records and images of a run."""
+    parser = Parser(
+        "llava-ft check-data",
+        "Check every record and decode every image of a run's data. Takes the flags of `llava-ft train`, --config "
+        "among them, and those below. Exits with 1 if something would stop or spoil a run.",
+    )
+    parser.add_argument("--fix", metavar="OUT", help="write the usable records of --data_path to this .json or .jsonl")
+    parser.add_argument("--html", metavar="FILE", help="write the report as a page too, with charts and thumbnails")
+    parser.add_argument("--json", action="store_true", help="write the report as JSON")
+    parser.add_argument("--workers", type=int, help="processes; when absent, one for each core")
+    options, flags = parser.parse_known_args(argv)
+    set_up_ranks(0)
+    output = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # some libraries write to it when they are imported
+        from llava_ft.args import parse_args
+        from llava_ft.training.check_data_command import CheckOptions, run_check_data
+
+        wishes = CheckOptions(
+            fix=Path(options.fix) if options.fix else None,
+            html=Path(options.html) if options.html else None,
+            as_json=options.json,
+            num_workers=options.workers,
+        )
+        passed = run_check_data(parse_args(flags, required=("model_name_or_path", "data_path")), output, wishes)
+    return DONE if passed else FAILED

@@ -1,0 +1,54 @@
+"""`llava-ft plan`."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+
+from llava_ft.commands.parser import DONE, FAILED, Parser
+from llava_ft.training.log_setup import set_up_ranks
+
+
+def plan(argv: Sequence[str]) -> int:
+    """Say what a run will take, and whether it fits."""
+    parser = Parser(
+        "llava-ft plan",
+        "Say what a run will take - memory, disk, steps - before any weight is loaded. Takes the flags of "
+        "`llava-ft train`, --config among them, and those below. Exits with 1 if the run does not fit.",
+    )
+    parser.add_argument(
+        *("--gpus", "--gpus-per-node", "--gpus_per_node"),
+        type=int,
+        help="GPUs on each machine; those of this machine when absent, else one",
+    )
+    parser.add_argument("--nodes", type=int, default=1, help="machines")
+    parser.add_argument("--gpu-memory", "--gpu_memory", help="of each GPU, such as 24GiB; this machine's when absent")
+    parser.add_argument("--gpu", help="kind of GPU: H200, H100, A100-80GB or RTX-4090; this machine's, else H100")
+    parser.add_argument("--network", type=float, help="GB/s of each GPU's share of the network, in each direction")
+    parser.add_argument("--mfu", type=float, help="share of the peak at which matrix products run; 0.4 when absent")
+    parser.add_argument(
+        "--tokens-per-sample", "--tokens_per_sample", type=int, help="their mean, for times, if the records are absent"
+    )
+    parser.add_argument("--json", action="store_true", help="write JSON, sizes in bytes")
+    options, flags = parser.parse_known_args(argv)
+    set_up_ranks(0)
+    output = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # some libraries write to it when they are imported
+        import torch
+
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that there is no GPU
+        from llava_ft.args import parse_args
+        from llava_ft.planning.plan_command import run_plan
+        from llava_ft.planning.run_time import TimeWishes
+
+        fits = run_plan(
+            parse_args(flags, required=("model_name_or_path",)),
+            output,
+            gpus=options.gpus,
+            nodes=options.nodes,
+            gpu_memory=options.gpu_memory,
+            as_json=options.json,
+            time=TimeWishes(options.gpu, options.network, options.mfu, options.tokens_per_sample),
+        )
+    return DONE if fits else FAILED
