@@ -26,7 +26,7 @@ from llava_ft.checkpoint.names import CONFIG, MANIFEST, RUN_CONFIG
 from llava_ft.checkpoint.overrides import Force, collect_ignored
 from llava_ft.checkpoint.proof import CONVERSION_REPORT, ConversionReport, prove_tensors
 from llava_ft.checkpoint.save import ShardWriter, config_fields, staged_directory, write_json
-from llava_ft.checkpoint.shard_files import Layout, ShardFiles
+from llava_ft.checkpoint.shard_files import ShardFiles, check_space, layout_bytes
 from llava_ft.checkpoint.trained import open_trained
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.checkpoint.whole import WholeModel
@@ -130,17 +130,6 @@ def merge_all(
     return report
 
 
-def _check_space(staging: Path, layout: Layout) -> None:
-    """Refuse a merge for which the disk has no room, before any weight is read."""
-    needed = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in layout.values())
-    free = shutil.disk_usage(staging).free
-    if needed > free:
-        raise UserError(
-            f"The merged model takes {needed / 1e9:.3g} GB, but only {free / 1e9:.3g} GB are free in {staging.parent}. "
-            "Free some space, or give another --save-model-path."
-        )
-
-
 @contextmanager
 def _failures_of_disks(save_path: Path) -> Generator[None]:
     """Tell what an operating system or a library says of a full or broken disk as a failed run."""
@@ -192,7 +181,7 @@ def _check_sources(save_path: Path, whole: WholeModel) -> None:
 
 def _write_merged(staging: Path, whole: WholeModel, report: ConversionReport, options: MergeOptions) -> None:
     layout = whole.layout(options.dtype, with_tower=options.save_vision_tower)
-    _check_space(staging, layout)
+    check_space(staging, layout_bytes(layout))
     writer = (
         ShardFiles(staging, layout, max_shard_bytes=options.max_shard_bytes)
         if options.weights_format == "safetensors"

@@ -7,12 +7,14 @@ safetensors library writes.
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from llava_ft.checkpoint.save import write_json
+from llava_ft.errors import UserError
 
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and type of each tensor."""
@@ -50,7 +52,7 @@ class ShardFiles:
             self._headers.append(header)
             self._places |= {name: (index, len(header) + offset) for name, offset in offsets.items()}
         self._descriptors: dict[int, int] = {}
-        self.total_bytes = sum(_num_bytes(layout, name) for name in layout)
+        self.total_bytes = layout_bytes(layout)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Put a tensor into its place."""
@@ -84,6 +86,29 @@ class ShardFiles:
             self._descriptors[index] = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
             os.pwrite(self._descriptors[index], self._headers[index], 0)
         return self._descriptors[index]
+
+
+def check_space(directory: Path, num_bytes: int) -> None:
+    """Refuse to write what the disk has no room for, before any weight is read.
+
+    Args:
+        directory: Where to; the staging directory of a result.
+        num_bytes: Size of the weights.
+
+    Raises:
+        UserError: There is less room.
+    """
+    free = shutil.disk_usage(directory).free
+    if num_bytes > free:
+        raise UserError(
+            f"The model takes {num_bytes / 1e9:.3g} GB, but only {free / 1e9:.3g} GB are free in {directory.parent}. "
+            "Free some space, or give another place for the result."
+        )
+
+
+def layout_bytes(layout: Layout) -> int:
+    """Size of all tensors in bytes."""
+    return sum(_num_bytes(layout, name) for name in layout)
 
 
 def _split(layout: Layout, max_shard_bytes: int) -> list[list[str]]:

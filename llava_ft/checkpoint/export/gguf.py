@@ -6,6 +6,7 @@ whatever the model's size.
 """
 
 import logging
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from llava_ft.checkpoint.export.gguf_tensors import DTYPES, File, GgufTensor, fi
 from llava_ft.checkpoint.export.gguf_vocabulary import check_ids, read_vocabulary, vocabulary_fields
 from llava_ft.checkpoint.export.options import ExportOptions
 from llava_ft.checkpoint.proof import ConversionReport, prove_tensors
+from llava_ft.checkpoint.shard_files import check_space
 from llava_ft.checkpoint.whole import WholeModel
 from llava_ft.conversation import Template, TemplateStyle, get_template
 from llava_ft.data.image_processor import ImageProcessorSettings
@@ -157,6 +159,7 @@ def _template_notes(template: Template, whole: WholeModel) -> list[str]:
 
 
 def _write(whole: WholeModel, target: Path, plan: GgufPlan, report: ConversionReport) -> None:
+    check_space(target, sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in plan.tensors))
     by_native = {tensor.native: tensor for tensor in plan.tensors}
     with ExitStack() as stack:
         writers: dict[File, GgufWriter] = {

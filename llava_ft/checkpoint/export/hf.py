@@ -21,7 +21,7 @@ from llava_ft.checkpoint.load import fit_rows
 from llava_ft.checkpoint.names import CONFIG, EMBEDDINGS, HEAD, is_vision
 from llava_ft.checkpoint.proof import ConversionReport, prove_tensors
 from llava_ft.checkpoint.save import write_json
-from llava_ft.checkpoint.shard_files import Layout, ShardFiles
+from llava_ft.checkpoint.shard_files import Layout, ShardFiles, check_space, layout_bytes
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.checkpoint.whole import WholeModel
 from llava_ft.data.image_processor import ImageProcessorSettings
@@ -56,14 +56,16 @@ def export_hf(whole: WholeModel, target: Path, options: ExportOptions) -> Conver
         The report, without logits and answers.
 
     Raises:
-        UserError: The layout cannot hold the model.
+        UserError: The layout cannot hold the model, or the disk has no room for it.
         RunError: What is on disk afterwards is not what was to be written.
     """
     check_hf(whole, options)
     report = ConversionReport("export hf", str(whole.directory.path), str(target))
     num_rows = _num_rows(whole)
     tower = TensorDigest() if not whole.base.holds_vision_tower else None
-    writer = ShardFiles(target, _layout(whole, options, num_rows), max_shard_bytes=options.max_shard_bytes)
+    layout = _layout(whole, options, num_rows)
+    check_space(target, layout_bytes(layout))
+    writer = ShardFiles(target, layout, max_shard_bytes=options.max_shard_bytes)
     for piece in whole.stream(options.dtype, with_tower=True):
         value = piece.value
         if piece.name in (EMBEDDINGS, HEAD):

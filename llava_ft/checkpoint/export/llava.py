@@ -29,7 +29,7 @@ from llava_ft.checkpoint.load import WeightSource
 from llava_ft.checkpoint.names import CONFIG, EMBEDDINGS, HEAD, PREPROCESSOR_CONFIG, is_vision, native_name
 from llava_ft.checkpoint.proof import ConversionReport, prove_tensors
 from llava_ft.checkpoint.save import config_fields, save_tensors, write_json
-from llava_ft.checkpoint.shard_files import ShardFiles
+from llava_ft.checkpoint.shard_files import ShardFiles, check_space, layout_bytes
 from llava_ft.checkpoint.weights import read_json
 from llava_ft.checkpoint.whole import Piece, WholeModel
 from llava_ft.data.image_processor import ImageProcessorSettings
@@ -131,6 +131,12 @@ class _Wanted:
 def _write_weights(
     whole: WholeModel, target: Path, options: ExportOptions, wanted: _Wanted, report: ConversionReport
 ) -> None:
+    layout = {
+        name: ((min(shape[0], wanted.num_rows), *shape[1:]) if name in _VOCABULARY else shape, dtype)
+        for name, (shape, dtype) in whole.layout(options.dtype, with_tower=True).items()
+        if name in wanted.names
+    }
+    check_space(target, layout_bytes(layout))
     if wanted.record is not None and _is_as_recorded(whole, options, wanted, wanted.record):
         source = whole.base.sources[0]
         for file, keys in wanted.record.files.items():
@@ -144,11 +150,6 @@ def _write_weights(
             shutil.copyfile(index, target / index.name)
         report.notes.append("the weight files are those that the model was exported from: same names, order and types")
         return
-    layout = {
-        name: ((min(shape[0], wanted.num_rows), *shape[1:]) if name in _VOCABULARY else shape, dtype)
-        for name, (shape, dtype) in whole.layout(options.dtype, with_tower=True).items()
-        if name in wanted.names
-    }
     writer = ShardFiles(target, layout, max_shard_bytes=options.max_shard_bytes)
     for piece in whole.stream(options.dtype, with_tower=True):
         if piece.name in wanted.names:

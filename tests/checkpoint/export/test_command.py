@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from llava_ft.checkpoint.whole import WholeModel
 from llava_ft.inference import export_command
 from tests.checkpoint.export.conftest import run
 from tests.conftest import RECORDINGS
@@ -68,6 +70,17 @@ def test_a_full_disk_leaves_nothing(form: str, tmp_path: Path, capsys: pytest.Ca
         signal.signal(signal.SIGXFSZ, handler)
     assert status == 1
     assert "Nothing was exported" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["hf", "llava", "gguf"])
+def test_too_little_room_is_told_before_weights_are_read(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(WholeModel, "stream", lambda *arguments, **options: pytest.fail("weights were read"))
+    assert run(argv(tmp_path / "out", form=form)) == 2
+    assert "GB, but only 1e-06 GB are free" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
