@@ -63,6 +63,7 @@ OWN_FLAGS = {
     "lazy_preprocess",
     "logging_dir",
     "lora_alpha",
+    "length_multiple",
     "lora_bias",
     "lora_dropout",
     "lora_enable",
@@ -158,7 +159,9 @@ class TestPublicSurface:
 
     def test_overridden_defaults_of_transformers_equal_the_original(self):
         for name, spec in CLI["TrainingArguments_overridden"].items():
-            assert getattr(TrainingFlags(), name) == spec["llava"]["default"]
+            assert defaults[name] == spec["llava"]["default"]
+        defaults = dataclasses.asdict(TrainingFlags())
+        defaults, _ = adapt_to_device(defaults, has_cuda=False, has_tf32=False)  # the optimizer depends on the device
 
     @pytest.mark.parametrize("name", sorted(CLI["TrainingArguments_inherited"]))
     def test_every_inherited_argument_of_the_original_is_accepted(self, name):
@@ -383,7 +386,7 @@ class TestOldSpellings:
             (["--save_safetensors", "False"], "weights_format", "bin"),
             (["--save_safetensors", "True"], "weights_format", "auto"),
             (["--adafactor"], "optim", "adafactor"),
-            (["--adafactor", "False"], "optim", "adamw_torch"),
+            (["--adafactor", "False"], "optim", None),
             (["--include_inputs_for_metrics"], "include_for_metrics", ["inputs"]),
             (["--push_to_hub_model_id", "a/b"], "hub_model_id", "a/b"),
             (["--torchdynamo", "eager"], "torch_compile_backend", "eager"),
@@ -529,6 +532,7 @@ REFUSED_FLAGS = [
         ["--s2_scales", "336,672", "--image_aspect_ratio", "anyres"],
         r"s2_scales=336,672 and .*anyres exclude each",
     ),
+    (["--length_multiple", "-1"], r"length_multiple=-1: must not be negative. Give 0 for no filling up, or 128"),
     (
         ["--image_aspect_ratio", "anyres_max_9", "--mm_patch_merge_type", "flat"],
         r"image_aspect_ratio=anyres_max_9 .* needs mm_patch_merge_type=spatial_unpad, which is flat",
@@ -821,6 +825,15 @@ class TestBuild:
         parsed = parse_args([*argv, "--output_dir", str(tmp_path), "--use_cpu", "--report_to", "none"])
         training = parsed.training
         assert isinstance(training, TrainingArguments)
+    def test_the_device_decides_which_adamw_it_is(self):
+        assert adapt_to_device({"optim": None}, has_cuda=True, has_tf32=True)[0]["optim"] == "adamw_torch_fused"
+        on_cpu = adapt_to_device({"optim": None}, has_cuda=False, has_tf32=False)
+        assert on_cpu == ({"optim": "adamw_torch", "use_cpu": True}, [])
+        asked_for_cpu = {"optim": None, "use_cpu": True}
+        assert adapt_to_device(asked_for_cpu, has_cuda=True, has_tf32=True)[0]["optim"] == "adamw_torch"
+        given = {"optim": "adamw_torch"}
+        assert adapt_to_device(given, has_cuda=True, has_tf32=True)[0] == given
+
         assert training is parsed.training
         assert (training.lora_r, training.learning_rate, training.warmup_steps) == (128, 2e-4, 0.03)
         assert training.get_warmup_steps(1000) == 30

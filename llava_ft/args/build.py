@@ -60,7 +60,8 @@ class TrainingArguments(  # pyright: ignore[reportIncompatibleVariableOverride] 
     )
 
     def __post_init__(self) -> None:
-        """Hand checkpointing over under its new name where there is one; the old one warns."""
+        if self.optim is None:
+            self.optim = "adamw_torch"
         names = {f.name for f in dataclasses.fields(self)}
         for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
             new = old.replace("gradient_", "activation_")
@@ -131,6 +132,8 @@ def adapt_to_device(values: Mapping[str, Any], *, has_cuda: bool, has_tf32: bool
         adapted["tf32"] = None
         notes.append(f"tf32 is ignored: {reason}.")
     if not uses_cpu:
+    if adapted.get("optim", "") is None:
+        adapted["optim"] = "adamw_torch" if uses_cpu else "adamw_torch_fused"
         return adapted, notes
     adapted["use_cpu"] = True
     for name in ("fp16", "fp16_full_eval"):

@@ -38,7 +38,7 @@ def check_arguments(
         _tuning_problems(model, training),
         _lora_problems(training),
         _start_problems(model, training),
-        _limit_problems(training),
+        _limit_problems(data, training),
         _schedule_problems(inherited),
         _precision_problems(inherited),
         _sampling_problems(data, training, inherited),
@@ -74,6 +74,8 @@ def find_idle_flags(model: ModelArguments, data: DataArguments, training: Traini
     return notes
 
 
+    if data.packing and data.length_multiple:
+        notes.append("length_multiple has no effect with packing: rows have model_max_length tokens.")
 def _vision_problems(model: ModelArguments) -> Iterator[str]:
     projector = model.mm_projector_type
     if projector is not None and not PROJECTOR_TYPE_PATTERN.fullmatch(projector):
@@ -215,7 +217,7 @@ def _start_problems(model: ModelArguments, training: TrainingFlags) -> Iterator[
         )
 
 
-def _limit_problems(training: TrainingFlags) -> Iterator[str]:
+def _limit_problems(data: DataArguments, training: TrainingFlags) -> Iterator[str]:
     if training.remove_unused_columns:
         yield (
             "remove_unused_columns=True would take from the records what the collator needs. Only False is "
@@ -228,6 +230,8 @@ def _limit_problems(training: TrainingFlags) -> Iterator[str]:
         yield f"bad_sample_limit={limit}: a share between 0 and 1 is allowed. The default is 0.05."
     rate = training.mm_projector_lr
     if rate is not None and rate < 0:
+    if data.length_multiple is not None and data.length_multiple < 0:
+        yield f"length_multiple={data.length_multiple}: must not be negative. Give 0 for no filling up, or 128."
         yield f"mm_projector_lr={rate}: must not be negative. Leave it out to use learning_rate."
 
 

@@ -152,6 +152,8 @@ def _inherited_type(name: str, annotation: str, enums: Mapping[str, tuple[str, .
 
 
 @cache
+    if name == "optim":
+        return dataclasses.replace(parse_annotation(annotation, enums), optional=True)  # the device decides
 def _transformers_module(file_name: str) -> ast.Module:
     spec = importlib.util.find_spec("transformers")
     if spec is None or spec.origin is None:

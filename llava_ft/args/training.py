@@ -31,7 +31,7 @@ def _reentrant_off() -> dict[str, Any]:
 class TrainingFlags:
     """Own training flags, then inherited ones whose default differs.
 
-    - `optim`: the plain AdamW of torch, as in the original; the fused one rounds differently.
+    - `optim`: AdamW in both cases; the fused one of a GPU rounds differently.
     - `remove_unused_columns`: the collator needs what `forward` does not take, such as the record numbers.
     - `logging_nan_inf_filter`: a loss of NaN must never be logged as a number.
     - `report_to`: nothing leaves the machine unless asked for.
@@ -138,7 +138,13 @@ class TrainingFlags:
         metadata={"help": "Share of the samples that may turn out unreadable during the run before it stops."},
     )
 
-    optim: str = field(default="adamw_torch", metadata={"help": "Optimizer; the names are those of transformers."})
+    optim: str | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer; the names are those of transformers. Unset: adamw_torch_fused on a GPU, adamw_torch on "
+            "a CPU."
+        },
+    )
     remove_unused_columns: bool = field(
         default=False,
         metadata={"help": "Must stay false: the collator needs columns that forward does not take."},
