@@ -538,7 +538,7 @@ REFUSED_FLAGS = [
         r"image_aspect_ratio=anyres_max_9 .* needs mm_patch_merge_type=spatial_unpad, which is flat",
     ),
     (["--pretrain_mm_mlp_adapter", ""], r"pretrain_mm_mlp_adapter is empty"),
-    (["--attn_implementation", "flash"], r"Allowed: auto \| eager \| sdpa \| flash_attention_2"),
+    (["--attn_implementation", "flash"], r"Allowed: auto \| flash_attention_3 \| flash_attention_2 \| varlen"),
     (["--validation_fraction", "1.0"], r"validation_fraction=1.0: allowed is at least 0 and below 1"),
     (
         ["--validation_fraction", "0.1", "--validation_data_path", "v"],
@@ -870,14 +870,17 @@ class TestBuild:
         assert pickle.loads(pickle.dumps(training)).lora_target_modules == ["q_proj"]
         assert json.loads(training.to_json_string())["lora_r"] == 64
 
-    def test_flash_attention_falls_back(self, tmp_path):
+    def test_attention_on_a_cpu(self, tmp_path):
         training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
         notes: list[str] = []
-        assert choose_attention("auto", training, notes) == "sdpa"
         assert choose_attention("eager", training, notes) == "eager"
         assert notes == []
-        assert choose_attention("flash_attention_2", training, notes) == "sdpa"
-        assert notes == ["attn_implementation=flash_attention_2 is replaced by sdpa: it needs a GPU."]
+        assert choose_attention("auto", training, notes) == "sdpa"
+        assert choose_attention("varlen", training, notes) == "sdpa"
+        assert notes == [
+            "attn_implementation=auto takes sdpa: there is no GPU.",
+            "attn_implementation=varlen is replaced by sdpa: it needs a GPU.",
+        ]
 
     def test_a_reporter_that_is_not_installed_is_left_out(self, tmp_path, monkeypatch):
         monkeypatch.setattr("llava_ft.args.build._is_installed", lambda name: name != "wandb")

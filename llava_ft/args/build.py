@@ -16,6 +16,7 @@ import torch
 import transformers
 from transformers.utils.import_utils import is_torch_tf32_available
 
+from llava_ft.args.attention import choose_kernel, this_machine
 from llava_ft.args.deepspeed_file import (
     check_deepspeed_config,
     choose_offloaded_adam,
@@ -151,29 +152,18 @@ def adapt_to_device(values: Mapping[str, Any], *, has_cuda: bool, has_tf32: bool
 
 
 def choose_attention(requested: str, training: TrainingArguments, notes: list[str]) -> str:
-    """Choose the attention kernel.
+    """Choose the attention kernel for this machine; see `choose_kernel`.
 
     Args:
         requested: "auto" or the name of a kernel.
         training: Says whether a GPU and half precision are used.
-        notes: Receives a sentence if the requested kernel cannot run.
+        notes: Receives a sentence about what is used instead of what was asked for, and about what auto took.
 
-    Returns:
-        "eager", "sdpa" or "flash_attention_2".
+    Raises:
+        UserError: A kernel was named that does not run on the GPU.
     """
-    if requested in ("eager", "sdpa"):
-        return requested
-    if training.use_cpu:
-        obstacle = "it needs a GPU"
-    elif not (training.bf16 or training.fp16):
-        obstacle = "it needs bf16 or fp16"
-    elif not _is_installed("flash_attn"):
-        obstacle = "flash-attn is not installed"
-    else:
-        return "flash_attention_2"
-    if requested == "flash_attention_2":
-        notes.append(f"attn_implementation=flash_attention_2 is replaced by sdpa: {obstacle}.")
-    return "sdpa"
+    machine = this_machine(has_gpu=not training.use_cpu, is_half=bool(training.bf16 or training.fp16))
+    return choose_kernel(requested, machine, notes)
 
 
 def _checked_deepspeed(values: Mapping[str, Any], notes: list[str]) -> str | dict[str, Any] | None:

@@ -76,7 +76,12 @@ class ModelArguments:
         default=None,
         metadata={"help": "Features of the patches, or with the class token first. Unset: checkpoint, else patch."},
     )
-    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = field(
+    attn_implementation: Literal[
+        "auto", "flash_attention_3", "flash_attention_2", "varlen", "flex_attention", "sdpa", "eager"
+    ] = field(
         default="auto",
-        metadata={"help": "Attention kernel. auto: flash_attention_2 where it can run, else sdpa."},
+        metadata={
+            "help": "Attention kernel. auto: the first of flash_attention_3, flash_attention_2, varlen and sdpa that "
+            "is installed and runs on this machine."
+        },
     )

@@ -79,7 +79,7 @@ class ParsedArgs:
 
     @cached_property
     def attn_implementation(self) -> str:
-        """The attention kernel that this machine can run: "eager", "sdpa" or "flash_attention_2"."""
+        """The attention kernel that this machine can run: one of `args/attention.py`'s."""
         from llava_ft.args.build import choose_attention
 
         return choose_attention(self.model.attn_implementation, self.training, self.notes)
