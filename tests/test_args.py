@@ -39,6 +39,7 @@ TEXTS = st.text(max_size=12).filter(lambda text: not text.startswith("--"))
 """What can stand as a value on a command line."""
 
 OWN_FLAGS = {
+    "activation_offload",
     "adapter_mode",
     "allow_base_mismatch",
     "attn_implementation",
@@ -52,6 +53,7 @@ OWN_FLAGS = {
     "force",
     "freeze_backbone",
     "freeze_mm_mlp_adapter",
+    "gradient_checkpointing_every",
     "group_by_modality_length",
     "image_aspect_ratio",
     "image_exif_transpose",
@@ -61,9 +63,9 @@ OWN_FLAGS = {
     "init_from",
     "is_multimodal",
     "lazy_preprocess",
+    "length_multiple",
     "logging_dir",
     "lora_alpha",
-    "length_multiple",
     "lora_bias",
     "lora_dropout",
     "lora_enable",
@@ -158,10 +160,10 @@ class TestPublicSurface:
         assert unlike == {"mm_use_im_patch_token"}
 
     def test_overridden_defaults_of_transformers_equal_the_original(self):
-        for name, spec in CLI["TrainingArguments_overridden"].items():
-            assert defaults[name] == spec["llava"]["default"]
         defaults = dataclasses.asdict(TrainingFlags())
         defaults, _ = adapt_to_device(defaults, has_cuda=False, has_tf32=False)  # the optimizer depends on the device
+        for name, spec in CLI["TrainingArguments_overridden"].items():
+            assert defaults[name] == spec["llava"]["default"]
 
     @pytest.mark.parametrize("name", sorted(CLI["TrainingArguments_inherited"]))
     def test_every_inherited_argument_of_the_original_is_accepted(self, name):
@@ -242,6 +244,8 @@ class TestPublishedCommandLines:
                 continue
             value = resolved[key]
             expected = {"True": True, "False": False}.get(text, text)
+            if key == "gradient_checkpointing":
+                expected = {"True": "full", "False": "none"}[text]
             assert (type(value)(expected) if not isinstance(value, bool) else expected) == value, key
         assert resolved["eval_strategy"] == "no"
         assert resolved["warmup_steps"] == 0.03
@@ -390,7 +394,14 @@ class TestOldSpellings:
             (["--include_inputs_for_metrics"], "include_for_metrics", ["inputs"]),
             (["--push_to_hub_model_id", "a/b"], "hub_model_id", "a/b"),
             (["--torchdynamo", "eager"], "torch_compile_backend", "eager"),
-            (["--activation_checkpointing"], "gradient_checkpointing", True),
+            (["--activation_checkpointing"], "gradient_checkpointing", "full"),
+            (["--gradient_checkpointing"], "gradient_checkpointing", "full"),
+            (["--gradient_checkpointing", "True"], "gradient_checkpointing", "full"),
+            (["--gradient_checkpointing", "selective"], "gradient_checkpointing", "selective"),
+            (["--activation_checkpointing", "selective"], "gradient_checkpointing", "selective"),
+            (["--activation_checkpointing", "True", "--gradient_checkpointing", "full"], "gradient_checkpointing", "full"),
+            (["--gradient_checkpointing", "no"], "gradient_checkpointing", "none"),
+            (["--no_gradient_checkpointing"], "gradient_checkpointing", "none"),
             (["--dispatch_batches", "True"], "accelerator_config", {"dispatch_batches": True}),
             (["--fsdp_min_num_params", "10"], "fsdp_config", {"min_num_params": 10}),
             (
@@ -521,6 +532,14 @@ REFUSED_FLAGS = [
     (["--image_aspect_ratio", "anyres_max_0"], r"image_aspect_ratio=anyres_max_0: unknown.*anyres_max_N"),
     (["--preprocessing_num_workers", "0"], r"preprocessing_num_workers=0: must be at least 1"),
     (["--packing", "--padding_free"], r"packing and padding_free exclude each other"),
+    (["--gradient_checkpointing", "most"], r"none | full | selective | true \(which is full\)"),
+    (["--gradient_checkpointing", "full", "--gradient_checkpointing_every", "0"], r"_every=0: must be at least 1"),
+    (["--activation_offload"], r"activation_offload with gradient_checkpointing=none.*Add gradient_checkpointing=full"),
+    (["--activation_offload", "--gradient_checkpointing", "selective"], r"with gradient_checkpointing=selective"),
+    (["--gradient_checkpointing_kwargs", '{"use_reentrant": true}'], r"use_reentrant=true loses.*Only false"),
+    (["--gradient_checkpointing_kwargs", '{"every_n_layers": 2}'], r"every_n_layers.*use gradient_checkpointing_every"),
+    (["--gradient_checkpointing_kwargs", '{"debug": true}'], r"has debug. Allowed are determinism_check, early_stop"),
+    (["--length_multiple", "-1"], r"length_multiple=-1: must not be negative. Give 0 for no filling up, or 128"),
     (["--packing", "--group_by_modality_length"], r"packing and group_by_modality_length exclude.*--no_group_by"),
     (["--packing", "--train_sampling_strategy", "group_by_length"], r"packing and train_sampling_strategy=group_by"),
     (["--packing", "--train_sampling_strategy", "sequential"], r"packing and train_sampling_strategy=sequential"),
@@ -532,7 +551,6 @@ REFUSED_FLAGS = [
         ["--s2_scales", "336,672", "--image_aspect_ratio", "anyres"],
         r"s2_scales=336,672 and .*anyres exclude each",
     ),
-    (["--length_multiple", "-1"], r"length_multiple=-1: must not be negative. Give 0 for no filling up, or 128"),
     (
         ["--image_aspect_ratio", "anyres_max_9", "--mm_patch_merge_type", "flat"],
         r"image_aspect_ratio=anyres_max_9 .* needs mm_patch_merge_type=spatial_unpad, which is flat",
@@ -807,6 +825,15 @@ class TestBuild:
             [],
         )
 
+    def test_the_device_decides_which_adamw_it_is(self):
+        assert adapt_to_device({"optim": None}, has_cuda=True, has_tf32=True)[0]["optim"] == "adamw_torch_fused"
+        on_cpu = adapt_to_device({"optim": None}, has_cuda=False, has_tf32=False)
+        assert on_cpu == ({"optim": "adamw_torch", "use_cpu": True}, [])
+        asked_for_cpu = {"optim": None, "use_cpu": True}
+        assert adapt_to_device(asked_for_cpu, has_cuda=True, has_tf32=True)[0]["optim"] == "adamw_torch"
+        given = {"optim": "adamw_torch"}
+        assert adapt_to_device(given, has_cuda=True, has_tf32=True)[0] == given
+
     def test_a_gpu_keeps_everything(self):
         wanted = {"tf32": True, "fp16": True, "optim": "adamw_torch_fused"}
         assert adapt_to_device(wanted, has_cuda=True, has_tf32=True) == (wanted, [])
@@ -825,31 +852,26 @@ class TestBuild:
         parsed = parse_args([*argv, "--output_dir", str(tmp_path), "--use_cpu", "--report_to", "none"])
         training = parsed.training
         assert isinstance(training, TrainingArguments)
-    def test_the_device_decides_which_adamw_it_is(self):
-        assert adapt_to_device({"optim": None}, has_cuda=True, has_tf32=True)[0]["optim"] == "adamw_torch_fused"
-        on_cpu = adapt_to_device({"optim": None}, has_cuda=False, has_tf32=False)
-        assert on_cpu == ({"optim": "adamw_torch", "use_cpu": True}, [])
-        asked_for_cpu = {"optim": None, "use_cpu": True}
-        assert adapt_to_device(asked_for_cpu, has_cuda=True, has_tf32=True)[0]["optim"] == "adamw_torch"
-        given = {"optim": "adamw_torch"}
-        assert adapt_to_device(given, has_cuda=True, has_tf32=True)[0] == given
-
         assert training is parsed.training
         assert (training.lora_r, training.learning_rate, training.warmup_steps) == (128, 2e-4, 0.03)
         assert training.get_warmup_steps(1000) == 30
         assert training.bf16
         assert training.tf32 is None
         assert training.use_cpu
-        assert training.gradient_checkpointing is True
-        assert training.gradient_checkpointing_kwargs == {"use_reentrant": False}
+        assert parsed.flags.gradient_checkpointing == "full"
+        assert parsed.flags.gradient_checkpointing_kwargs == {"use_reentrant": False}
         assert training.optim == "adamw_torch"
         assert training.remove_unused_columns is False
         assert training.logging_nan_inf_filter is False
         assert training.prediction_loss_only is True
         assert parsed.attn_implementation == "sdpa"
 
-    def test_gradient_checkpointing_stays_off(self, tmp_path):
-        assert not TrainingArguments(output_dir=str(tmp_path), use_cpu=True).gradient_checkpointing
+    @pytest.mark.filterwarnings("error::FutureWarning")
+    @pytest.mark.parametrize("mode", ["none", "full", "selective"])
+    def test_transformers_is_not_to_recompute_itself(self, tmp_path, mode):
+        training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, gradient_checkpointing=mode)
+        assert training.gradient_checkpointing is False
+        assert getattr(training, "activation_checkpointing", False) is False
 
     def test_a_secret_is_not_shown(self, tmp_path):
         training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, hub_token="secret")

@@ -17,6 +17,7 @@ import transformers
 from transformers.utils.import_utils import is_torch_tf32_available
 
 from llava_ft.args.attention import choose_kernel, this_machine
+from llava_ft.args.attention import choose_kernel, this_machine
 from llava_ft.args.deepspeed_file import (
     check_deepspeed_config,
     choose_offloaded_adam,
@@ -52,8 +53,8 @@ class TrainingArguments(  # pyright: ignore[reportIncompatibleVariableOverride] 
 ):
     """Every training flag: those of `TrainingFlags` and those of `transformers.TrainingArguments`.
 
-    `gradient_checkpointing` is the name used here whatever the installed transformers calls it. The
-    representation is inherited because it hides hub_token.
+    `gradient_checkpointing` is always false here, because transformers' trainer is not to recompute; what was asked for
+    is in `TrainingFlags`. The representation is inherited because it hides hub_token.
     """
 
     output_dir: str | None = field(
@@ -61,13 +62,14 @@ class TrainingArguments(  # pyright: ignore[reportIncompatibleVariableOverride] 
     )
 
     def __post_init__(self) -> None:
+        """Settle the optimizer, and keep transformers from recomputing: `tuning/recompute.py` does."""
         if self.optim is None:
             self.optim = "adamw_torch"
         names = {f.name for f in dataclasses.fields(self)}
-        for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
-            new = old.replace("gradient_", "activation_")
-            if new in names and getattr(self, new) is None:
-                setattr(self, new, getattr(self, old))
+        for name in ("gradient_checkpointing", "activation_checkpointing"):  # the newer transformers has both
+            if name in names:
+                setattr(self, name, False)
+                setattr(self, f"{name}_kwargs", None)
         super().__post_init__()
 
 
@@ -132,9 +134,9 @@ def adapt_to_device(values: Mapping[str, Any], *, has_cuda: bool, has_tf32: bool
     if adapted.get("tf32") and (uses_cpu or not has_tf32):
         adapted["tf32"] = None
         notes.append(f"tf32 is ignored: {reason}.")
-    if not uses_cpu:
     if adapted.get("optim", "") is None:
         adapted["optim"] = "adamw_torch" if uses_cpu else "adamw_torch_fused"
+    if not uses_cpu:
         return adapted, notes
     adapted["use_cpu"] = True
     for name in ("fp16", "fp16_full_eval"):

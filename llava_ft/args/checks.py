@@ -6,6 +6,7 @@ Each message has three parts: what is wrong, what is allowed, what to do.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Final
 
 from llava_ft.args.data import DataArguments
 from llava_ft.args.model import ModelArguments
@@ -14,6 +15,9 @@ from llava_ft.constants import ASPECT_RATIO_PATTERN, PROJECTOR_TYPE_PATTERN
 from llava_ft.conversation import get_template
 from llava_ft.errors import UserError
 from llava_ft.geometry import parse_grid_pinpoints, parse_s2_scales
+
+CHECKPOINT_OPTIONS: Final = frozenset({"use_reentrant", "preserve_rng_state", "determinism_check", "early_stop"})
+"""Options of `torch.utils.checkpoint` that `gradient_checkpointing_kwargs` takes."""
 
 
 def check_arguments(
@@ -39,6 +43,7 @@ def check_arguments(
         _lora_problems(training),
         _start_problems(model, training),
         _limit_problems(data, training),
+        _recompute_problems(training),
         _schedule_problems(inherited),
         _precision_problems(inherited),
         _sampling_problems(data, training, inherited),
@@ -69,13 +74,15 @@ def find_idle_flags(model: ModelArguments, data: DataArguments, training: Traini
         notes += [f"{name} has no effect without anyres." for name, value in given.items() if value is not None]
     if data.vision_cache is None and data.vision_cache_dtype != "compute":
         notes.append("vision_cache_dtype has no effect without vision_cache.")
+    if data.packing and data.length_multiple:
+        notes.append("length_multiple has no effect with packing: rows have model_max_length tokens.")
+    if training.gradient_checkpointing == "none" and training.gradient_checkpointing_every != 1:
+        notes.append("gradient_checkpointing_every has no effect without gradient_checkpointing.")
     if training.mpt_attn_impl != defaults.mpt_attn_impl:
         notes.append("mpt_attn_impl has no effect: use attn_implementation.")
     return notes
 
 
-    if data.packing and data.length_multiple:
-        notes.append("length_multiple has no effect with packing: rows have model_max_length tokens.")
 def _vision_problems(model: ModelArguments) -> Iterator[str]:
     projector = model.mm_projector_type
     if projector is not None and not PROJECTOR_TYPE_PATTERN.fullmatch(projector):
@@ -223,6 +230,8 @@ def _limit_problems(data: DataArguments, training: TrainingFlags) -> Iterator[st
             "remove_unused_columns=True would take from the records what the collator needs. Only False is "
             "allowed; leave the flag out."
         )
+    if data.length_multiple is not None and data.length_multiple < 0:
+        yield f"length_multiple={data.length_multiple}: must not be negative. Give 0 for no filling up, or 128."
     if training.model_max_length < 1:
         yield f"model_max_length={training.model_max_length}: must be at least 1 token. LLaVA v1.5 uses 2048."
     limit = training.bad_sample_limit
@@ -230,9 +239,33 @@ def _limit_problems(data: DataArguments, training: TrainingFlags) -> Iterator[st
         yield f"bad_sample_limit={limit}: a share between 0 and 1 is allowed. The default is 0.05."
     rate = training.mm_projector_lr
     if rate is not None and rate < 0:
-    if data.length_multiple is not None and data.length_multiple < 0:
-        yield f"length_multiple={data.length_multiple}: must not be negative. Give 0 for no filling up, or 128."
         yield f"mm_projector_lr={rate}: must not be negative. Leave it out to use learning_rate."
+
+
+def _recompute_problems(training: TrainingFlags) -> Iterator[str]:
+    every, mode = training.gradient_checkpointing_every, training.gradient_checkpointing
+    if every < 1:
+        yield f"gradient_checkpointing_every={every}: must be at least 1. 1 is every layer, 2 every second."
+    if training.activation_offload and mode != "full":
+        yield (
+            f"activation_offload with gradient_checkpointing={mode}: what is moved to the host's memory is the inputs "
+            "of layers that are computed again as a whole. Add gradient_checkpointing=full, or leave out "
+            "activation_offload."
+        )
+    options = training.gradient_checkpointing_kwargs or {}
+    if options.get("use_reentrant"):
+        yield (
+            "gradient_checkpointing_kwargs: use_reentrant=true loses the gradients of layers whose input needs none. "
+            "Only false is allowed; leave it out."
+        )
+    moved = {"every_n_layers": "gradient_checkpointing_every", "offload": "activation_offload"}
+    for name in options:
+        if name not in CHECKPOINT_OPTIONS:
+            instead = f"use {moved[name]}" if name in moved else "leave it out"
+            yield (
+                f"gradient_checkpointing_kwargs has {name}. Allowed are {', '.join(sorted(CHECKPOINT_OPTIONS))}; "
+                f"{instead}."
+            )
 
 
 def _schedule_problems(inherited: Mapping[str, object]) -> Iterator[str]:

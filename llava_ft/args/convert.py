@@ -51,6 +51,8 @@ def _convert_text(text: str, value_type: ValueType) -> object:
         for choice in value_type.choices:
             if text == str(choice):
                 return choice
+        if value_type.switch and text.lower() in _TRUE | _FALSE:
+            return value_type.switch[text.lower() in _TRUE]
         raise ConversionError("it is not in the list")
     if "dict" in kinds and text.lstrip().startswith("{"):
         return _convert_json(text)

@@ -40,11 +40,13 @@ class ValueType:
         kinds: Some of "bool", "int", "float", "str", "list", "dict".
         choices: The only values allowed, if they are listed.
         optional: Whether None is allowed.
+        switch: The choices that false and true stand for, if the flag may be used as a switch.
     """
 
     kinds: frozenset[str]
     choices: tuple[str | int, ...] = ()
     optional: bool = False
+    switch: tuple[str, str] | None = None
 
     def describe(self) -> str:
         """Say in words which values are allowed."""
@@ -54,6 +56,8 @@ class ValueType:
             names = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "a text"}
             names |= {"list": "a list of texts", "dict": "a mapping"}
             words = [text for kind, text in names.items() if kind in self.kinds]
+        if self.switch:
+            words.append(f"true (which is {self.switch[1]}) | false ({self.switch[0]})")
         if self.optional:
             words.append("null")
         return " | ".join(words)
@@ -132,7 +136,9 @@ def all_flags() -> Mapping[str, Flag]:
     for group, owner in _OWN_CLASSES.items():
         for field in dataclasses.fields(owner):
             is_own = group != "training" or field.name not in inherited
-            flags[field.name] = Flag(field.name, group, parse_annotation(str(field.type)), is_own)
+            value_type = parse_annotation(str(field.type))
+            value_type = dataclasses.replace(value_type, switch=field.metadata.get("switch"))
+            flags[field.name] = Flag(field.name, group, value_type, is_own)
     enums = _enum_values()
     for name, annotation in inherited.items():
         if name in flags and name != "optim":
@@ -146,14 +152,14 @@ def _inherited_type(name: str, annotation: str, enums: Mapping[str, tuple[str, .
     if name == "train_sampling_strategy":
         # Declared as a plain str; batch_rebalance needs columns that this program's data sets do not have.
         return ValueType(frozenset({"str"}), ("random", "sequential", "group_by_length"))
+    if name == "optim":
+        return dataclasses.replace(parse_annotation(annotation, enums), optional=True)  # the device decides
     if name == "fsdp":
         return ValueType(frozenset({"str", "bool"}), optional=True)
     return parse_annotation(annotation, enums)
 
 
 @cache
-    if name == "optim":
-        return dataclasses.replace(parse_annotation(annotation, enums), optional=True)  # the device decides
 def _transformers_module(file_name: str) -> ast.Module:
     spec = importlib.util.find_spec("transformers")
     if spec is None or spec.origin is None:

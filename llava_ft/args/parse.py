@@ -178,16 +178,22 @@ def _read_source(entries: Sequence[Entry], notes: list[str]) -> _Values:
     return values
 
 
-def _convert_negation(entry: Entry, flags: Mapping[str, Flag]) -> bool | None:
-    """Return False for `--no_double_quant` and the like, None if the entry is no such flag."""
+def _convert_negation(entry: Entry, flags: Mapping[str, Flag]) -> bool | str | None:
+    """Return the value of `--no_double_quant` and the like, None if the entry is no such flag."""
     name = entry.key.removeprefix("no_")
-    is_switch = name != entry.key and name in flags and "bool" in flags[name].value_type.kinds
-    return False if is_switch and entry.is_bare else None
+    if name == entry.key or name not in flags or not entry.is_bare:
+        return None
+    value_type = flags[name].value_type
+    if value_type.switch:
+        return value_type.switch[0]
+    return False if "bool" in value_type.kinds else None
 
 
 def _convert_entry(entry: Entry, value_type: ValueType, name: str) -> object:
     if entry.is_bare and "bool" in value_type.kinds:
         return True
+    if entry.is_bare and value_type.switch:
+        return value_type.switch[1]
     if entry.is_bare:
         raise UserError(f"{entry.where} needs a value. Allowed: {value_type.describe()}.")
     try:

@@ -37,7 +37,7 @@ class TrainingFlags:
     - `report_to`: nothing leaves the machine unless asked for.
     - `prediction_loss_only`: logits are computed only where a label is supervised, so they cannot be
     gathered.
-    - `gradient_checkpointing`: false instead of "unset", so that the resolved configuration states it.
+    - `gradient_checkpointing`: a word instead of a switch; true and false mean full and none.
     - `gradient_checkpointing_kwargs`: re-entrant checkpointing loses the gradient when the inputs of a block
       need none, which is the case under LoRA.
     """
@@ -119,6 +119,17 @@ class TrainingFlags:
             "means of its micro-batches, as in the original."
         },
     )
+    gradient_checkpointing_every: int = field(
+        default=1,
+        metadata={"help": "gradient_checkpointing for every N-th layer alone, the first among them; 1 is all."},
+    )
+    activation_offload: bool = field(
+        default=False,
+        metadata={
+            "help": "With gradient_checkpointing full: keep the inputs of the layers in the host's memory until the "
+            "backward pass."
+        },
+    )
     allow_base_mismatch: bool = field(
         default=False, metadata={"help": "Load an adapter on another base than the one it was trained on."}
     )
@@ -157,11 +168,17 @@ class TrainingFlags:
     prediction_loss_only: bool = field(
         default=True, metadata={"help": "Evaluation returns the loss alone, not the logits."}
     )
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Recompute activations in the backward pass to save memory."}
+    gradient_checkpointing: Literal["none", "full", "selective"] = field(
+        default="none",
+        metadata={
+            "help": "What the backward pass computes again to save memory: full, all of a layer; selective, all but "
+            "matrix products and attention. True means full, False none.",
+            "switch": ("none", "full"),
+        },
     )
     gradient_checkpointing_kwargs: dict[str, Any] | None = field(
-        default_factory=_reentrant_off, metadata={"help": "Options of torch.utils.checkpoint."}
+        default_factory=_reentrant_off,
+        metadata={"help": "Options of torch.utils.checkpoint; use_reentrant has to be false."},
     )
 
     @property

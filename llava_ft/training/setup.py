@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast, PrinterCallback, ProgressCallback, set_seed
 
 from llava_ft.args import ParsedArgs, to_yaml
-from llava_ft.checkpoint.base import BaseModel, check_added_tokens, load_base
+from llava_ft.checkpoint.base import BaseModel, check_added_tokens
 from llava_ft.checkpoint.fingerprint import language_model_fingerprint
-from llava_ft.checkpoint.names import EMBEDDINGS, HEAD
 from llava_ft.checkpoint.overrides import collect_ignored
 from llava_ft.checkpoint.restore import check_base
 from llava_ft.checkpoint.resume import (
@@ -34,8 +32,13 @@ from llava_ft.errors import UserError
 from llava_ft.training.artifacts import RunArtifacts
 from llava_ft.training.callbacks import LogLines, Progress, SetSamplerEpoch, StopOnSignal
 from llava_ft.training.data_setup import prepare_datasets
-from llava_ft.training.distributed import zero_division
-from llava_ft.training.fragments import gathered
+from llava_ft.training.model_setup import (
+    compute_dtype,
+    lasting_name,
+    load_model_to_train,
+    quantization_of,
+    saves_tower,
+)
 from llava_ft.training.reporting import attach_reporters
 from llava_ft.training.run_lineage import lineage_of_run
 from llava_ft.training.shared_output import check_same_checkpoint, check_shared_output
@@ -53,8 +56,7 @@ from llava_ft.training.start_from import (
 from llava_ft.training.trainer import LlavaTrainer
 from llava_ft.training.vision_cache import use_vision_cache
 from llava_ft.tuning.freeze import TuningPlan
-from llava_ft.tuning.lora import add_lora
-from llava_ft.tuning.quant import Quantization, check_quantization
+from llava_ft.tuning.quant import check_quantization
 
 logger = logging.getLogger(__name__)
 
@@ -146,70 +148,11 @@ def _prepare_run(args: ParsedArgs, merge: MergesAdapter | None, ignored: Sequenc
         lineage=lineage_of_run(
             request, (base_name, fingerprint), datasets, start=start, checkpoint=checkpoint, ignored=ignored
         ),
-        save_vision_tower=_saves_tower(args, base),
+        save_vision_tower=saves_tower(args, base),
         lora_config=peft_config["default"] if peft_config else None,
     )
     trainer, stop = _build_trainer(args, model, artifacts, tokenizer, datasets)
     return Run(trainer, stop, checkpoint, datasets)
-
-
-def load_model_to_train(
-    args: ParsedArgs, base: BaseModel, plan: TuningPlan, *, num_new_rows: int, encodes_images: bool = True
-) -> nn.Module:
-    """Load the weights and make trainable what the plan says.
-
-    A run that does not encode images is given features of them; the tower is loaded then only if it is to be saved.
-    """
-    dtype = compute_dtype(args)
-    # DeepSpeed keeps float32 master values in its optimizer, and the model's own in the compute dtype.
-    master_dtype = dtype if args.training.deepspeed else torch.float32
-    model, ledger = load_base(
-        base,
-        num_new_rows=num_new_rows,
-        dtype_of=lambda name: plan.dtype_of(name, dtype, master_dtype),
-        device=args.training.device,
-        attn_implementation=args.attn_implementation,
-        quantization=_quantization(args),
-        division=zero_division(args.training),
-        with_tower=encodes_images or (plan.method == "full" and _saves_tower(args, base)),
-    )
-    model.runs_tower = encodes_images
-    ledger.log()
-    with gathered([model.get_parameter(EMBEDDINGS), model.get_parameter(HEAD)] if num_new_rows else []):
-        plan.separate_new_rows(model, num_new_rows)
-    result: nn.Module = model
-    if plan.method == "lora":
-        result = add_lora(
-            model,
-            r=args.flags.lora_r,
-            alpha=args.flags.lora_alpha,
-            dropout=args.flags.lora_dropout,
-            bias=args.flags.lora_bias,
-            leaf_names=args.flags.lora_target_modules,
-            fast=args.flags.fast_lora,
-            base_model_name=lasting_name(args.model.model_name_or_path),
-        )
-    plan.apply(result)
-    for parameter in result.parameters():
-        if parameter.requires_grad and not hasattr(parameter, "ds_id"):
-            parameter.data = parameter.data.to(master_dtype)
-    model.config.use_cache = False
-    return result
-
-
-def _saves_tower(args: ParsedArgs, base: BaseModel) -> bool:
-    """Whether a whole model is written with its tower: if asked for, and if nothing else has the base's."""
-    return args.flags.save_vision_tower or base.holds_vision_tower
-
-
-def lasting_name(name: str) -> str:
-    """Return the name of a model as it is written beside what was trained on it: hub names as they are, paths whole."""
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
-
-
-def compute_dtype(args: ParsedArgs) -> torch.dtype:
-    """The type in which frozen weights are held and matrix products computed."""
-    return torch.bfloat16 if args.training.bf16 else torch.float16 if args.training.fp16 else torch.float32
 
 
 def choose_checkpoint(args: ParsedArgs) -> Path | None:
@@ -334,13 +277,9 @@ def _complete_config(args: ParsedArgs, base: BaseModel) -> None:
         )
 
 
-def _quantization(args: ParsedArgs) -> Quantization | None:
-    return Quantization.from_flags(args.flags.bits, args.flags.quant_type, args.flags.double_quant)
-
-
 def _check_bits(args: ParsedArgs, checkpoint: Path | None) -> None:
     """Refuse quantised weights where they cannot be trained on, and other ones than a checkpoint was trained on."""
-    wanted = _quantization(args)
+    wanted = quantization_of(args)
     deepspeed = getattr(args.training, "hf_deepspeed_config", None)  # transformers sets it only with DeepSpeed
     check_quantization(wanted, zero_stage=3 if deepspeed is not None and deepspeed.is_zero3() else 0)
     if checkpoint is None:

@@ -1,0 +1,95 @@
+"""The model of a run: weights loaded once, in the dtype they are held in; adapters added; what is trained marked."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from llava_ft.args import ParsedArgs
+from llava_ft.checkpoint.base import BaseModel, load_base
+from llava_ft.checkpoint.names import EMBEDDINGS, HEAD
+from llava_ft.training.distributed import zero_division
+from llava_ft.training.fragments import gathered
+from llava_ft.tuning.freeze import TuningPlan
+from llava_ft.tuning.lora import add_lora
+from llava_ft.tuning.quant import Quantization
+from llava_ft.tuning.recompute import Recomputation, recompute_activations
+
+
+def load_model_to_train(
+    args: ParsedArgs, base: BaseModel, plan: TuningPlan, *, num_new_rows: int, encodes_images: bool = True
+) -> nn.Module:
+    """Load the weights, make trainable what the plan says, and let layers recompute what the flags say.
+
+    A run that does not encode images is given features of them; the tower is loaded then only if it is to be saved.
+    """
+    dtype = compute_dtype(args)
+    # DeepSpeed keeps float32 master values in its optimizer, and the model's own in the compute dtype.
+    master_dtype = dtype if args.training.deepspeed else torch.float32
+    model, ledger = load_base(
+        base,
+        num_new_rows=num_new_rows,
+        dtype_of=lambda name: plan.dtype_of(name, dtype, master_dtype),
+        device=args.training.device,
+        attn_implementation=args.attn_implementation,
+        quantization=quantization_of(args),
+        division=zero_division(args.training),
+        with_tower=encodes_images or (plan.method == "full" and saves_tower(args, base)),
+    )
+    model.runs_tower = encodes_images
+    ledger.log()
+    with gathered([model.get_parameter(EMBEDDINGS), model.get_parameter(HEAD)] if num_new_rows else []):
+        plan.separate_new_rows(model, num_new_rows)
+    result: nn.Module = model
+    if plan.method == "lora":
+        result = add_lora(
+            model,
+            r=args.flags.lora_r,
+            alpha=args.flags.lora_alpha,
+            dropout=args.flags.lora_dropout,
+            bias=args.flags.lora_bias,
+            leaf_names=args.flags.lora_target_modules,
+            fast=args.flags.fast_lora,
+            base_model_name=lasting_name(args.model.model_name_or_path),
+        )
+    plan.apply(result)
+    for parameter in result.parameters():
+        if parameter.requires_grad and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(master_dtype)
+    model.config.use_cache = False
+    recompute_activations(result, _recomputation(args), options=args.flags.gradient_checkpointing_kwargs)
+    return result
+
+
+def _recomputation(args: ParsedArgs) -> Recomputation:
+    """What the flags ask to be computed again; notes what this run makes no use of."""
+    flags = args.flags
+    if flags.activation_offload and args.training.device.type == "cpu":
+        args.notes.append("activation_offload has no effect: the CPU is used, whose memory is the host's.")
+    if flags.gradient_checkpointing == "selective" and args.training.torch_compile:
+        args.notes.append(
+            "gradient_checkpointing=selective is left to torch_compile, which decides itself what a compiled layer "
+            "keeps."
+        )
+        return Recomputation()
+    return Recomputation(flags.gradient_checkpointing, flags.gradient_checkpointing_every, flags.activation_offload)
+
+
+def saves_tower(args: ParsedArgs, base: BaseModel) -> bool:
+    """Whether a whole model is written with its tower: if asked for, and if nothing else has the base's."""
+    return args.flags.save_vision_tower or base.holds_vision_tower
+
+
+def lasting_name(name: str) -> str:
+    """Return the name of a model as it is written beside what was trained on it: hub names as they are, paths whole."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def compute_dtype(args: ParsedArgs) -> torch.dtype:
+    """The type in which frozen weights are held and matrix products computed."""
+    return torch.bfloat16 if args.training.bf16 else torch.float16 if args.training.fp16 else torch.float32
+
+
+def quantization_of(args: ParsedArgs) -> Quantization | None:
+    """How the language model's linear layers are held; None in 16 bits."""
+    return Quantization.from_flags(args.flags.bits, args.flags.quant_type, args.flags.double_quant)
