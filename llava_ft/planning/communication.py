@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from llava_ft.planning.flops import layers_read
+from llava_ft.models.flops import tower_layers_read
 from llava_ft.planning.hardware import Kind
 from llava_ft.planning.request import PlanRequest
 from llava_ft.planning.shapes import ParameterShape, PlannedModel
@@ -134,4 +134,4 @@ def _is_used(planned: PlannedModel, shape: ParameterShape, request: PlanRequest)
     if shape.part != "vision tower":
         return True
     layer = _TOWER_LAYER.search(shape.name)
-    return request.tower == "runs" and (layer is None or int(layer.group(1)) < layers_read(planned))
+    return request.tower == "runs" and (layer is None or int(layer.group(1)) < tower_layers_read(planned.config))

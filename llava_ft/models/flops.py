@@ -1,0 +1,220 @@
+"""FLOPs of a model, from its configuration and the shapes of its weights: matrix products alone, two a multiply-add.
+
+A step's work is linear in a few counts: positions, supervised positions, pairs of positions that attention looks at,
+and tiles that the vision tower sees. A linear layer with n weights takes 2n a position forward, 2n for the gradient of
+its input where something before it is trained, and 2n for the gradient of its weights where they are trained. Scores
+and values of attention take 4 times the width for each pair forward, and twice that backward.
+
+The head and, in the last layer, what comes after its attention run at supervised positions alone; the tower runs
+forward, up to the layer that is read. Norms, softmax and other elementwise work are not counted.
+"""
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from llava_ft.models.config import LlavaLlamaConfig, hidden_state_index
+
+_LAYER: Final = re.compile(r"layers\.(\d+)\.")
+_BEHIND_ATTENTION: Final = ("o_proj", "gate_proj", "up_proj", "down_proj")
+_IN_FRONT_OF_ATTENTION: Final = ("q_proj", "k_proj", "v_proj")
+
+
+class Weight(Protocol):
+    """A parameter of the model, adapters included."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the model."""
+        ...
+
+    @property
+    def part(self) -> str:
+        """Part of the model, as `part_of` names it."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the values it stands for, however they are held."""
+        ...
+
+    @property
+    def numel(self) -> int:
+        """Number of these values."""
+        ...
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is trained."""
+        ...
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a micro-batch holds; each a number or an array of them, one for each micro-batch.
+
+    Attributes:
+        positions: Positions of the language model.
+        supervised: Positions with a target.
+        pairs: Pairs of positions that attention looks at: with causal attention L (L + 1) / 2 for a row of L.
+        tiles: Tiles of its images.
+    """
+
+    positions: Any
+    supervised: Any
+    pairs: Any
+    tiles: Any
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs for one of each of `Counts`."""
+
+    per_position: float = 0.0
+    per_supervised: float = 0.0
+    per_pair: float = 0.0
+    per_tile: float = 0.0
+
+    def of(self, counts: Counts) -> Any:
+        """FLOPs of a micro-batch, or of each."""
+        return (
+            self.per_position * counts.positions
+            + self.per_supervised * counts.supervised
+            + self.per_pair * counts.pairs
+            + self.per_tile * counts.tiles
+        )
+
+    def __add__(self, other: "Flops") -> "Flops":
+        """Add coefficient by coefficient."""
+        return Flops(
+            self.per_position + other.per_position,
+            self.per_supervised + other.per_supervised,
+            self.per_pair + other.per_pair,
+            self.per_tile + other.per_tile,
+        )
+
+
+def model_flops(config: LlavaLlamaConfig, weights: Sequence[Weight], *, runs_tower: bool = True) -> tuple[Flops, Flops]:
+    """Count what training needs, however it is done.
+
+    Args:
+        config: The model's configuration.
+        weights: Its parameters.
+        runs_tower: Whether the vision tower encodes images; False where features are read from a cache.
+
+    Returns:
+        FLOPs of the forward pass, the head's backward pass among them because it is made in it, and of the rest of the
+        backward pass without recomputation.
+    """
+    decoder = decoder_forward(config, weights), _decoder_backward(config, weights)
+    tower, projector = _vision(config, weights, runs_tower)
+    return decoder[0] + _head(weights) + tower + projector[0], decoder[1] + projector[1]
+
+
+def decoder_forward(
+    config: LlavaLlamaConfig, weights: Sequence[Weight], layers: Collection[int] | None = None
+) -> Flops:
+    """Count the forward pass of the decoder's layers.
+
+    Args:
+        config: The model's configuration.
+        weights: Its parameters.
+        layers: Which layers, counted from 0; None is all.
+    """
+    chosen = range(int(config.num_hidden_layers)) if layers is None else layers
+    total = Flops(per_pair=_attention_per_pair(config) * len(chosen))
+    for weight in _decoder_matrices(weights):
+        if _layer_of(weight.name) in chosen:
+            total += _linear(weight, 1, config)
+    return total
+
+
+def _decoder_backward(config: LlavaLlamaConfig, weights: Sequence[Weight]) -> Flops:
+    is_fed = any(w.is_trained for w in weights if w.part in ("embeddings", "projector", "image newline")) or any(
+        w.is_trained and w.part == "new token rows" and "lm_head" not in w.name for w in weights
+    )
+    trains_anything = any(weight.is_trained for weight in weights)
+    attention = 2 * _attention_per_pair(config) * int(config.num_hidden_layers)
+    total = Flops(per_pair=attention if trains_anything else 0.0)
+    for weight in _decoder_matrices(weights):
+        is_first = _layer_of(weight.name) == 0 and any(leaf in weight.name for leaf in _IN_FRONT_OF_ATTENTION)
+        needs_input_gradient = "lora_B" in weight.name or is_fed or not is_first
+        total += _linear(weight, int(needs_input_gradient) + int(weight.is_trained), config)
+    return total
+
+
+def _decoder_matrices(weights: Sequence[Weight]) -> list[Weight]:
+    parts = ("language model", "LoRA")
+    return [w for w in weights if w.part in parts and len(w.shape) == 2 and _LAYER.search(w.name)]
+
+
+def _layer_of(name: str) -> int:
+    found = _LAYER.search(name)
+    assert found is not None
+    return int(found.group(1))
+
+
+def _attention_per_pair(config: LlavaLlamaConfig) -> float:
+    """FLOPs of one layer's attention forward, for a pair of positions."""
+    heads = int(config.num_attention_heads)
+    return 4.0 * heads * int(getattr(config, "head_dim", None) or int(config.hidden_size) // heads)
+
+
+def _linear(weight: Weight, products: int, config: LlavaLlamaConfig) -> Flops:
+    flops = 2.0 * weight.numel * products
+    is_last = _layer_of(weight.name) == int(config.num_hidden_layers) - 1
+    is_selective = is_last and any(leaf in weight.name for leaf in _BEHIND_ATTENTION)
+    return Flops(per_supervised=flops) if is_selective else Flops(per_position=flops)
+
+
+def _head(weights: Sequence[Weight]) -> Flops:
+    matrices = [weight for weight in weights if weight.part == "head"]
+    if not matrices:  # tied: the embedding matrix is the head's too
+        matrices = [weight for weight in weights if weight.part == "embeddings"]
+    total = sum(2.0 * weight.numel * (2 + int(weight.is_trained)) for weight in matrices)
+    # rows of added tokens are computed instead of the matrix's own, and trained
+    total += sum(
+        2.0 * weight.numel for weight in weights if weight.part == "new token rows" and "lm_head" in weight.name
+    )
+    return Flops(per_supervised=total)
+
+
+def _vision(config: LlavaLlamaConfig, weights: Sequence[Weight], runs_tower: bool) -> tuple[Flops, tuple[Flops, Flops]]:
+    geometry = config.image_geometry
+    if geometry is None:
+        return Flops(), (Flops(), Flops())
+    matrices = [weight for weight in weights if weight.part == "projector" and len(weight.shape) == 2]
+    forward = sum(2.0 * weight.numel for weight in matrices)
+    backward = sum(2.0 * weight.numel * (int(number > 0) + 1) for number, weight in enumerate(matrices))
+    is_trained = any(weight.is_trained for weight in matrices)
+    tokens = geometry.tokens_per_tile
+    projector = Flops(per_tile=forward * tokens), Flops(per_tile=backward * tokens if is_trained else 0.0)
+    return Flops(per_tile=tower_flops(config, weights)) if runs_tower else Flops(), projector
+
+
+def tower_flops(config: LlavaLlamaConfig, weights: Sequence[Weight]) -> float:
+    """FLOPs of the vision tower for one tile, up to the layer that is read; with S2 at all scales."""
+    geometry, vision = config.image_geometry, config.mm_vision_config
+    assert geometry is not None
+    assert vision is not None
+    num_layers = tower_layers_read(config)
+    patches = (geometry.image_size // geometry.patch_size) ** 2
+    total = 4.0 * (patches + 1) ** 2 * int(vision["hidden_size"]) * num_layers
+    for weight in weights:
+        layer = _LAYER.search(weight.name)
+        if weight.part != "vision tower":
+            continue
+        if layer is not None and len(weight.shape) == 2 and int(layer.group(1)) < num_layers:
+            total += 2.0 * weight.numel * (patches + 1)
+        elif len(weight.shape) == 4:
+            total += 2.0 * weight.numel * patches
+    sides = geometry.s2_scales or (geometry.image_size,)
+    return total * sum((side // geometry.image_size) ** 2 for side in sides)
+
+
+def tower_layers_read(config: LlavaLlamaConfig) -> int:
+    """Number of layers of the vision tower that run: up to the one whose output is read."""
+    vision = config.mm_vision_config
+    assert vision is not None
+    return hidden_state_index(int(config.mm_vision_select_layer), int(vision["num_hidden_layers"]))
