@@ -9,32 +9,35 @@ step is one function with its backward pass written out:
 | o, residual | its input, which attention keeps too | |
 | norm, gate, up, SwiGLU, down, residual | its input, gate, up | the norm, SwiGLU |
 
-Modules and parameters are those of transformers and PEFT. Where a layer is not what these functions compute - weights
-in 4 bits, biases, DoRA, several adapters, trained norms - its own modules run as before.
+Frozen weights may be packed in 4 bits. Modules and parameters are those of transformers and PEFT. Where a layer is not
+what these functions compute - weights in 8 bits, biases, DoRA, several adapters, trained norms - its own modules run as
+before, and the log says so once.
 
 Shapes: B samples, T positions (B T of them in flat tensors), D width, I width inside the MLP.
 """
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel, LlamaRMSNorm
 
 from llava_ft.models.decoder import LastDecoderLayer, SelectiveAttention, attend, rows_of, takes_chosen_queries
 from llava_ft.models.precision import compute_dtype
 from llava_ft.tuning.lora_linear import (
-    Flat,
     Gradients,
     Kept,
     LoraProduct,
-    LoraWeights,
     adapted_gradients,
-    adapted_product,
+    adapted_products,
     flat_gradients,
 )
+from llava_ft.tuning.lora_weights import Flat, LoraWeights, weights_of
+
+_LOGGER = logging.getLogger(__name__)
 
 _ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
@@ -52,10 +55,11 @@ class LoraDecoderLayer(LastDecoderLayer):
         self, hidden_states: torch.Tensor, *, read_positions: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
         """Run the layer; see `LastDecoderLayer.forward`. `read_positions` are the last layer's alone."""
-        if self.self_attn.layer_idx != self.self_attn.config.num_hidden_layers - 1:
+        if read_positions is not None and self.self_attn.layer_idx != self.self_attn.config.num_hidden_layers - 1:
             read_positions = None
-        weights = None if kwargs.get("past_key_values") is not None else _weights_of(self, hidden_states)
-        if weights is None or kwargs.get("output_attentions"):
+        is_plain = kwargs.get("past_key_values") is None and not kwargs.get("output_attentions")
+        weights = _weights_of(self, hidden_states) if is_plain else "a cache"
+        if isinstance(weights, str):
             return super().forward(hidden_states, read_positions=read_positions, **kwargs)
         dropout, layers = weights
         attention = self.self_attn
@@ -72,7 +76,7 @@ class LoraDecoderLayer(LastDecoderLayer):
             query_rows,
             attention.head_dim,
             dropout,
-            flat.scales,
+            flat.layout,
             *flat.tensors,
         )
         attended, _ = attend(attention, query, key, value, **kwargs)
@@ -81,67 +85,93 @@ class LoraDecoderLayer(LastDecoderLayer):
             hidden_states = rows_of(hidden_states, read_positions)
             if query_rows is None:
                 attended = rows_of(attended, read_positions)
-        o_proj = layers[3]
-        hidden_states = LoraProduct.apply(attended, hidden_states, o_proj.scale, dropout, *o_proj[:3])
+        flat = Flat.of(layers[3:4])
+        hidden_states = LoraProduct.apply(attended, hidden_states, dropout, flat.layout, *flat.tensors)
         flat, norm = Flat.of(layers[4:]), self.post_attention_layernorm
-        return LoraMLP.apply(hidden_states, norm.weight, norm.variance_epsilon, dropout, flat.scales, *flat.tensors)
+        return LoraMLP.apply(hidden_states, norm.weight, norm.variance_epsilon, dropout, flat.layout, *flat.tensors)
+
+    def keeps_little(self, hidden_states: torch.Tensor) -> bool:
+        """Whether the layer computes such an input by this module's functions, which recompute what is cheap."""
+        return not isinstance(_weights_of(self, hidden_states), str)
 
 
 def use_fast_layers(model: nn.Module) -> int:
-    """Let the decoder layers of a model with adapters compute as `LoraDecoderLayer`; returns how many."""
-    count = 0
-    for module in model.modules():
-        if isinstance(module, LlamaDecoderLayer) and module.mlp.config.hidden_act == "silu":
-            module.__class__ = LoraDecoderLayer
-            module.self_attn.__class__ = SelectiveAttention
-            count += 1
-    return count
+    """Let the decoder layers of a model with adapters compute as `LoraDecoderLayer`; returns how many.
+
+    Layers that are left to PEFT's modules are named in the log, with the reason, at the first forward pass in training.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
+    for layer in layers:
+        layer.__class__ = LoraDecoderLayer
+        layer.self_attn.__class__ = SelectiveAttention
+    for decoder in [module for module in model.modules() if isinstance(module, LlamaModel)]:
+        report = _ReportOnce()
+        report.handle = decoder.register_forward_pre_hook(report, with_kwargs=True)
+    return len(layers)
 
 
-def _weights_of(layer: LlamaDecoderLayer, hidden: torch.Tensor) -> tuple[float, list[LoraWeights]] | None:
-    """The dropout and the weights of the seven linear layers; None where they are not plain frozen layers with LoRA."""
+class _ReportOnce:
+    """Says, at the first forward pass in training, which layers are left to PEFT's modules, and why."""
+
+    handle: torch.utils.hooks.RemovableHandle
+
+    def __call__(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not decoder.training or torch.compiler.is_compiling():
+            return
+        self.handle.remove()
+        hidden = kwargs.get("inputs_embeds")
+        left: dict[str, list[int]] = {}
+        for number, layer in enumerate(decoder.layers):
+            reason = _weights_of(layer, decoder.norm.weight if hidden is None else hidden)
+            if isinstance(reason, str):
+                left.setdefault(reason, []).append(number)
+        for reason, numbers in left.items():
+            _LOGGER.warning(
+                "fast_lora: %d of %d decoder layers (%s) are computed by PEFT's modules, with the same result, more "
+                "slowly and with more memory: %s.",
+                len(numbers),
+                len(decoder.layers),
+                _ranges(numbers),
+                reason,
+            )
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Write ascending numbers as ranges: `0-3, 5`."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts)
+
+
+def _weights_of(layer: LlamaDecoderLayer, hidden: torch.Tensor) -> tuple[float, list[LoraWeights]] | str:
+    """The dropout and the weights of the seven linear layers; or why they are not plain frozen layers with LoRA."""
     norms: tuple[Any, ...] = (layer.input_layernorm, layer.post_attention_layernorm)
     if any(type(norm) is not LlamaRMSNorm or norm.weight.requires_grad for norm in norms):
-        return None
+        return "its norms are trained, or are not LLaMA's"
+    if layer.mlp.config.hidden_act != "silu":
+        return f"its activation is {layer.mlp.config.hidden_act} and not silu"
     found: list[LoraWeights] = []
     dropouts: set[float] = set()
     for parent, names in ((layer.self_attn, _ATTENTION_LINEARS), (layer.mlp, _MLP_LINEARS)):
         for name in names:
-            weights = _linear_weights(getattr(parent, name), dropouts)
-            if weights is None:
-                return None
-            found.append(weights)
-    dtype = compute_dtype(hidden)
-    is_autocast = torch.is_autocast_enabled(hidden.device.type)
-    if hidden.dtype != found[0].weight.dtype and not is_autocast:
-        return None
-    if is_autocast and hidden.dtype != dtype:
-        return None
-    return (max(dropouts, default=0.0), found) if len(dropouts) <= 1 else None
-
-
-def _linear_weights(module: nn.Module, dropouts: set[float]) -> LoraWeights | None:
-    base = module.base_layer if type(module) is PeftLinear else module
-    if type(base) is not nn.Linear or base.bias is not None:
-        return None
-    if base.weight.requires_grad:
-        return None
-    if base is module:
-        return LoraWeights(base.weight, None, None, 0.0)
-    assert isinstance(module, PeftLinear)
-    if module.disable_adapters or module.merged:
-        return LoraWeights(base.weight, None, None, 0.0)
-    names = [name for name in module.active_adapters if name in module.lora_A]
-    if len(names) != 1 or module.lora_variant or module.fan_in_fan_out or any(module.lora_bias.values()):
-        return None
-    [name] = names
-    dropout = module.lora_dropout[name]
-    if isinstance(dropout, nn.Dropout):
-        dropouts.add(dropout.p if dropout.training else 0.0)
-    elif not isinstance(dropout, nn.Identity):
-        return None
-    adapter: tuple[Any, Any] = module.lora_A[name], module.lora_B[name]
-    return LoraWeights(base.weight, adapter[0].weight, adapter[1].weight, module.scaling[name])
+            weights = weights_of(getattr(parent, name))
+            if isinstance(weights, str):
+                return f"{name} has {weights}"
+            found.append(weights[0])
+            if weights[0].rank:
+                dropouts.add(weights[1])
+    if len(dropouts) > 1:
+        return "its adapters differ in dropout"
+    wanted = {layer.dtype for layer in found}
+    if torch.is_autocast_enabled(hidden.device.type):
+        wanted = {layer.packing.dtype for layer in found if layer.packing is not None} | {compute_dtype(hidden)}
+    if wanted != {hidden.dtype}:
+        return f"hidden states are {hidden.dtype}, products are in {' and '.join(sorted(map(str, wanted)))}"
+    return max(dropouts, default=0.0), found
 
 
 def _normalize(x_TD: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,6 +210,15 @@ def _rotate_(x_BTHW: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torc
     return x_BTHW
 
 
+def _groups(
+    normed_TD: torch.Tensor, layers: Sequence[LoraWeights], rows: torch.Tensor | None
+) -> list[tuple[torch.Tensor, Sequence[LoraWeights]]]:
+    """Inputs and which of q, k and v read them: q alone where only some positions have queries."""
+    if rows is None:
+        return [(normed_TD, layers)]
+    return [(normed_TD[rows], layers[:1]), (normed_TD, layers[1:])]
+
+
 class NormProject(torch.autograd.Function):
     """RMSNorm, adapted q, k and v, and rotation of q and k: `(B, T, D)` to three `(B, heads, T, head_dim)`.
 
@@ -197,59 +236,57 @@ class NormProject(torch.autograd.Function):
         rows: torch.Tensor | None,
         head_dim: int,
         dropout: float,
-        scales: tuple[float, ...],
+        layout: Any,
         *weights: Any,
     ) -> tuple[torch.Tensor, ...]:
         """Run the step; its arguments are those of the layer, then the weights as `Flat` has them."""
         normed_TD, _ = _normalize(x.reshape(-1, x.shape[-1]), norm_weight, epsilon)
-        turns = _turns(cos, sin, rows, head_dim, x.dtype)
-        outputs, kept = [], []
-        for number, layer in enumerate(Flat(weights, scales).layers(x.dtype)):
-            is_chosen = number == 0 and rows is not None
-            y_TO, kept_of_layer = adapted_product(normed_TD[rows] if is_chosen else normed_TD, layer, dropout)
-            output = y_TO.view(*((1, len(y_TO)) if is_chosen else x.shape[:-1]), y_TO.shape[-1] // head_dim, head_dim)
-            outputs.append(_rotate_(output, *turns[number]) if number < 2 else output)
-            kept += kept_of_layer
+        products: list[torch.Tensor] = []
+        kept: list[torch.Tensor | None] = []
+        for input_TD, layers in _groups(normed_TD, Flat(weights, layout).layers(), rows):
+            found, kept_of_group = adapted_products(input_TD, layers, dropout)
+            products += found
+            kept += kept_of_group
+        outputs: list[torch.Tensor] = []
+        for number, y_TO in enumerate(products):
+            leading = (1, len(y_TO)) if number == 0 and rows is not None else x.shape[:-1]
+            outputs.append(y_TO.view(*leading, y_TO.shape[-1] // head_dim, head_dim))
+        for output, (angle_cos, angle_sin) in zip(outputs, _turns(cos, sin, rows, head_dim, x.dtype), strict=False):
+            _rotate_(output, angle_cos, angle_sin)
         ctx.save_for_backward(x, norm_weight, cos, sin, rows, *kept, *weights)
-        ctx.settings = epsilon, head_dim, dropout, scales
+        ctx.settings = epsilon, head_dim, dropout, layout, len(kept)
         return tuple(output.transpose(1, 2) for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         """Give the gradients of the input and of each A and B."""
         x, norm_weight, cos, sin, rows, *rest = ctx.saved_tensors
-        epsilon, head_dim, dropout, scales = ctx.settings
-        kept, flat = rest[:6], Flat(tuple(rest[6:]), scales)
-        x_TD = x.reshape(-1, x.shape[-1])
+        epsilon, head_dim, dropout, layout, num_kept = ctx.settings
+        kept, flat = rest[:num_kept], Flat(tuple(rest[num_kept:]), layout)
+        x_TD, needs_input = x.reshape(-1, x.shape[-1]), ctx.needs_input_grad[0]
         normed_TD, inverse_T1 = _normalize(x_TD, norm_weight, epsilon)
+        grads_TO: list[torch.Tensor] = []
         turns = _turns(cos, sin, rows, head_dim, x.dtype)
-        layers, needs_input = flat.layers(x.dtype), ctx.needs_input_grad[0]
-        grad_normed: torch.Tensor | None = None
-        gradients: list[Gradients] = []
-        for number in (2, 1, 0):
-            grad_BTHW = grad_outputs[number].transpose(1, 2)
+        for number, grad in enumerate(grad_outputs):
+            grad_BTHW = grad.transpose(1, 2)
             if number < 2:
                 angle_cos, angle_sin = turns[number]
                 grad_BTHW = _rotate_(grad_BTHW.clone(memory_format=torch.contiguous_format), angle_cos, -angle_sin)
-            chosen = rows if number == 0 else None
-            found = adapted_gradients(
-                grad_BTHW.reshape(-1, layers[number].weight.shape[0]),
-                normed_TD if chosen is None else normed_TD[chosen],
-                layers[number],
-                Kept(*kept[2 * number : 2 * number + 2]),
-                dropout=dropout,
-                onto=grad_normed if chosen is None else None,
-                needs_input=needs_input,
+            grads_TO.append(grad_BTHW.reshape(-1, grad_BTHW.shape[2] * head_dim))
+        found: list[Gradients] = []
+        for number, (input_TD, layers) in enumerate(_groups(normed_TD, flat.layers(), rows)):
+            grads, grads_TO = grads_TO[: len(layers)], grads_TO[len(layers) :]
+            kept_of_group = Kept(*kept[2 * number : 2 * number + 2])
+            found.append(
+                adapted_gradients(grads, input_TD, layers, kept_of_group, dropout=dropout, needs_input=needs_input)
             )
-            if chosen is None:
-                grad_normed = found.input
-            elif grad_normed is not None and found.input is not None:
-                grad_normed.index_add_(0, chosen, found.input)
-            gradients.insert(0, found)
-        grad_input = None
-        if needs_input and grad_normed is not None:
+        grad_normed, grad_input = found[-1].input, None
+        if grad_normed is not None:
+            if rows is not None and found[0].input is not None:
+                grad_normed.index_add_(0, rows, found[0].input)
             grad_input = _norm_gradient(grad_normed, x_TD, norm_weight, inverse_T1).view(x.shape)
-        return grad_input, None, None, None, None, None, None, None, None, *flat_gradients(flat, gradients)
+        adapters = [pair for gradients in found for pair in gradients.adapters]
+        return grad_input, None, None, None, None, None, None, None, None, *flat_gradients(flat, adapters)
 
 
 class LoraMLP(torch.autograd.Function):
@@ -262,47 +299,47 @@ class LoraMLP(torch.autograd.Function):
         norm_weight: torch.Tensor,
         epsilon: float,
         dropout: float,
-        scales: tuple[float, ...],
+        layout: Any,
         *weights: Any,
     ) -> torch.Tensor:
         """Run the step; its arguments are those of the layer, then the weights as `Flat` has them."""
         x_TD = x.reshape(-1, x.shape[-1])
-        gate, up, down = Flat(weights, scales).layers(x.dtype)
+        gate, up, down = Flat(weights, layout).layers()
         normed_TD, _ = _normalize(x_TD, norm_weight, epsilon)
-        gate_TI, kept_gate = adapted_product(normed_TD, gate, dropout)
-        up_TI, kept_up = adapted_product(normed_TD, up, dropout)
+        (gate_TI, up_TI), kept = adapted_products(normed_TD, [gate, up], dropout)
         del normed_TD
-        y_TD, kept_down = adapted_product(F.silu(gate_TI).mul_(up_TI), down, dropout, onto=x_TD)
-        ctx.save_for_backward(x, norm_weight, gate_TI, up_TI, *kept_gate, *kept_up, *kept_down, *weights)
-        ctx.settings = epsilon, dropout, scales
+        [y_TD], kept_down = adapted_products(F.silu(gate_TI).mul_(up_TI), [down], dropout, onto=x_TD)
+        ctx.save_for_backward(x, norm_weight, gate_TI, up_TI, *kept, *kept_down, *weights)
+        ctx.settings = epsilon, dropout, layout
         return y_TD.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
         """Give the gradients of the input and of each A and B."""
         x, norm_weight, gate_TI, up_TI, *rest = ctx.saved_tensors
-        epsilon, dropout, scales = ctx.settings
-        kept, flat = [Kept(*rest[i : i + 2]) for i in (0, 2, 4)], Flat(tuple(rest[6:]), scales)
-        gate, up, down = flat.layers(x.dtype)
+        epsilon, dropout, layout = ctx.settings
+        kept, kept_down, flat = Kept(*rest[:2]), Kept(*rest[2:4]), Flat(tuple(rest[4:]), layout)
+        gate, up, down = flat.layers()
         grad_TD = grad_outputs[0].reshape(-1, x.shape[-1])
         activated_TI = F.silu(gate_TI)
         product_TI = activated_TI * up_TI
-        of_down = adapted_gradients(grad_TD, product_TI, down, kept[2], dropout=dropout)
+        grad_product_TI, of_down = adapted_gradients([grad_TD], product_TI, [down], kept_down, dropout=dropout)
         del product_TI
-        grad_product_TI = of_down.input
         assert grad_product_TI is not None
         grad_up_TI = activated_TI.mul_(grad_product_TI)
         grad_gate_TI = torch.ops.aten.silu_backward(grad_product_TI.mul_(up_TI), gate_TI)
         del grad_product_TI, activated_TI
-        of_down = of_down._replace(input=None)
         x_TD = x.reshape(-1, x.shape[-1])
         normed_TD, inverse_T1 = _normalize(x_TD, norm_weight, epsilon)
-        needs_input = ctx.needs_input_grad[0]
-        of_gate = adapted_gradients(grad_gate_TI, normed_TD, gate, kept[0], dropout=dropout, needs_input=needs_input)
-        of_up = adapted_gradients(
-            grad_up_TI, normed_TD, up, kept[1], dropout=dropout, onto=of_gate.input, needs_input=needs_input
+        grad_normed_TD, of_inputs = adapted_gradients(
+            [grad_gate_TI, grad_up_TI],
+            normed_TD,
+            [gate, up],
+            kept,
+            dropout=dropout,
+            needs_input=ctx.needs_input_grad[0],
         )
         grad_x = None
-        if needs_input and of_up.input is not None:
-            grad_x = _norm_gradient(of_up.input, x_TD, norm_weight, inverse_T1).add_(grad_TD).view(x.shape)
-        return grad_x, None, None, None, None, *flat_gradients(flat, [of_gate, of_up, of_down])
+        if grad_normed_TD is not None:
+            grad_x = _norm_gradient(grad_normed_TD, x_TD, norm_weight, inverse_T1).add_(grad_TD).view(x.shape)
+        return grad_x, None, None, None, None, *flat_gradients(flat, [*of_inputs, *of_down])

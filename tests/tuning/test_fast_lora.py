@@ -16,6 +16,7 @@ from tests.models.test_decoder import joined, padded, samples
 from tests.models.test_forward import load
 
 pytestmark = pytest.mark.usefixtures("in_recordings")
+LAYOUT = ((0.5, None),)
 LEAVES = {"all": None, "q and v": ["q_proj", "v_proj"], "mlp": ["gate_proj", "up_proj", "down_proj"]}
 
 
@@ -117,7 +118,7 @@ class TestDropout:
 
         def product(*inputs):
             torch.manual_seed(1)
-            return LoraProduct.apply(inputs[0], inputs[1], 0.5, 0.4, weight, inputs[2], inputs[3])
+            return LoraProduct.apply(inputs[0], inputs[1], 0.4, LAYOUT, weight, inputs[2], inputs[3])
 
         trained = [tensor.requires_grad_() for tensor in (x, residual, down, up)]
         assert torch.autograd.gradcheck(product, trained)
@@ -125,7 +126,7 @@ class TestDropout:
     def test_the_mean_is_the_product_without(self):
         torch.manual_seed(0)
         x, weight, down, up = (torch.randn(shape) for shape in ((3, 8), (4, 8), (2, 8), (4, 2)))
-        drawn = torch.stack([LoraProduct.apply(x, None, 0.5, 0.3, weight, down, up) for _ in range(4000)])
+        drawn = torch.stack([LoraProduct.apply(x, None, 0.3, LAYOUT, weight, down, up) for _ in range(4000)])
         expected = x @ weight.T + 0.5 * x @ down.T @ up.T
         deviation = drawn.std(dim=0) / len(drawn) ** 0.5
         assert ((drawn.mean(dim=0) - expected).abs() < 5 * deviation + 1e-5).all()
