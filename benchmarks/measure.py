@@ -1,14 +1,21 @@
 """Clocks and memory of one process: processor time and resident memory on a CPU, the device's own on a GPU."""
 
 import resource
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
+from models import is_trained, preset_config
+from workload import Preset, Sample
+
+from llava_ft.models.builder import build_skeleton
+from llava_ft.models.flops import Counts, Flops
+from llava_ft.models.flops import model_flops as count_flops
+from llava_ft.models.llava import part_of
+from llava_ft.planning.shapes import ParameterShape
+from llava_ft.tuning.lora import add_lora
 
 
 @dataclass
@@ -55,56 +62,51 @@ def _resident() -> int:
     return pages * resource.getpagesize()
 
 
-def matrix_product_rate(device: torch.device, dtype: torch.dtype, width: int, rows: int = 2048) -> float:
-    """FLOP/s of a product of matrices of the model's size, the best of several runs."""
-    left = torch.randn(rows, width, device=device, dtype=dtype)
-    right = torch.randn(width, 4 * width, device=device, dtype=dtype)
-    out = torch.empty(rows, 4 * width, device=device, dtype=dtype)
-    repeats = 20 if device.type == "cuda" else 3
-    meter = Meter(device)
-    for _ in range(8):
-        meter.start()
-        for _ in range(repeats):
-            torch.mm(left, right, out=out)
-        meter.stop()
-    return 2 * rows * width * 4 * width * repeats / min(meter.seconds[2:])
+def matrix_product_rate(device: torch.device, dtype: torch.dtype, width: int) -> float:
+    """FLOP/s of products of matrices of the model's widths, the best of several runs; on a GPU of several sizes too."""
+    is_gpu = device.type == "cuda"
+    repeats = 20 if is_gpu else 3
+    best = 0.0
+    for rows in (4096, 8192, 16384) if is_gpu else (2048,):
+        left = torch.randn(rows, width, device=device, dtype=dtype)
+        right = torch.randn(width, 4 * width, device=device, dtype=dtype)
+        out = torch.empty(rows, 4 * width, device=device, dtype=dtype)
+        meter = Meter(device)
+        for _ in range(8):
+            meter.start()
+            for _ in range(repeats):
+                torch.mm(left, right, out=out)
+            meter.stop()
+        best = max(best, 2 * rows * width * 4 * width * repeats / min(meter.seconds[2:]))
+    return best
 
 
-def model_flops(preset: Any, samples: Sequence[Any], *, with_tower: bool) -> float:
-    """FLOPs that training on these samples needs, whatever a program computes beside it.
+def model_flops(preset: Preset, samples: Sequence[Sample], *, with_tower: bool) -> float:
+    """FLOPs that training on these samples needs, whatever a program computes beside it; `llava-ft plan` counts them.
 
-    Matrix products alone: forward and input gradients of frozen layers, and weight gradients of adapters and projector;
-    causal attention, which is half of the pairs; the tower up to the layer before the last; the output layer at
-    supervised positions.
+    Matrix products alone: forward and input gradients of frozen layers, and weight gradients of what is trained; causal
+    attention, which is half of the pairs; the tower up to the layer that is read; the output layer, and what comes
+    behind the last layer's attention, at supervised positions.
     """
-    language, vision = preset.language, preset.vision
-    width, inner, layers = language["hidden_size"], language["intermediate_size"], language["num_hidden_layers"]
-    frozen = layers * (4 * width * width + 3 * width * inner)
-    adapters = layers * preset.lora_r * (4 * 2 * width + 3 * (width + inner))
-    v_width, v_layers = vision["hidden_size"], vision["num_hidden_layers"] - 1
-    v_tokens = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
-    tower = v_layers * (4 * v_width**2 + 2 * v_width * vision["intermediate_size"])
-    projector = v_width * width + width * width
-    flops = 0.0
-    for sample in samples:
-        tokens, supervised = len(sample.input_ids), int((sample.labels[1:] >= 0).sum())
-        flops += tokens * (4 * frozen + 6 * adapters) + supervised * 4 * width * language["vocab_size"]
-        flops += layers * 12 * tokens * tokens * width / 2  # two products forward, four backward
-        if sample.has_image:
-            flops += 6 * (v_tokens - 1) * projector
-            if with_tower:
-                flops += 2 * v_tokens * tower + v_layers * 4 * v_tokens * v_tokens * v_width
-    return flops
+    lengths = [len(sample.input_ids) for sample in samples]
+    counts = Counts(
+        positions=sum(lengths),
+        supervised=sum(int((sample.labels[1:] >= 0).sum()) for sample in samples),
+        pairs=sum(length * (length + 1) // 2 for length in lengths),
+        tiles=sum(sample.has_image for sample in samples),
+    )
+    return flops_of(preset, with_tower=with_tower).of(counts)
 
 
-def median_per_step(seconds: Sequence[float]) -> float:
-    """The median time of a step."""
-    return statistics.median(seconds)
-
-
-def run_steps(meter: Meter, steps: Sequence[Callable[[], None]]) -> None:
-    """Run steps, each timed."""
-    for step in steps:
-        meter.start()
-        step()
-        meter.stop()
+def flops_of(preset: Preset, *, with_tower: bool) -> Flops:
+    """FLOPs of the preset's model for one of each of `Counts`."""
+    model: torch.nn.Module = build_skeleton(preset_config(preset))
+    if preset.lora_r:
+        with torch.device("meta"):
+            model = add_lora(model, r=preset.lora_r, alpha=preset.lora_alpha, dropout=0.0)
+    weights = [
+        ParameterShape(name, part_of(name), tuple(values.shape), is_trained(name, preset), preset.dtype)
+        for name, values in model.named_parameters()
+    ]
+    forward, backward = count_flops(preset_config(preset), weights, runs_tower=with_tower)
+    return forward + backward

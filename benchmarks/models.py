@@ -8,24 +8,38 @@ from torch import nn
 from workload import Preset
 
 from llava_ft.models.builder import build_skeleton, settle_config, vision_fields
+from llava_ft.models.config import LlavaLlamaConfig
 from llava_ft.models.llava import LlavaLlamaForCausalLM, part_of
 from llava_ft.tuning.quant import Quantization, is_quantized, quantize_linears, set_quantized_weight
 
 QUANTIZATION = Quantization(4, "nf4", True)
 
 
-def build_native(preset: Preset, attn_implementation: str) -> LlavaLlamaForCausalLM:
-    """The program's model with random weights in the compute dtype on the preset's device; nothing is trained yet."""
+def preset_config(preset: Preset) -> LlavaLlamaConfig:
+    """The configuration of a preset's model."""
     fields: dict[str, Any] = {"model_type": "llama", "eos_token_id": 2, "pad_token_id": 0, **preset.language}
     wishes = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "image_aspect_ratio": "pad"}
     vision = vision_fields(dict(preset.vision), "inside")
-    config = settle_config(fields, "random", wishes=wishes, vision_tower="inside", vision=vision)
-    model = build_skeleton(config, attn_implementation=attn_implementation)
+    return settle_config(fields, "random", wishes=wishes, vision_tower="inside", vision=vision)
+
+
+def build_native(preset: Preset, attn_implementation: str) -> LlavaLlamaForCausalLM:
+    """The program's model with random weights on the preset's device, in the dtypes of training; nothing is marked yet.
+
+    Weights that are trained are float32, frozen ones in the compute dtype.
+    """
+    model = build_skeleton(preset_config(preset), attn_implementation=attn_implementation)
     model.config.use_cache = False
     if preset.bits == 4:
         quantize_linears(model, QUANTIZATION, lambda _: preset.dtype)
     give_values(model, preset)
     return model.to(preset.device)
+
+
+def is_trained(name: str, preset: Preset) -> bool:
+    """Whether a parameter of the program's model is trained: adapters and projector, or all but the tower."""
+    part = part_of(name)
+    return part in ("LoRA", "projector") or (not preset.lora_r and part != "vision tower")
 
 
 def give_values(model: nn.Module, preset: Preset) -> None:
@@ -39,7 +53,7 @@ def give_values(model: nn.Module, preset: Preset) -> None:
             if parameter is None or not parameter.is_meta:
                 continue
             name = f"{module_name}.{leaf}"
-            dtype = torch.float32 if part_of(name) == "projector" else preset.dtype
+            dtype = torch.float32 if is_trained(name, preset) else preset.dtype
             values = random_values(name, parameter.shape, dtype, preset.device)
             module._parameters[leaf] = nn.Parameter(values, requires_grad=parameter.requires_grad)
 

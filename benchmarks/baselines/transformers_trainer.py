@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from models import canonical, random_values, randomize_adapters
+from models import canonical, is_trained, random_values, randomize_adapters
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -21,7 +21,7 @@ LINEARS = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
 
 
 def build(preset: Preset) -> nn.Module:
-    """The model with adapters, with the values of the program's; adapters and projector are trained."""
+    """The model with the values of the program's; adapters and projector are trained, without adapters all but CLIP."""
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**preset.vision),
         text_config=LlamaConfig(pad_token_id=PAD, use_cache=False, **preset.language),
@@ -37,8 +37,12 @@ def build(preset: Preset) -> nn.Module:
     torch.set_default_dtype(before)
     for name, parameter in model.named_parameters():
         native = canonical(name)
-        dtype = torch.float32 if "mm_projector" in native else preset.dtype
+        dtype = torch.float32 if is_trained(native, preset) else preset.dtype
         parameter.data = random_values(native, parameter.shape, dtype, preset.device)
+    if not preset.lora_r:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(is_trained(canonical(name), preset))
+        return model
     if preset.bits == 4:
         _quantize(model, preset)
     lora = LoraConfig(
