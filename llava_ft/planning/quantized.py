@@ -4,7 +4,8 @@ bitsandbytes' kernels need values, which a plan does not have. These stand in fo
 (on a CPU) `MatMul8bitFp`: they allocate what those do, in the same order, and compute nothing.
 
 - 4 bits: the weight is dequantised into the compute dtype for the product and again in the backward pass; the input is
-  not kept.
+  not kept. Scales without values are there too: `tuning/lora_weights.py` has them dequantised by bitsandbytes' own
+  operations, which run on fake tensors.
 - 8 bits: the input is kept. On a GPU it is quantised and the product is summed in int32; the weight is dequantised in
   the backward pass alone. On a CPU it is dequantised in both.
 """
@@ -51,8 +52,26 @@ def replace_kernel(layer: Any, quantization: Quantization, *, on_gpu: bool) -> N
     layer._parameters["weight"] = nn.Parameter(packed, requires_grad=False)
     forward: Any = functools.partial(_linear_8bit, shape=shape, on_gpu=on_gpu)
     if quantization.bits == 4:
+        layer.quant_state = _empty_state(shape, quantization, layer.compute_dtype)
         forward = functools.partial(_linear_4bit, shape=shape, dtype=layer.compute_dtype)
     layer.forward = forward
+
+
+def _empty_state(shape: tuple[int, int], quantization: Quantization, dtype: torch.dtype) -> Any:
+    """The scales of a weight in 4 bits, without values."""
+    from bitsandbytes.functional import QuantState
+
+    num_blocks = math.ceil(math.prod(shape) / _BLOCK)
+    state: dict[str, Any] = {"shape": shape, "blocksize": _BLOCK, "quant_type": quantization.quant_type, "dtype": dtype}
+    if not quantization.double_quant:
+        return QuantState(absmax=torch.empty(num_blocks), **state)
+    scales = QuantState(
+        absmax=torch.empty(math.ceil(num_blocks / _BLOCK_OF_SCALES)),
+        code=torch.empty(256),
+        blocksize=_BLOCK_OF_SCALES,
+        dtype=torch.float32,
+    )
+    return QuantState(absmax=torch.empty(num_blocks, dtype=torch.uint8), offset=torch.empty(()), state2=scales, **state)
 
 
 def _linear_4bit(x: torch.Tensor, *, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Quantised layers take what bitsandbytes' take, at rest and in a step."""
 
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llava_ft.planning.quantized import replace_kernel, stored_bytes
 from llava_ft.planning.tracker import MemoryTracker
+from llava_ft.tuning.lora_linear import LoraProduct
+from llava_ft.tuning.lora_weights import Flat, weights_of
 from llava_ft.tuning.quant import Quantization, quantize_linears, set_quantized_weight, size_in_memory
 
 pytest.importorskip("bitsandbytes")
@@ -60,6 +63,32 @@ def test_a_step_takes_what_the_layer_takes(quantization, positions):
         replace_kernel(planned, quantization, on_gpu=False)
         fake = peak_of_step(planned, torch.empty(2, positions, 384, requires_grad=True))
     assert fake == pytest.approx(real, rel=0.05)
+
+
+def adapted_peak(layer: nn.Module, make: Callable[..., torch.Tensor]) -> int:
+    """Peak of a step through the layer's weight and an adapter of rank 8, by the functions of `--fast_lora`."""
+    found = weights_of(layer)
+    assert isinstance(found, tuple)
+    x, down, up = make(1, 512, 384), make(8, 384), make(512, 8)
+    flat = Flat.of([found[0]._replace(down=down, up=up, scale=2.0)])
+    with MemoryTracker() as tracker:
+        tracker.ignore([layer.weight, x, down, up])
+        LoraProduct.apply(x, None, 0.0, flat.layout, *flat.tensors).square().sum().backward()
+    return max(peak.total for peak in tracker.peaks.values())
+
+
+@pytest.mark.parametrize("quantization", EVERY[1:], ids=str)
+def test_an_adapted_layer_in_4_bits_takes_what_is_planned(quantization):
+    shape = (512, 384)
+    layer = quantized_layer(shape, quantization)
+    set_quantized_weight(layer, torch.randn(shape))
+    real = adapted_peak(layer, functools.partial(torch.randn, requires_grad=True))
+    planned = quantized_layer(shape, quantization)
+    with FakeTensorMode():
+        replace_kernel(planned, quantization, on_gpu=False)
+        fake = adapted_peak(planned, functools.partial(torch.empty, requires_grad=True))
+    assert fake == pytest.approx(real, rel=0.01)
+    assert fake > 4 * 512 * 384  # the weight, unpacked
 
 
 def test_a_gpu_sums_8_bit_products_in_int32():
