@@ -85,7 +85,7 @@ def collator(variant: Variant, preset: Preset, args: ParsedArgs, features: dict[
 
         return lambda samples: collate(samples, preset)
     is_joined = args.data.padding_free
-    join = PackedCollator(0, flatten=True) if is_joined else PaddingCollator(0)
+    join = PackedCollator(0, flatten=True) if is_joined else PaddingCollator(0, with_mask=variant.program == ORIGINAL)
     side = preset.vision["image_size"]
 
     def collate_native(samples: Sequence[Sample]) -> dict[str, Any]:

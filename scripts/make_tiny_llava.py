@@ -319,7 +319,7 @@ def train_whole(
 
     def loss_of(step: int) -> torch.Tensor:
         batch = collate([item(rng.randrange(len(pictures))) for _ in range(32)])
-        names = ("input_ids", "labels", "attention_mask", "pixel_values")
+        names = ("input_ids", "labels", "pixel_values")
         return model(**{name: batch[name] for name in names}).loss
 
     unused = ("encoder.layers.3", "post_layernorm")

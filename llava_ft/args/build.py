@@ -17,7 +17,6 @@ import transformers
 from transformers.utils.import_utils import is_torch_tf32_available
 
 from llava_ft.args.attention import choose_kernel, this_machine
-from llava_ft.args.attention import choose_kernel, this_machine
 from llava_ft.args.deepspeed_file import (
     check_deepspeed_config,
     choose_offloaded_adam,

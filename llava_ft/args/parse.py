@@ -63,6 +63,12 @@ class ParsedArgs:
         vars(changed).update(built)
         return changed
 
+    def with_attention(self, kernel: str) -> ParsedArgs:
+        """Return the same request with another attention kernel; training arguments are shared."""
+        changed = dataclasses.replace(self)
+        vars(changed).update({"training": self.training, "attn_implementation": kernel})
+        return changed
+
     @cached_property
     def training(self) -> TrainingArguments:
         """The training arguments as transformers wants them.

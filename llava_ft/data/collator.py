@@ -17,13 +17,17 @@ IMAGE_KEYS: Final = ("pixel_values", "image_features", "image_sizes")
 class PaddingCollator:
     """Pads the items of a batch to its longest one, on the right.
 
+    Attention looks back, so no token sees what stands on its right, and padding is no target: training needs no
+    attention mask, and without one attention runs in kernels that take none.
+
     Args:
-        pad_token_id: Vocabulary entry in padded positions. The attention mask comes from the lengths, so the
-            entry may also occur in the text.
+        pad_token_id: Vocabulary entry in padded positions. It may also occur in the text.
+        with_mask: Whether to say which positions are padding all the same, for models that want it.
     """
 
-    def __init__(self, pad_token_id: int):
+    def __init__(self, pad_token_id: int, *, with_mask: bool = False):
         self.pad_token_id = pad_token_id
+        self.with_mask = with_mask
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         """Put items of `ConversationDataset` together.
@@ -33,31 +37,33 @@ class PaddingCollator:
 
         Returns:
             `input_ids` `(B, T)` int64, already expanded: each image position holds `IMAGE_TOKEN_INDEX`;
-            `labels` `(B, T)` int64, `IGNORE_INDEX` where nothing is learnt; `attention_mask` `(B, T)`
+            `labels` `(B, T)` int64, `IGNORE_INDEX` where nothing is learnt; with a mask `attention_mask` `(B, T)`
             bool, False for padding; what `collect` gives.
         """
-        lengths = torch.tensor([len(item["input_ids"]) for item in items])
-        return {
+        batch = {
             "input_ids": _pad([item["input_ids"] for item in items], self.pad_token_id),
             "labels": _pad([item["labels"] for item in items], IGNORE_INDEX),
-            "attention_mask": torch.arange(int(lengths.max()))[None, :] < lengths[:, None],
             **collect(items),
         }
+        if self.with_mask:
+            lengths = torch.tensor([len(item["input_ids"]) for item in items])
+            batch["attention_mask"] = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
+        return batch
 
 
 class PackedCollator:
     """Writes the samples of each row one after the other; attention and positions stay separate.
 
-    What keeps the samples apart is `position_ids`, which restart at 0 with each sample, and the absence of an attention
-    mask: the language model then attends within a sample only. The first position of a sample has no label, because
-    what stands before it belongs to another one.
+    What keeps the samples apart is `sample_lengths`, which reach every layer's attention as they are, on the host;
+    where rows stay apart, `position_ids`, which restart at 0 with each sample, and the absence of an attention mask.
+    The first position of a sample has no label, because what stands before it belongs to another one.
 
     Args:
         pad_token_id: Vocabulary entry in what is left over of a row, which is kept apart as a sample of its own.
         row_length: Positions to which each row is filled up, the same on every rank; None leaves rows as long as they
             are, which needs `flatten`.
-        flatten: Join the rows of a batch to one. FlashAttention keeps samples apart only in a batch of one row; for
-            eager and sdpa attention shorter rows cost less.
+        flatten: Join the rows of a batch to one, for kernels that are told where samples begin. Eager attention
+            computes whole rows and masks them: there shorter rows cost less.
 
     Raises:
         ValueError: Neither `row_length` nor `flatten` is given.
@@ -77,25 +83,28 @@ class PackedCollator:
             items: At least one row.
 
         Returns:
-            `input_ids`, `labels` and `position_ids`, `(B, T)` int64 or, flattened, `(1, sum of T)`; what `collect`
+            `input_ids`, `labels` and `position_ids`, `(B, T)` int64 or, flattened, `(1, sum of T)`; flattened also
+            `sample_lengths`, a list of the positions of each sample, the rest of a row being one more; what `collect`
             gives for the samples of all rows.
         """
         if "samples" not in items[0]:
             return self._pad_samples(items)
         rows: list[Sequence[Item]] = [item["samples"] for item in items]
-        input_ids, labels, position_ids = zip(*map(self._row, rows), strict=True)
+        input_ids, labels, position_ids, lengths = zip(*map(self._row, rows), strict=True)
+        joined = {"sample_lengths": [length for row in lengths for length in row]} if self.flatten else {}
         return {
             "input_ids": self._join(input_ids),
             "labels": self._join(labels),
             "position_ids": self._join(position_ids),
+            **joined,
             **collect([sample for row in rows for sample in row]),
         }
 
     def _join(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.cat(list(rows))[None] if self.flatten else torch.stack(list(rows))
 
-    def _row(self, samples: Sequence[Item]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Give the ids, labels and positions of one row, each `(T,)`."""
+    def _row(self, samples: Sequence[Item]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
+        """Give the ids, labels and positions of one row, each `(T,)`, and the lengths that they are made of."""
         lengths = [len(sample["input_ids"]) for sample in samples]
         used = sum(lengths)
         size = used if self.row_length is None else self.row_length
@@ -110,7 +119,7 @@ class PackedCollator:
             labels[start + 1 : start + length] = sample["labels"][1:]
             start += length
             position_ids[start:] -= length
-        return input_ids, labels, position_ids
+        return input_ids, labels, position_ids, lengths + [size - used] * (used < size)
 
 
 def collect(samples: Sequence[Item]) -> dict[str, Any]:

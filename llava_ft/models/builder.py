@@ -16,7 +16,7 @@ from llava_ft.geometry import (
     parse_grid_pinpoints,
     parse_s2_scales,
 )
-from llava_ft.models import attention_by_sample
+from llava_ft.models.attention.kernels import register
 from llava_ft.models.config import LlavaLlamaConfig, hidden_state_index, projector_depth
 from llava_ft.models.llava import LlavaLlamaForCausalLM
 
@@ -129,10 +129,12 @@ def build_skeleton(config: LlavaLlamaConfig, *, attn_implementation: str = "sdpa
 
     Args:
         config: The model's configuration.
-        attn_implementation: Attention of the language model, by transformers' name, or `attention_by_sample.NAME`.
+        attn_implementation: Attention of the language model: one of `attention/kernels.py`.
+
+    Raises:
+        UserError: There is no such kernel, or its package is not installed.
     """
-    attention_by_sample.register()
-    config._attn_implementation = attn_implementation
+    config._attn_implementation = register(attn_implementation)
     with init_empty_weights(include_buffers=False):
         model = LlavaLlamaForCausalLM(config)
     model.requires_grad_(False)

@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
-from llava_ft.models import attention_by_sample
+from llava_ft.models.attention import kernels
 
 
 class SelectiveAttention(LlamaAttention):
@@ -91,9 +91,8 @@ def takes_chosen_queries(
     attention: LlamaAttention, hidden_BTD: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> bool:
     """Whether the attention kernel that the model is set to can be asked for chosen positions of this batch alone."""
-    rows, length, _ = hidden_BTD.shape
-    is_joined = attention_by_sample.is_joined(rows, length, length, attention_mask)
-    return is_joined and attention.config._attn_implementation == attention_by_sample.NAME
+    is_one_row = len(hidden_BTD) == 1 and attention_mask is None
+    return is_one_row and kernels.takes_chosen_queries(attention.config._attn_implementation)
 
 
 def attend(
@@ -115,7 +114,7 @@ def attend(
         value: `(B, H_kv, T, W)`.
         attention_mask: As the decoder made it for this kernel.
         past_key_values: Must be None: with a cache every position is read.
-        **kwargs: For the kernel.
+        **kwargs: For the kernel; `boundaries` among them.
 
     Returns:
         `(B, T, H, W)`, and the attention weights, where the kernel has them.

@@ -21,6 +21,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava_ft.geometry import ImageGeometry, SizeWH
 from llava_ft.models.anyres import merge_tiles
+from llava_ft.models.attention.boundaries import SampleBoundaries, boundaries_of_batch
+from llava_ft.models.attention.kernels import takes_boundaries, takes_chosen_queries
 from llava_ft.models.config import LlavaLlamaConfig
 from llava_ft.models.decoder import LastDecoderLayer, read_last_layer_selectively
 from llava_ft.models.loss import LossHead, mean_loss, supervised_positions
@@ -180,6 +182,7 @@ class LlavaMixin(_Base):
         image_sizes: torch.Tensor | Sequence[SizeWH] | None = None,
         image_features: torch.Tensor | None = None,
         tile_index: torch.Tensor | None = None,
+        sample_lengths: Sequence[int] | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
@@ -188,8 +191,9 @@ class LlavaMixin(_Base):
 
         Args:
             input_ids: `(B, T)` int64, already expanded; each image position holds `IMAGE_TOKEN_INDEX`.
-            attention_mask: `(B, T)`, true at real positions.
-            position_ids: `(B, T)` int64; counted from 0 when absent.
+            attention_mask: `(B, T)`, true at real positions. Padding on the right needs none: attention looks back.
+            position_ids: `(B, T)` int64; counted from 0, or from each sample's first position, when absent. Without
+                mask, cache and `sample_lengths` a sample begins wherever they do not go on counting.
             past_key_values: Cache of earlier positions.
             inputs_embeds: `(B, T, D)`, instead of `input_ids` and `pixel_values`.
             labels: `(B, T)` int64, `IGNORE_INDEX` where nothing is supervised. With labels the loss is returned and
@@ -200,14 +204,25 @@ class LlavaMixin(_Base):
             image_features: `(K, N, C)` features of the tower for the same tiles, instead of `pixel_values`.
             tile_index: `(K,)` int64 where `pixel_values` holds each of several equal tiles once: which of its entries
                 each tile of the batch is.
+            sample_lengths: Positions of each of the samples that are joined in the rows, in reading order, padding
+                included. Only for batches without mask and cache.
             logits_to_keep: Without labels: how many last positions get logits; 0 is all.
             num_items_in_batch: Number by which the summed loss is divided; by default the supervised positions here.
             **kwargs: Passed to the language model.
+
+        Raises:
+            ValueError: There is no input, or `sample_lengths` are not those of the batch.
         """
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("Either input_ids or inputs_embeds is needed.")
             inputs_embeds = self.embed_inputs(input_ids, pixel_values, image_sizes, image_features, tile_index)
+        has_mask = attention_mask is not None or past_key_values is not None
+        if sample_lengths is not None or (takes_boundaries(self.config._attn_implementation) and not has_mask):
+            boundaries = boundaries_of_batch(inputs_embeds, sample_lengths, position_ids, has_mask=has_mask)
+            kwargs["boundaries"] = boundaries
+            if sample_lengths is not None:  # with a cache transformers' mask of `eager` would join the samples
+                use_cache, position_ids = False, boundaries.position_ids() if position_ids is None else position_ids
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
         if labels is not None:
             return self._loss(inputs_embeds, labels, num_items_in_batch, kwargs)
@@ -232,6 +247,9 @@ class LlavaMixin(_Base):
         is_selective = self._reads_selectively(kwargs)
         if is_selective:
             kwargs = kwargs | {"read_positions": positions_S}
+            boundaries: SampleBoundaries | None = kwargs.get("boundaries")
+            if boundaries is not None and takes_chosen_queries(self.config._attn_implementation):
+                kwargs["boundaries"] = boundaries.count_reads(positions_S)
         outputs = self.model(inputs_embeds=embeds_BTD, use_cache=False, **kwargs)
         hidden_SD = outputs.last_hidden_state.flatten(0, 1)
         if not is_selective:

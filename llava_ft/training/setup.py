@@ -22,14 +22,12 @@ from llava_ft.checkpoint.resume import (
 )
 from llava_ft.checkpoint.trained import quantization_in_training
 from llava_ft.data.build import BuiltDatasets
-from llava_ft.data.collator import PackedCollator, PaddingCollator
-from llava_ft.data.dataset import ConversationDataset
 from llava_ft.data.image_processor import ImageProcessorSettings, PixelNormalizer
-from llava_ft.data.packing import PackedDataset, RowDataset, one_each
-from llava_ft.data.sampler import EpochSampler, steps_per_epoch
+from llava_ft.data.sampler import EpochSampler
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.errors import UserError
 from llava_ft.training.artifacts import RunArtifacts
+from llava_ft.training.attention import settle_attention
 from llava_ft.training.callbacks import LogLines, Progress, SetSamplerEpoch, StopOnSignal
 from llava_ft.training.data_setup import prepare_datasets
 from llava_ft.training.model_setup import (
@@ -40,6 +38,7 @@ from llava_ft.training.model_setup import (
     saves_tower,
 )
 from llava_ft.training.reporting import attach_reporters
+from llava_ft.training.rows import arrange_rows
 from llava_ft.training.run_lineage import lineage_of_run
 from llava_ft.training.shared_output import check_same_checkpoint, check_shared_output
 from llava_ft.training.start_from import (
@@ -102,6 +101,7 @@ def _prepare_run(args: ParsedArgs, merge: MergesAdapter | None, ignored: Sequenc
     _check_bits(args, checkpoint)
     check_resumed_start(args, start, checkpoint)
     base = find_model(args, start)
+    args = settle_attention(args, base.config)
     tokenizer = load_tokenizer(base.directory.path, model_max_length=args.flags.model_max_length)
     num_added = add_image_tokens(
         tokenizer,
@@ -189,7 +189,7 @@ def _build_trainer(
     strategy = "modality_length" if args.flags.group_by_modality_length else _strategy(args)
     pad = tokenizer.pad_token_id
     assert isinstance(pad, int)
-    train_dataset, collator = _arrange_rows(args, datasets.train, pad)
+    train_dataset, collator = arrange_rows(args, datasets.train, pad)
     sampler = EpochSampler(
         train_dataset,
         strategy=strategy,
@@ -221,36 +221,6 @@ def _build_trainer(
     trainer.add_callback(Progress() if shows_bar else LogLines())
     attach_reporters(trainer, args, lambda: artifacts.table)
     return trainer, stop
-
-
-def _arrange_rows(
-    args: ParsedArgs, samples: ConversationDataset, pad_token_id: int
-) -> tuple[ConversationDataset | RowDataset, PaddingCollator | PackedCollator]:
-    """Decide what a row of a batch is: one padded sample, several packed ones, or the batch's samples joined to one."""
-    training = args.training
-    if args.data.padding_free:
-        return RowDataset(samples, one_each(len(samples))), PackedCollator(pad_token_id, flatten=True)
-    if not args.data.packing:
-        return samples, PaddingCollator(pad_token_id)
-    max_length = args.flags.model_max_length
-    packed = PackedDataset(samples, max_length, training.data_seed if training.data_seed is not None else training.seed)
-    logger.info(
-        "Packing: %d samples in %d rows of %d tokens, %.1f%% of which hold a token; %d steps an epoch.",
-        len(samples),
-        len(packed),
-        max_length,
-        100 * packed.efficiency,
-        steps_per_epoch(
-            len(packed),
-            training.per_device_train_batch_size,
-            training.world_size,
-            training.gradient_accumulation_steps,
-            drop_last=training.dataloader_drop_last,
-        ),
-    )
-    # FlashAttention tells samples apart by position_ids in a batch of one row only.
-    flatten = args.attn_implementation == "flash_attention_2"
-    return packed, PackedCollator(pad_token_id, row_length=max_length, flatten=flatten)
 
 
 def _strategy(args: ParsedArgs) -> str:

@@ -27,17 +27,17 @@ def test_pads_on_the_right():
     batch = PaddingCollator(0)([item(7, [5, 6, 7]), item(3, [8])])
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch["labels"].tolist() == [[5, 6, 7], [8, IGNORE_INDEX, IGNORE_INDEX]]
-    assert batch["attention_mask"].tolist() == [[True, True, True], [True, False, False]]
+    assert "attention_mask" not in batch
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
-    assert batch["attention_mask"].dtype == torch.bool
     assert batch["sample_indices"] == [7, 3]
     assert batch["bad_samples"] == []
     assert batch["num_tokens"] == 4
     assert not {"pixel_values", "image_sizes", "image_features"} & set(batch)
 
 
-def test_pad_token_in_the_text_stays_visible():
-    batch = PaddingCollator(0)([item(0, [0, 0, 4]), item(1, [4, 0])])
+def test_a_mask_comes_from_lengths_not_from_the_pad_token():
+    batch = PaddingCollator(0, with_mask=True)([item(0, [0, 0, 4]), item(1, [4, 0])])
+    assert batch["attention_mask"].dtype == torch.bool
     assert batch["attention_mask"].tolist() == [[True, True, True], [True, True, False]]
 
 
@@ -62,7 +62,6 @@ def test_bad_samples_travel_with_the_batch():
 def test_one_item_and_pickling():
     collator = pickle.loads(pickle.dumps(PaddingCollator(2)))
     batch = collator([item(0, [3, 4])])
-    assert batch["attention_mask"].all()
     assert batch["input_ids"].tolist() == [[3, 4]]
 
 
@@ -96,12 +95,15 @@ def test_flattened_rows_are_the_same_rows_one_after_the_other():
     joined = PackedCollator(0, row_length=6, flatten=True)(ROWS)
     for name in ("input_ids", "labels", "position_ids"):
         assert torch.equal(joined[name], apart[name].view(1, -1))
+    assert joined["sample_lengths"] == [3, 1, 2, 2, 4]
+    assert "sample_lengths" not in apart
 
 
 def test_joined_without_padding():
     batch = PackedCollator(0, flatten=True)([row(item(7, [5, 6, 7])), row(item(3, [8]))])
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0]]
+    assert batch["sample_lengths"] == [3, 1]
     assert batch["num_tokens"] == batch["input_ids"].numel()
 
 
@@ -109,7 +111,7 @@ def test_validation_samples_are_padded_by_the_same_collator():
     items = [item(7, [5, 6, 7]), item(3, [8])]
     packed, padded = PackedCollator(0, row_length=6)(items), PaddingCollator(0)(items)
     assert set(packed) == set(padded)
-    assert torch.equal(packed["attention_mask"], padded["attention_mask"])
+    assert torch.equal(packed["input_ids"], padded["input_ids"])
 
 
 @pytest.mark.parametrize("flatten", [False, True])

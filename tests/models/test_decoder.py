@@ -1,17 +1,16 @@
-"""The last layer computed where it is read, and attention of joined samples, equal the plain computation."""
+"""The last layer computed where it is read equals the plain computation."""
 
 import pytest
 import torch
 from torch import nn
 
 from llava_ft.constants import IGNORE_INDEX
-from llava_ft.models import attention_by_sample
 from llava_ft.models.decoder import LastDecoderLayer
 from llava_ft.models.llava import LlavaLlamaForCausalLM
 from tests.models.test_forward import load
 
 LENGTHS = (11, 7, 14)
-KERNELS = ["eager", "sdpa", attention_by_sample.NAME]
+KERNELS = ["eager", "sdpa"]
 
 
 def samples() -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -112,37 +111,3 @@ class TestLastLayer:
         assert isinstance(model.model.layers[-1], LastDecoderLayer)
         labels = batch.pop("labels")
         assert model(**batch).logits.shape[:2] == labels.shape
-
-
-@pytest.mark.usefixtures("in_recordings")
-class TestAttentionBySample:
-    def test_joined_samples_are_the_samples_alone(self):
-        model = make_model(attention_by_sample.NAME)
-        batch = joined()
-        del batch["labels"]
-        together = model.eval()(**batch).logits[0]
-        for part, (ids, _) in zip(together.split(LENGTHS), samples(), strict=True):
-            torch.testing.assert_close(part, model(input_ids=ids[None]).logits[0], atol=1e-5, rtol=0)
-
-    def test_one_sample_does_not_reach_another(self):
-        model = make_model(attention_by_sample.NAME).eval()
-        batch = joined()
-        del batch["labels"]
-        before = model(**batch).logits
-        batch["input_ids"][0, 2] += 1
-        after = model(**batch).logits
-        assert torch.equal(before[:, LENGTHS[0] :], after[:, LENGTHS[0] :])
-        assert not torch.equal(before[:, : LENGTHS[0]], after[:, : LENGTHS[0]])
-
-    @pytest.mark.parametrize("batch", [padded, joined])
-    def test_loss_and_gradients_equal_the_masked_kernel_s(self, batch):
-        ours = loss_and_gradients(make_model(attention_by_sample.NAME), batch())
-        assert_same(ours, loss_and_gradients(make_model("sdpa"), batch()))
-
-    def test_it_generates_as_sdpa_does(self):
-        ids = samples()[0][0][None]
-        answers = [
-            load("ckpt/llava15-tiny", kernel).generate(ids, max_new_tokens=5, do_sample=False)
-            for kernel in ("sdpa", attention_by_sample.NAME)
-        ]
-        assert torch.equal(*answers)

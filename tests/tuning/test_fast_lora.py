@@ -7,7 +7,6 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from llava_ft.models import attention_by_sample
 from llava_ft.tuning import lora_layer
 from llava_ft.tuning.lora import add_lora, target_pattern, wrap_with_peft
 from llava_ft.tuning.lora_layer import LoraDecoderLayer, use_fast_layers
@@ -60,7 +59,7 @@ def count_calls(monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize("leaves", list(LEAVES))
 @pytest.mark.parametrize("batch", [padded, joined])
-@pytest.mark.parametrize("kernel", ["eager", "sdpa", attention_by_sample.NAME])
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 def test_loss_and_gradients_are_peft_s(monkeypatch, kernel, batch, leaves):
     calls = count_calls(monkeypatch)
     loss, gradients = loss_and_gradients(make(fast=True, kernel=kernel, leaves=leaves), batch())

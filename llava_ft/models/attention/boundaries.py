@@ -1,0 +1,147 @@
+"""Where the samples of a batch begin and end, in the form that attention kernels need it.
+
+A batch of joined samples says so once, as the lengths of its samples on the host. Every layer gets the same object, so
+none has to look at a tensor on the device, which would make the host wait for it.
+
+Shapes: B rows of T positions, B T of them in the flattened batch, N samples, S positions that are read.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask
+
+from llava_ft.models.attention.block_mask import causal_block_mask, to_device
+
+
+class SampleBoundaries:
+    """The samples of a batch, which lie one behind the other in its flattened rows.
+
+    An ordinary class, because torch.compile would make a graph for each value of a frozen dataclass's fields.
+
+    Args:
+        lengths: Positions of each sample, in order.
+        num_rows: Rows of the batch.
+        device: Where the batch is.
+        read_counts: How many positions of each sample are read, where it is known.
+
+    Attributes:
+        are_rows: Whether each row is one sample.
+        max_length: Positions of the longest sample.
+        cu_seqlens: `(N + 1,)` int32 on the device: where each sample begins, and where the last one ends.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        num_rows: int,
+        device: torch.device | str,
+        read_counts: tuple[int, ...] | None = None,
+    ):
+        self.lengths = tuple(lengths)
+        self.starts = tuple(accumulate(self.lengths, initial=0))
+        self.max_length = max(self.lengths)
+        self.num_rows = num_rows
+        self.are_rows = len(self.lengths) == num_rows
+        self.read_counts = read_counts
+        self.cu_seqlens = to_device(torch.tensor(self.starts, dtype=torch.int32), device)
+
+    def count_reads(self, positions_S: torch.Tensor) -> "SampleBoundaries":
+        """Return the same boundaries with the number of positions of each sample that are read.
+
+        Kernels use it in batches of one row alone; others come back as they are.
+
+        Args:
+            positions_S: `(S,)` int64, ascending positions in the flattened batch. With several samples they are looked
+                at here, once, and not in a layer.
+        """
+        if self.num_rows > 1:
+            return self
+        counts = (len(positions_S),)
+        if len(self.lengths) > 1:
+            ends = torch.searchsorted(positions_S, self.cu_seqlens[1:].to(positions_S.dtype)).tolist()
+            counts = tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
+        return SampleBoundaries(self.lengths, self.num_rows, self.cu_seqlens.device, counts)
+
+    def position_ids(self) -> torch.Tensor:
+        """Positions within samples: `(B, T)` int64, 0 where a sample begins."""
+        flat = torch.cat([torch.arange(length) for length in self.lengths])
+        return to_device(flat, self.cu_seqlens.device).view(self.num_rows, -1)
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """The mask of `flex_attention`, made once for all layers."""
+        return causal_block_mask(self.lengths, self.cu_seqlens.device)
+
+
+def boundaries_of_batch(
+    embeds_BTD: torch.Tensor,
+    sample_lengths: Sequence[int] | None,
+    position_ids: torch.Tensor | None,
+    *,
+    has_mask: bool,
+) -> SampleBoundaries:
+    """Find the samples of a batch that the model is given; see `find_boundaries`.
+
+    Args:
+        embeds_BTD: `(B, T, D)`, what the model reads.
+        sample_lengths: Positions of each sample, or None.
+        position_ids: `(B, T)` or `(1, T)`, or None.
+        has_mask: Whether there is an attention mask or a cache.
+
+    Raises:
+        ValueError: The lengths are not those of the batch, or there is a mask or a cache beside them.
+    """
+    if has_mask:
+        raise ValueError(
+            "There are sample_lengths and an attention_mask or a cache, which would join the samples. Give the lengths "
+            "alone: they include padding, and right-padded positions need no mask."
+        )
+    num_rows, row_length, _ = embeds_BTD.shape
+    return find_boundaries(
+        num_rows, row_length, embeds_BTD.device, sample_lengths=sample_lengths, position_ids=position_ids
+    )
+
+
+def find_boundaries(
+    num_rows: int,
+    row_length: int,
+    device: torch.device | str,
+    *,
+    sample_lengths: Sequence[int] | None = None,
+    position_ids: torch.Tensor | None = None,
+) -> SampleBoundaries:
+    """Find the samples of a batch without padding and without a cache.
+
+    Args:
+        num_rows: Rows of the batch, B.
+        row_length: Positions of each, T.
+        device: Where the batch is.
+        sample_lengths: Positions of each sample, in the order of the flattened batch.
+        position_ids: `(B, T)` or `(1, T)`, looked at if there are no `sample_lengths`, which waits for the device: a
+            sample begins wherever they do not go on counting. Without them each row is a sample.
+
+    Raises:
+        ValueError: The lengths are not those of the batch.
+    """
+    if sample_lengths is None and position_ids is None:
+        return SampleBoundaries([row_length] * num_rows, num_rows, device)
+    if sample_lengths is None:
+        assert position_ids is not None
+        positions_BT = position_ids.expand(num_rows, -1).cpu()
+        is_start_BT = torch.ones_like(positions_BT, dtype=torch.bool)
+        is_start_BT[:, 1:] = positions_BT.diff(dim=1) != 1
+        starts = is_start_BT.flatten().nonzero()[:, 0]
+        lengths = starts.diff(append=starts.new_tensor([num_rows * row_length])).tolist()
+        return SampleBoundaries(lengths, num_rows, device)
+    lengths, ends = list(sample_lengths), list(accumulate(sample_lengths))
+    row_ends = range(row_length, num_rows * row_length + 1, row_length)
+    if min(lengths, default=0) < 1 or ends[-1] != row_ends[-1] or not set(row_ends) <= set(ends):
+        raise ValueError(
+            f"sample_lengths are {lengths}, {sum(lengths)} in all, but the batch has {num_rows} rows of {row_length} "
+            "positions. Each sample has at least one position and lies in one row, and together they are all "
+            "positions, padding included. Leave sample_lengths out where each row is one sample."
+        )
+    return SampleBoundaries(lengths, num_rows, device)

@@ -1,0 +1,302 @@
+"""The attention kernels of the language model: causal attention within the samples of a batch.
+
+| name | kernel | where |
+| --- | --- | --- |
+| `sdpa` | torch's `scaled_dot_product_attention` on each sample | everywhere |
+| `varlen` | torch's attention for samples of different lengths, `torch.nn.attention.varlen` | GPU, bf16 and fp16 |
+| `flash_attention_2`, `flash_attention_3` | those packages, through transformers' function | GPU, bf16 and fp16 |
+| `flex_attention` | torch's, compiled, with a mask of blocks | GPU |
+| `eager` | transformers' matrices of scores, with a mask | everywhere |
+
+A mask over a joined row would make a kernel compute every pair of positions and throw away those of different samples;
+all but `eager` are told the samples' boundaries instead. Padding on the left and caches need a mask: there all but
+`eager` compute as transformers' `sdpa` does.
+
+Shapes: B rows of T positions, P = B T, S positions with a query, H heads, G heads of keys and values, W width of a
+head.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import Any, Final, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+from llava_ft.errors import UserError
+from llava_ft.models.attention.boundaries import SampleBoundaries, find_boundaries
+from llava_ft.models.precision import compute_dtype
+
+
+class Request(NamedTuple):
+    """What a kernel is to compute.
+
+    Attributes:
+        query: `(P, H, W)`, or `(S, H, W)` with `positions`.
+        key: `(P, G, W)`.
+        value: `(P, G, W)`.
+        boundaries: The samples of the P positions.
+        scaling: Factor of the scores.
+        dropout: Probability with which a weight is dropped.
+        positions: `(S,)` int64 ascending positions of the queries; None is all.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    boundaries: SampleBoundaries
+    scaling: float | None
+    dropout: float
+    positions: torch.Tensor | None = None
+
+
+Kernel = Callable[[Request], torch.Tensor]
+"""Gives the attended values, of the shape of the queries."""
+
+
+def attend_by_sample(request: Request) -> torch.Tensor:
+    """Run torch's kernel on each sample in turn; it also takes queries of chosen positions alone."""
+    query, key, value, boundaries, scaling, dropout, positions = request
+    lengths, options = boundaries.lengths, {"dropout_p": dropout, "scale": scaling, "enable_gqa": _is_grouped(request)}
+    keys, values = _split(key, lengths), _split(value, lengths)
+    if positions is None:
+        outputs = [
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+            for q, k, v in zip(_split(query, lengths), keys, values, strict=True)
+        ]
+    else:
+        counts = boundaries.read_counts or boundaries.count_reads(positions).read_counts
+        assert counts is not None
+        wanted = zip(_split(query, counts), positions.split(counts), boundaries.starts[:-1], keys, values, strict=True)
+        outputs = [
+            F.scaled_dot_product_attention(q, k, v, attn_mask=_causal(places - start, k.shape[2]), **options)
+            if q.shape[2]
+            else q
+            for q, places, start, k, v in wanted
+        ]
+    return torch.cat([output[0].transpose(0, 1) for output in outputs])
+
+
+def attend_varlen(request: Request) -> torch.Tensor:
+    """Run torch's attention for samples of different lengths."""
+    from torch.nn.attention import varlen
+
+    query, key, value, boundaries, scaling, dropout, positions = request
+    assert positions is None
+    _refuse_dropout("varlen", dropout)
+    ends, longest = boundaries.cu_seqlens, boundaries.max_length
+    attended = varlen.varlen_attn(
+        query,
+        key,
+        value,
+        ends,
+        ends,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=_is_grouped(request),
+    )
+    assert isinstance(attended, torch.Tensor)
+    return attended
+
+
+def attend_flex(request: Request) -> torch.Tensor:
+    """Run torch's flexible attention, compiled on a GPU."""
+    query, key, value, boundaries, scaling, dropout, positions = request
+    assert positions is None
+    _refuse_dropout("flex_attention", dropout)
+    query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+    attended = _flex_attention(query.is_cuda)(
+        query, key, value, block_mask=boundaries.block_mask, scale=scaling, enable_gqa=_is_grouped(request)
+    )
+    return attended[0].transpose(0, 1)
+
+
+def attend_flash(name: str, request: Request) -> torch.Tensor:
+    """Run an installed FlashAttention package.
+
+    transformers is given where samples begin, so that it neither looks for it in `position_ids` nor, since the choice
+    of a kernel asks for the package, for the package on a hub.
+
+    Args:
+        name: `flash_attention_2` or `flash_attention_3`.
+        request: What to compute.
+    """
+    from transformers.modeling_flash_attention_utils import _flash_attention_forward
+
+    query, key, value, boundaries, scaling, dropout, positions = request
+    assert positions is None
+    if name == "flash_attention_3":
+        _refuse_dropout(name, dropout)
+    attended = _flash_attention_forward(
+        query[None],
+        key[None],
+        value[None],
+        None,
+        query_length=len(query),
+        is_causal=True,
+        dropout=dropout,
+        softmax_scale=scaling,
+        cu_seq_lens_q=boundaries.cu_seqlens,  # pyright: ignore[reportArgumentType] - int32, as the packages want it
+        cu_seq_lens_k=boundaries.cu_seqlens,  # pyright: ignore[reportArgumentType]
+        max_length_q=boundaries.max_length,
+        max_length_k=boundaries.max_length,
+        attn_implementation=name,
+    )
+    return attended[0]
+
+
+_KERNELS: Final[Mapping[str, Kernel]] = {
+    "sdpa": attend_by_sample,
+    "varlen": attend_varlen,
+    "flex_attention": attend_flex,
+    "flash_attention_2": partial(attend_flash, "flash_attention_2"),
+    "flash_attention_3": partial(attend_flash, "flash_attention_3"),
+}
+
+_REGISTERED: Final[Mapping[str, str]] = {
+    "sdpa": "by_sample",
+    "varlen": "by_sample_varlen",
+    "flex_attention": "by_sample_flex",
+    "flash_attention_2": "by_sample_fa2",
+    "flash_attention_3": "by_sample_fa3",
+}
+"""What transformers knows the kernels as: a name with "flash" in it would make it look for kernels on a hub."""
+
+
+def register(name: str) -> str:
+    """Make a kernel known to transformers.
+
+    Args:
+        name: A key of the table in this module's text.
+
+    Returns:
+        The value of a configuration's `_attn_implementation` that means this kernel.
+
+    Raises:
+        UserError: There is no such kernel, or its package is not installed, for which transformers would ask a hub.
+    """
+    if name == "eager":
+        return name
+    if name not in _KERNELS:
+        raise UserError(f"attn_implementation is {name!r}. Allowed: {', '.join([*_KERNELS, 'eager'])}.")
+    is_there = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    if name in is_there and not is_there[name]():
+        raise UserError(f"attn_implementation is {name}, whose package is not installed. Install it, or use sdpa.")
+    registered = _REGISTERED[name]
+    AttentionInterface.register(registered, partial(_attend, name))
+    AttentionMaskInterface.register(registered, _mask)
+    return registered
+
+
+def takes_boundaries(registered: str | None) -> bool:
+    """Whether a model set to a kernel of that name tells samples apart by their boundaries; else it uses a mask."""
+    return registered in _REGISTERED.values()
+
+
+def takes_chosen_queries(registered: str | None) -> bool:
+    """Whether a kernel of that name can be asked for chosen positions alone."""
+    return registered == _REGISTERED["sdpa"]
+
+
+def _attend(
+    name: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    boundaries: SampleBoundaries | None = None,
+    position_ids: torch.Tensor | None = None,
+    query_positions: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend within samples, as transformers calls a kernel.
+
+    Args:
+        name: The kernel.
+        module: The layer that asks.
+        query: `(B, H, T, W)`; `(1, H, S, W)` with `query_positions`.
+        key: `(B, G, T, W)`.
+        value: `(B, G, T, W)`.
+        attention_mask: A mask where there is padding on the left or a cache, else None.
+        boundaries: The samples. Without them, which means that the decoder runs without the model around it, they are
+            found in `position_ids`.
+        position_ids: `(B, T)` int64.
+        query_positions: `(S,)` int64 ascending positions of the flattened batch; None is all.
+        dropout: Probability with which a weight is dropped.
+        scaling: Factor of the scores.
+        **kwargs: For transformers' `sdpa`.
+
+    Returns:
+        `(B, T, H, W)`, or `(1, S, H, W)` with `query_positions`; and no weights.
+    """
+    is_masked = attention_mask is not None or (query_positions is None and query.shape[2] != key.shape[2])
+    if not is_masked and boundaries is None:
+        boundaries = find_boundaries(key.shape[0], key.shape[2], key.device, position_ids=position_ids)
+    is_plain = name == "sdpa" and query_positions is None and boundaries is not None and boundaries.are_rows
+    if is_masked or is_plain or boundaries is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    return _run(_KERNELS[name], (query, key, value), boundaries, scaling, dropout, query_positions), None
+
+
+@torch.compiler.disable()
+def _run(
+    kernel: Kernel,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    boundaries: SampleBoundaries,
+    scaling: float | None,
+    dropout: float,
+    positions: torch.Tensor | None,
+) -> torch.Tensor:
+    """Run a kernel on the flattened batch; torch.compile leaves it out, since lengths differ from batch to batch."""
+    dtype = compute_dtype(tensors[2])
+    query, key, value = (tensor.transpose(1, 2).flatten(0, 1).to(dtype) for tensor in tensors)
+    attended = kernel(Request(query, key, value, boundaries, scaling, dropout, positions))
+    return attended.unflatten(0, (len(tensors[0]), -1))
+
+
+def _mask(*, batch_size: int, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **kwargs: Any):
+    """Make transformers' mask where there is padding or a cache; elsewhere boundaries take its place."""
+    if attention_mask is None and q_length == kv_length:
+        return None
+    return sdpa_mask(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs
+    )
+
+
+@cache
+def _flex_attention(is_compiled: bool) -> Callable[..., torch.Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if is_compiled else flex_attention
+
+
+def _split(tensor_PHW: torch.Tensor, lengths: tuple[int, ...]) -> list[torch.Tensor]:
+    """Cut into samples, each `(1, H, T, W)`."""
+    return [part.transpose(0, 1)[None] for part in tensor_PHW.split(lengths)]
+
+
+def _causal(positions_S: torch.Tensor, num_keys: int) -> torch.Tensor:
+    """Which keys each query sees: `(S, T)` bool."""
+    return positions_S[:, None] >= torch.arange(num_keys, device=positions_S.device)
+
+
+def _is_grouped(request: Request) -> bool:
+    return request.query.shape[1] != request.key.shape[1]
+
+
+def _refuse_dropout(name: str, dropout: float) -> None:
+    if dropout:
+        raise ValueError(
+            f"attention_dropout is {dropout}, but the attention kernel {name} has none. Allowed with dropout: "
+            "flash_attention_2, sdpa and eager. Use --attn_implementation sdpa."
+        )
