@@ -198,14 +198,13 @@ class LlavaMixin(_Base):
             inputs_embeds: `(B, T, D)`, instead of `input_ids` and `pixel_values`.
             labels: `(B, T)` int64, `IGNORE_INDEX` where nothing is supervised. With labels the loss is returned and
                 no logits are: those of unsupervised positions are never computed.
-            use_cache: Whether to return a cache.
+            use_cache: Whether to return a cache; not with `sample_lengths`.
             pixel_values: `(K, 3, H, W)` normalised pixels of the tiles of all images of the batch in reading order.
             image_sizes: `(M, 2)`, width and height of each image in pixels; needed with anyres only.
             image_features: `(K, N, C)` features of the tower for the same tiles, instead of `pixel_values`.
             tile_index: `(K,)` int64 where `pixel_values` holds each of several equal tiles once: which of its entries
                 each tile of the batch is.
-            sample_lengths: Positions of each of the samples that are joined in the rows, in reading order, padding
-                included. Only for batches without mask and cache.
+            sample_lengths: Positions of each sample of the rows, padding included; not with a mask or a cache.
             logits_to_keep: Without labels: how many last positions get logits; 0 is all.
             num_items_in_batch: Number by which the summed loss is divided; by default the supervised positions here.
             **kwargs: Passed to the language model.
@@ -217,15 +216,11 @@ class LlavaMixin(_Base):
             if input_ids is None:
                 raise ValueError("Either input_ids or inputs_embeds is needed.")
             inputs_embeds = self.embed_inputs(input_ids, pixel_values, image_sizes, image_features, tile_index)
-        has_mask = attention_mask is not None or past_key_values is not None
-        if sample_lengths is not None or (takes_boundaries(self.config._attn_implementation) and not has_mask):
-            boundaries = boundaries_of_batch(inputs_embeds, sample_lengths, position_ids, has_mask=has_mask)
-            kwargs["boundaries"] = boundaries
-            if sample_lengths is not None:  # with a cache transformers' mask of `eager` would join the samples
-                use_cache, position_ids = False, boundaries.position_ids() if position_ids is None else position_ids
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
+        kwargs |= self._samples(inputs_embeds, sample_lengths, kwargs)
         if labels is not None:
             return self._loss(inputs_embeds, labels, num_items_in_batch, kwargs)
+        use_cache = use_cache if sample_lengths is None else False  # with one, `eager`'s mask would join the samples
         outputs = self.model(inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return CausalLMOutputWithPast(
@@ -234,6 +229,19 @@ class LlavaMixin(_Base):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _samples(
+        self, embeds_BTD: torch.Tensor, sample_lengths: Sequence[int] | None, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Find the samples of a batch for the attention kernels: once a forward pass, not in each layer."""
+        has_mask = kwargs["attention_mask"] is not None or kwargs["past_key_values"] is not None
+        if sample_lengths is None and (has_mask or not takes_boundaries(self.config._attn_implementation)):
+            return {}
+        position_ids = kwargs["position_ids"]
+        boundaries = boundaries_of_batch(embeds_BTD, sample_lengths, position_ids, has_mask=has_mask)
+        if position_ids is None and sample_lengths is not None:
+            position_ids = boundaries.position_ids()
+        return {"boundaries": boundaries, "position_ids": position_ids}
 
     def _loss(
         self,

@@ -110,13 +110,7 @@ def _prepare_run(args: ParsedArgs, merge: MergesAdapter | None, ignored: Sequenc
     )
     check_added_tokens(base, len(tokenizer), num_added)
     datasets = prepare_datasets(args, base, tokenizer)
-    plan = TuningPlan.from_flags(
-        lora_enable=args.flags.lora_enable,
-        tune_mm_mlp_adapter=args.model.tune_mm_mlp_adapter,
-        freeze_mm_mlp_adapter=args.flags.freeze_mm_mlp_adapter,
-        freeze_backbone=args.model.freeze_backbone,
-        has_vision=base.config.mm_vision_config is not None,
-    )
+    plan = _tuning_plan(args, has_vision=base.config.mm_vision_config is not None)
     fingerprint = language_model_fingerprint(base.sources[:1])
     if start is not None:
         check_start(args, start, fingerprint, base)
@@ -221,6 +215,16 @@ def _build_trainer(
     trainer.add_callback(Progress() if shows_bar else LogLines())
     attach_reporters(trainer, args, lambda: artifacts.table)
     return trainer, stop
+
+
+def _tuning_plan(args: ParsedArgs, *, has_vision: bool) -> TuningPlan:
+    return TuningPlan.from_flags(
+        lora_enable=args.flags.lora_enable,
+        tune_mm_mlp_adapter=args.model.tune_mm_mlp_adapter,
+        freeze_mm_mlp_adapter=args.flags.freeze_mm_mlp_adapter,
+        freeze_backbone=args.model.freeze_backbone,
+        has_vision=has_vision,
+    )
 
 
 def _strategy(args: ParsedArgs) -> str:

@@ -31,10 +31,10 @@ def causal_block_mask(lengths: Sequence[int], device: torch.device | str) -> Blo
     start_T = starts[sample_T]
     first_K = torch.arange(0, total, BLOCK_SIZE)
     last_K = (first_K + BLOCK_SIZE).clamp(max=total) - 1
-    key_K = torch.arange(len(first_K))
-    query_K1 = key_K[:, None]
+    key_K, query_K1 = torch.arange(len(first_K)), torch.arange(len(first_K))[:, None]
+    is_whole_K1 = (last_K - first_K + 1 == BLOCK_SIZE)[:, None]  # the last block of queries may go over the end
     is_seen_KK = (key_K >= start_T[first_K][:, None] // BLOCK_SIZE) & (key_K <= query_K1)
-    is_full_KK = (first_K >= start_T[last_K][:, None]) & (key_K < query_K1)
+    is_full_KK = (first_K >= start_T[last_K][:, None]) & (key_K < query_K1) & is_whole_K1
     sample_T = to_device(sample_T.to(torch.int32), device)
 
     def is_seen(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
