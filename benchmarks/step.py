@@ -98,7 +98,7 @@ def collator(variant: Variant, preset: Preset, args: ParsedArgs, features: dict[
                 item["pixel_values"] = sample.pixel_values(side)
             items.append(item)
         batch = join([{"samples": [item]} for item in items] if is_joined else items)
-        for key in ("sample_indices", "num_tokens", "bad_samples"):
+        for key in ("sample_indices", "num_tokens", "num_pairs", "bad_samples"):
             batch.pop(key, None)
         return batch
 

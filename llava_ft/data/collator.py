@@ -23,11 +23,13 @@ class PaddingCollator:
     Args:
         pad_token_id: Vocabulary entry in padded positions. It may also occur in the text.
         with_mask: Whether to say which positions are padding all the same, for models that want it.
+        length_multiple: Rows are filled up to a multiple of so many positions; 0 leaves them as long as the longest.
     """
 
-    def __init__(self, pad_token_id: int, *, with_mask: bool = False):
+    def __init__(self, pad_token_id: int, *, with_mask: bool = False, length_multiple: int = 0):
         self.pad_token_id = pad_token_id
         self.with_mask = with_mask
+        self.length_multiple = length_multiple
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         """Put items of `ConversationDataset` together.
@@ -40,14 +42,15 @@ class PaddingCollator:
             `labels` `(B, T)` int64, `IGNORE_INDEX` where nothing is learnt; with a mask `attention_mask` `(B, T)`
             bool, False for padding; what `collect` gives.
         """
+        lengths = [len(item["input_ids"]) for item in items]
+        size = rounded_up(max(lengths), self.length_multiple)
         batch = {
-            "input_ids": _pad([item["input_ids"] for item in items], self.pad_token_id),
-            "labels": _pad([item["labels"] for item in items], IGNORE_INDEX),
+            "input_ids": _pad([item["input_ids"] for item in items], self.pad_token_id, size),
+            "labels": _pad([item["labels"] for item in items], IGNORE_INDEX, size),
             **collect(items),
         }
         if self.with_mask:
-            lengths = torch.tensor([len(item["input_ids"]) for item in items])
-            batch["attention_mask"] = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
+            batch["attention_mask"] = torch.arange(size)[None, :] < torch.tensor(lengths)[:, None]
         return batch
 
 
@@ -64,17 +67,22 @@ class PackedCollator:
             are, which needs `flatten`.
         flatten: Join the rows of a batch to one, for kernels that are told where samples begin. Eager attention
             computes whole rows and masks them: there shorter rows cost less.
+        length_multiple: A row joined of rows of different lengths is filled up to a multiple of so many positions; 0
+            leaves it as long as they are. What fills it is a sample of its own without targets.
 
     Raises:
         ValueError: Neither `row_length` nor `flatten` is given.
     """
 
-    def __init__(self, pad_token_id: int, *, row_length: int | None = None, flatten: bool = False):
+    def __init__(
+        self, pad_token_id: int, *, row_length: int | None = None, flatten: bool = False, length_multiple: int = 0
+    ):
         if row_length is None and not flatten:
             raise ValueError("Rows of different lengths do not fit into one tensor. Give a row_length or flatten.")
         self.row_length = row_length
         self.flatten = flatten
-        self._pad_samples = PaddingCollator(pad_token_id)
+        self.length_multiple = length_multiple if row_length is None else 0
+        self._pad_samples = PaddingCollator(pad_token_id, length_multiple=length_multiple)
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         """Put rows of a `RowDataset` together; plain samples, as validation data has them, are padded instead.
@@ -90,7 +98,11 @@ class PackedCollator:
         if "samples" not in items[0]:
             return self._pad_samples(items)
         rows: list[Sequence[Item]] = [item["samples"] for item in items]
-        input_ids, labels, position_ids, lengths = zip(*map(self._row, rows), strict=True)
+        total = sum(len(sample["input_ids"]) for row in rows for sample in row)
+        filled = [self._row(row, self.row_length) for row in rows]
+        if size := rounded_up(total, self.length_multiple) - total:
+            filled.append(self._row([], size))
+        input_ids, labels, position_ids, lengths = zip(*filled, strict=True)
         joined = {"sample_lengths": [length for row in lengths for length in row]} if self.flatten else {}
         return {
             "input_ids": self._join(input_ids),
@@ -103,11 +115,13 @@ class PackedCollator:
     def _join(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.cat(list(rows))[None] if self.flatten else torch.stack(list(rows))
 
-    def _row(self, samples: Sequence[Item]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
+    def _row(
+        self, samples: Sequence[Item], size: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
         """Give the ids, labels and positions of one row, each `(T,)`, and the lengths that they are made of."""
         lengths = [len(sample["input_ids"]) for sample in samples]
         used = sum(lengths)
-        size = used if self.row_length is None else self.row_length
+        size = used if size is None else size
         if used > size:
             raise ValueError(f"The samples of a row have {used} tokens, but it has room for {size}.")
         input_ids = torch.full((size,), self._pad_samples.pad_token_id)
@@ -133,7 +147,8 @@ def collect(samples: Sequence[Item]) -> dict[str, Any]:
         `image_sizes` `(M, 2)` int64 (width, height): of all samples in reading order, each absent when no sample has
         it. Where tiles are equal, `pixel_values` has each once and `tile_index` `(num_tiles,)` int64 says which of
         them each tile is. `sample_indices`, the record of each sample; `num_tokens`, positions that hold one;
-        `bad_samples`, one error for each sample that has no labels because of it.
+        `num_pairs`, pairs of a position and one that it sees; `bad_samples`, one error for each sample that has no
+        labels because of it.
     """
     gathered: dict[str, Any] = {}
     for key in IMAGE_KEYS:
@@ -144,10 +159,21 @@ def collect(samples: Sequence[Item]) -> dict[str, Any]:
         if tile_index is not None:
             gathered["tile_index"] = tile_index
     gathered["sample_indices"] = [int(sample["index"]) for sample in samples]
-    gathered["num_tokens"] = sum(len(sample["input_ids"]) for sample in samples)
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    gathered["num_tokens"] = sum(lengths)
+    gathered["num_pairs"] = sum(length * (length + 1) // 2 for length in lengths)
     gathered["bad_samples"] = [sample["bad_sample"] for sample in samples if "bad_sample" in sample]
     return gathered
 
 
-def _pad(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+def rounded_up(length: int, multiple: int) -> int:
+    """Return the next multiple of `multiple`, or `length` itself where that is 0."""
+    return length if multiple == 0 else -(-length // multiple) * multiple
+
+
+def _pad(rows: Sequence[torch.Tensor], value: int, size: int) -> torch.Tensor:
+    """Write rows one below the other: `(B, size)`, `value` behind each."""
+    padded = torch.full((len(rows), size), value, dtype=rows[0].dtype)
+    for target, row in zip(padded, rows, strict=True):
+        target[: len(row)] = row
+    return padded

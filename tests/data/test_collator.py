@@ -107,6 +107,32 @@ def test_joined_without_padding():
     assert batch["num_tokens"] == batch["input_ids"].numel()
 
 
+def test_padded_rows_are_filled_up_to_a_multiple():
+    items = [item(7, [5, 6, 7]), item(3, [8])]
+    batch = PaddingCollator(2, with_mask=True, length_multiple=4)(items)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 2], [8, 2, 2, 2]]
+    assert (batch["labels"][:, -1] == IGNORE_INDEX).all()
+    assert batch["attention_mask"].tolist() == [[True, True, True, False], [True, False, False, False]]
+    exact = PaddingCollator(2, length_multiple=3)(items)
+    assert exact["input_ids"].shape == (2, 3)
+    assert PaddingCollator(2, length_multiple=0)(items)["input_ids"].shape == (2, 3)
+
+
+def test_what_fills_up_a_joined_row_is_a_sample_of_its_own():
+    rows = [row(item(7, [5, 6, 7])), row(item(3, [8, 9]))]
+    batch = PackedCollator(0, flatten=True, length_multiple=4)(rows)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 0, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
+    assert (batch["labels"][0, 5:] == IGNORE_INDEX).all()
+    assert batch["sample_lengths"] == [3, 2, 3]
+    assert (batch["num_tokens"], batch["num_pairs"]) == (5, 6 + 3)
+    assert PackedCollator(0, flatten=True, length_multiple=5)(rows)["sample_lengths"] == [3, 2]
+    packed = PackedCollator(0, row_length=6, flatten=True, length_multiple=4)(rows)
+    assert packed["sample_lengths"] == [3, 3, 2, 4]  # rows of a length that never changes stay as they are
+    validation = PackedCollator(0, flatten=True, length_multiple=4)([item(7, [5, 6, 7]), item(3, [8])])
+    assert validation["input_ids"].shape == (2, 4)
+
+
 def test_validation_samples_are_padded_by_the_same_collator():
     items = [item(7, [5, 6, 7]), item(3, [8])]
     packed, padded = PackedCollator(0, row_length=6)(items), PaddingCollator(0)(items)
