@@ -29,6 +29,11 @@ def plan(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--tokens-per-sample", "--tokens_per_sample", type=int, help="their mean, for times, if the records are absent"
     )
+    parser.add_argument(
+        "--fit",
+        action="store_true",
+        help="choose gradient_checkpointing: what costs least time among what fits; prints the flags to add",
+    )
     parser.add_argument("--json", action="store_true", help="write JSON, sizes in bytes")
     options, flags = parser.parse_known_args(argv)
     set_up_ranks(0)
@@ -50,5 +55,6 @@ def plan(argv: Sequence[str]) -> int:
             gpu_memory=options.gpu_memory,
             as_json=options.json,
             time=TimeWishes(options.gpu, options.network, options.mfu, options.tokens_per_sample),
+            fit=options.fit,
         )
     return DONE if fits else FAILED

@@ -1,7 +1,7 @@
 """What to change if a run does not fit: each change planned like the run itself, in order of what it costs.
 
-The order is by what is given up: some time (checkpointing, a smaller micro-batch with more accumulation, ZeRO), the
-precision of frozen weights (4 bits), much time (offload), and what the run can learn (a smaller rank, LoRA instead of
+The order is by what is given up: some time (recomputation, a smaller micro-batch with more accumulation, ZeRO), the
+precision of frozen weights (4 bits), more time (offload), and what the run can learn (a smaller rank, LoRA instead of
 the whole model).
 """
 
@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_ft.args.deepspeed_file import find_deepspeed_config, read_deepspeed_config
+from llava_ft.planning.flops import keeps_little
 from llava_ft.planning.memory import MemoryPlanner, RankMemory
 from llava_ft.planning.request import LoraSettings, PlanRequest
 from llava_ft.planning.workload import Workload
 from llava_ft.planning.zero import ZeroSettings
 from llava_ft.tuning.freeze import TuningPlan
 from llava_ft.tuning.quant import Quantization
+from llava_ft.tuning.recompute import Recomputation
 
 _SMALLEST_RANK = 16
 _RANK_OF_ADVICE = 64
@@ -78,8 +80,22 @@ def advise(planner: MemoryPlanner, request: PlanRequest, workload: Workload, cap
     return changes
 
 
-def _checkpointing(request: PlanRequest) -> PlanRequest | None:
-    return None if request.gradient_checkpointing else request.changed(gradient_checkpointing=True)
+def _selective(request: PlanRequest) -> PlanRequest | None:
+    if request.recomputation.mode != "none" or keeps_little(request):
+        return None
+    return request.changed(recomputation=Recomputation("selective"))
+
+
+def _full(request: PlanRequest) -> PlanRequest | None:
+    recomputation = request.recomputation
+    is_there = recomputation.mode == "full" and recomputation.every == 1
+    return None if is_there else request.changed(recomputation=Recomputation("full", offload=recomputation.offload))
+
+
+def _layer_inputs_on_host(request: PlanRequest) -> PlanRequest | None:
+    if request.machine.device == "cpu" or request.recomputation.offload:
+        return None
+    return request.changed(recomputation=Recomputation("full", offload=True))
 
 
 def _batch_of_one(request: PlanRequest) -> PlanRequest | None:
@@ -141,7 +157,8 @@ def _fixed(flags: str) -> Callable[[PlanRequest], str]:
 
 
 _KINDS = (
-    _Kind(_fixed("--gradient_checkpointing True"), "about a third more computation", _checkpointing),
+    _Kind(_fixed("--gradient_checkpointing selective"), "norms and activations computed twice", _selective),
+    _Kind(_fixed("--gradient_checkpointing full"), "about a third more computation", _full),
     _Kind(
         lambda r: f"--per_device_train_batch_size 1 --gradient_accumulation_steps {r.accumulation}",
         "speed; the steps stay the same",
@@ -153,6 +170,11 @@ _KINDS = (
         lambda r: "--bits 4" + (" --deepspeed zero2.json" if r.zero == _settings("zero2.json") else ""),
         "speed, and the precision of frozen weights",
         _four_bits,
+    ),
+    _Kind(
+        lambda r: r.recomputation.flags,
+        "a third more computation, and copies to the host's memory and back",
+        _layer_inputs_on_host,
     ),
     _Kind(_fixed("--deepspeed zero2_offload.json"), "much speed", _offload(2)),
     _Kind(_fixed("--deepspeed zero3_offload.json"), "much speed", _offload(3)),

@@ -19,12 +19,13 @@ from llava_ft.planning.step import (
     VISION,
     Batch,
     StepSettings,
+    Traced,
     trace_step,
 )
-from llava_ft.planning.tracker import Peak
 
 START, OPTIMIZER_STEP = "start", "optimizer step"
 OFFLOADED = "offloaded"
+LAYER_INPUTS = "layer inputs"
 COMPONENTS: Final = (
     "weights",
     "gathered weights",
@@ -95,7 +96,7 @@ class MemoryPlanner:
 
     def __init__(self, planned: PlannedModel):
         self._planned = planned
-        self._traces: dict[tuple[object, ...], dict[str, Peak]] = {}
+        self._traces: dict[tuple[object, ...], Traced] = {}
         self._shapes: dict[tuple[object, ...], list[ParameterShape]] = {}
 
     def shapes(self, request: PlanRequest) -> list[ParameterShape]:
@@ -116,7 +117,7 @@ class MemoryPlanner:
         trace = self._trace(request, batch, placement)
         return _put_together(placement, trace, request)
 
-    def _trace(self, request: PlanRequest, batch: Batch, placement: Placement) -> dict[str, Peak]:
+    def _trace(self, request: PlanRequest, batch: Batch, placement: Placement) -> Traced:
         on_gpu = request.machine.device == "cuda"
         needs_mask = batch.is_padded and request.attention != "flash_attention_2"
         batch = replace(batch, is_padded=needs_mask)
@@ -125,7 +126,7 @@ class MemoryPlanner:
             autocast_dtype=request.compute_dtype
             if request.zero is None and request.compute_dtype != torch.float32
             else None,
-            gradient_checkpointing=request.gradient_checkpointing,
+            recomputation=request.recomputation,
             gradients=placement.gradients,
             on_gpu=on_gpu,
             quantization=request.quantization,
@@ -145,11 +146,11 @@ class MemoryPlanner:
         return self._traces[key]
 
 
-def _put_together(placement: Placement, trace: Mapping[str, Peak], request: PlanRequest) -> RankMemory:
+def _put_together(placement: Placement, trace: Traced, request: PlanRequest) -> RankMemory:
     always = {"weights": placement.weights, "optimizer state": placement.optimizer, "buckets": placement.buckets}
     components: dict[str, dict[str, int]] = {START: {"weights": placement.start}}
     for phase in PHASES:
-        peak = trace[phase]
+        peak = trace.peaks[phase]
         if peak.total == 0:
             continue
         parts = always | {"gathered weights": placement.gathered}
@@ -163,7 +164,7 @@ def _put_together(placement: Placement, trace: Mapping[str, Peak], request: Plan
         GRADIENTS: placement.step_gradients,
         TEMPORARIES: placement.step_temporaries,
     }
-    host = placement.host
+    host = placement.host | ({LAYER_INPUTS: trace.on_host} if trace.on_host else {})
     if request.machine.device == "cpu":
         _add_host(components, host)
         host = {}

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any, TextIO
 
 from llava_ft.args import ParsedArgs
+from llava_ft.errors import UserError
 from llava_ft.planning.advice import Change, advise
 from llava_ft.planning.disk import checkpoint_files, merged_base_bytes, vision_cache_bytes
+from llava_ft.planning.fit import Way, find_ways
 from llava_ft.planning.hardware import find_gpu
 from llava_ft.planning.memory import MemoryPlanner, RankMemory
 from llava_ft.planning.optimizers import optimizer_kind
@@ -61,6 +63,7 @@ class Plan:
         time: Computed time of a step of the run, and of one with the same batch for each GPU on one machine; None on a
             CPU.
         changes: What to change; empty if the run fits or it is not known whether it does.
+        ways: Ways to recompute that were tried, if one was to be chosen; the last one is the run's if it fits.
         notes: What was assumed or left out.
     """
 
@@ -78,6 +81,7 @@ class Plan:
     merged_base: int | None
     time: tuple[StepTime, StepTime] | None
     changes: list[Change]
+    ways: list[Way]
     notes: list[str]
 
     @property
@@ -96,6 +100,7 @@ def run_plan(
     gpu_memory: str | None,
     as_json: bool,
     time: TimeWishes | None = None,
+    fit: bool = False,
 ) -> bool:
     """Write the plan of a run.
 
@@ -108,6 +113,7 @@ def run_plan(
         as_json: Whether to write JSON instead of text to read.
         time: What times are to be worked out from. A GPU named there has the memory that its data sheet says, unless
             `gpu_memory` is given.
+        fit: Whether to choose the recomputation that costs least among those that fit, instead of taking the run's.
 
     Returns:
         False if the run does not fit.
@@ -122,21 +128,22 @@ def run_plan(
     if wishes.gpu and not gpu_memory and machine.device == "cuda":
         gpu = find_gpu(wishes.gpu)
         machine = replace(machine, memory=gpu.memory, memory_source=f"data sheet of {gpu.name}")
-    plan = make_plan(args, machine, wishes)
+    plan = make_plan(args, machine, wishes, fit=fit)
     output.write(json.dumps(as_dict(plan), indent=1) + "\n" if as_json else as_text(plan) + "\n")
     return plan.fits is not False
 
 
-def make_plan(args: ParsedArgs, machine: Machine, time: TimeWishes | None = None) -> Plan:
+def make_plan(args: ParsedArgs, machine: Machine, time: TimeWishes | None = None, *, fit: bool = False) -> Plan:
     """Plan a run.
 
     Args:
         args: The run's flags.
         machine: Where it is to take place.
         time: What times are to be worked out from.
+        fit: Whether to choose the recomputation.
 
     Raises:
-        UserError: Such a run would be refused.
+        UserError: Such a run would be refused, or there is no memory to fit into.
     """
     planned = find_planned_model(args)
     request = plan_request(args, machine, hidden_size=planned.config.hidden_size, has_vision=planned.has_vision)
@@ -145,6 +152,7 @@ def make_plan(args: ParsedArgs, machine: Machine, time: TimeWishes | None = None
     planner = MemoryPlanner(planned)
     shapes = planner.shapes(request)
     batch = workload.largest_batch(request.batch_size)
+    request, ways = _fitted(planner, planned, request, batch) if fit else (request, [])
     memory = planner.plan(request, batch)
     knows_data = workload.records is not None and workload.records.are_measured
     most = None
@@ -172,8 +180,29 @@ def make_plan(args: ParsedArgs, machine: Machine, time: TimeWishes | None = None
         merged_base=merged_base_bytes(shapes, planned),
         time=plan_time(args, planned, shapes, request, workload, values, time or TimeWishes()),
         changes=changes,
+        ways=ways,
         notes=[*args.notes, *planned.notes, *workload.notes, *([optimizer_note] if optimizer_note else [])],
     )
+
+
+def _fitted(
+    planner: MemoryPlanner, planned: PlannedModel, request: PlanRequest, batch: Batch
+) -> tuple[PlanRequest, list[Way]]:
+    """Choose the recomputation; returns the run with it, or as it is if none fits, and what was tried.
+
+    Raises:
+        UserError: There is no memory to fit into.
+    """
+    capacity = request.machine.memory
+    if capacity is None:
+        raise UserError(
+            "--fit chooses by the memory of a GPU, and this machine has no GPU. Give --gpu-memory, such as 24GiB, or "
+            "name a kind with --gpu."
+        )
+    ways = find_ways(planner, planned, request, batch, capacity)
+    if ways[-1].memory.total > capacity:
+        return request, ways
+    return request.changed(recomputation=ways[-1].recomputation), ways
 
 
 def _vision_cache(args: ParsedArgs, planned: PlannedModel, request: PlanRequest, workload: Workload) -> int | None:

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from llava_ft.planning.advice import Change
+from llava_ft.planning.fit import Way
 from llava_ft.planning.memory import COMPONENTS, RankMemory
 from llava_ft.planning.plan_command import Plan
 from llava_ft.planning.scaling import StepTime, efficiency, time_as_dict
@@ -18,6 +19,7 @@ def as_text(plan: Plan) -> str:
     """Return the plan for a terminal, its verdict first."""
     sections = [
         [*_verdict(plan), _describe_run(plan)],
+        _ways(plan),
         _parameters(plan),
         _memory(plan),
         _host(plan),
@@ -48,7 +50,9 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "quantization": str(request.quantization) if request.quantization else None,
             "compute_dtype": str(request.compute_dtype).removeprefix("torch."),
             "attention": request.attention,
-            "gradient_checkpointing": request.gradient_checkpointing,
+            "gradient_checkpointing": request.recomputation.mode,
+            "gradient_checkpointing_every": request.recomputation.every,
+            "activation_offload": request.recomputation.offload,
             "batch_size": request.batch_size,
             "accumulation": request.accumulation,
             "samples_per_step": request.samples_per_step,
@@ -66,6 +70,15 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "vision_cache": plan.vision_cache,
             "merged_base": plan.merged_base,
         },
+        "ways": [
+            {
+                "flags": way.recomputation.flags,
+                "computed_again": way.share,
+                "total": way.memory.total,
+                "host": sum(way.memory.host.values()),
+            }
+            for way in plan.ways
+        ],
         "changes": [
             {
                 "flags": change.flags,
@@ -90,6 +103,9 @@ def _verdict(plan: Plan) -> list[str]:
     if machine.memory is None:
         return [f"Needs {gib(total)} {each}. Give --gpu-memory, such as 24GiB, to see whether it fits."]
     there = f"{gib(machine.memory)} ({machine.memory_source})"
+    if plan.fits and plan.ways:
+        spare = gib(machine.memory - total)
+        return [f"Fits with {plan.request.recomputation.flags}: {gib(total)} {each} of {there}, {spare} to spare."]
     if plan.fits:
         return [f"Fits: {gib(total)} {each} of {there}, {gib(machine.memory - total)} to spare."]
     lines = [f"Does not fit: {gib(total)} {each} of {there}, {gib(total - machine.memory)} too much."]
@@ -119,7 +135,7 @@ def _describe_run(plan: Plan) -> str:
         str(request.zero) if request.zero else "",
         f"{request.batch_size} x {request.accumulation} x {machine.world_size} = {request.samples_per_step} samples "
         "a step",
-        "gradient checkpointing" if request.gradient_checkpointing else "no gradient checkpointing",
+        str(request.recomputation),
         f"{request.attention} attention",
         request.optimizer,
     ]
@@ -240,6 +256,26 @@ def _disk(plan: Plan) -> list[str]:
     if plan.merged_base is not None:
         rows.append(("merged_base, once", gib(plan.merged_base)))
     return _table(("Disk per checkpoint", ""), rows)
+
+
+def _ways(plan: Plan) -> list[str]:
+    if not plan.ways:
+        return []
+    capacity, ranks = plan.request.machine.memory, plan.request.machine.gpus_per_node
+    assert capacity is not None
+
+    def row(way: Way) -> tuple[str, ...]:
+        fits = " fits" if way.memory.total <= capacity else "     "
+        host = sum(way.memory.host.values()) * ranks
+        return way.recomputation.flags, f"{way.share:.1%}", gib(way.memory.total) + fits, gib(host) if host else ""
+
+    heading = (
+        "Tried, the cheapest first",
+        "computed again",
+        f"per {plan.request.machine.rank_name}     ",
+        "of the host",
+    )
+    return _table(heading, [row(way) for way in plan.ways])
 
 
 def _changes(plan: Plan) -> list[str]:

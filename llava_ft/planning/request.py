@@ -18,6 +18,7 @@ from llava_ft.errors import UserError
 from llava_ft.planning.zero import ZeroSettings
 from llava_ft.tuning.freeze import TuningPlan
 from llava_ft.tuning.quant import Quantization, check_quantization
+from llava_ft.tuning.recompute import Recomputation
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(GiB|GB|G|MiB|MB|M)", re.IGNORECASE)
 _BYTES = {"GIB": 2**30, "G": 2**30, "GB": 10**9, "MIB": 2**20, "M": 2**20, "MB": 10**6}
@@ -79,7 +80,7 @@ class PlanRequest:
         quantization: How the language model's linear layers are held; None for 16 bits.
         compute_dtype: Type of frozen weights and of matrix products.
         attention: Attention kernel of the language model.
-        gradient_checkpointing: Whether activations are recomputed.
+        recomputation: What the backward pass computes again.
         batch_size: Samples of one rank in one forward pass.
         accumulation: Forward passes of one optimizer step.
         optimizer: transformers' name.
@@ -95,7 +96,7 @@ class PlanRequest:
     quantization: Quantization | None
     compute_dtype: torch.dtype
     attention: str
-    gradient_checkpointing: bool
+    recomputation: Recomputation
     batch_size: int
     accumulation: int
     optimizer: str
@@ -150,13 +151,25 @@ def plan_request(args: ParsedArgs, machine: Machine, *, hidden_size: int, has_vi
         quantization=quantization,
         compute_dtype=torch.bfloat16 if values["bf16"] else torch.float16 if values["fp16"] else torch.float32,
         attention=_attention(args.model.attn_implementation, values, machine),
-        gradient_checkpointing=flags.gradient_checkpointing,
+        recomputation=_recomputation(args, values),
         batch_size=int(values["per_device_train_batch_size"]),
         accumulation=int(values["gradient_accumulation_steps"]),
         optimizer=str(values["optim"]),
         projector_has_own_rate=flags.mm_projector_lr is not None,
         zero=zero,
         tower="runs" if args.data.vision_cache is None else tower_with_cache,
+    )
+
+
+def _recomputation(args: ParsedArgs, values: Mapping[str, Any]) -> Recomputation:
+    flags = args.flags
+    if values["torch_compile"]:
+        args.notes.append("Memory is planned as without torch_compile, which keeps less of a compiled layer.")
+    return Recomputation.of_run(
+        flags.gradient_checkpointing,
+        flags.gradient_checkpointing_every,
+        offload=flags.activation_offload,
+        is_compiled=bool(values["torch_compile"]),
     )
 
 

@@ -11,6 +11,7 @@ the same operations; where their kernels keep different tensors (dropout's mask)
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from llava_ft.models.llava import LlavaLlamaForCausalLM
 from llava_ft.planning.quantized import replace_kernel
 from llava_ft.planning.tracker import MemoryTracker, Peak
 from llava_ft.tuning.quant import Quantization, is_quantized
+from llava_ft.tuning.recompute import Recomputation, recompute_activations
 
 VISION, FORWARD, LOSS, BACKWARD = "vision tower", "forward", "loss", "backward"
 PHASES = (VISION, FORWARD, LOSS, BACKWARD)
@@ -62,7 +64,7 @@ class StepSettings:
     Attributes:
         batch: The micro-batch.
         autocast_dtype: Type of matrix products under autocast; None without.
-        gradient_checkpointing: Whether activations are recomputed in the backward pass.
+        recomputation: What the backward pass computes again.
         gradients: What becomes of gradients.
         on_gpu: Whether the kernels are those of a GPU.
         quantization: How the language model's linear layers are held.
@@ -71,23 +73,38 @@ class StepSettings:
 
     batch: Batch
     autocast_dtype: torch.dtype | None
-    gradient_checkpointing: bool
+    recomputation: Recomputation
     gradients: Gradients
     on_gpu: bool
     quantization: Quantization | None = None
     compute_dtype: torch.dtype = torch.float32
 
 
-def trace_step(model: nn.Module, dtypes: Mapping[str, torch.dtype], settings: StepSettings) -> dict[str, Peak]:
+@dataclass(frozen=True)
+class Traced:
+    """What a step takes.
+
+    Attributes:
+        peaks: For each phase the bytes alive beside the model's weights at its highest point.
+        on_host: Bytes of activations that wait in the host's memory.
+    """
+
+    peaks: Mapping[str, Peak]
+    on_host: int
+
+    @property
+    def most(self) -> int:
+        """Bytes at the highest point of all."""
+        return max(peak.total for peak in self.peaks.values())
+
+
+def trace_step(model: nn.Module, dtypes: Mapping[str, torch.dtype], settings: StepSettings) -> Traced:
     """Run forward and backward pass without memory.
 
     Args:
         model: The run's model on the meta device, what is trained marked by `requires_grad`. It is used up.
         dtypes: Type of each parameter by name. Those of quantised weights are not looked at.
         settings: How the step is run.
-
-    Returns:
-        For each phase the bytes alive beside the model's weights at its highest point.
     """
     native = next(module for module in model.modules() if isinstance(module, LlavaLlamaForCausalLM))
     tracker = _StepTracker(native, settings)
@@ -98,10 +115,9 @@ def trace_step(model: nn.Module, dtypes: Mapping[str, torch.dtype], settings: St
     _watch_phases(native, tracker)
     with fake, tracker:
         _watch_gradients(model, tracker, settings.gradients)
-        if settings.gradient_checkpointing:
-            options = {"use_reentrant": False, "preserve_rng_state": False}
-            enable = getattr(native, "activation_checkpointing_enable", None) or native.gradient_checkpointing_enable
-            enable(options)
+        recompute_activations(
+            model, settings.recomputation, options={"preserve_rng_state": False}, offloading=tracker.offloading
+        )
         tracker.label = ACTIVATIONS
         model.train()
         inputs = _inputs(settings, native)  # alive to the end of the step, as in the training loop
@@ -109,7 +125,7 @@ def trace_step(model: nn.Module, dtypes: Mapping[str, torch.dtype], settings: St
             loss = model(**inputs, num_items_in_batch=1).loss
         tracker.phase, tracker.label = BACKWARD, ACTIVATIONS
         loss.backward()
-    return {phase: tracker.peaks.get(phase, Peak()) for phase in PHASES}
+    return Traced({phase: tracker.peaks.get(phase, Peak()) for phase in PHASES}, tracker.on_host)
 
 
 class _StepTracker(MemoryTracker):
@@ -125,6 +141,22 @@ class _StepTracker(MemoryTracker):
             self._num_image_positions = num_images * geometry.num_tokens(settings.batch.image_size_wh)
         self._logits_shape = (settings.batch.num_supervised, model.config.vocab_size)
         self._weight_shapes: set[torch.Size] = set()
+        self._has_host = settings.on_gpu
+        self.on_host = 0
+
+    def offloading(self) -> AbstractContextManager[Any]:
+        """The context in which what is saved leaves the device; on a CPU there is nowhere to go."""
+        if not self._has_host:
+            return contextlib.nullcontext()
+
+        def leave(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+            self.on_host += 1 << (tensor.nbytes - 1).bit_length()  # torch pins powers of two
+            return tensor.shape, tensor.dtype
+
+        def come_back(left: tuple[torch.Size, torch.dtype]) -> torch.Tensor:
+            return torch.empty(left[0], dtype=left[1])
+
+        return torch.autograd.graph.saved_tensors_hooks(leave, come_back)
 
     def ignore(self, tensors: Any) -> None:
         tensors = list(tensors)

@@ -71,8 +71,12 @@ def _recomputation(args: ParsedArgs) -> Recomputation:
             "gradient_checkpointing=selective is left to torch_compile, which decides itself what a compiled layer "
             "keeps."
         )
-        return Recomputation()
-    return Recomputation(flags.gradient_checkpointing, flags.gradient_checkpointing_every, flags.activation_offload)
+    return Recomputation.of_run(
+        flags.gradient_checkpointing,
+        flags.gradient_checkpointing_every,
+        offload=flags.activation_offload,
+        is_compiled=args.training.torch_compile,
+    )
 
 
 def saves_tower(args: ParsedArgs, base: BaseModel) -> bool:

@@ -59,8 +59,6 @@ _QUANTIZED_PRODUCTS: Final = frozenset(
     }
 )
 _CHEAP: Final = 4
-"""A product is computed again if its result is more than so many times wider than what it sums over: those of LoRA's B,
-and eager attention's scores. It costs little for each value that would have to be kept."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +74,11 @@ class Recomputation:
     mode: Mode = "none"
     every: int = 1
     offload: bool = False
+
+    @classmethod
+    def of_run(cls, mode: Mode, every: int, *, offload: bool, is_compiled: bool) -> "Recomputation":
+        """What a run's flags come to. The compiler decides itself what it keeps, so `selective` is left to it."""
+        return cls() if is_compiled and mode == "selective" else cls(mode, every, offload)
 
     def includes(self, index: int) -> bool:
         """Whether something of the layer with this index is computed again."""
@@ -155,11 +158,23 @@ def _choose(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Checkpoi
         name = name.partition(".")[0]
         if operation.overloadpacket in _PRODUCTS:
             first, second = args[-2:]
-            is_cheap = second.shape[-1] > _CHEAP * first.shape[-1]
-            return CheckpointPolicy.PREFER_RECOMPUTE if is_cheap else CheckpointPolicy.MUST_SAVE
+            again = is_cheap(first.shape[-1], second.shape[-1])
+            return CheckpointPolicy.PREFER_RECOMPUTE if again else CheckpointPolicy.MUST_SAVE
     if name in _ATTENTION or name in _QUANTIZED_PRODUCTS:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def is_cheap(width_in: int, width_out: int) -> bool:
+    """Whether `selective` computes a product again: LoRA's B and eager attention's scores.
+
+    These sum over few values for each value of their result, so keeping it would save little time.
+
+    Args:
+        width_in: Values that are summed over.
+        width_out: Values of a row of the result.
+    """
+    return width_out > _CHEAP * width_in
 
 
 def _trained_stacks(model: nn.Module) -> Iterator[list[GradientCheckpointingLayer]]:

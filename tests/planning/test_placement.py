@@ -9,6 +9,7 @@ from llava_ft.planning.request import Machine, PlanRequest
 from llava_ft.planning.shapes import ParameterShape
 from llava_ft.planning.zero import ZeroSettings
 from llava_ft.tuning.freeze import TuningPlan
+from llava_ft.tuning.recompute import Recomputation
 
 F32, BF16 = torch.float32, torch.bfloat16
 TRAINED, FROZEN = 1_000_000, 4_000_000
@@ -29,7 +30,7 @@ def placed(dtype: torch.dtype, zero: ZeroSettings | None, gpus: int = 1, optimiz
         quantization=None,
         compute_dtype=dtype,
         attention="sdpa",
-        gradient_checkpointing=False,
+        recomputation=Recomputation(),
         batch_size=1,
         accumulation=1,
         optimizer=optimizer,

@@ -7,6 +7,7 @@ import torch
 
 from llava_ft import cli
 from llava_ft.errors import UserError
+from llava_ft.planning.fit import WAYS
 from llava_ft.planning.request import parse_memory, plan_machine
 from tests.planning.helpers import GPU_7B, LORA, plan_of, write_configs
 
@@ -33,7 +34,7 @@ class TestText:
         status, out, _ = run([*argv, "--gpu-memory", "522MiB"], capsys)
         assert status == cli.FAILED
         assert out.startswith("Does not fit: ")
-        assert "--gradient_checkpointing True" in out
+        assert "--gradient_checkpointing full" in out
         assert "It fits with --per_device_train_batch_size 1 --gradient_accumulation_steps 8" in out
 
     def test_without_a_gpu_and_its_size_there_is_no_verdict(self, tmp_path, capsys, monkeypatch):
@@ -63,7 +64,7 @@ class TestJson:
         assert plan["fits"] is True
         assert set(plan) == {
             *("fits", "model", "machine", "run", "parameters", "batch", "memory"),
-            *("time", "epoch", "disk", "changes", "notes"),
+            *("time", "epoch", "disk", "changes", "ways", "notes"),
         }
         assert plan["machine"]["world_size"] == 2
         memory = plan["memory"]
@@ -84,12 +85,51 @@ class TestJson:
             "--gradient_checkpointing",
             "--per_device_train_batch_size",
             "--bits",
+            "--gradient_checkpointing",  # with the layers' inputs in the host's memory
             "--lora_r",
-        ]  # offload is not among them: its buffers are larger than such a model
+        ]  # offloading by DeepSpeed is not among them: its buffers are larger than such a model
         larger = [c["flags"] for c in plan["changes"] if c["alone"]["total"] >= plan["memory"]["total"]]
         assert set(larger) <= {"--bits 4"}  # in 4 bits PEFT computes LoRA, which keeps more than such a model's weights
         totals = [plan["memory"]["total"], *(change["with_those_before"]["total"] for change in plan["changes"])]
         assert totals == sorted(totals, reverse=True)
+
+
+class TestFit:
+    def argv(self, folder) -> list[str]:
+        return [*write_configs(folder), "--model_max_length", "512", "--per_device_train_batch_size", "4", "--fit"]
+
+    def test_the_flags_to_add_come_first(self, tmp_path, capsys):
+        argv = [*self.argv(tmp_path), "--gradient_checkpointing", "full", "--gpu-memory", "24GiB"]
+        status, out, _ = run(argv, capsys)
+        assert status == cli.DONE
+        assert out.startswith("Fits with --gradient_checkpointing none: ")
+        assert "no gradient checkpointing" in out.splitlines()[1]
+        [line] = [line for line in out.splitlines() if line.startswith("  --gradient_checkpointing none ")]
+        assert "0.0%" in line
+        assert line.endswith("GiB fits")
+
+    def test_in_json_too(self, tmp_path, capsys):
+        _, out, _ = run([*self.argv(tmp_path), "--gpu-memory", "24GiB", "--json"], capsys)
+        plan = json.loads(out)
+        assert plan["run"]["gradient_checkpointing"] == "none"
+        total = plan["memory"]["total"]
+        assert plan["ways"] == [
+            {"flags": "--gradient_checkpointing none", "computed_again": 0.0, "total": total, "host": 0}
+        ]
+
+    def test_if_none_fits_it_says_what_else_to_change(self, tmp_path, capsys):
+        status, out, _ = run([*self.argv(tmp_path), "--gpu-memory", "1MiB"], capsys)
+        assert status == cli.FAILED
+        assert out.startswith("Does not fit: ")
+        for way in WAYS:
+            assert f"  {way.flags}  " in out
+        assert "--per_device_train_batch_size 1" in out
+
+    def test_without_a_memory_to_fit_into_it_is_refused(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        status, out, err = run(self.argv(tmp_path), capsys)
+        assert (status, out) == (cli.WRONG_REQUEST, "")
+        assert "--fit chooses by the memory of a GPU, and this machine has no GPU. Give --gpu-memory" in err
 
 
 class TestRefused:

@@ -14,11 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from llava_ft import cli
 from llava_ft.planning.balance import Drawing, Samples, draw_balance
 from llava_ft.planning.communication import collectives
-from llava_ft.planning.flops import Counts, Flops, step_flops
+from llava_ft.planning.flops import Counts, Flops, StepFlops, step_flops
 from llava_ft.planning.hardware import GPUS, LINK_EFFICIENCY, Fabric, gpu_of_device
 from llava_ft.planning.scaling import TimePlanner, TimeSettings
-from llava_ft.planning.shapes import build_model, native_model, parameter_shapes
+from llava_ft.planning.shapes import build_model, parameter_shapes
 from llava_ft.planning.step import Batch
+from llava_ft.tuning.recompute import recompute_activations
 from tests.planning.helpers import request_of, write_configs
 from tests.planning.test_step import METHODS, real_inputs
 
@@ -50,9 +51,7 @@ def counted_flops(argv: list[str], batch: Batch) -> tuple[int, float]:
             if parameter is not None:
                 values = torch.randn(parameter.shape) * 0.02
                 module._parameters[leaf] = nn.Parameter(values, requires_grad=parameter.requires_grad)
-    native = native_model(model)
-    if request.gradient_checkpointing:
-        native.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    recompute_activations(model, request.recomputation, options={"preserve_rng_state": False})
     inputs = real_inputs(model, batch)
     model.train()
     with FlopCounterMode(display=False, custom_mapping=NOT_COUNTED_BY_TORCH) as counter:
@@ -66,6 +65,11 @@ def counted_flops(argv: list[str], batch: Batch) -> tuple[int, float]:
         tiles=batch.num_images * geometry.num_tiles(batch.image_size_wh),
     )
     return counter.get_total_flops(), float(step_flops(planned, shapes, request).computed.of(counts))
+
+
+def of_request(argv: list[str]) -> StepFlops:
+    planned, request = request_of(argv)
+    return step_flops(planned, parameter_shapes(build_model(planned, request), request), request)
 
 
 class TestFlops:
@@ -92,6 +96,29 @@ class TestFlops:
         argv = [*write_configs(tmp_path), *METHODS[method], "--gradient_checkpointing", "True"]
         counted, planned = counted_flops(argv, BATCH)
         assert counted <= planned <= 1.1 * counted
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_recomputation_of_every_second_layer_is_counted(self, tmp_path, method):
+        argv = [*write_configs(tmp_path), *METHODS[method]]
+        whole = [*argv, "--gradient_checkpointing", "full"]
+        flops = [
+            of_request(flags).recomputed for flags in (argv, [*whole, "--gradient_checkpointing_every", "2"], whole)
+        ]
+        assert flops[0] == Flops()
+        assert 0 < flops[1].per_position < flops[2].per_position
+        assert flops[1].per_pair == flops[2].per_pair / 2
+
+    @pytest.mark.parametrize(
+        ("method", "extra", "again"),
+        [("full", [], False), ("projector", [], False), ("lora", [], False), ("lora", ["--fast_lora", "False"], True)],
+    )
+    def test_selective_computes_low_rank_products_again(self, tmp_path, method, extra, again):
+        argv = [*write_configs(tmp_path), *METHODS[method], *extra]
+        recomputed = of_request([*argv, "--gradient_checkpointing", "selective"]).recomputed
+        lora_up = 2 * 4 * (3 * 64 + 64 + 2 * 160 + 64)
+        assert recomputed.per_position == (lora_up + 2 * 4 * 3 * 64 if again else 0)
+        assert recomputed.per_supervised == (2 * 4 * (64 + 2 * 160 + 64) if again else 0)
+        assert recomputed.per_pair == 0
 
 
 class TestCollectives:
