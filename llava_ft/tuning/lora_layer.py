@@ -147,8 +147,13 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join("-".join(map(str, part)) for part in parts)
 
 
+@torch.compiler.disable()
 def _weights_of(layer: LlamaDecoderLayer, hidden: torch.Tensor) -> tuple[float, list[LoraWeights]] | str:
-    """The dropout and the weights of the seven linear layers; or why they are not plain frozen layers with LoRA."""
+    """The dropout and the weights of the seven linear layers; or why they are not plain frozen layers with LoRA.
+
+    It stays out of compiled graphs, which then depend on no layer's modules, so that all layers share one. The
+    compiler could not read weights in 4 bits either: they are of a type of their own.
+    """
     norms: tuple[Any, ...] = (layer.input_layernorm, layer.post_attention_layernorm)
     if any(type(norm) is not LlamaRMSNorm or norm.weight.requires_grad for norm in norms):
         return "its norms are trained, or are not LLaMA's"
@@ -188,7 +193,9 @@ def _norm_gradient(
     """Gradient of RMSNorm's input; `grad_TD` is used up."""
     x32_TD = x_TD.float()
     grad32_TD = grad_TD.mul_(weight_D).float()
-    factor_T1 = torch.linalg.vecdot(grad32_TD, x32_TD).unsqueeze(-1).mul_(inverse_T1.pow(3)).div_(-x_TD.shape[-1])
+    with torch.autocast(x_TD.device.type, enabled=False):  # a compiled backward pass is traced under autocast
+        factor_T1 = torch.linalg.vecdot(grad32_TD, x32_TD).unsqueeze(-1)
+    factor_T1.mul_(inverse_T1.pow(3)).div_(-x_TD.shape[-1])
     return grad32_TD.mul_(inverse_T1).addcmul_(x32_TD, factor_T1).to(x_TD.dtype)
 
 

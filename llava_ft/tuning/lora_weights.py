@@ -164,7 +164,9 @@ def _frozen_weight(base: Any) -> tuple[tuple[torch.Tensor, ...], Packing | None]
     state: Any = getattr(base.weight, "quant_state", None) or base.quant_state
     if state is None or getattr(state, "packing_format_for_cpu", False):
         return "weights in 4 bits that are packed for inference"
-    tensors = [base.weight.data, state.absmax]
+    with torch._C.DisableTorchFunctionSubclass():  # a plain tensor, and not one of bitsandbytes' parameters
+        values: torch.Tensor = base.weight.data
+    tensors = [values, state.absmax]
     if state.nested:
         tensors += [state.state2.absmax, state.state2.code, state.offset]
     return tuple(tensors), Packing(
