@@ -91,6 +91,7 @@ def build_training_arguments(
         values, has_cuda=torch.cuda.is_available(), has_tf32=is_torch_tf32_available()
     )
     notes.extend(device_notes)
+    _copy_batches_without_waiting(values)
     values["report_to"], reporter_notes = choose_reporters(values["report_to"], _is_installed)
     notes.extend(reporter_notes)
     if values.get("deepspeed") and not _is_installed("deepspeed"):
@@ -165,6 +166,14 @@ def choose_attention(requested: str, training: TrainingArguments, notes: list[st
     """
     machine = this_machine(has_gpu=not training.use_cpu, is_half=bool(training.bf16 or training.fp16))
     return choose_kernel(requested, machine, notes)
+
+
+def _copy_batches_without_waiting(values: dict[str, Any]) -> None:
+    """Let batches go to a GPU while the step before is still computed; from memory that is not pinned they cannot."""
+    config = values.get("accelerator_config")
+    if values.get("use_cpu") or not values.get("dataloader_pin_memory", True) or not isinstance(config, dict | None):
+        return
+    values["accelerator_config"] = {"non_blocking": True, **(config or {})}
 
 
 def _checked_deepspeed(values: Mapping[str, Any], notes: list[str]) -> str | dict[str, Any] | None:

@@ -29,6 +29,7 @@ from llava_ft.errors import UserError
 from llava_ft.training.artifacts import RunArtifacts
 from llava_ft.training.attention import settle_attention
 from llava_ft.training.callbacks import LogLines, Progress, SetSamplerEpoch, StopOnSignal
+from llava_ft.training.compile import compile_layers
 from llava_ft.training.data_setup import prepare_datasets
 from llava_ft.training.model_setup import (
     compute_dtype,
@@ -41,6 +42,7 @@ from llava_ft.training.reporting import attach_reporters
 from llava_ft.training.rows import arrange_rows
 from llava_ft.training.run_lineage import lineage_of_run
 from llava_ft.training.shared_output import check_same_checkpoint, check_shared_output
+from llava_ft.training.speed import SpeedMeter, flops_of_run
 from llava_ft.training.start_from import (
     MergesAdapter,
     check_resumed_start,
@@ -126,6 +128,8 @@ def _prepare_run(args: ParsedArgs, merge: MergesAdapter | None, ignored: Sequenc
     model = load_model_to_train(args, base, plan, num_new_rows=num_new_rows, encodes_images=encodes_images)
     if start is not None and start.mode != "merge_first":
         put_start(args, start, model)
+    if args.training.torch_compile:
+        _compile(args, model)
     peft_config = getattr(model, "peft_config", None)
     base_name = lasting_name(args.model.model_name_or_path)
     artifacts = RunArtifacts(
@@ -145,8 +149,17 @@ def _prepare_run(args: ParsedArgs, merge: MergesAdapter | None, ignored: Sequenc
         save_vision_tower=saves_tower(args, base),
         lora_config=peft_config["default"] if peft_config else None,
     )
-    trainer, stop = _build_trainer(args, model, artifacts, tokenizer, datasets)
+    speed = SpeedMeter(flops_of_run(model, base.config, runs_tower=encodes_images))
+    trainer, stop = _build_trainer(args, model, artifacts, tokenizer, datasets, speed)
     return Run(trainer, stop, checkpoint, datasets)
+
+
+def _compile(args: ParsedArgs, model: nn.Module) -> None:
+    training = args.training
+    backend, mode = training.torch_compile_backend, training.torch_compile_mode
+    assert backend is not None
+    count = compile_layers(model, backend=backend, mode=mode)
+    logger.info("%d layers are compiled one by one, by %s, when they first run.", count, backend)
 
 
 def choose_checkpoint(args: ParsedArgs) -> Path | None:
@@ -178,6 +191,7 @@ def _build_trainer(
     artifacts: RunArtifacts,
     tokenizer: PreTrainedTokenizerFast,
     datasets: BuiltDatasets,
+    speed: SpeedMeter,
 ) -> tuple[LlavaTrainer, StopOnSignal]:
     training, vision = args.training, artifacts.vision_directory
     strategy = "modality_length" if args.flags.group_by_modality_length else _strategy(args)
@@ -204,6 +218,7 @@ def _build_trainer(
         mm_projector_lr=args.flags.mm_projector_lr,
         bad_sample_limit=args.flags.bad_sample_limit,
         pixel_normalizer=None if vision is None else PixelNormalizer(ImageProcessorSettings.from_pretrained(vision)),
+        speed=speed,
         train_dataset=train_dataset,
         eval_dataset=datasets.validation,
         data_collator=collator,

@@ -6,18 +6,19 @@ entry says how fast the run is.
 """
 
 import logging
-from collections.abc import Callable
-from typing import Any, Literal
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Final, Literal
 
 import torch
+from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from llava_ft.data.image_processor import PixelNormalizer, normalize_batch
 from llava_ft.errors import BadSampleError, RunError
 from llava_ft.training.evaluation import sum_losses
-from llava_ft.training.metrics import Throughput
 from llava_ft.training.optim import (
     format_table,
     frozen_table,
@@ -27,8 +28,12 @@ from llava_ft.training.optim import (
     trainable_table,
 )
 from llava_ft.training.resumable_trainer import ResumableTrainer
+from llava_ft.training.speed import SpeedMeter, measure_product_rate
 
 logger = logging.getLogger(__name__)
+
+_MUCH_WAITING: Final = 0.1
+_STEPS_TO_GET_UNDER_WAY: Final = 20
 
 
 class LlavaTrainer(ResumableTrainer):
@@ -41,6 +46,7 @@ class LlavaTrainer(ResumableTrainer):
         mm_projector_lr: Learning rate of the projector, if it has its own.
         bad_sample_limit: Share of the samples seen that may turn out unreadable before the run is ended.
         pixel_normalizer: Turns the bytes of pictures into what the vision tower reads, on the device.
+        speed: Measures the run for its log.
         **kwargs: For `ResumableTrainer`.
     """
 
@@ -52,6 +58,7 @@ class LlavaTrainer(ResumableTrainer):
         mm_projector_lr: float | None = None,
         bad_sample_limit: float = 0.05,
         pixel_normalizer: PixelNormalizer | None = None,
+        speed: SpeedMeter | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -60,14 +67,25 @@ class LlavaTrainer(ResumableTrainer):
         self._mm_projector_lr = mm_projector_lr
         self._bad_sample_limit = bad_sample_limit
         self._pixel_normalizer = pixel_normalizer
-        self._throughput = Throughput()
+        self._speed = SpeedMeter() if speed is None else speed
+        self._has_said_that_it_waits = False
         self._records_in_step: list[int] = []
+        self._losses_in_step: list[torch.Tensor] = []
         self._num_samples_seen = 0
         self._rate_of_last_group = 0.0
         if loss_normalization == "micro_batch":
             self.model_accepts_loss_kwargs = False
 
-    # Data
+    # Data and devices
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """Let gradients lie where data parallelism sends them from; leave compiling to `compile.py`."""
+        found = super()._build_accelerator_args(**kwargs)
+        for handler in found["kwargs_handlers"]:
+            if isinstance(handler, DistributedDataParallelKwargs):
+                handler.gradient_as_bucket_view = True
+        found["dynamo_plugin"] = TorchDynamoPlugin(backend="no")  # pyright: ignore[reportArgumentType] - or its enum
+        return found
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         return self._train_sampler
@@ -77,13 +95,19 @@ class LlavaTrainer(ResumableTrainer):
         inputs = dict(inputs)
         indices = inputs.pop("sample_indices", [])
         bad = inputs.pop("bad_samples", [])
-        num_tokens = inputs.pop("num_tokens", 0)
+        num_tokens, num_pairs = inputs.pop("num_tokens", 0), inputs.pop("num_pairs", 0)
         if self._trained_model.training:
             self._records_in_step += indices
             self._num_samples_seen += len(indices)
             self._note_bad_samples(bad)
-            self._throughput.add(inputs, num_samples=len(indices), num_tokens=num_tokens)
+            self._speed.add(inputs, num_samples=len(indices), num_tokens=num_tokens, num_pairs=num_pairs)
         return normalize_batch(super()._prepare_inputs(inputs), self._pixel_normalizer)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """Fetch the batches of a step, noting how long that takes."""
+        return super().get_batch_samples(self._speed.timed(epoch_iterator), num_batches, device)
 
     def _note_bad_samples(self, bad: list[BadSampleError]) -> None:
         for error in bad:
@@ -122,25 +146,35 @@ class LlavaTrainer(ResumableTrainer):
 
     # Steps
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train; see `transformers.Trainer.train`. What the device can do is measured first."""
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+        self._speed.product_rate = measure_product_rate(self.args.device, dtype)
+        return super().train(*args, **kwargs)
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Run forward and backward on a micro-batch.
-
-        Raises:
-            RunError: The loss is not finite.
-        """
+        """Run forward and backward on a micro-batch, and keep the loss for `_get_grad_norm`."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise RunError(self._not_finite("loss", loss.item()))
+        self._losses_in_step.append(loss.detach())
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Return the gradient norm of a whole step; not finite is an error unless float16 scaling expects it."""
+        """Return the gradient norm of a whole step; wait for the device once, to look at it and at the losses.
+
+        Raises:
+            RunError: A loss is not finite, or the norm is not and no float16 scaling expects that.
+        """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if norm is not None and not self.args.fp16 and not torch.isfinite(torch.as_tensor(norm)):
-            raise RunError(self._not_finite("gradient norm", float(norm)))
-        self._records_in_step = []
+        checked = torch.stack(self._losses_in_step)
+        if norm is not None and not self.args.fp16:
+            checked = torch.cat([checked, torch.as_tensor(norm).to(checked)[None]])
+        if not torch.isfinite(checked).all():
+            number, value = next((i, v) for i, v in enumerate(checked.tolist()) if not math.isfinite(v))
+            is_loss = number < len(self._losses_in_step)
+            raise RunError(self._not_finite("loss" if is_loss else "gradient norm", value))
+        self._records_in_step, self._losses_in_step = [], []
         self._rate_of_last_group = self.optimizer.param_groups[-1]["lr"]
         return norm
 
@@ -155,14 +189,31 @@ class LlavaTrainer(ResumableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add each group's learning rate and what was processed per second to a training entry."""
         if "loss" in logs and "learning_rate" in logs:
-            logs.update(self._throughput.pop(self.args.device, self.args.world_size))
+            logs.update(self._speed.pop(self.args.device, self.args.world_size))
+            self._say_that_it_waits(logs.get("data_wait", 0.0))
             if self._mm_projector_lr is not None:
                 logs["mm_projector_lr"] = self._rate_of_last_group
             if self.bad_samples:
                 logs["bad_samples"] = len(self.bad_samples)
         super().log(logs, start_time)
 
-    # Evaluation
+    def _say_that_it_waits(self, share: float) -> None:
+        """Say once, when the run is under way, that data come too slowly."""
+        if self._has_said_that_it_waits or share < _MUCH_WAITING or self.state.global_step < _STEPS_TO_GET_UNDER_WAY:
+            return
+        self._has_said_that_it_waits = True
+        logger.warning(
+            "This run waits for data %.0f%% of its time. Raise dataloader_num_workers, which is %d; image_fast_decode "
+            "and vision_cache make images cheaper.",
+            100 * share,
+            self.args.dataloader_num_workers,
+        )
+
+    # Evaluation and saving
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self._speed.paused(self.args.device):
+            super()._save_checkpoint(model, trial)
 
     def evaluation_loop(
         self,
@@ -173,7 +224,8 @@ class LlavaTrainer(ResumableTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Compute the mean loss per supervised token over a data set, each record counted once."""
-        total, tokens, samples = sum_losses(self, dataloader)
+        with self._speed.paused(self.args.device):
+            total, tokens, samples = sum_losses(self, dataloader)
         if tokens == 0:
             raise RunError("The validation data has no supervised token, so there is no loss to compute.")
         metrics = {

@@ -242,6 +242,7 @@ def test_rates_are_logged(tmp_path: Path):
     run = train(tmp_path / "out")
     entry = next(entry for entry in run.trainer.state.log_history if "loss" in entry)
     rates = {"tokens_per_second", "samples_per_second", "images_per_second", "supervised_tokens", "padding"}
+    rates |= {"model_tflops", "mfu", "data_wait", "peak_memory_gib"}
     assert set(entry) >= rates | {"loss", "grad_norm", "learning_rate", "mm_projector_lr", "epoch", "step"}
 
 
