@@ -119,7 +119,7 @@ class MemoryPlanner:
 
     def _trace(self, request: PlanRequest, batch: Batch, placement: Placement) -> Traced:
         on_gpu = request.machine.device == "cuda"
-        needs_mask = batch.is_padded and request.attention != "flash_attention_2"
+        needs_mask = batch.is_padded and request.attention == "eager"  # others are told where samples are
         batch = replace(batch, is_padded=needs_mask)
         settings = StepSettings(
             batch=batch,

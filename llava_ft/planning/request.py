@@ -1,7 +1,6 @@
 """What is to be planned, in plain values: the run as its flags describe it and the machine it is to run on."""
 
 import dataclasses
-import importlib.util
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 import transformers
 
 from llava_ft.args import ParsedArgs
+from llava_ft.args.attention import AttentionMachine, choose_kernel, installed_kernels
 from llava_ft.args.build import adapt_to_device
 from llava_ft.args.deepspeed_file import check_deepspeed_config, find_deepspeed_config, read_deepspeed_config
 from llava_ft.errors import UserError
@@ -241,9 +241,10 @@ def _zero_settings(values: Mapping[str, Any], hidden_size: int, notes: list[str]
 
 
 def _attention(wish: str, values: Mapping[str, Any], machine: Machine) -> str:
-    """Choose as the run would; `auto` counts on flash-attn only if it is installed here."""
-    if wish in ("eager", "sdpa"):
-        return wish
-    can_flash = machine.device == "cuda" and bool(values["bf16"] or values["fp16"])
-    is_there = wish == "flash_attention_2" or importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if can_flash and is_there else "sdpa"
+    """Choose as the run would; a kernel that is named counts as installed on that machine, others if they are here."""
+    there = AttentionMachine(
+        has_gpu=machine.device == "cuda",
+        is_half=bool(values["bf16"] or values["fp16"]),
+        installed=installed_kernels() | {wish},
+    )
+    return choose_kernel(wish, there, [])
