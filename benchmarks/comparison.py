@@ -24,9 +24,10 @@ def summarise(runs: Runs, preset: Preset, num_steps: int, folder: Path) -> dict[
     """
     samples = [sample for batch in make_batches(preset, num_steps) for sample in batch]
     tokens = sum(len(sample.input_ids) for sample in samples)
-    good = {name: each for name, each in runs.items() if each and not any("error" in run for run in each)}
+    good = {name: each for name, each in runs.items() if each and all("seconds" in run for run in each)}
     rates = [run["product_rate"] for each in good.values() for run in each]
     rate = statistics.median(rates) if rates else None
+    needed = {cached: model_flops(preset, samples, with_tower=not cached) for cached in (False, True)}
     rows: list[dict[str, Any]] = []
     for variant in all_variants(preset):
         if variant.name not in runs:
@@ -34,11 +35,11 @@ def summarise(runs: Runs, preset: Preset, num_steps: int, folder: Path) -> dict[
         row: dict[str, Any] = {"name": variant.name, "label": variant.label}
         rows.append(row)
         if variant.name not in good:
-            row["error"] = next((run["error"] for run in runs[variant.name] if "error" in run), "not run")
+            row |= {key: run[key] for run in runs[variant.name] for key in ("error", "missing") if key in run}
             continue
         each = good[variant.name]
         seconds = sum(statistics.median(times) for times in zip(*(run["seconds"] for run in each), strict=True))
-        flops = model_flops(preset, samples, with_tower=not variant.cached)
+        flops = needed[variant.cached]
         row |= {
             "samples_per_second": len(samples) / seconds,
             "tokens_per_second": tokens / seconds,
@@ -53,7 +54,7 @@ def summarise(runs: Runs, preset: Preset, num_steps: int, folder: Path) -> dict[
 
 
 def _add_ratios(rows: list[dict[str, Any]]) -> None:
-    measured = [row for row in rows if "error" not in row]
+    measured = [row for row in rows if "peak_bytes" in row]
     for baseline in (row for row in measured if row["name"] in BASELINES):
         key = BASELINES[baseline["name"]]
         for row in measured:

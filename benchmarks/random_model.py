@@ -11,13 +11,16 @@ WORDS = ("red", "circle", "blue", "square", "three", "letter", "green", "star")
 """Words that the tokenizer of data/tiny-llava knows."""
 
 
-def write_model(directory: Path, language: Mapping[str, int], vision: Mapping[str, int]) -> None:
+def write_model(
+    directory: Path, language: Mapping[str, Any], vision: Mapping[str, Any], *, dtype: str = "float32"
+) -> None:
     """Write a LLaVA with an mlp2x_gelu projector, its tower inside, with the tokenizer of data/tiny-llava.
 
     Args:
         directory: Where it is written; made here.
         language: Sizes of the language model: fields of `LlamaConfig`.
         vision: Sizes of the tower: fields of `CLIPVisionConfig`.
+        dtype: Type of the weights. A GPU draws them if there is one.
     """
     import torch
 
@@ -35,14 +38,15 @@ def write_model(directory: Path, language: Mapping[str, int], vision: Mapping[st
     tower = vision_fields(dict(vision), "inside")
     config = settle_config(fields, "random", wishes=wishes, vision_tower="inside", vision=tower)
     directory.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(1)
     writer = ShardWriter(directory, max_shard_bytes=10**9, weights_format="safetensors")
     for name, parameter in build_skeleton(config).named_parameters():
         is_scale = name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "layrnorm.weight"))
-        values = torch.randn(parameter.shape, generator=generator) * 0.02
-        writer.add(name, values + 1 if is_scale else values)
+        values = torch.randn(parameter.shape, generator=generator, device=device) * 0.02
+        writer.add(name, (values + 1 if is_scale else values).to("cpu", getattr(torch, dtype)))
     writer.finish()
-    write_json(directory / "config.json", config_fields(config, torch.float32))
+    write_json(directory / "config.json", config_fields(config, getattr(torch, dtype)))
     side = vision["image_size"]
     settings = json.loads((TINY / "preprocessor_config.json").read_text())
     settings |= {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}

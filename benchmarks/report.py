@@ -28,8 +28,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     names += ["loss", "loss of a step", "gradients"]
     lines = []
     for row in rows:
-        if "error" in row:
-            lines.append([row["label"], f"not measured: {row['error'][:200].replace('|', '/')}"])
+        if "peak_bytes" not in row:
+            reason = str(row.get("error") or row.get("missing") or "not run")
+            lines.append([row["label"], f"not measured: {reason[:200].replace('|', '/')}"])
             continue
         compared = ("loss_difference", "largest_loss_difference_of_a_step", "gradient_difference")
         lines.append(

@@ -9,7 +9,8 @@ take turns, round by round, so that other work on the machine hits all of them. 
 thread, and memory is what is resident beyond interpreter and imports. The losses of all steps are compared, and losses
 and gradients of two batches before the first step, with those of the plain path of this program.
 
-A variant that fails, or that the budget has no time for, is a row that says so. With --dry-run the smallest model takes
+A variant that fails, that cannot run on this machine, or that the budget has no time for is a row that says so; the
+exit status is 1 if one failed. With --dry-run the smallest model takes
 the preset's place, on a CPU: its figures mean nothing, and are written nowhere.
 """
 
@@ -26,16 +27,29 @@ from typing import Any
 from comparison import summarise
 from machine import where
 from report import page
-from variants import PLAIN, all_variants
+from variants import MAIN, ORIGINAL, PLAIN, TRANSFORMERS, all_variants
 from workload import PRESETS, Preset, find_preset
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LONGEST_RUN = 7200.0
 """Seconds that one variant may take."""
 
+FIRST = (PLAIN, MAIN, ORIGINAL, TRANSFORMERS, "joined", "cached", "compiled")
+
 
 def run_child(wish: dict[str, Any], preset: Preset, seconds: float) -> dict[str, Any]:
-    """Run one variant once, in a process of its own; what comes back has an `error` if that failed."""
+    """Run one variant once, in a process of its own.
+
+    Args:
+        wish: For `step.py`.
+        preset: What is trained.
+        seconds: How long it may take.
+
+    Returns:
+        What it measured; `missing` and why, if it cannot run here or has no time; `error` and `output`, if it failed.
+    """
+    if seconds <= 0:
+        return {"missing": "no time was left"}
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
     if preset.device == "cpu":
         environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -43,7 +57,7 @@ def run_child(wish: dict[str, Any], preset: Preset, seconds: float) -> dict[str,
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return {"error": f"not done within {seconds:.0f} s"}
+        return {"missing": f"it was not done within {seconds:.0f} s"}
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not lines:
         output = (done.stderr or done.stdout).strip()
@@ -68,8 +82,8 @@ def measure(
     end = time.monotonic() + (options.budget_seconds or float("inf"))
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for number in range(options.rounds):
-        for name in names:
-            if any("error" in run for run in runs[name]):
+        for name in sorted(names, key=place):
+            if any("seconds" not in run for run in runs[name]):
                 continue
             left = min(end - time.monotonic(), LONGEST_RUN)
             wish = {
@@ -77,15 +91,20 @@ def measure(
                 "preset": preset.name,
                 "dry_run": options.dry_run,
                 "num_steps": options.steps,
-                "gradients": "" if number else str(folder / f"{name}.pt"),
+                "gradients": str(folder / f"{name}.pt"),
             }
-            run = run_child(wish, preset, left) if left > 0 else {"error": "no time was left"}
-            if "error" in run and number and left < LONGEST_RUN:
+            run = run_child(wish, preset, left)
+            if "missing" in run and number:
                 continue  # the rounds before are results
             runs[name].append(run)
-            said = run.get("output") or run.get("error") or f"{sum(run['seconds']):.1f} s"
+            said = run.get("output") or run.get("missing") or f"{sum(run['seconds']):.1f} s"
             print(f"round {number + 1}, {name}: {said}", file=sys.stderr, flush=True)
     return runs
+
+
+def place(name: str) -> int:
+    """Where a variant comes in a round: those first that most is to be learnt from, should time run out."""
+    return FIRST.index(name) if name in FIRST else len(FIRST)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -21,6 +21,9 @@ from workload import Preset, Sample, find_preset, make_batches
 
 from llava_ft.args import ParsedArgs, parse_args
 from llava_ft.data.collator import PackedCollator, PaddingCollator
+from llava_ft.errors import UserError
+from llava_ft.training.compile import compile_layers
+from llava_ft.training.rows import length_multiple
 from llava_ft.tuning.lora import add_lora
 from llava_ft.tuning.recompute import Recomputation, recompute_activations
 
@@ -84,8 +87,12 @@ def collator(variant: Variant, preset: Preset, args: ParsedArgs, features: dict[
         from baselines.transformers_trainer import collate
 
         return lambda samples: collate(samples, preset)
-    is_joined = args.data.padding_free
-    join = PackedCollator(0, flatten=True) if is_joined else PaddingCollator(0, with_mask=variant.program == ORIGINAL)
+    is_joined, multiple = args.data.padding_free, length_multiple(args)
+    join: PackedCollator | PaddingCollator
+    if is_joined:
+        join = PackedCollator(0, flatten=True, length_multiple=multiple)
+    else:
+        join = PaddingCollator(0, with_mask=variant.program == ORIGINAL, length_multiple=multiple)
     side = preset.vision["image_size"]
 
     def collate_native(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -126,14 +133,15 @@ class _Clock(TrainerCallback):
         self.meter.stop()
 
 
-def train(variant: Variant, preset: Preset, num_steps: int, gradient_file: Path | None) -> dict[str, Any]:
+def train(variant: Variant, preset: Preset, num_steps: int, gradient_file: Path) -> dict[str, Any]:
     """Train with a variant, and say what it took.
 
     Args:
         variant: How.
         preset: What.
         num_steps: Optimizer steps.
-        gradient_file: Where loss and gradients of two batches before the first step go.
+        gradient_file: Where loss and gradients of two batches before the first step go. Computing them also compiles
+            what is to be compiled.
     """
     device = torch.device(preset.device)
     args = parsed_flags(variant, preset)
@@ -148,9 +156,8 @@ def train(variant: Variant, preset: Preset, num_steps: int, gradient_file: Path 
     features = _encode(model, batches, preset) if variant.cached else {}
     collate, loss_of = collator(variant, preset, args, features), loss_function(variant)
     prepare_layers(model, variant, preset, args)
-    if gradient_file is not None:
-        checked = _check(model, [batches[0], _smallest(batches)], collate, loss_of, preset)
-        torch.save(checked, gradient_file)
+    checked = _check(model, [batches[0], _smallest(batches)], collate, loss_of, preset)
+    torch.save(checked, gradient_file)
     set_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _BenchTrainer(
@@ -174,11 +181,16 @@ def prepare_layers(model: Any, variant: Variant, preset: Preset, args: ParsedArg
         if preset.recomputed != "none":
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return
-    flags = args.flags
-    recomputation = Recomputation(
-        flags.gradient_checkpointing, flags.gradient_checkpointing_every, flags.activation_offload
+    flags, training = args.flags, args.training
+    recomputation = Recomputation.of_run(
+        flags.gradient_checkpointing,
+        flags.gradient_checkpointing_every,
+        offload=flags.activation_offload,
+        is_compiled=training.torch_compile,
     )
     recompute_activations(model, recomputation)
+    if training.torch_compile:
+        compile_layers(model, backend=preset.compiler, mode=training.torch_compile_mode)
 
 
 def _trainer_arguments(folder: str, preset: Preset, num_steps: int) -> TrainingArguments:
@@ -249,7 +261,10 @@ def main() -> None:
     wish = json.loads(sys.argv[1])
     preset = find_preset(wish["preset"], dry_run=wish["dry_run"])
     variant = next(variant for variant in all_variants(preset) if variant.name == wish["variant"])
-    result = train(variant, preset, wish["num_steps"], Path(wish["gradients"]) if wish["gradients"] else None)
+    try:
+        result = train(variant, preset, wish["num_steps"], Path(wish["gradients"]))
+    except UserError as error:  # such as a kernel that is not installed
+        result = {"missing": str(error)}
     print("RESULT " + json.dumps(result))
 
 

@@ -83,7 +83,8 @@ def _variations(main: Variant, preset: Preset) -> Iterator[Variant]:
         offloaded = {"gradient_checkpointing": "full", "activation_offload": "True"}
         recomputed["offloaded"] = ("all layers recomputed, their inputs in host memory", offloaded)
     changes = {name: change for name, change in recomputed.items() if name != preset.recomputed}
-    changes = {"compiled": ("layers compiled", {"torch_compile": "True"})} | changes
+    compiled = {"torch_compile": "True", "torch_compile_backend": preset.compiler}
+    changes = {"compiled": ("layers compiled", compiled)} | changes
     if is_gpu:
         kernels = ("flash_attention_3", "flash_attention_2", "varlen", "flex_attention", "sdpa")
         changes |= {kernel: (f"attention: {kernel}", {"attn_implementation": kernel}) for kernel in kernels}

@@ -52,6 +52,7 @@ class Preset:
         bits: 4 for QLoRA.
         recomputed: `gradient_checkpointing` of all ways to train: `none`, `full` or `selective`.
         mean_text: Tokens of a sample's text, on average.
+        compiler: Backend of `torch.compile`.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Preset:
     bits: int = 16
     recomputed: str = "none"
     mean_text: int = MEAN_TEXT
+    compiler: str = "inductor"
 
     @property
     def flags(self) -> dict[str, str]:
@@ -107,6 +109,7 @@ class Preset:
             max_length=128,
             num_steps=2,
             mean_text=60,
+            compiler="aot_eager",
         )
 
 

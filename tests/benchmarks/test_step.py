@@ -17,14 +17,20 @@ FLOAT32, BFLOAT16 = (2e-6, 1e-5), (0.02, 0.15)
 
 
 @pytest.mark.parametrize(
-    ("name", "tolerance"), [("cpu_small", FLOAT32), ("qlora_24gb", BFLOAT16), ("h200_7b_full", BFLOAT16)]
+    ("name", "tolerance", "left_out"),
+    [
+        ("cpu_small", FLOAT32, "compiled"),
+        pytest.param("cpu_small_r128", FLOAT32, "", marks=pytest.mark.slow),
+        pytest.param("qlora_24gb", BFLOAT16, "", marks=pytest.mark.slow),
+        pytest.param("h200_7b_full", BFLOAT16, "", marks=pytest.mark.slow),
+    ],
 )
-def test_all_variants_train_the_same(name, tolerance, tmp_path):
+def test_all_variants_train_the_same(name, tolerance, left_out, tmp_path):
     preset = find_preset(name, dry_run=True)
     runs = {
         variant.name: [train(variant, preset, NUM_STEPS, tmp_path / f"{variant.name}.pt")]
         for variant in all_variants(preset)
-        if variant.name != "compiled"
+        if variant.name != left_out
     }
     result = summarise(runs, preset, NUM_STEPS, tmp_path)
     assert [row["name"] for row in result["rows"]][:3] == ["original", "transformers", PLAIN]
@@ -44,10 +50,12 @@ def test_a_failed_variant_is_a_row_that_says_why(tmp_path):
     preset = replace(find_preset("cpu_small", dry_run=True), num_steps=1)
     plain = next(variant for variant in all_variants(preset) if variant.name == PLAIN)
     runs = {PLAIN: [train(plain, preset, 1, tmp_path / "plain.pt")], "joined": [{"error": "CUDA out of | memory"}]}
+    runs["cached"] = [{"missing": "no time was left"}]
     result = summarise(runs, preset, 1, tmp_path)
-    assert [row.get("error") for row in result["rows"]] == [None, "CUDA out of | memory"]
+    assert [row.get("error") for row in result["rows"]] == [None, "CUDA out of | memory", None]
     text = page(preset, argparse.Namespace(steps=1, rounds=1), {"where": {}} | result)
     assert "| not measured: CUDA out of / memory |" in text
+    assert "| not measured: no time was left |" in text
 
 
 def test_on_a_gpu_each_kernel_and_each_way_to_recompute_has_a_row():

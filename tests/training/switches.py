@@ -15,7 +15,7 @@ from llava_ft.training.setup import Run
 from tests.training.helpers import prepare
 
 Flags = Mapping[str, str]
-Combination = Mapping[str, str]
+Combination = dict[str, str]
 
 NUM_STEPS = 2
 METHODS: Mapping[str, str] = {"lora": "lora", "qlora": "lora", "full": "full", "projector": "projector"}
