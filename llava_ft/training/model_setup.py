@@ -57,11 +57,11 @@ def load_model_to_train(
         if parameter.requires_grad and not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.to(master_dtype)
     model.config.use_cache = False
-    recompute_activations(result, _recomputation(args), options=args.flags.gradient_checkpointing_kwargs)
+    recompute_activations(result, recomputation_of(args), options=args.flags.gradient_checkpointing_kwargs)
     return result
 
 
-def _recomputation(args: ParsedArgs) -> Recomputation:
+def recomputation_of(args: ParsedArgs) -> Recomputation:
     """What the flags ask to be computed again; notes what this run makes no use of."""
     flags = args.flags
     if flags.activation_offload and args.training.device.type == "cpu":
