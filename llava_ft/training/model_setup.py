@@ -1,5 +1,6 @@
 """The model of a run: weights loaded once, in the dtype they are held in; adapters added; what is trained marked."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from llava_ft.tuning.freeze import TuningPlan
 from llava_ft.tuning.lora import add_lora
 from llava_ft.tuning.quant import Quantization
 from llava_ft.tuning.recompute import Recomputation, recompute_activations
+
+logger = logging.getLogger(__name__)
 
 
 def load_model_to_train(
@@ -62,14 +65,13 @@ def load_model_to_train(
 
 
 def recomputation_of(args: ParsedArgs) -> Recomputation:
-    """What the flags ask to be computed again; notes what this run makes no use of."""
+    """What the flags ask to be computed again; logs what this run makes no use of."""
     flags = args.flags
     if flags.activation_offload and args.training.device.type == "cpu":
-        args.notes.append("activation_offload has no effect: the CPU is used, whose memory is the host's.")
+        logger.info("activation_offload has no effect: the CPU is used, whose memory is the host's.")
     if flags.gradient_checkpointing == "selective" and args.training.torch_compile:
-        args.notes.append(
-            "gradient_checkpointing=selective is left to torch_compile, which decides itself what a compiled layer "
-            "keeps."
+        logger.info(
+            "gradient_checkpointing=selective is left to torch_compile, which decides itself what a layer keeps."
         )
     return Recomputation.of_run(
         flags.gradient_checkpointing,
