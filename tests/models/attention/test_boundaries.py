@@ -38,9 +38,7 @@ def test_lengths_are_believed_and_positions_not_looked_at():
 
 @pytest.mark.parametrize("lengths", [[], [2, 3], [7], [6, 0], [8, -2]])
 def test_lengths_that_are_not_the_row_s_are_refused(lengths):
-    with pytest.raises(
-        ValueError, match=rf"are \[.*\], {sum(lengths)} in all, .* 1 rows of 6 positions"
-    ):
+    with pytest.raises(ValueError, match=rf"are \[.*\], {sum(lengths)} in all, .* 1 rows of 6 positions"):
         find_boundaries(1, 6, "cpu", sample_lengths=lengths)
 
 

@@ -1,6 +1,7 @@
 """Every kernel's wrapper attends within samples, as a slow reference in float64 does.
 
-Kernels of GPUs are replaced by functions of the same signature; `test_on_gpu.py` runs them as they are.
+Kernels of GPUs are replaced by functions of the same signature; `tests/benchmarks/test_attention.py` runs them as they
+are, on a GPU.
 """
 
 import inspect
