@@ -255,12 +255,12 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="folder for attention_gpu.json and .md, or attention_cpu")
     options = parser.parse_args()
     result = run(options)
-    print(page(result))
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
         name = "attention_gpu" if result["where"]["gpu"] else "attention_cpu"
         (options.output / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
         (options.output / f"{name}.md").write_text(page(result))
+    print(page(result))
     return 0 if all(found["passes"] for found in result["check"].values()) else 1
 
 
