@@ -1,121 +1,262 @@
 #!/usr/bin/env python3
 """Compares one decoder layer with LoRA in the program's own arithmetic, in PEFT's, and without adapters.
 
-    python benchmarks/lora_layer.py [--preset cpu_small] [--output benchmarks/results]
+    python benchmarks/lora_layer.py [--preset cpu_small] [--bits 16 4] [--ranks 16 128] [--dtypes float32 bfloat16]
+        [--device cpu] [--passes 15] [--output benchmarks/results] [--dry-run]
 
-Forward and backward pass of a layer of the preset's language model on 763 positions, the three taking turns; the
-median of the passes. On a CPU times are CPU seconds of one thread.
+Forward and backward pass of a layer of the preset's language model on 763 positions, the ways taking turns; the median
+of the passes. On a CPU times are CPU seconds of one thread. Frozen weights are the same tensors in all ways. With
+--device the widths of a preset for GPUs can be measured on a CPU; with --dry-run they are the smallest model's.
 """
 
 import argparse
+import copy
+import json
 import statistics
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from machine import where
 from measure import Meter
+from models import QUANTIZATION
+from report import described, markdown_table
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from workload import PRESETS, Preset
 
+from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.models.llava import LlavaLlamaForCausalLM
+from llava_ft.planning.tracker import MemoryTracker
 from llava_ft.tuning.lora import add_lora
+from llava_ft.tuning.lora_layer import use_fast_layers
+from llava_ft.tuning.quant import quantize_linears, set_quantized_weight
 
-POSITIONS, PASSES = 763, 15
-KINDS = {"no adapters": None, "PEFT": False, "own arithmetic": True}
+POSITIONS = 763
+KINDS = ("no adapters", "no adapters, own functions", "PEFT", "own functions")
+HEAD = ("bits", "rank", "dtype", "adapters", "ms", "to no adapters", "FLOPs", "MB kept", "MB at most")
 
 
-def build_layer(preset: Preset, rank: int, fast: bool | None, dtype: torch.dtype) -> tuple[torch.nn.Module, tuple]:
-    """A layer, and the angles that rotate its queries and keys."""
-    from llava_ft.models.config import LlavaLlamaConfig
-    from llava_ft.models.llava import LlavaLlamaForCausalLM
+@dataclass(frozen=True)
+class Case:
+    """What is compared.
 
+    Attributes:
+        bits: Of frozen weights.
+        rank: Of the adapters.
+        dtype: Compute dtype.
+    """
+
+    bits: int
+    rank: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to compute a case.
+
+    Attributes:
+        bits: Of frozen weights.
+        rank: Of the adapters.
+        dtype: Compute dtype.
+        adapters: Whose arithmetic.
+        seconds: Median of a forward and a backward pass.
+        flops: Those of matrix products, as a multiple of those without adapters.
+        kept: Bytes that autograd keeps between the two passes, weights not counted.
+        peak: Most bytes alive at once, weights not counted.
+    """
+
+    bits: int
+    rank: int
+    dtype: str
+    adapters: str
+    seconds: float
+    flops: float
+    kept: int
+    peak: int
+
+
+def build_base(preset: Preset, case: Case) -> LlavaLlamaForCausalLM:
+    """A model of one layer without adapters, frozen."""
     torch.manual_seed(0)
     fields = preset.language | {"num_hidden_layers": 1, "vocab_size": 8}
-    model = LlavaLlamaForCausalLM(LlavaLlamaConfig(**fields, mm_vision_config=None, attn_implementation="sdpa"))
-    model.requires_grad_(False).to(preset.device, dtype)
-    if fast is not None:
-        add_lora(model, r=rank, alpha=2 * rank, dropout=0.0, fast=fast)
-    hidden = torch.empty(1, POSITIONS, preset.language["hidden_size"], device=preset.device, dtype=dtype)
-    angles = model.model.rotary_emb(hidden, torch.arange(POSITIONS, device=preset.device)[None])
-    return model.model.layers[0].train(), angles
+    config = LlavaLlamaConfig(**fields, mm_vision_config=None, attn_implementation="sdpa")
+    with torch.device("meta"):
+        model = LlavaLlamaForCausalLM(config)
+    if case.bits == 4:
+        quantize_linears(model, QUANTIZATION, lambda _: case.dtype)
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            shape = (module.out_features, module.in_features)
+            set_quantized_weight(module, 0.02 * torch.randn(shape, device=preset.device, dtype=case.dtype))
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                values = 0.02 * torch.randn(parameter.shape, device=preset.device, dtype=case.dtype)
+                module._parameters[name] = nn.Parameter(values + 1.0 if parameter.dim() == 1 else values)
+    with torch.device(preset.device):
+        model.model.rotary_emb = LlamaRotaryEmbedding(config)
+    return model.requires_grad_(False).train()
 
 
-def kept_bytes(layer: torch.nn.Module, run) -> int:
-    """Bytes that autograd keeps of a forward pass, weights not counted."""
+def build_layer(base: LlavaLlamaForCausalLM, case: Case, kind: str) -> nn.Module:
+    """The layer as one of `KINDS`; its frozen weights are those of `base`."""
+    model = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
+    if not kind.startswith("no adapters"):
+        add_lora(model, r=case.rank, alpha=2 * case.rank, dropout=0.0, fast=False)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
+    if kind.endswith("own functions"):
+        use_fast_layers(model)
+    return model.model.layers[0]
+
+
+def bytes_of(layer: nn.Module, run: Callable[[], torch.Tensor], grad: torch.Tensor) -> tuple[int, int]:
+    """Bytes that autograd keeps of a forward pass, and most that are alive in both passes; neither with weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
     sizes: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        if storage.data_ptr() not in weights and tensor.dtype != torch.uint8:
             sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run()
-    return sum(sizes.values())
+    with MemoryTracker() as tracker:
+        tracker.ignore([*layer.parameters(), grad])
+        run().backward(grad)
+    return sum(sizes.values()), max(peak.total for peak in tracker.peaks.values())
 
 
-def measure(preset: Preset, rank: int, dtype: torch.dtype) -> list[str]:
-    """Lines of the table for a rank and a dtype."""
-    device, meters, runs, kept = torch.device(preset.device), {}, {}, {}
-    for kind, fast in KINDS.items():
-        layer, angles = build_layer(preset, rank, fast, dtype)
-        hidden = torch.randn(
-            1, POSITIONS, preset.language["hidden_size"], device=device, dtype=dtype, requires_grad=True
-        )
+def flops(preset: Preset, rank: int) -> float:
+    """FLOPs of matrix products with adapters of a rank (0 is none) for one position, weights frozen; causal attention.
 
-        def run(layer=layer, angles=angles, hidden=hidden) -> torch.Tensor:
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    Frozen weights take part in two products, forward and for the input's gradient, adapters in three.
+    """
+    width, inner = preset.language["hidden_size"], preset.language["intermediate_size"]
+    heads, kv_heads = preset.language["num_attention_heads"], preset.language["num_key_value_heads"]
+    kv_width = width * kv_heads // heads
+    sizes = [(width, width), (width, kv_width), (width, kv_width), (width, width)]
+    sizes += [(width, inner), (width, inner), (inner, width)]
+    products = sum(4 * inputs * outputs + 6 * rank * (inputs + outputs) for inputs, outputs in sizes)
+    return products + 12 * width * (POSITIONS + 1) / 2
+
+
+def measure(preset: Preset, case: Case, passes: int) -> list[Row]:
+    """Compare the ways to compute a case."""
+    device, base = torch.device(preset.device), build_base(preset, case)
+    shape = (1, POSITIONS, preset.language["hidden_size"])
+    angles = base.model.rotary_emb(
+        torch.empty(shape, device=device, dtype=case.dtype), torch.arange(POSITIONS, device=device)[None]
+    )
+    grad = torch.randn(shape, device=device, dtype=case.dtype)
+    meters: dict[str, Meter] = {}
+    runs: dict[str, Callable[[], torch.Tensor]] = {}
+    memory: dict[str, tuple[int, int]] = {}
+    for kind in KINDS:
+        layer = build_layer(base, case, kind)
+        hidden = torch.randn(shape, device=device, dtype=case.dtype, requires_grad=True)
+
+        def run(layer=layer, hidden=hidden) -> torch.Tensor:
+            with torch.autocast(device.type, case.dtype, enabled=case.dtype != torch.float32):
                 return layer(hidden, position_embeddings=angles, attention_mask=None)
 
-        kept[kind] = kept_bytes(layer, run)
+        memory[kind] = bytes_of(layer, run, grad)
         meters[kind], runs[kind] = Meter(device), run
-    grad = torch.randn(1, POSITIONS, preset.language["hidden_size"], device=device, dtype=dtype)
-    for _ in range(PASSES):
+    for _ in range(passes):
         for kind, run in runs.items():
             meters[kind].start()
             run().backward(grad)
             meters[kind].stop()
-    lines, plain = [], statistics.median(meters["no adapters"].seconds)
-    for kind, meter in meters.items():
-        seconds = statistics.median(meter.seconds)
-        name = str(dtype).removeprefix("torch.")
-        lines.append(
-            f"| {rank} | {name} | {kind} | {1000 * seconds:.1f} | {seconds / plain - 1:+.0%} | {kept[kind] / 1e6:.1f} |"
+    about = (case.bits, case.rank, str(case.dtype).removeprefix("torch."))
+    more = flops(preset, case.rank) / flops(preset, 0)
+    return [
+        Row(
+            *about, kind, statistics.median(meters[kind].seconds), 1.0 if kind.startswith("no") else more, *memory[kind]
         )
-    return lines
+        for kind in KINDS
+    ]
+
+
+def lines_of(rows: Sequence[Row]) -> list[list[str]]:
+    """Cells of the table for the rows of one case."""
+    plain = rows[0].seconds
+    return [
+        [
+            *(str(row.bits), str(row.rank), row.dtype, row.adapters),
+            f"{1000 * row.seconds:.1f}",
+            f"{row.seconds / plain - 1:+.0%}",
+            f"{row.flops - 1:+.0%}",
+            *(f"{size / 1e6:.1f}" for size in (row.kept, row.peak)),
+        ]
+        for row in rows
+    ]
+
+
+def chosen_preset(options: argparse.Namespace) -> Preset:
+    """The preset as the options have it."""
+    preset: Preset = PRESETS[options.preset]
+    if options.dry_run:
+        return preset.shrunk()
+    return replace(preset, device=options.device or preset.device)
 
 
 def main() -> int:
     """Measure, print, and write if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu_small")
-    parser.add_argument("--output", type=Path, help="folder for lora_layer_PRESET.md")
+    parser.add_argument("--bits", type=int, nargs="+", choices=(4, 16), default=[16, 4])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 128])
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="another than the preset's")
+    parser.add_argument("--passes", type=int, default=15)
+    parser.add_argument("--output", type=Path, help="folder for lora_layer_PRESET.md and .json")
+    parser.add_argument("--dry-run", action="store_true", help="the smallest model, on a CPU, two passes")
     options = parser.parse_args()
-    preset = PRESETS[options.preset]
+    preset = chosen_preset(options)
     if preset.device == "cuda" and not torch.cuda.is_available():
         print(f"{preset.name} is for a GPU, and torch sees none here: not measured.", file=sys.stderr)
         return 2
     if preset.device == "cpu":
         torch.set_num_threads(1)
-    about = ", ".join(f"{key} {value}" for key, value in where().items() if value is not None)
-    lines = ["| rank | dtype | adapters | ms | to no adapters | MB kept |", "| --- " * 6 + "|"]
-    for rank in (16, 128):
-        for dtype in (torch.float32, torch.bfloat16):
-            lines += measure(preset, rank, dtype)
-            print(*lines[-3:], sep="\n", file=sys.stderr)
-    text = (
-        f"# A decoder layer with LoRA: {preset.name}\n\n`python benchmarks/lora_layer.py --preset {preset.name}`; "
-        f"{about}.\n\nForward and backward pass of one layer on {POSITIONS} positions; bfloat16 under autocast with "
-        f"float32 adapters. MB kept are what autograd keeps between the two, weights not counted.\n\n"
-        + "\n".join(lines)
-        + "\n"
-    )
+    about = where()
+    rows: list[Row] = []
+    lines: list[list[str]] = []
+    for bits in options.bits:
+        for rank in options.ranks:
+            for dtype in options.dtypes:
+                case = Case(bits, rank, getattr(torch, dtype))
+                found = measure(preset, case, 2 if options.dry_run else options.passes)
+                rows += found
+                lines += lines_of(found)
+                print(*(" | ".join(line) for line in lines[-len(KINDS) :]), sep="\n", file=sys.stderr)
+    text = page(preset, lines, about)
     print(text)
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / f"lora_layer_{preset.name}.md").write_text(text)
+        place = "" if preset.device == PRESETS[options.preset].device else f"_on_{preset.device}"
+        file = options.output / f"lora_layer_{preset.name}{place}.md"
+        file.write_text(text)
+        file.with_suffix(".json").write_text(json.dumps({"where": about, "rows": list(map(asdict, rows))}, indent=1))
     return 0
+
+
+def page(preset: Preset, lines: Sequence[Sequence[str]], about: dict[str, object]) -> str:
+    """The page of results."""
+    command = "python " + " ".join(["benchmarks/lora_layer.py", *sys.argv[1:]])
+    return (
+        f"# A decoder layer with LoRA: {preset.name}, on {preset.device}\n\n`{command}`; {described(about)}.\n\n"
+        f"Forward and backward pass of one layer on {POSITIONS} positions; bfloat16 under autocast with float32 "
+        "adapters; 4 bits are nf4, double-quantised. FLOPs are what adapters add to those of the layer's matrix "
+        "products. MB kept are what autograd keeps between the two passes, MB at most what is alive at once in them, "
+        "gradients of the adapters included, weights not.\n\n" + markdown_table(HEAD, lines) + "\n"
+    )
 
 
 if __name__ == "__main__":

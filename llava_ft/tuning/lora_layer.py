@@ -16,6 +16,7 @@ before, and the log says so once.
 Shapes: B samples, T positions (B T of them in flat tensors), D width, I width inside the MLP.
 """
 
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -179,8 +180,18 @@ def _weights_of(layer: LlamaDecoderLayer, hidden: torch.Tensor) -> tuple[float, 
     return max(dropouts, default=0.0), found
 
 
+@functools.cache
+def _has_fused_norm(device: str) -> bool:
+    """Whether torch has kernels that compute RMSNorm and its gradient in one pass: on a GPU, not on a CPU."""
+    has: Any = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = ("aten::_fused_rms_norm", "aten::_fused_rms_norm_backward")
+    return device == "cuda" and all(has(name, "CUDA") for name in names)
+
+
 def _normalize(x_TD: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
     """RMSNorm: the result in the dtype of `x`, and the inverse root of the mean square, `(T, 1)` float32."""
+    if _has_fused_norm(x_TD.device.type) and x_TD.dtype == weight_D.dtype:
+        return torch.ops.aten._fused_rms_norm(x_TD, [x_TD.shape[-1]], weight_D, epsilon)
     x32_TD = x_TD.float()
     mean_T1 = torch.linalg.vector_norm(x32_TD, dim=-1, keepdim=True).square_().div_(x_TD.shape[-1])
     inverse_T1 = mean_T1.add_(epsilon).rsqrt_()
@@ -191,6 +202,9 @@ def _norm_gradient(
     grad_TD: torch.Tensor, x_TD: torch.Tensor, weight_D: torch.Tensor, inverse_T1: torch.Tensor
 ) -> torch.Tensor:
     """Gradient of RMSNorm's input; `grad_TD` is used up."""
+    if _has_fused_norm(x_TD.device.type) and x_TD.dtype == weight_D.dtype:
+        shape, wanted = [x_TD.shape[-1]], [True, False]
+        return torch.ops.aten._fused_rms_norm_backward(grad_TD, x_TD, shape, inverse_T1, weight_D, wanted)[0]
     x32_TD = x_TD.float()
     grad32_TD = grad_TD.mul_(weight_D).float()
     with torch.autocast(x_TD.device.type, enabled=False):  # a compiled backward pass is traced under autocast

@@ -1,16 +1,19 @@
 """LoRA's arithmetic written out equals PEFT's, and steps aside where it does not apply."""
 
 import copy
+import logging
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_ft.tuning import lora_layer
 from llava_ft.tuning.lora import add_lora, target_pattern, wrap_with_peft
 from llava_ft.tuning.lora_layer import LoraDecoderLayer, use_fast_layers
 from llava_ft.tuning.lora_linear import LoraProduct
+from llava_ft.tuning.quant import Quantization
 from tests.models.test_decoder import joined, padded, samples
 from tests.models.test_forward import load
 
@@ -178,8 +181,19 @@ class TestWhatPeftOffersStays:
         assert list(fast) == list(plain)
         assert all(torch.equal(value, plain[name]) for name, value in fast.items())
 
-    @pytest.mark.parametrize("change", ["dora", "two adapters", "bias", "trained norm", "trained base"])
-    def test_what_is_not_plain_lora_runs_in_its_own_modules(self, monkeypatch, change):
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            ("dora", "q_proj has a variant of LoRA such as DoRA"),
+            ("two adapters", "q_proj has 2 active adapters"),
+            ("bias", "q_proj has a bias"),
+            ("trained norm", "its norms are trained"),
+            ("trained base", "o_proj has a base weight that is trained"),
+        ],
+    )
+    def test_what_is_not_plain_lora_runs_in_its_own_modules_and_is_logged_once(
+        self, monkeypatch, caplog, change, reason
+    ):
         calls = count_calls(monkeypatch)
         base = load("ckpt/llava15-tiny", "sdpa")
         config = LoraConfig(
@@ -198,12 +212,64 @@ class TestWhatPeftOffersStays:
             is_norm, is_base = name.endswith("layernorm.weight"), name.endswith("o_proj.base_layer.weight")
             if (change == "trained norm" and is_norm) or (change == "trained base" and is_base):
                 parameter.requires_grad_(True)
+        model.train()
         plain_loss, plain = loss_and_gradients(model, joined())
         assert use_fast_layers(model) == len(base.model.layers)
-        loss, gradients = loss_and_gradients(model, joined())
+        with caplog.at_level(logging.WARNING, "llava_ft"):
+            loss, gradients = loss_and_gradients(model, joined())
+            loss_and_gradients(model, joined())
         assert not calls
+        [message] = [record.getMessage() for record in caplog.records]
+        assert "2 of 2 decoder layers (0-1) are computed by PEFT's modules" in message
+        assert reason in message
         assert loss == pytest.approx(plain_loss, rel=1e-6)
         assert largest_difference(gradients, plain) < 1e-5
+
+
+class _ReferenceOfFusedNorm(TorchDispatchMode):
+    """Runs torch's fused gradient of RMSNorm, which has no kernel on a CPU, as torch itself writes it out."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._fused_rms_norm_backward.default:
+            func = torch._decomp.decomposition_table[func]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_s_fused_norms_give_the_same(monkeypatch, dtype):
+    """What a GPU runs in place of the norms written out here."""
+    expected = loss_and_gradients(make(fast=True, dtype=dtype).to(dtype), joined())
+    monkeypatch.setattr(lora_layer, "_has_fused_norm", lambda device: True)
+    with _ReferenceOfFusedNorm():
+        actual = loss_and_gradients(make(fast=True, dtype=dtype).to(dtype), joined())
+    is_exact = dtype == torch.float32
+    assert actual[0] == pytest.approx(expected[0], rel=1e-6 if is_exact else 1e-3)
+    assert largest_difference(actual[1], expected[1]) < (1e-5 if is_exact else 0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [16, 4])
+def test_on_a_gpu_it_is_no_further_from_float32_than_peft(bits):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    if bits == 4:
+        from tests.tuning.test_fast_lora_4bit import exact_gradients
+        from tests.tuning.test_fast_lora_4bit import make as make_4bit
+
+        quantization = Quantization(4)
+        exact = exact_gradients(quantization, joined(), torch.float64)
+        models = [make_4bit(quantization, fast=fast, dtype=torch.bfloat16).cuda() for fast in (True, False)]
+    else:
+        exact = loss_and_gradients(make(fast=False, dtype=torch.bfloat16).double(), joined())[1]
+        models = [make(fast=fast, dtype=torch.bfloat16).cuda() for fast in (True, False)]
+    errors = []
+    for model in models:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(**{name: tensor.cuda() for name, tensor in joined().items()}).loss
+        loss.backward()
+        gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+        errors.append(sum((gradients[name] - value).square().sum().item() for name, value in exact.items()) ** 0.5)
+    assert errors[0] < 1.2 * errors[1]
 
 
 def test_a_layer_keeps_two_thirds_of_what_peft_s_does():
