@@ -90,6 +90,15 @@ def test_evaluation_and_training_after_it_are_those_of_peft():
     assert difference(fast, plain) < 1e-6
 
 
+def test_gradients_under_checkpointing_are_those_without():
+    expected = loss_and_gradients(make(KINDS[0], fast=True), joined())
+    model = make(KINDS[0], fast=True)
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    actual = loss_and_gradients(model, joined())
+    assert actual[0] == expected[0]
+    assert all(torch.equal(actual[1][name], value) for name, value in expected[1].items())
+
+
 def unpacked_sizes(monkeypatch, model: PeftModel) -> tuple[list[int], int]:
     """Sizes of the weights that a step unpacks, and how many of them were alive at once at most."""
     alive: weakref.WeakSet = weakref.WeakSet()
