@@ -172,10 +172,19 @@ def check(kernels: Sequence[str], device: torch.device, dtype: torch.dtype) -> d
     """Errors of each kernel at each shape, and whether they are small enough."""
     found: dict[str, Any] = {}
     for kernel in kernels:
-        errors = [errors_of(kernel, shape, device, dtype) for shape in CHECKED]
-        worst = max(max(row) for row in errors)
-        found[kernel] = {"error_to_plain": [[round(e, 3) for e in row] for row in errors], "passes": worst <= ALLOWED}
+        try:
+            errors = [errors_of(kernel, shape, device, dtype) for shape in CHECKED]
+        except Exception as error:  # whatever a kernel fails with, the others are still checked
+            found[kernel] = {"failed": in_one_line(error), "passes": False}
+            continue
+        passes = max(max(row) for row in errors) <= ALLOWED
+        found[kernel] = {"error_to_plain": [[round(e, 3) for e in row] for row in errors], "passes": passes}
     return found
+
+
+def in_one_line(error: Exception) -> str:
+    """The kind of an error and the beginning of what it says."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".replace("|", "/")
 
 
 def measure(
@@ -186,12 +195,14 @@ def measure(
     for label, shape in shapes.items():
         for kernel in (*kernels, MASKED):
             for layout, timed, rows in (("joined", shape, 1), ("padded", shape.padded(), len(shape.lengths))):
-                seconds = time_of(kernel, timed, rows, device, dtype, passes)
+                line = {"samples": label, "kernel": kernel, "rows": layout}
+                try:
+                    seconds = time_of(kernel, timed, rows, device, dtype, passes)
+                except Exception as error:  # as in `check`
+                    lines.append(line | {"failed": in_one_line(error)})
+                    continue
                 tflops = shape.model_flops() / seconds / 1e12
-                lines.append(
-                    {"samples": label, "kernel": kernel, "rows": layout, "ms": round(1e3 * seconds, 3)}
-                    | {"useful_tflops": round(tflops, 3)}
-                )
+                lines.append(line | {"ms": round(1e3 * seconds, 3), "useful_tflops": round(tflops, 3)})
     return lines
 
 
@@ -210,14 +221,16 @@ def page(result: dict[str, Any]) -> str:
     if result.get("times"):
         lines += ["| samples | kernel | rows | ms | useful TFLOP/s |", "| --- | --- | --- | --- | --- |"]
         lines += [
-            f"| {row['samples']} | {row['kernel']} | {row['rows']} | {row['ms']} | {row['useful_tflops']} |"
+            f"| {row['samples']} | {row['kernel']} | {row['rows']} | "
+            + (row.get("failed") or f"{row['ms']} | {row['useful_tflops']}")
+            + " |"
             for row in result["times"]
         ]
         lines.append("")
     if result.get("check"):
         lines += ["| kernel | largest error, in errors of plain computation in this dtype | |", "| --- | --- | --- |"]
         for kernel, found in result["check"].items():
-            worst = max(max(row) for row in found["error_to_plain"])
+            worst = found.get("failed") or max(max(row) for row in found["error_to_plain"])
             lines.append(f"| {kernel} | {worst} | {'passes' if found['passes'] else 'DIFFERS'} |")
         lines.append("")
     lines += [f"- {kernel} was not run: {reason}." for kernel, reason in result["not_run"].items()]

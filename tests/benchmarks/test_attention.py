@@ -44,6 +44,16 @@ def test_the_page_has_a_line_for_each_kernel():
     assert "DIFFERS" not in text
 
 
+def test_a_kernel_that_fails_is_a_line(monkeypatch):
+    def caller(kernel, shape, rows, device):
+        raise RuntimeError("no kernel image is available\nfor execution on the device")
+
+    monkeypatch.setattr(attention, "caller", caller)
+    result = attention.run(argparse.Namespace(check=False, time=False, dry_run=True))
+    assert not result["check"]["sdpa"]["passes"]
+    assert page(result).count("| RuntimeError: no kernel image is available for execution on the device |") >= 5
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kernel", BY_SAMPLE)
