@@ -101,7 +101,7 @@ def _step(preset: str, num_steps: int) -> Callable[[Call], list[str]]:
         steps, seconds = 2 if call.dry_run else num_steps, call.seconds - LAST_SECONDS
         flags = ["--rounds", "1", "--steps", str(steps), "--budget-seconds", f"{seconds:.0f}"]
         if call.dry_run:
-            flags += ["--variants", "fast_lora" if preset != "h200_7b_full" else "joined"]
+            flags += ["--variants", "fast_lora" if preset == "h200_7b" else "plain"]
         return call.script("run.py", "--preset", preset, *flags)
 
     return command
@@ -147,7 +147,9 @@ def run_within(command: Sequence[str], seconds: float, said: Path, *, is_dry: bo
         `done`, `failed (status N)` or `not done within N s`; and what it wrote.
     """
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-    environment |= {"CUDA_VISIBLE_DEVICES": ""} if is_dry else {}
+    if is_dry:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    environment.setdefault("CUDA_VISIBLE_DEVICES", "0")  # transformers' trainer would divide a batch among several
     with said.open("w") as output:
         process = subprocess.Popen(
             command, env=environment, cwd=REPOSITORY, stdout=output, stderr=output, start_new_session=True

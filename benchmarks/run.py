@@ -53,6 +53,7 @@ def run_child(wish: dict[str, Any], preset: Preset, seconds: float) -> dict[str,
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
     if preset.device == "cpu":
         environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.setdefault("CUDA_VISIBLE_DEVICES", "0")  # transformers' trainer would divide a batch among several
     command = [sys.executable, str(Path(__file__).with_name("step.py")), json.dumps(wish)]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)

@@ -142,14 +142,14 @@ _CPU_SMALL = Preset(
     lora_r=16,
     lora_alpha=32,
 )
-_H200_7B = Preset("h200_7b", LLAMA_7B, CLIP_L, "cuda", torch.bfloat16, batch_size=16)
+_H200_7B = Preset("h200_7b", LLAMA_7B, CLIP_L, "cuda", torch.bfloat16, batch_size=8)
 PRESETS = {
     preset.name: preset
     for preset in (
         _CPU_SMALL,
         replace(_CPU_SMALL, name="cpu_small_r128", lora_r=128, lora_alpha=256),
         _H200_7B,
-        replace(_H200_7B, name="h200_13b", language=LLAMA_13B, batch_size=8),
+        replace(_H200_7B, name="h200_13b", language=LLAMA_13B, batch_size=4),
         replace(_H200_7B, name="h200_7b_full", lora_r=0, batch_size=8, recomputed="full"),
         replace(_H200_7B, name="qlora_24gb", batch_size=2, bits=4, recomputed="full"),
     )
