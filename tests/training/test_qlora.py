@@ -187,7 +187,8 @@ def test_the_validation_loss_is_that_of_the_model_trained(tmp_path: Path):
     quantization = choose_quantization(str(tmp_path / "out"), 4)
     loaded = load_model(str(tmp_path / "out"), quantization=quantization)
     expected = fixed_logits(replace(loaded, model=run.trainer.model.eval()))
-    assert all(torch.equal(a, b) for a, b in zip(expected, fixed_logits(loaded), strict=True))
+    for trained, asked in zip(expected, fixed_logits(loaded), strict=True):  # --fast_lora rounds in another order
+        torch.testing.assert_close(asked, trained, rtol=0, atol=2e-6 * trained.abs().max().item())
 
 
 def test_added_tokens(tmp_path: Path):
