@@ -1,6 +1,7 @@
 """Recomputation changes neither loss nor gradients, and keeps and computes what it says."""
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -166,6 +167,21 @@ class TestWhatIsComputedAgain:
         bmm = torch.ops.aten.bmm.default
         assert recompute._choose(None, bmm, *wide) == recompute.CheckpointPolicy.PREFER_RECOMPUTE
         assert recompute._choose(None, bmm, *narrow) == recompute.CheckpointPolicy.MUST_SAVE
+
+    @pytest.mark.parametrize("name", sorted(recompute._ATTENTION | recompute._QUANTIZED_PRODUCTS))
+    def test_operations_go_by_names_that_libraries_have(self, name):
+        """flash-attn needs a GPU to be built; the names of its operations are those of its versions 2 and 3."""
+        namespace, _, operation = name.rpartition("::")
+        if namespace == "bitsandbytes":
+            pytest.importorskip("bitsandbytes")
+        if namespace == "torch_attn":
+            importlib.import_module("torch.nn.attention.varlen")
+        if namespace == "":
+            importlib.import_module("torch._higher_order_ops.wrap")
+            found: Any = torch.ops.higher_order
+        else:
+            found = getattr(torch.ops, namespace)
+        assert namespace.startswith("flash_attn") or hasattr(found, operation)
 
 
 class TestMemory:
