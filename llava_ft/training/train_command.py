@@ -96,6 +96,6 @@ def _in_plain_words(error: Exception) -> Exception:
         return error
     return RunError(
         f"The GPU's memory is used up: {error} `llava-ft plan` with the same flags shows what takes it and what to "
-        "change: gradient_checkpointing (--fit chooses it), a smaller per_device_train_batch_size with more gradient_accumulation_steps, "
-        "another ZeRO stage, or bits 4."
+        "change: gradient_checkpointing (--fit chooses it), a smaller per_device_train_batch_size with more "
+        "gradient_accumulation_steps, another ZeRO stage, or bits 4."
     )
