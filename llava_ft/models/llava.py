@@ -235,7 +235,7 @@ class LlavaMixin(_Base):
     ) -> dict[str, Any]:
         """Find the samples of a batch for the attention kernels: once a forward pass, not in each layer."""
         has_mask = kwargs["attention_mask"] is not None or kwargs["past_key_values"] is not None
-        if sample_lengths is None and (has_mask or not takes_boundaries(self.config._attn_implementation)):
+        if sample_lengths is None and not takes_boundaries(self.config._attn_implementation):
             return {}
         position_ids = kwargs["position_ids"]
         boundaries = boundaries_of_batch(embeds_BTD, sample_lengths, position_ids, has_mask=has_mask)

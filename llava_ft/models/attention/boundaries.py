@@ -29,8 +29,8 @@ class SampleBoundaries:
 
     Attributes:
         are_rows: Whether each row is one sample.
+        starts: Where each sample begins, and where the last one ends.
         max_length: Positions of the longest sample.
-        cu_seqlens: `(N + 1,)` int32 on the device: where each sample begins, and where the last one ends.
     """
 
     def __init__(
@@ -46,7 +46,12 @@ class SampleBoundaries:
         self.num_rows = num_rows
         self.are_rows = len(self.lengths) == num_rows
         self.read_counts = read_counts
-        self.cu_seqlens = to_device(torch.tensor(self.starts, dtype=torch.int32), device)
+        self._device = device
+
+    @cached_property
+    def cu_seqlens(self) -> torch.Tensor:
+        """`starts` on the device, `(N + 1,)` int32, copied once for all layers."""
+        return to_device(torch.tensor(self.starts, dtype=torch.int32), self._device)
 
     def count_reads(self, positions_S: torch.Tensor) -> "SampleBoundaries":
         """Return the same boundaries with the number of positions of each sample that are read.
@@ -63,17 +68,17 @@ class SampleBoundaries:
         if len(self.lengths) > 1:
             ends = torch.searchsorted(positions_S, self.cu_seqlens[1:].to(positions_S.dtype)).tolist()
             counts = tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
-        return SampleBoundaries(self.lengths, self.num_rows, self.cu_seqlens.device, counts)
+        return SampleBoundaries(self.lengths, self.num_rows, self._device, counts)
 
     def position_ids(self) -> torch.Tensor:
         """Positions within samples: `(B, T)` int64, 0 where a sample begins."""
         flat = torch.cat([torch.arange(length) for length in self.lengths])
-        return to_device(flat, self.cu_seqlens.device).view(self.num_rows, -1)
+        return to_device(flat, self._device).view(self.num_rows, -1)
 
     @cached_property
     def block_mask(self) -> BlockMask:
         """The mask of `flex_attention`, made once for all layers."""
-        return causal_block_mask(self.lengths, self.cu_seqlens.device)
+        return causal_block_mask(self.lengths, self._device)
 
 
 def boundaries_of_batch(
@@ -89,19 +94,21 @@ def boundaries_of_batch(
         embeds_BTD: `(B, T, D)`, what the model reads.
         sample_lengths: Positions of each sample, or None.
         position_ids: `(B, T)` or `(1, T)`, or None.
-        has_mask: Whether there is an attention mask or a cache.
+        has_mask: Whether there is an attention mask or a cache. As in transformers each row is one sample then,
+            whatever the positions are.
 
     Raises:
         ValueError: The lengths are not those of the batch, or there is a mask or a cache beside them.
     """
-    if has_mask:
+    if has_mask and sample_lengths is not None:
         raise ValueError(
             "There are sample_lengths and an attention_mask or a cache, which would join the samples. Give the lengths "
             "alone: they include padding, and right-padded positions need no mask."
         )
     num_rows, row_length, _ = embeds_BTD.shape
+    positions = None if has_mask else position_ids
     return find_boundaries(
-        num_rows, row_length, embeds_BTD.device, sample_lengths=sample_lengths, position_ids=position_ids
+        num_rows, row_length, embeds_BTD.device, sample_lengths=sample_lengths, position_ids=positions
     )
 
 

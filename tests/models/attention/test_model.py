@@ -108,6 +108,14 @@ def test_a_mask_of_right_padding_is_honoured(kernel, alone):
     assert_same(loss_and_gradients(make_model(kernel), padded()), alone, TOLERANCE)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_beside_a_mask_each_row_is_one_sample_as_in_transformers(kernel):
+    batch = joined()
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    expected = logits_of(make_model("eager"), batch)
+    torch.testing.assert_close(logits_of(make_model(kernel), batch), expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("kernel", EVERY)
 def test_generation_with_left_padding(kernel):
     ids = [ids for ids, _ in samples()][:2]
