@@ -28,7 +28,10 @@ def format_help(program: str) -> str:
         for field in dataclasses.fields(owner):
             value_type = flags[field.name].value_type
             allowed = "a name" if len(value_type.choices) > 8 else value_type.describe()
-            lines.append(f"  --{field.name}  {allowed}{_default(field)}")
+            first = f"--{field.name}  {allowed}{_default(field)}"
+            lines.append(
+                textwrap.fill(first, 100, initial_indent="  ", subsequent_indent=" " * 6, break_on_hyphens=False)
+            )
             lines.append(textwrap.indent(textwrap.fill(field.metadata["help"], width=90), " " * 6))
     return "\n".join(lines) + "\n"
 
