@@ -11,6 +11,7 @@ of the passes. On a CPU times are CPU seconds of one thread. Frozen weights are 
 
 import argparse
 import copy
+import itertools
 import json
 import statistics
 import sys
@@ -228,23 +229,25 @@ def main() -> int:
     about = where()
     rows: list[Row] = []
     lines: list[list[str]] = []
-    for bits in options.bits:
-        for rank in options.ranks:
-            for dtype in options.dtypes:
-                case = Case(bits, rank, getattr(torch, dtype))
-                found = measure(preset, case, 2 if options.dry_run else options.passes)
-                rows += found
-                lines += lines_of(found)
-                print(*(" | ".join(line) for line in lines[-len(KINDS) :]), sep="\n", file=sys.stderr)
-    text = page(preset, lines, about)
-    print(text)
-    if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        place = "" if preset.device == PRESETS[options.preset].device else f"_on_{preset.device}"
-        file = options.output / f"lora_layer_{preset.name}{place}.md"
-        file.write_text(text)
-        file.with_suffix(".json").write_text(json.dumps({"where": about, "rows": list(map(asdict, rows))}, indent=1))
+    for bits, rank, dtype in itertools.product(options.bits, options.ranks, options.dtypes):
+        found = measure(preset, Case(bits, rank, getattr(torch, dtype)), 2 if options.dry_run else options.passes)
+        rows += found
+        lines += lines_of(found)
+        print(*(" | ".join(line) for line in lines[-len(KINDS) :]), sep="\n", file=sys.stderr)
+        if options.output:
+            content = {"where": about, "rows": list(map(asdict, rows))}
+            write(options, preset, page(preset, lines, about), content)
+    print(page(preset, lines, about))
     return 0
+
+
+def write(options: argparse.Namespace, preset: Preset, text: str, content: dict[str, object]) -> None:
+    """Write the files of results, anew after each case, so that a run that is stopped has what it measured."""
+    options.output.mkdir(parents=True, exist_ok=True)
+    place = "" if preset.device == PRESETS[options.preset].device else f"_on_{preset.device}"
+    file = options.output / f"lora_layer_{preset.name}{place}.md"
+    file.write_text(text)
+    file.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 def page(preset: Preset, lines: Sequence[Sequence[str]], about: dict[str, object]) -> str:
