@@ -173,7 +173,7 @@ _KINDS = (
     ),
     _Kind(
         lambda r: r.recomputation.flags,
-        "a third more computation, and copies to the host's memory and back",
+        "layers computed again, and copies to the host's memory and back",
         _layer_inputs_on_host,
     ),
     _Kind(_fixed("--deepspeed zero2_offload.json"), "much speed", _offload(2)),
