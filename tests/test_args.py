@@ -10,6 +10,7 @@ import typing
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -25,7 +26,13 @@ from llava_ft.args import (
     resolved_config,
     to_yaml,
 )
-from llava_ft.args.build import TrainingArguments, adapt_to_device, choose_attention, find_deepspeed_config
+from llava_ft.args.build import (
+    TrainingArguments,
+    _copy_batches_without_waiting,
+    adapt_to_device,
+    choose_attention,
+    find_deepspeed_config,
+)
 from llava_ft.args.convert import ConversionError, convert
 from llava_ft.args.fields import ValueType, all_flags, inherited_annotations, parse_annotation
 from llava_ft.constants import ORIGINAL_DEFAULTS
@@ -837,6 +844,26 @@ class TestBuild:
     def test_a_gpu_keeps_everything(self):
         wanted = {"tf32": True, "fp16": True, "optim": "adamw_torch_fused"}
         assert adapt_to_device(wanted, has_cuda=True, has_tf32=True) == (wanted, [])
+
+    def test_batches_are_copied_to_a_gpu_without_waiting_unless_told_to_wait(self):
+        values: dict = {}
+        _copy_batches_without_waiting(values)
+        assert values["accelerator_config"] == {"non_blocking": True}
+        values = {"accelerator_config": {"non_blocking": False, "even_batches": True}}
+        _copy_batches_without_waiting(values)
+        assert values["accelerator_config"] == {"non_blocking": False, "even_batches": True}
+        for others in ({"use_cpu": True}, {"dataloader_pin_memory": False}, {"accelerator_config": "file.json"}):
+            values = dict(others)
+            _copy_batches_without_waiting(values)
+            assert values == others
+
+    @pytest.mark.parametrize(("wish", "precision"), [(True, "tf32"), (False, "ieee")])
+    def test_tf32_reaches_products_and_convolutions(self, tmp_path, monkeypatch, wish, precision):
+        monkeypatch.setattr("transformers.training_args.is_torch_tf32_available", lambda: True)
+        monkeypatch.setattr(torch.backends, "fp32_precision", torch.backends.fp32_precision)  # taken back afterwards
+        TrainingArguments(output_dir=str(tmp_path), use_cpu=True, tf32=wish)
+        assert torch.backends.cuda.matmul.fp32_precision == precision
+        assert torch.backends.cudnn.conv.fp32_precision == precision
 
     def test_an_old_gpu_and_a_gpu_that_is_not_wanted(self):
         values, notes = adapt_to_device({"tf32": True, "fp16": True}, has_cuda=True, has_tf32=False)
