@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from comparison import BASELINES
+from variants import all_variants
 from workload import Preset
 
 
@@ -58,16 +59,18 @@ def page(preset: Preset, options: argparse.Namespace, content: dict[str, Any]) -
     held = ", its weights in 4 bits," if preset.bits == 4 else ""
     trained = f"{lora}{held} and the projector" if preset.lora_r else "Language model and projector"
     rate = content["product_rate"]
+    command = f"python benchmarks/run.py --preset {preset.name} --steps {options.steps} --rounds {options.rounds}"
+    if len(options.variants) < len(all_variants(preset)):
+        command += " --variants " + " ".join(options.variants)
     products = "were not measured" if rate is None else f"alone ran at {rate / 1e12:.3g} TFLOP/s"
     return (
         f"# A training step: {preset.name}\n\n"
-        f"`python benchmarks/run.py --preset {preset.name} --steps {options.steps} --rounds {options.rounds}`; "
-        f"{described(content['where'])}.\n\n"
+        f"`{command}`; {described(content['where'])}.\n\n"
         f"{trained} trained, {dtype}, {preset.batch_size} samples a step, {options.steps * preset.batch_size} samples "
         f"of `benchmarks/workload.py`, random weights, gradient_checkpointing {preset.recomputed}. Times are {clock}, "
         f"the median of {options.rounds} rounds step by step. Model FLOPs are those that training needs, as `llava-ft "
         f"plan` counts them, the same for all rows but the cached one; matrix products {products}. Memory is "
-        f"{memory}, weights included. The last columns are the largest differences from the third row: of the loss of "
+        f"{memory}, weights included. The last columns are the largest differences from the padded row: of the loss of "
         "two batches before training, of the loss of any step, and of a gradient (norm of the difference to the "
         f"norm).\n\n{table(content['rows'])}\n"
     )

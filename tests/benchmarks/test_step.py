@@ -40,7 +40,7 @@ def test_all_variants_train_the_same(name, tolerance, left_out, tmp_path):
         assert row["gradient_difference"] <= tolerance[1], row
         assert row["samples_per_second"] > 0
         assert row["speed_to_(b)"] > 0
-    options = argparse.Namespace(steps=NUM_STEPS, rounds=1)
+    options = argparse.Namespace(steps=NUM_STEPS, rounds=1, variants=list(runs))
     text = page(preset, options, {"where": {"gpu": None, "cores": 2}} | result)
     assert text.count("\n| ") == len(runs) + 2
     assert "not measured" not in text
@@ -53,9 +53,10 @@ def test_a_failed_variant_is_a_row_that_says_why(tmp_path):
     runs["cached"] = [{"missing": "no time was left"}]
     result = summarise(runs, preset, 1, tmp_path)
     assert [row.get("error") for row in result["rows"]] == [None, "CUDA out of | memory", None]
-    text = page(preset, argparse.Namespace(steps=1, rounds=1), {"where": {}} | result)
+    text = page(preset, argparse.Namespace(steps=1, rounds=1, variants=list(runs)), {"where": {}} | result)
     assert "| not measured: CUDA out of / memory |" in text
     assert "| not measured: no time was left |" in text
+    assert "--variants plain joined cached`" in text
 
 
 def test_on_a_gpu_each_kernel_and_each_way_to_recompute_has_a_row():
