@@ -51,11 +51,9 @@ def load_optimizer(
         flats.setdefault(id(fragment.flat), []).append(fragment)
     for fragments in flats.values():
         places = [(f.name, f.start, f.length, f.offset) for f in fragments]
-        state = saved.whole_vector(places)
-        if state is None:
-            optimizer.state[fragments[0].flat] = _divided_state(saved, optimizer, fragments)
-        else:
-            optimizer.state[fragments[0].flat] = _on_device(state, fragments[0].flat.device)
+        flat, whole = fragments[0].flat, saved.whole_vector(places)
+        state = _divided_state(saved, optimizer, fragments) if whole is None else _on_device(whole, flat.device)
+        optimizer.state[flat] = count_where_it_is_read(state, optimizer, flat.device)
 
 
 def restore_schedule(scheduler: LRScheduler, optimizer: torch.optim.Optimizer, path: Path) -> None:
@@ -135,6 +133,23 @@ def _divided_state(
         # torch counts in a tensor; DeepSpeed's and bitsandbytes' own optimizers count in an integer.
         counts_in_tensor = type(optimizer).__module__.startswith("torch.optim")
         state["step"] = torch.tensor(step) if counts_in_tensor else int(step)
+    return state
+
+
+def count_where_it_is_read(
+    state: dict[str, Any], optimizer: torch.optim.Optimizer, device: torch.device
+) -> dict[str, Any]:
+    """Put the count of steps where the optimizer's kernel reads it: a fused one on the device, others on the host.
+
+    Args:
+        state: Of one tensor; it is changed.
+        optimizer: The optimizer.
+        device: Where the tensor is.
+    """
+    step = state.get("step")
+    if isinstance(step, torch.Tensor):
+        is_on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+        state["step"] = step.to(device if is_on_device else "cpu", torch.float32)
     return state
 
 
