@@ -46,7 +46,9 @@ BASE = {
     "seed": 1,
 }
 LORA = {"lora_enable": True, "lora_r": 64, "lora_alpha": 128, "lora_dropout": 0.05}
-CHECKPOINTING = {"gradient_checkpointing": True}
+CHECKPOINTING = {"gradient_checkpointing": "full"}
+SELECTIVE = {"gradient_checkpointing": "selective"}
+PEFT = {"fast_lora": False}
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,19 @@ CASES = {
     "lora, int8": Case("140M", LORA | {"bits": 8}),
     "projector": Case("60M", {"tune_mm_mlp_adapter": True}),
     "projector, checkpointing": Case("60M", {"tune_mm_mlp_adapter": True} | CHECKPOINTING),
+    "full, sgd, selective": Case("60M", SELECTIVE | {"optim": "sgd"}),
+    "full, sgd, every 2nd layer": Case("60M", CHECKPOINTING | {"optim": "sgd", "gradient_checkpointing_every": 2}),
+    "lora, selective": Case("60M", LORA | SELECTIVE),
+    "lora, PEFT": Case("60M", LORA | PEFT),
+    "lora, PEFT, checkpointing": Case("60M", LORA | PEFT | CHECKPOINTING),
+    "lora, PEFT, selective": Case("60M", LORA | PEFT | SELECTIVE),
+    "lora, PEFT, bf16, selective": Case("60M", LORA | PEFT | SELECTIVE | {"bf16": True}),
+    "lora, PEFT, eager attention, selective": Case("60M", LORA | PEFT | SELECTIVE | {"attn_implementation": "eager"}),
+    "lora, 140M, every 4th layer": Case("140M", LORA | CHECKPOINTING | {"gradient_checkpointing_every": 4}),
+    "lora, inputs in host memory": Case("60M", LORA | CHECKPOINTING | {"activation_offload": True}),
+    "lora, nf4, PEFT, selective": Case("140M", LORA | PEFT | SELECTIVE | {"bits": 4, "bf16": True}),
+    "lora, int8, selective": Case("140M", LORA | SELECTIVE | {"bits": 8}),
+    "projector, selective": Case("60M", {"tune_mm_mlp_adapter": True} | SELECTIVE),
     "full, ZeRO-1": Case("60M", CHECKPOINTING, zero=zero(1)),
     "full, ZeRO-2": Case("60M", CHECKPOINTING, zero=zero(2)),
     "full, ZeRO-2, bf16": Case("60M", CHECKPOINTING | {"bf16": True}, zero=zero(2)),
@@ -302,6 +317,9 @@ def main() -> int:
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--quick", action="store_true", help="the two quickest cases")
     parser.add_argument("--output", type=Path, help="folder for plan_memory.json and plan_memory.md")
+    parser.add_argument(
+        "--add", action="store_true", help="keep the files' rows of other cases, and write each at once"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     sys.path.insert(0, str(REPOSITORY))
@@ -331,17 +349,34 @@ def main() -> int:
                 print(table(rows[-1:]).splitlines()[-1], flush=True)
                 if "error" in rows[-1]["measured"]:
                     print(rows[-1]["measured"]["error"], file=sys.stderr)
-    if options.output:
+                if options.output and options.add:
+                    write_results(options.output, *with_earlier(options.output, rows, about))
+    if options.output and not options.add:
         write_results(options.output, rows, about)
     return 0 if all("ratio" in row for row in rows) else 1
+
+
+def with_earlier(folder: Path, rows: list[dict], about: dict) -> tuple[list[dict], dict]:
+    """Put rows among those that are in the folder's file, with the commit at which each was measured."""
+    earlier = json.loads((folder / "plan_memory.json").read_text())
+    merged = {(row["name"], row["device"]): row for row in [*earlier["rows"], *rows]}
+    order = list(CASES)
+    again = earlier["where"].get("measured_again", {}) | {row["name"]: about["commit"] for row in rows}
+    where_all = earlier["where"] | {"measured_again": again}
+    return sorted(merged.values(), key=lambda row: (order.index(row["name"]), row["device"])), where_all
 
 
 def write_results(folder: Path, rows: list[dict], about: dict) -> None:
     """Write the rows with what they were measured on."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan_memory.json").write_text(json.dumps({"where": about, "rows": rows}, indent=1) + "\n")
-    named = ", ".join(f"{key} {value}" for key, value in about.items() if value)
-    text = f"# Predicted and measured peak memory\n\n`python benchmarks/plan_memory.py`; {named}.\n\n{table(rows)}\n"
+    named = ", ".join(f"{key} {value}" for key, value in about.items() if value and key != "measured_again")
+    later: dict[str, list[str]] = {}
+    for name, commit in about.get("measured_again", {}).items():
+        later.setdefault(commit, []).append(name)
+    notes = [f"Measured at commit {commit[:12]}: {'; '.join(names)}." for commit, names in later.items()]
+    paragraphs = [f"`python benchmarks/plan_memory.py`; {named}.", *notes, table(rows)]
+    text = "\n\n".join(["# Predicted and measured peak memory", *paragraphs]) + "\n"
     (folder / "plan_memory.md").write_text(text)
 
 
