@@ -406,7 +406,11 @@ class TestOldSpellings:
             (["--gradient_checkpointing", "True"], "gradient_checkpointing", "full"),
             (["--gradient_checkpointing", "selective"], "gradient_checkpointing", "selective"),
             (["--activation_checkpointing", "selective"], "gradient_checkpointing", "selective"),
-            (["--activation_checkpointing", "True", "--gradient_checkpointing", "full"], "gradient_checkpointing", "full"),
+            (
+                ["--activation_checkpointing", "True", "--gradient_checkpointing", "full"],
+                "gradient_checkpointing",
+                "full",
+            ),
             (["--gradient_checkpointing", "no"], "gradient_checkpointing", "none"),
             (["--no_gradient_checkpointing"], "gradient_checkpointing", "none"),
             (["--dispatch_batches", "True"], "accelerator_config", {"dispatch_batches": True}),
@@ -841,10 +845,6 @@ class TestBuild:
         given = {"optim": "adamw_torch"}
         assert adapt_to_device(given, has_cuda=True, has_tf32=True)[0] == given
 
-    def test_a_gpu_keeps_everything(self):
-        wanted = {"tf32": True, "fp16": True, "optim": "adamw_torch_fused"}
-        assert adapt_to_device(wanted, has_cuda=True, has_tf32=True) == (wanted, [])
-
     def test_batches_are_copied_to_a_gpu_without_waiting_unless_told_to_wait(self):
         values: dict = {}
         _copy_batches_without_waiting(values)
@@ -864,6 +864,10 @@ class TestBuild:
         TrainingArguments(output_dir=str(tmp_path), use_cpu=True, tf32=wish)
         assert torch.backends.cuda.matmul.fp32_precision == precision
         assert torch.backends.cudnn.conv.fp32_precision == precision
+
+    def test_a_gpu_keeps_everything(self):
+        wanted = {"tf32": True, "fp16": True, "optim": "adamw_torch_fused"}
+        assert adapt_to_device(wanted, has_cuda=True, has_tf32=True) == (wanted, [])
 
     def test_an_old_gpu_and_a_gpu_that_is_not_wanted(self):
         values, notes = adapt_to_device({"tf32": True, "fp16": True}, has_cuda=True, has_tf32=False)
