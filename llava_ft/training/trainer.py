@@ -1,7 +1,7 @@
 """The training loop: transformers' `Trainer` with LLaVA's parameter groups, sampler and complete checkpoints.
 
 Only hooks are overridden. What is notable: checkpoints are complete (`resumable_trainer.py`); the evaluation loss is a
-mean over tokens; a non-finite loss or gradient ends the run before the optimizer uses it, naming the records; a log
+mean over tokens; a non-finite loss or gradient ends the run in its step, naming the records; a log
 entry says how fast the run is.
 """
 
@@ -181,8 +181,8 @@ class LlavaTrainer(ResumableTrainer):
     def _not_finite(self, what: str, value: float) -> str:
         records = ", ".join(self._describe_record(index) for index in self._records_in_step[:16])
         return (
-            f"The {what} is {value} in step {self.state.global_step + 1}. Records of this step: {records}. The weights "
-            f"were not changed by it. Look at these records with `llava-ft inspect data`; if they are in order, lower "
+            f"The {what} is {value} in step {self.state.global_step + 1}. Records of this step: {records}. Nothing "
+            "of this step is saved. Look at these records with `llava-ft inspect data`; if they are in order, lower "
             "learning_rate, or use bf16 instead of fp16. The last complete checkpoint can be resumed."
         )
 

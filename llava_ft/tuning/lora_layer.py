@@ -16,7 +16,6 @@ before, and the log says so once.
 Shapes: B samples, T positions (B T of them in flat tensors), D width, I width inside the MLP.
 """
 
-import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -42,6 +41,9 @@ _LOGGER = logging.getLogger(__name__)
 
 _ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
+
+_FUSED_NORM = ("aten::_fused_rms_norm", "aten::_fused_rms_norm_backward")
+_HAS_FUSED_NORM: bool = all(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA") for name in _FUSED_NORM)
 
 
 class LoraDecoderLayer(LastDecoderLayer):
@@ -180,12 +182,9 @@ def _weights_of(layer: LlamaDecoderLayer, hidden: torch.Tensor) -> tuple[float, 
     return max(dropouts, default=0.0), found
 
 
-@functools.cache
 def _has_fused_norm(device: str) -> bool:
     """Whether torch has kernels that compute RMSNorm and its gradient in one pass: on a GPU, not on a CPU."""
-    has: Any = torch._C._dispatch_has_kernel_for_dispatch_key
-    names = ("aten::_fused_rms_norm", "aten::_fused_rms_norm_backward")
-    return device == "cuda" and all(has(name, "CUDA") for name in names)
+    return device == "cuda" and _HAS_FUSED_NORM
 
 
 def _normalize(x_TD: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
