@@ -7,19 +7,17 @@ Forward and backward pass of the output layer and cross-entropy, with the matrix
 full fine-tuning. Memory is what a GPU's allocator held beyond inputs and weights; on a CPU it is left out.
 """
 
-import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from machine import where
 from measure import Meter
+from part import Rows, run_part
 from report import described, markdown_table
-from workload import PRESETS, Preset, find_preset
+from workload import Preset
 
 from llava_ft.models import loss as program
 
@@ -44,7 +42,7 @@ def ways(device: torch.device) -> dict[str, Way]:
     return found
 
 
-def measure(preset: Preset, positions: int, trains_matrix: bool) -> list[dict[str, object]]:
+def measure(preset: Preset, positions: int, trains_matrix: bool) -> Rows:
     """A row for each way."""
     device, width, words = torch.device(preset.device), preset.language["hidden_size"], preset.language["vocab_size"]
     generator = torch.Generator(preset.device).manual_seed(0)
@@ -53,7 +51,7 @@ def measure(preset: Preset, positions: int, trains_matrix: bool) -> list[dict[st
     matrix = 0.02 * torch.randn(words, width, device=device, dtype=dtype, generator=generator)
     targets = torch.randint(words, (positions,), device=device, generator=generator)
     expected = F.cross_entropy(F.linear(hidden.float(), matrix.float()), targets, reduction="sum").item()
-    rows: list[dict[str, object]] = []
+    rows: Rows = []
     for name, way in ways(device).items():
         inputs = hidden.clone().requires_grad_(), targets, matrix.clone().requires_grad_(trains_matrix)
         meter, held, loss = Meter(device), torch.cuda.memory_allocated() if device.type == "cuda" else 0, None
@@ -70,22 +68,14 @@ def measure(preset: Preset, positions: int, trains_matrix: bool) -> list[dict[st
     return rows
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure, print, and write if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu_small")
-    parser.add_argument("--output", type=Path, help="folder for loss_head_PRESET.json and .md")
-    parser.add_argument("--dry-run", action="store_true", help="the smallest model in place of the preset's, on a CPU")
-    options = parser.parse_args(argv)
-    preset = find_preset(options.preset, dry_run=options.dry_run)
-    if preset.device == "cuda" and not torch.cuda.is_available():
-        print(f"{preset.name} is for a GPU, and torch sees none here: not measured.", file=sys.stderr)
-        return 2
-    if preset.device == "cpu":
-        torch.set_num_threads(1)
-    about = where()
+def measure_all(preset: Preset) -> Rows:
+    """Rows for each number of positions, with the matrix frozen and trained."""
     sizes = (112 * preset.batch_size, 8192) if preset.device == "cuda" else (112 * preset.batch_size,)
-    rows = [row for positions in sizes for trains in (False, True) for row in measure(preset, positions, trains)]
+    return [row for positions in sizes for trains in (False, True) for row in measure(preset, positions, trains)]
+
+
+def page(preset: Preset, rows: Rows, about: dict[str, Any]) -> str:
+    """The results as Markdown."""
     lines = [
         [
             f"{row['positions']:,}",
@@ -98,18 +88,11 @@ def main(argv: list[str] | None = None) -> int:
         for row in rows
     ]
     names = ["positions", "matrix", "", "ms", "MB", "from float32"]
-    text = (
+    return (
         f"# The loss: {preset.name}\n\n`python benchmarks/loss_head.py --preset {preset.name}`; {described(about)}.\n\n"
         f"{markdown_table(names, lines)}\n"
     )
-    print(text)
-    if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        path = options.output / f"loss_head_{preset.name}"
-        path.with_suffix(".json").write_text(json.dumps({"where": about, "rows": rows}, indent=1) + "\n")
-        path.with_suffix(".md").write_text(text)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_part("loss_head", __doc__, measure_all, page))
