@@ -22,7 +22,7 @@ from llava_ft.checkpoint.restore import PutValue, restore_trained
 from llava_ft.checkpoint.resume import RankLayout, read_ranks
 from llava_ft.checkpoint.save import move_files, publish_directory, write_json
 from llava_ft.data.sampler import EpochSampler
-from llava_ft.errors import RunError
+from llava_ft.errors import CheckpointError, RunError
 from llava_ft.training.artifacts import RunArtifacts, forget_manifest
 from llava_ft.training.fragments import value_setter
 from llava_ft.training.optimizer_state import load_optimizer, restore_schedule, save_optimizer
@@ -83,10 +83,20 @@ class ResumableTrainer(Trainer):
         return RankLayout(self.args.world_size, per_rank * self.args.world_size, len(self._train_sampler))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Restore this rank's random numbers; with another number of ranks each gets new ones from seed and step."""
+        """Restore this rank's random numbers; with another number of ranks each gets new ones from seed and step.
+
+        Raises:
+            CheckpointError: The file does not hold what it should.
+        """
         earlier = read_ranks(Path(checkpoint)) if checkpoint else None
         if earlier is None or earlier.world_size == self.args.world_size:
-            super()._load_rng_state(checkpoint)
+            try:
+                super()._load_rng_state(checkpoint)
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                raise CheckpointError(
+                    f"The random numbers saved in {checkpoint} are incomplete ({type(error).__name__}: {error}), so "
+                    "the run could not go on as it was. Remove its rng_state*.pth to go on with others."
+                ) from error
             return
         set_seed((self.args.seed + 7919 * self.state.global_step + 104729 * self.args.process_index) % 2**32)
 

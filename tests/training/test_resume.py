@@ -69,6 +69,19 @@ def test_a_longer_run_continues_on_its_own_schedule(tmp_path: Path):
     assert rates[3:] == pytest.approx([1e-3 * 3 / 6, 1e-3 * 2 / 6, 1e-3 * 1 / 6])
 
 
+@pytest.mark.parametrize("state", [{"python": random.getstate()}, {"python": 1, "numpy": 2, "cpu": 3}])
+def test_incomplete_random_numbers_are_named(tmp_path: Path, state: dict):
+    train(tmp_path / "out", max_steps=1, save_steps=1)
+    checkpoint = tmp_path / "out/checkpoint-1"
+    (checkpoint / "llava_ft.json").unlink()
+    torch.save(state, checkpoint / "rng_state.pth")
+    with pytest.raises(CheckpointError, match=r"random numbers .* incomplete .* Remove its rng_state"):
+        train(tmp_path / "out", max_steps=2, save_steps=1, resume_from_checkpoint=str(checkpoint))
+    (checkpoint / "rng_state.pth").unlink()
+    run = train(tmp_path / "out", max_steps=2, save_steps=1, resume_from_checkpoint=str(checkpoint))
+    assert run.trainer.state.global_step == 2
+
+
 COMPLETE = {
     "lora": {"adapter_model.bin", "non_lora_trainables.bin", "adapter_config.json"},
     "projector": {"mm_projector.bin"},
