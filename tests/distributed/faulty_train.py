@@ -18,7 +18,7 @@ import torch
 from transformers import Trainer
 
 from llava_ft.cli import main
-from llava_ft.training import trainer as trainer_module
+from llava_ft.training import resumable_trainer
 from llava_ft.training.trainer import LlavaTrainer
 
 WHAT, RANK, STEP = os.environ["FAULT"].split(":")
@@ -66,7 +66,8 @@ elif WHAT == "disk":
 elif WHAT == "raise":
     before(LlavaTrainer, "training_step", fail)
 elif WHAT == "kill_resuming" and os.environ["RANK"] == RANK:
-    trainer_module.load_optimizer = lambda *_: kill()
+    assert resumable_trainer.load_optimizer
+    resumable_trainer.load_optimizer = lambda *_: kill()
 elif WHAT == "nan":
     original_loss = LlavaTrainer.compute_loss
     LlavaTrainer.compute_loss = lose_the_loss

@@ -51,6 +51,17 @@ def train(argv: list[str], *, until: int | None = None) -> Result:
         _forget_run()
 
 
+def refusal(argv: list[str]) -> str | None:
+    """Say why a run is refused, on this rank; None if it is not."""
+    from llava_ft.errors import UserError
+
+    try:
+        train(argv)
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def _train(argv: list[str], until: int | None) -> Result:
     from transformers import TrainerCallback
 

@@ -1,5 +1,6 @@
 """A run continues on other ranks, under another ZeRO stage or without DeepSpeed, as if nothing had happened."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,6 @@ import torch
 
 from tests.distributed import tasks
 from tests.distributed.matrix import TOLERANCES, Pools, Setting, difference
-from tests.distributed.pool import RankError
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("in_recordings")]
 
@@ -77,11 +77,11 @@ def test_with_other_ranks_or_another_stage(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_from_two_ranks_to_four(pools: Pools, straight, tmp_path: Path, stage: str):
-    path, expected = straight("lora", Setting(stage, 2))
+def test_from_two_ranks_to_four(pools: Pools, straight, tmp_path: Path):
+    """The other stages with four ranks are in docs/zero_matrix.md, which `matrix.py` writes."""
+    path, expected = straight("lora", Setting("zero3", 2))
     try:
-        result = resume(pools, path, tmp_path, "lora", Setting(stage, 4), "float32")
+        result = resume(pools, path, tmp_path, "lora", Setting("zero3", 4), "float32")
     finally:
         pools.of(4).close()
     assert difference(expected, result, first_step=4) <= TOLERANCES["float32"]
@@ -121,5 +121,4 @@ def test_a_checkpoint_of_something_else_is_refused(
     path, _ = straight("lora", Setting("zero2", 2))
     shutil.copytree(path, tmp_path, dirs_exist_ok=True)
     argv = pools.command(tmp_path, "lora", Setting("zero2", 2), "float32", **changes)
-    with pytest.raises(RankError, match=message):
-        pools.of(2).run(tasks.train, argv)
+    assert [bool(re.search(message, said or "")) for said in pools.of(2).run(tasks.refusal, argv)] == [True, True]
