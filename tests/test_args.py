@@ -908,6 +908,13 @@ class TestBuild:
         training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, hub_token="secret")
         assert "secret" not in repr(training)
 
+    @pytest.mark.parametrize(
+        ("name", "known"), [("torch_compile_backend", "aot_eager, .*inductor"), ("torch_compile_mode", "max-autotune")]
+    )
+    def test_a_compiler_that_torch_does_not_have_is_refused(self, name, known):
+        with pytest.raises(UserError, match=rf"{name}=x: torch has none of that name. Allowed here: .*{known}"):
+            _ = parse(f"--{name}", "x").training
+
     def test_what_transformers_refuses_is_a_user_error(self, tmp_path):
         parsed = parse("--output_dir", str(tmp_path), "--use_cpu", "--dataloader_prefetch_factor", "2")
         with pytest.raises(UserError, match=r"transformers refuses these training arguments: --dataloader_prefetch"):

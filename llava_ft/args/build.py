@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -83,8 +83,8 @@ def build_training_arguments(
         notes: Receives one sentence for each thing this machine cannot do and what is done instead.
 
     Raises:
-        UserError: If transformers refuses the combination, a package is not installed, or the DeepSpeed file does
-            not exist.
+        UserError: If transformers refuses the combination, a package is not installed, torch has no such compiler, or
+            the DeepSpeed file does not exist.
     """
     values: dict[str, Any] = {f.name: getattr(flags, f.name) for f in dataclasses.fields(flags)} | dict(inherited)
     values, device_notes = adapt_to_device(
@@ -104,6 +104,7 @@ def build_training_arguments(
             f"optim={values['optim']} needs bitsandbytes, which is not installed. Install it with pip install "
             "llava-ft[qlora], or use optim=adamw_torch."
         )
+    _check_compiler(values)
     if values.get("deepspeed"):
         values["deepspeed"] = _checked_deepspeed(values, notes)
     try:
@@ -166,6 +167,23 @@ def choose_attention(requested: str, training: TrainingArguments, notes: list[st
     """
     machine = this_machine(has_gpu=not training.use_cpu, is_half=bool(training.bf16 or training.fp16))
     return choose_kernel(requested, machine, notes)
+
+
+def _check_compiler(values: Mapping[str, Any]) -> None:
+    """Refuse what `torch.compile` would refuse when the first layer runs.
+
+    Raises:
+        UserError: There is no such backend or mode.
+    """
+    compiler: Any = torch.compiler
+    known: dict[str, Callable[[], Iterable[str]]] = {
+        "torch_compile_backend": lambda: compiler.list_backends(exclude_tags=()),
+        "torch_compile_mode": lambda: importlib.import_module("torch._inductor").list_mode_options(),
+    }
+    for name, allowed in known.items():
+        wish = values.get(name)
+        if wish is not None and wish not in (names := sorted(allowed())):
+            raise UserError(f"{name}={wish}: torch has none of that name. Allowed here: {', '.join(names)}.")
 
 
 def _copy_batches_without_waiting(values: dict[str, Any]) -> None:

@@ -158,7 +158,7 @@ def _fixed(flags: str) -> Callable[[PlanRequest], str]:
 
 _KINDS = (
     _Kind(_fixed("--gradient_checkpointing selective"), "norms and activations computed twice", _selective),
-    _Kind(_fixed("--gradient_checkpointing full"), "about a third more computation", _full),
+    _Kind(_fixed("--gradient_checkpointing full"), "a third to a half more computation", _full),
     _Kind(
         lambda r: f"--per_device_train_batch_size 1 --gradient_accumulation_steps {r.accumulation}",
         "speed; the steps stay the same",
