@@ -274,6 +274,8 @@ class TestWhichLayers:
         recompute_activations(model, Recomputation("full"))
         monkeypatch.setattr(recompute, "checkpoint", lambda *args, **kwargs: pytest.fail("recomputes"))
         step(model)
+        with pytest.raises(pytest.fail.Exception, match="recomputes"):
+            step(model.train())
 
     def test_the_embeddings_are_not_made_to_need_a_gradient(self):
         model = make("lora")
