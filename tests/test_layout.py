@@ -1,4 +1,4 @@
-"""The shape of the package: which part may import which, and how long files and functions are."""
+"""The shape of the package: which part may import which."""
 
 import ast
 from collections.abc import Iterator
@@ -9,8 +9,6 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "llava_ft"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MODULES = [file for file in FILES if file.name != "__init__.py"]
-MAX_FILE_LINES = 400
-MAX_FUNCTION_LINES = 60
 
 GROUND = {"constants", "errors", "version", "geometry"}
 CONTENT = {"conversation", "data", "models"}
@@ -28,6 +26,7 @@ MAY_IMPORT = {
     "planning": GROUND | CONTENT | MIDDLE | {"args"},
     "commands": GROUND | CONTENT | MIDDLE | USE | {"args"},
     "cli": GROUND | USE | {"commands"},
+    "__main__": {"cli"},
     "__init__": {"version", "inference"},
 }
 """Parts of `llava_ft` that each part may import beside itself."""
@@ -98,18 +97,3 @@ def test_pickles_are_never_executed() -> None:
         if "weights_only=True" not in [ast.unparse(keyword) for keyword in call.keywords]
     ]
     assert offenders == []
-
-
-def test_no_file_is_long() -> None:
-    lengths = {name_of(file): len(file.read_text(encoding="utf-8").splitlines()) for file in FILES}
-    assert {name: length for name, length in lengths.items() if length > MAX_FILE_LINES} == {}
-
-
-def test_no_function_is_long() -> None:
-    lengths = {
-        f"{name_of(file)}:{node.lineno} {node.name}": (node.end_lineno or node.lineno) - node.lineno + 1
-        for file in FILES
-        for node in ast.walk(parse(file))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    }
-    assert {name: length for name, length in lengths.items() if length > MAX_FUNCTION_LINES} == {}

@@ -25,7 +25,7 @@ def read(page: str) -> str:
     return (REPO / page).read_text(encoding="utf-8")
 
 
-def test_the_file_tree_is_the_package():
+def test_the_file_tree_is_that_of_the_package():
     block = re.findall(r"^```\n(llava_ft/ .*?)^```$", read("README.md"), re.S | re.M)[0]
     listed: list[str] = []
     folders: list[str] = []
@@ -35,8 +35,8 @@ def test_the_file_tree_is_the_package():
         folders = [*folders[:depth], name] if name.endswith("/") else folders[:depth]
         listed.append("".join(folders) if name.endswith("/") else "".join(folders) + name)
     package = REPO / "llava_ft"
-    modules = {path.relative_to(REPO).as_posix() for path in package.rglob("*.py")}
-    directories = {str(Path(module).parent.as_posix()) + "/" for module in modules}
+    modules = {path.relative_to(REPO).as_posix() for path in package.glob("*.py")}
+    directories = {path.parent.relative_to(REPO).as_posix() + "/" for path in package.rglob("*.py")}
     assert len(listed) == len(set(listed))
     assert set(listed) == modules | directories
 
