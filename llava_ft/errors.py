@@ -4,6 +4,7 @@ An error message has three parts: what is wrong with the actual value, what is a
 """
 
 import os
+from collections.abc import Sequence
 
 
 class UserError(ValueError):
@@ -60,3 +61,8 @@ class CheckpointError(UserError):
 
 class RunError(RuntimeError):
     """The run itself failed, for example with a non-finite loss (exit status 1)."""
+
+
+def some_of(names: Sequence[str], limit: int = 4) -> str:
+    """List the first few of many names for a message, and say how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

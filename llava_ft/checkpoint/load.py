@@ -18,7 +18,7 @@ from torch import nn
 
 from llava_ft.checkpoint.names import EMBEDDINGS, HEAD, IMAGE_NEWLINE, is_derived
 from llava_ft.checkpoint.weights import TensorInfo, WeightFiles
-from llava_ft.errors import CheckpointError
+from llava_ft.errors import CheckpointError, some_of
 from llava_ft.models.llava import LlavaLlamaForCausalLM, part_of
 from llava_ft.tuning.quant import is_quantized, set_quantized_weight
 
@@ -94,9 +94,9 @@ class Ledger:
             for (part, source), count in self.loaded.items()
         ]
         if self.initialised:
-            lines.append(f"newly initialised: {_some(self.initialised)}")
+            lines.append(f"newly initialised: {some_of(self.initialised)}")
         lines += [f"{name}: {count} new rows" for name, count in self.grown.items()]
-        lines += [f"not used from {source}: {_some(names)}" for source, names in self.unexpected.items()]
+        lines += [f"not used from {source}: {some_of(names)}" for source, names in self.unexpected.items()]
         return lines
 
     def log(self) -> None:
@@ -194,8 +194,8 @@ def plan_sources(
                 unexpected.append(key)
         if unexpected and source.must_fit:
             raise CheckpointError(
-                f"The {source.label} {source.files.path} holds {_some(unexpected)}, for which the model has no place. "
-                "Does the configuration, such as mm_projector_type, belong to this file?"
+                f"The {source.label} {source.files.path} holds {some_of(unexpected)}, for which the model has no "
+                "place. Does the configuration, such as mm_projector_type, belong to this file?"
             )
         if unexpected:
             ledger.unexpected[f"{source.label} {source.files.path}"] = unexpected
@@ -206,8 +206,8 @@ def plan_sources(
     if undeclared:
         places = ", ".join(f"{source.label} ({source.files.path})" for source in sources)
         raise CheckpointError(
-            f"{len(undeclared)} weights of the model are in none of its files: {_some(undeclared)}. Looked in {places}."
-            " Is this the right directory, and is it complete?"
+            f"{len(undeclared)} weights of the model are in none of its files: {some_of(undeclared)}. Looked in "
+            f"{places}. Is this the right directory, and is it complete?"
         )
     return plan
 
@@ -291,7 +291,3 @@ def _head_is_tied(model: LlavaLlamaForCausalLM) -> bool:
 
 def _size(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape)) or "a scalar"
-
-
-def _some(names: Sequence[str], limit: int = 4) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

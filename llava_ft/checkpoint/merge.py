@@ -19,7 +19,9 @@ from typing import Literal
 
 import torch
 
+from llava_ft.checkpoint.base_and_adapters import open_base_and_adapters
 from llava_ft.checkpoint.directory import ModelDirectory
+from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.checkpoint.lineage import record_lineage
 from llava_ft.checkpoint.manifest import Manifest
 from llava_ft.checkpoint.names import CONFIG, MANIFEST, RUN_CONFIG
@@ -27,9 +29,7 @@ from llava_ft.checkpoint.overrides import Force, collect_ignored
 from llava_ft.checkpoint.proof import CONVERSION_REPORT, ConversionReport, prove_tensors
 from llava_ft.checkpoint.save import ShardWriter, config_fields, staged_directory, write_json
 from llava_ft.checkpoint.shard_files import ShardFiles, check_space, layout_bytes
-from llava_ft.checkpoint.trained import open_trained
 from llava_ft.checkpoint.weights import WeightFiles
-from llava_ft.checkpoint.whole import WholeModel
 from llava_ft.data.image_processor import copy_image_settings
 from llava_ft.data.tokenizer import save_tokenizer
 from llava_ft.errors import CheckpointError, RunError, UserError
@@ -107,8 +107,8 @@ def merge_all(
             raise CheckpointError(f"{directory.path} holds a {directory.kind}; there is nothing in it to merge.")
     _check_target(save_path)
     with collect_ignored() as ignored:
-        trained = open_trained(shares, model_base, vision_tower=vision_tower, force=options.force)
-        whole = WholeModel(trained, options.quantization)
+        trained = open_base_and_adapters(shares, model_base, vision_tower=vision_tower, force=options.force)
+        whole = FullModel(trained, options.quantization)
         _check_sources(save_path, whole)
         report = ConversionReport("merge", _named(shares), str(save_path), notes=list(trained.notes))
         with _failures_of_disks(save_path), staged_directory(save_path) as staging:
@@ -167,9 +167,9 @@ def _check_target(save_path: Path) -> None:
         )
 
 
-def _check_sources(save_path: Path, whole: WholeModel) -> None:
+def _check_sources(save_path: Path, whole: FullModel) -> None:
     """Refuse to replace what is merged."""
-    sources = [directory.path for directory in whole.trained.directories]
+    sources = [directory.path for directory in whole.source.directories]
     sources += [source.files.path for source in whole.base.sources]
     inside = [source for source in sources if source.resolve().is_relative_to(save_path.resolve())]
     if inside:
@@ -179,7 +179,7 @@ def _check_sources(save_path: Path, whole: WholeModel) -> None:
         )
 
 
-def _write_merged(staging: Path, whole: WholeModel, report: ConversionReport, options: MergeOptions) -> None:
+def _write_merged(staging: Path, whole: FullModel, report: ConversionReport, options: MergeOptions) -> None:
     layout = whole.layout(options.dtype, with_tower=options.save_vision_tower)
     check_space(staging, layout_bytes(layout))
     writer = (

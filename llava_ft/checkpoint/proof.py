@@ -11,11 +11,11 @@ from typing import Any, Final
 import torch
 
 from llava_ft.checkpoint.adapter import row_blocks
+from llava_ft.checkpoint.full_model import FullModel, ModelTensor
 from llava_ft.checkpoint.load import fit_rows
 from llava_ft.checkpoint.manifest import installed_versions
 from llava_ft.checkpoint.save import write_json
 from llava_ft.checkpoint.weights import WeightFiles
-from llava_ft.checkpoint.whole import Piece, WholeModel
 from llava_ft.errors import RunError
 
 CONVERSION_REPORT: Final = "conversion_report.json"
@@ -60,7 +60,7 @@ class ConversionReport:
     passed: bool = False
     versions: dict[str, str] = field(default_factory=installed_versions)
 
-    def count(self, piece: Piece) -> None:
+    def count(self, piece: ModelTensor) -> None:
         """Count a tensor that is written under its source."""
         counts = self.sources.setdefault(piece.source, {"tensors": 0, "bytes": 0})
         counts["tensors"] += 1
@@ -100,7 +100,7 @@ class ConversionReport:
 
 def prove_tensors(
     report: ConversionReport,
-    whole: WholeModel,
+    whole: FullModel,
     written: WeightFiles,
     *,
     with_tower: bool,
@@ -140,7 +140,7 @@ def prove_tensors(
     report.frozen["bit_identical"] = is_identical or None
 
 
-def _check_unchanged(whole: WholeModel, name: str, after: torch.Tensor) -> bool:
+def _check_unchanged(whole: FullModel, name: str, after: torch.Tensor) -> bool:
     """Compare a tensor with the one in the files it was taken from; returns whether it still has their type."""
     source, on_disk = whole.on_disk(name)
     expected = fit_rows(on_disk.to(after.dtype), tuple(after.shape))
@@ -154,7 +154,7 @@ def _check_unchanged(whole: WholeModel, name: str, after: torch.Tensor) -> bool:
     return on_disk.dtype == after.dtype
 
 
-def _check_changed(whole: WholeModel, name: str, after: torch.Tensor) -> None:
+def _check_changed(whole: FullModel, name: str, after: torch.Tensor) -> None:
     """Check that a tensor is the base's with the adapters added, by arithmetic of its own, up to one rounding."""
     before = whole.quantized_value(name, fit_rows(whole.on_disk(name)[1], tuple(after.shape)))
     rounding = 0.51 * torch.finfo(after.dtype).eps

@@ -32,7 +32,7 @@ from llava_ft.checkpoint.names import (
 )
 from llava_ft.checkpoint.overrides import Force, refuse_unless
 from llava_ft.checkpoint.weights import WeightFiles, read_json
-from llava_ft.errors import CheckpointError
+from llava_ft.errors import CheckpointError, some_of
 from llava_ft.models.builder import is_llava_config
 
 logger = logging.getLogger(__name__)
@@ -159,8 +159,8 @@ def restore_trained(
     if missing or unexpected:
         raise CheckpointError(
             f"{path} does not fit this run. "
-            + (f"Trained here but not in it: {_some(missing)}. " if missing else "")
-            + (f"In it but not trained here: {_some(unexpected)}. " if unexpected else "")
+            + (f"Trained here but not in it: {some_of(missing)}. " if missing else "")
+            + (f"In it but not trained here: {some_of(unexpected)}. " if unexpected else "")
             + "Was it made with another model, another adapter or other flags for what is trained?"
         )
 
@@ -250,7 +250,7 @@ def _check_shapes(files: WeightFiles, wanted: Mapping[str, str], trainable: Mapp
     ]
     if wrong:
         raise CheckpointError(
-            f"{files.path} does not fit this run: {_some(wrong, 2)}. Was it made with another rank or another model?"
+            f"{files.path} does not fit this run: {some_of(wrong, 2)}. Was it made with another rank or another model?"
         )
 
 
@@ -296,7 +296,3 @@ def check_adapter_settings(directory: ModelDirectory, settings: Mapping[str, Any
     is_scale_alone = set(different) <= _SCALE_SETTINGS
     advice = "Use the same" + (", or pass --force to scale its matrices anew." if is_scale_alone else ".")
     refuse_unless(force is True and is_scale_alone, problem, advice)
-
-
-def _some(names: list[str], limit: int = 4) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -16,6 +16,7 @@ from llava_ft.checkpoint.export.adapter import export_adapter
 from llava_ft.checkpoint.export.hf import export_hf
 from llava_ft.checkpoint.export.llava import export_llava
 from llava_ft.checkpoint.export.options import ExportOptions
+from llava_ft.checkpoint.full_model import FullModel, open_full_model
 from llava_ft.checkpoint.lineage import record_lineage
 from llava_ft.checkpoint.manifest import Manifest
 from llava_ft.checkpoint.names import CONFIG, is_vision, native_name
@@ -23,7 +24,6 @@ from llava_ft.checkpoint.overrides import collect_ignored
 from llava_ft.checkpoint.proof import CONVERSION_REPORT, ConversionReport
 from llava_ft.checkpoint.save import parse_size, staged_directory
 from llava_ft.checkpoint.weights import WeightFiles, read_json
-from llava_ft.checkpoint.whole import WholeModel, open_whole
 from llava_ft.errors import CheckpointError, RunError, UserError
 from llava_ft.inference.gguf_model import load_gguf
 from llava_ft.inference.hf_speaker import HfSpeaker
@@ -54,7 +54,7 @@ def run_export(request: argparse.Namespace) -> ConversionReport:
     target = Path(request.save_path)
     _check_target(target, directory)
     with collect_ignored() as ignored:
-        whole = open_whole(directory, request.model_base, vision_tower=request.vision_tower, force=options.force)
+        whole = open_full_model(directory, request.model_base, vision_tower=request.vision_tower, force=options.force)
         _check_not_inside(target, whole.base.directory.path)
         with _failures_of_the_disk(target), staged_directory(target) as staging:
             report = _export(request, whole, staging, options)
@@ -117,7 +117,7 @@ def _failures_of_the_disk(target: Path) -> Generator[None]:
         ) from error
 
 
-def _export(request: argparse.Namespace, whole: WholeModel, staging: Path, options: ExportOptions) -> ConversionReport:
+def _export(request: argparse.Namespace, whole: FullModel, staging: Path, options: ExportOptions) -> ConversionReport:
     """Write the format that was asked for, and compare what the source and the result say."""
     if request.format == "gguf":
         from llava_ft.checkpoint.export.gguf import export_gguf
@@ -127,7 +127,7 @@ def _export(request: argparse.Namespace, whole: WholeModel, staging: Path, optio
         report = export_adapter(whole, staging, options, request.format)
     else:
         report = (export_hf if request.format == "hf" else export_llava)(whole, staging, options)
-    report.notes += whole.trained.notes
+    report.notes += whole.source.notes
     if not options.verify:
         report.notes.append("the logits were not compared (--no-verify)")
         return report
@@ -161,7 +161,7 @@ def _keep_to_shared_tokens(source: LoadedModel, staging: Path) -> None:
         settings.suppress_tokens = list(range(num_rows, source.model.config.vocab_size))
 
 
-def _result(request: argparse.Namespace, whole: WholeModel, staging: Path, dtype: torch.dtype) -> Speaker:
+def _result(request: argparse.Namespace, whole: FullModel, staging: Path, dtype: torch.dtype) -> Speaker:
     """Load what was written."""
     if request.format == "gguf":
         return NativeSpeaker(load_gguf(staging, whole, dtype=dtype))
@@ -177,7 +177,7 @@ def _result(request: argparse.Namespace, whole: WholeModel, staging: Path, dtype
     return NativeSpeaker(loaded)
 
 
-def _bound(whole: WholeModel, report: ConversionReport, computed: torch.dtype, options: ExportOptions) -> float:
+def _bound(whole: FullModel, report: ConversionReport, computed: torch.dtype, options: ExportOptions) -> float:
     """Largest difference of logits, as a share of the largest, that rounding explains.
 
     Weights that were neither changed nor converted are the same in source and result; then only the arithmetic rounds.
@@ -191,7 +191,7 @@ def _bound(whole: WholeModel, report: ConversionReport, computed: torch.dtype, o
     return max(RELATIVE_BOUNDS.get(dtype, RELATIVE_BOUNDS[torch.float32]) for dtype in (computed, rounded_to))
 
 
-def _write_origin(request: argparse.Namespace, whole: WholeModel, staging: Path) -> None:
+def _write_origin(request: argparse.Namespace, whole: FullModel, staging: Path) -> None:
     """Write what the result was made from, and the manifest."""
     base = (str(whole.base.directory.path), whole.fingerprint)
     is_whole = whole.directory.kind == "llava"

@@ -7,13 +7,13 @@ import torch
 
 from llava_ft.checkpoint.export.gguf_file import GgufContent
 from llava_ft.checkpoint.export.gguf_read import find_files, read_model
-from llava_ft.checkpoint.whole import WholeModel
+from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.data.image_processor import ImageProcessorSettings
 from llava_ft.data.images import ImageTransform
 from llava_ft.inference.load import DEFAULT_TEMPLATE, LoadedModel
 
 
-def load_gguf(directory: Path, whole: WholeModel, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
+def load_gguf(directory: Path, whole: FullModel, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
     """Load what an export wrote: weights, configuration and image normalisation from the GGUF files alone.
 
     Args:

@@ -14,11 +14,11 @@ from llava_ft.checkpoint.export.hf import write_hf_files
 from llava_ft.checkpoint.export.options import ExportOptions
 from llava_ft.checkpoint.export.peft_keys import build_hf_skeleton
 from llava_ft.checkpoint.export.tokenizer import image_token_id
+from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.checkpoint.hf.names import module_name
 from llava_ft.checkpoint.load import fit_rows
 from llava_ft.checkpoint.names import CONFIG, EMBEDDINGS, HEAD
 from llava_ft.checkpoint.weights import read_json
-from llava_ft.checkpoint.whole import WholeModel
 from llava_ft.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_ft.errors import RunError
 from llava_ft.inference.verify import Question
@@ -62,7 +62,7 @@ class HfSpeaker:
         return cls(model, cast("Any", AutoProcessor).from_pretrained(directory))
 
     @classmethod
-    def with_adapter(cls, whole: WholeModel, adapter: Path, dtype: torch.dtype) -> "HfSpeaker":
+    def with_adapter(cls, whole: FullModel, adapter: Path, dtype: torch.dtype) -> "HfSpeaker":
         """Put an exported adapter on its base, which is made in memory as its own export would write it.
 
         A projector that was trained beside the adapter is zero in the base, so that the adapter has to bring it.
@@ -72,7 +72,7 @@ class HfSpeaker:
             adapter: The exported adapter.
             dtype: Type in which the model computes.
         """
-        alone = WholeModel(replace(whole.trained, adapters=(), rows={}))
+        alone = FullModel(replace(whole.source, adapters=(), rows={}))
         config = copy.deepcopy(whole.config)
         config.vocab_size = max(config.vocab_size, image_token_id(whole.tokenizer) + 1)
         model = build_hf_skeleton(config, dtype)

@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerFast
 
 from llava_ft.checkpoint.adapter import LoraAdapter, merged
 from llava_ft.checkpoint.base import BaseModel, load_base
+from llava_ft.checkpoint.base_and_adapters import BaseAndAdapters, open_base_and_adapters, quantization_in_training
 from llava_ft.checkpoint.blend import Adapters
 from llava_ft.checkpoint.directory import identify, resolve_model_path
 from llava_ft.checkpoint.names import PEFT_PREFIX
 from llava_ft.checkpoint.overrides import Force
-from llava_ft.checkpoint.trained import Trained, open_trained, quantization_in_training
 from llava_ft.data.images import ImageTransform
 from llava_ft.errors import UserError
 from llava_ft.models.llava import LlavaLlamaForCausalLM
@@ -128,8 +128,8 @@ def load_model(
         quantization: How the language model's linear layers are held.
     """
     shares = [(1.0, identify(resolve_model_path(model_path)))]
-    trained = open_trained(shares, model_base, vision_tower=vision_tower, force=force)
-    return load_trained(
+    trained = open_base_and_adapters(shares, model_base, vision_tower=vision_tower, force=force)
+    return load_base_and_adapters(
         trained,
         dtype=dtype,
         device=device,
@@ -139,8 +139,8 @@ def load_model(
     )
 
 
-def load_trained(
-    trained: Trained,
+def load_base_and_adapters(
+    trained: BaseAndAdapters,
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
+from llava_ft.checkpoint.base_and_adapters import quantization_in_training
 from llava_ft.checkpoint.directory import ModelDirectory, identify, resolve_model_path
 from llava_ft.checkpoint.merge import MergeOptions, merge_all
 from llava_ft.checkpoint.names import RUN_CONFIG
 from llava_ft.checkpoint.overrides import force_from_flags
 from llava_ft.checkpoint.proof import ConversionReport
 from llava_ft.checkpoint.save import parse_size
-from llava_ft.checkpoint.trained import quantization_in_training
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.errors import UserError
 from llava_ft.inference.verify import compare_merged

@@ -3,11 +3,11 @@
 import logging
 from pathlib import Path
 
+from llava_ft.checkpoint.base_and_adapters import quantization_in_training
 from llava_ft.checkpoint.directory import identify
 from llava_ft.checkpoint.merge import MergeOptions, merge
 from llava_ft.checkpoint.overrides import Force
 from llava_ft.checkpoint.proof import ConversionReport
-from llava_ft.checkpoint.trained import quantization_in_training
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.inference.verify import compare_merged
 

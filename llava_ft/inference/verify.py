@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from llava_ft.checkpoint.base_and_adapters import open_base_and_adapters
 from llava_ft.checkpoint.directory import ModelDirectory, identify
 from llava_ft.checkpoint.overrides import Force
 from llava_ft.checkpoint.proof import ConversionReport
-from llava_ft.checkpoint.trained import open_trained
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.constants import IMAGE_TOKEN_INDEX
 from llava_ft.errors import RunError
 from llava_ft.geometry import ImageGeometry
-from llava_ft.inference.load import LoadedModel, load_model, load_trained
+from llava_ft.inference.load import LoadedModel, load_base_and_adapters, load_model
 from llava_ft.models.config import LlavaLlamaConfig
 from llava_ft.tuning.quant import Quantization
 
@@ -268,8 +268,8 @@ def compare_merged(
     """
     dtype = computing_dtype(merged, merged_dtype, free_memory())
     shares = [(1.0, identify(Path(trained)))] if isinstance(trained, str) else trained
-    source = open_trained(shares, model_base, vision_tower=vision_tower, force=force)
-    loaded = load_trained(source, dtype=dtype, device="cpu", adapter="beside", quantization=quantization)
+    source = open_base_and_adapters(shares, model_base, vision_tower=vision_tower, force=force)
+    loaded = load_base_and_adapters(source, dtype=dtype, device="cpu", adapter="beside", quantization=quantization)
     questions = fixed_questions(loaded.model.config)
     expected = Recorded(NativeSpeaker(loaded), questions)
     tower = vision_tower or loaded.model.config.mm_vision_tower

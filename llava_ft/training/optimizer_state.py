@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from llava_ft.checkpoint.optimizer import OptimizerFile, SavedOptimizer, State, write_optimizer_file
 from llava_ft.checkpoint.pickles import load_pickle
-from llava_ft.errors import CheckpointError
+from llava_ft.errors import CheckpointError, some_of
 from llava_ft.training.fragments import Fragment, fragments_of, trained_parameters
 
 
@@ -91,9 +91,9 @@ def _check_parameters(saved: SavedOptimizer, model: nn.Module) -> None:
     if missing or unexpected or resized:
         raise CheckpointError(
             f"The optimizer state in {saved.path} is of another run. "
-            + (f"Trained here but not in it: {', '.join(missing[:4])}. " if missing else "")
-            + (f"In it but not trained here: {', '.join(unexpected[:4])}. " if unexpected else "")
-            + (f"{', '.join(resized[:2])}. " if resized else "")
+            + (f"Trained here but not in it: {some_of(missing)}. " if missing else "")
+            + (f"In it but not trained here: {some_of(unexpected)}. " if unexpected else "")
+            + (f"{some_of(resized, 2)}. " if resized else "")
             + "Use the flags the checkpoint was made with, or a new output_dir."
         )
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback, ProgressCallb
 
 from llava_ft.args import ParsedArgs, to_yaml
 from llava_ft.checkpoint.base import BaseModel, check_added_tokens
+from llava_ft.checkpoint.base_and_adapters import quantization_in_training
 from llava_ft.checkpoint.fingerprint import language_model_fingerprint
 from llava_ft.checkpoint.overrides import collect_ignored
 from llava_ft.checkpoint.restore import check_base
@@ -20,7 +21,6 @@ from llava_ft.checkpoint.resume import (
     newest_complete_checkpoint,
     remove_staging,
 )
-from llava_ft.checkpoint.trained import quantization_in_training
 from llava_ft.data.build import BuiltDatasets
 from llava_ft.data.image_processor import ImageProcessorSettings, PixelNormalizer
 from llava_ft.data.sampler import EpochSampler

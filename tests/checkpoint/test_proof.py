@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llava_ft.checkpoint import full_model
 from llava_ft.checkpoint import merge as merging
-from llava_ft.checkpoint import whole as whole_model
 from llava_ft.checkpoint.directory import identify
+from llava_ft.checkpoint.full_model import open_full_model
 from llava_ft.checkpoint.merge import MergeOptions, merge
 from llava_ft.checkpoint.proof import ConversionReport, prove_tensors
 from llava_ft.checkpoint.weights import WeightFiles
-from llava_ft.checkpoint.whole import open_whole
 from llava_ft.errors import RunError
 from tests.checkpoint.adapters import BASE, merged_by_peft, peft_adapter
 
@@ -123,10 +123,8 @@ def test_a_result_that_is_wrong_in_one_tensor_is_found(
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}])
 def test_the_proof_has_arithmetic_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict):
     peft_adapter(tmp_path / "adapter", **options)
-    right = whole_model.merged
-    monkeypatch.setattr(
-        whole_model, "merged", lambda *of: right(*of[:2], [(2 * share, a) for share, a in of[2]], of[3])
-    )
+    right = full_model.merged
+    monkeypatch.setattr(full_model, "merged", lambda *of: right(*of[:2], [(2 * share, a) for share, a in of[2]], of[3]))
     with pytest.raises(RunError, match="where rounding explains"):
         merge(identify(tmp_path / "adapter"), None, tmp_path / "merged", MergeOptions())
 
@@ -167,7 +165,7 @@ def test_frozen_tensors_of_another_type_are_rounded_once(tmp_path: Path):
 
 
 def test_other_names_and_more_rows_are_compared_too(tmp_path: Path):
-    whole = open_whole(identify(Path(BASE)), None)
+    whole = open_full_model(identify(Path(BASE)), None)
     pieces = {f"lm.{piece.name}": piece.value for piece in whole.stream(with_tower=True)}
     name = "lm.model.embed_tokens.weight"
     pieces[name] = torch.cat([pieces[name], torch.ones(3, 64)])

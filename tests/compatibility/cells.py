@@ -13,8 +13,8 @@ import torch
 
 from llava_ft.args import parse_args
 from llava_ft.checkpoint.directory import identify
+from llava_ft.checkpoint.full_model import open_full_model
 from llava_ft.checkpoint.proof import ConversionReport
-from llava_ft.checkpoint.whole import open_whole
 from llava_ft.cli import main
 from llava_ft.conversation import get_template
 from llava_ft.data.images import ImageTransform
@@ -181,7 +181,7 @@ def export_gguf(case: Case) -> None:
     """`llava-ft export --format gguf`; a model made of the two files gives the same logits and answers."""
     target = _export(case, "gguf")
     base = str(case.checkpoint.base) if case.checkpoint.base else None
-    whole = open_whole(identify(case.checkpoint.path), base)
+    whole = open_full_model(identify(case.checkpoint.path), base)
     case.compare(NativeSpeaker(load_gguf(target, whole)), EXPORTED)
 
 

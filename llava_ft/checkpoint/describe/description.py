@@ -20,7 +20,7 @@ from llava_ft.checkpoint.lineage import LINEAGE
 from llava_ft.checkpoint.names import ADAPTER_CONFIG, CONFIG
 from llava_ft.checkpoint.weights import read_json
 from llava_ft.checkpoint.zero.files import find_step_directory, find_step_files
-from llava_ft.errors import CheckpointError, UserError
+from llava_ft.errors import CheckpointError, UserError, some_of
 
 
 @dataclass
@@ -135,7 +135,7 @@ def _describe_file(path: Path) -> Description:
     found.layout = facts.layout
     found.damaged += [scan.problem] if scan.problem else []
     if scan.others:
-        found.notes.append(f"It also holds {_some(scan.others)}, which is no tensor.")
+        found.notes.append(f"It also holds {some_of(scan.others)}, which is no tensor.")
     config, adapter_config = _settings(path.parent, found, is_beside=True)
     _set_needs(found, config, adapter_config, path.parent)
     if kind != "shard":
@@ -181,7 +181,7 @@ def _describe_each(path: Path, files: Sequence[Path]) -> Description:
     else:
         names = sorted(entry.name for entry in path.iterdir())
         found.what = "No weights."
-        found.missing.append(f"{path} holds no weight files. It holds {_some(names, 8) or 'nothing'}.")
+        found.missing.append(f"{path} holds no weight files. It holds {some_of(names, 8) or 'nothing'}.")
     return found
 
 
@@ -243,16 +243,14 @@ def _is_hf(path: Path, config: Mapping[str, Any]) -> bool:
 
 def _notes(path: Path, selection: Selection, scans: Sequence[FileScan]) -> list[str]:
     notes = [f"{file.name} is not read: {reason}." for file, reason in selection.beside.items()]
-    notes += [f"{scan.path.name} also holds {_some(scan.others)}, which is no tensor." for scan in scans if scan.others]
+    notes += [
+        f"{scan.path.name} also holds {some_of(scan.others)}, which is no tensor." for scan in scans if scan.others
+    ]
     steps = sorted((entry.name for entry in path.glob("checkpoint-*") if entry.is_dir()), key=lambda n: (len(n), n))
     if steps:
-        notes.append(f"It also holds {len(steps)} checkpoints of the run: {_some(steps)}.")
+        notes.append(f"It also holds {len(steps)} checkpoints of the run: {some_of(steps)}.")
     if (path / LINEAGE).is_file():
         notes.append(f"`llava-ft inspect lineage {path}` says what it was made from.")
     if any(path.glob("global_step*")):
         notes.append("It also holds DeepSpeed's files, to resume from.")
     return notes
-
-
-def _some(names: Sequence[str], limit: int = 4) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

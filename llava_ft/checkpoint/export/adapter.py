@@ -27,6 +27,7 @@ from llava_ft.checkpoint.export.native_tokenizer import num_native_rows
 from llava_ft.checkpoint.export.options import ExportOptions
 from llava_ft.checkpoint.export.peft_keys import check_taken
 from llava_ft.checkpoint.export.processor import write_image_processor
+from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.checkpoint.hf.config import why_not_hf
 from llava_ft.checkpoint.hf.names import module_name
 from llava_ft.checkpoint.names import (
@@ -46,7 +47,6 @@ from llava_ft.checkpoint.proof import ConversionReport
 from llava_ft.checkpoint.restore import plain_name
 from llava_ft.checkpoint.save import adapter_config_fields, config_fields, save_tensors, write_json
 from llava_ft.checkpoint.weights import WeightFiles, read_json
-from llava_ft.checkpoint.whole import WholeModel
 from llava_ft.errors import CheckpointError, RunError
 
 Layout = Literal["llava", "hf"]
@@ -57,7 +57,7 @@ _PROJECTOR_MODULE: Final = {"llava": "model.mm_projector", "hf": "model.multi_mo
 _WHOLE_INSTEAD: Final = "Export the whole model instead: leave --adapter-only out."
 
 
-def export_adapter(whole: WholeModel, target: Path, options: ExportOptions, layout: Layout) -> ConversionReport:
+def export_adapter(whole: FullModel, target: Path, options: ExportOptions, layout: Layout) -> ConversionReport:
     """Write an adapter for a layout.
 
     Args:
@@ -87,7 +87,7 @@ def export_adapter(whole: WholeModel, target: Path, options: ExportOptions, layo
     return report
 
 
-def check_adapter(whole: WholeModel, layout: Layout) -> None:
+def check_adapter(whole: FullModel, layout: Layout) -> None:
     """Refuse an adapter that a layout cannot hold.
 
     Raises:
@@ -115,7 +115,7 @@ def check_adapter(whole: WholeModel, layout: Layout) -> None:
         )
 
 
-def _the_adapter(whole: WholeModel) -> LoraAdapter:
+def _the_adapter(whole: FullModel) -> LoraAdapter:
     if not whole.adapters:
         raise CheckpointError(
             f"--adapter-only: {whole.directory.path} holds no LoRA adapter. Leave the flag out to export the model."
@@ -137,7 +137,7 @@ def _tensors(
             yield wanted[key], converted
 
 
-def _write(whole: WholeModel, target: Path, tensors: Mapping[str, torch.Tensor], layout: Layout) -> None:
+def _write(whole: FullModel, target: Path, tensors: Mapping[str, torch.Tensor], layout: Layout) -> None:
     beside = {name for name in tensors if ".lora_" not in name}
     if layout == "hf":
         renamed = {PEFT_PREFIX + module_name(name): value for name, value in tensors.items()}
@@ -154,7 +154,7 @@ def _write(whole: WholeModel, target: Path, tensors: Mapping[str, torch.Tensor],
     write_json(target / ADAPTER_CONFIG, _adapter_config(whole, bool(beside), layout))
 
 
-def _native_config(whole: WholeModel) -> dict[str, Any]:
+def _native_config(whole: FullModel) -> dict[str, Any]:
     """Return `config.json` of the whole model, whose vocabulary is that of its native base."""
     config = copy.deepcopy(whole.config)
     if whole.base.directory.layout == "hf":
@@ -164,7 +164,7 @@ def _native_config(whole: WholeModel) -> dict[str, Any]:
     return config_fields(config, whole.dtype)
 
 
-def _adapter_config(whole: WholeModel, has_projector: bool, layout: Layout) -> dict[str, Any]:
+def _adapter_config(whole: FullModel, has_projector: bool, layout: Layout) -> dict[str, Any]:
     """Return `adapter_config.json`: the source's, with what names modules written anew.
 
     Original LLaVA's is written as its PEFT reads it, without keys that came later and have their default.
@@ -220,7 +220,7 @@ def _exactly(module: str) -> str:
     return f"^{re.escape(module)}$"
 
 
-def _record_source(whole: WholeModel, target: Path) -> None:
+def _record_source(whole: FullModel, target: Path) -> None:
     """Keep what the way back needs: the configuration, and in which files and order the tensors were."""
     lora = _the_adapter(whole)
     folder = target / SOURCE_FOLDER
@@ -286,7 +286,7 @@ def _fidelity(dtype: torch.dtype | None) -> str:
     return f"those of the source, converted to {str(dtype).removeprefix('torch.')}"
 
 
-def _advice(whole: WholeModel, tensors: Mapping[str, torch.Tensor], layout: Layout) -> list[str]:
+def _advice(whole: FullModel, tensors: Mapping[str, torch.Tensor], layout: Layout) -> list[str]:
     base = whole.base.directory
     notes: list[str] = []
     if layout != ("hf" if base.layout == "hf" else "llava"):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.checkpoint.names import is_vision, native_name
 from llava_ft.checkpoint.weights import TensorInfo, WeightFiles
-from llava_ft.checkpoint.whole import WholeModel
 
 
 class CompletedFiles(WeightFiles):
@@ -21,7 +21,7 @@ class CompletedFiles(WeightFiles):
         whole: Its source.
     """
 
-    def __init__(self, directory: Path, whole: WholeModel):
+    def __init__(self, directory: Path, whole: FullModel):
         written = WeightFiles.open(directory)
         self._written = written
         self._whole = whole

@@ -35,9 +35,9 @@ from llava_ft.checkpoint.export.gguf_read import GgufWeights
 from llava_ft.checkpoint.export.gguf_tensors import DTYPES, File, GgufTensor, file_tensors, plan_tensors
 from llava_ft.checkpoint.export.gguf_vocabulary import check_ids, read_vocabulary, vocabulary_fields
 from llava_ft.checkpoint.export.options import ExportOptions
+from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.checkpoint.proof import ConversionReport, prove_tensors
 from llava_ft.checkpoint.shard_files import check_space
-from llava_ft.checkpoint.whole import WholeModel
 from llava_ft.conversation import Template, TemplateStyle, get_template
 from llava_ft.data.image_processor import ImageProcessorSettings
 from llava_ft.errors import RunError, UserError
@@ -64,7 +64,7 @@ class GgufPlan:
     notes: list[str]
 
 
-def export_gguf(whole: WholeModel, target: Path, options: ExportOptions) -> ConversionReport:
+def export_gguf(whole: FullModel, target: Path, options: ExportOptions) -> ConversionReport:
     """Write a model as llama.cpp reads it, and compare the files with the model.
 
     Args:
@@ -90,7 +90,7 @@ def export_gguf(whole: WholeModel, target: Path, options: ExportOptions) -> Conv
     return report
 
 
-def plan_export(whole: WholeModel, options: ExportOptions) -> GgufPlan:
+def plan_export(whole: FullModel, options: ExportOptions) -> GgufPlan:
     """Settle an export: refuse what GGUF or llama.cpp cannot hold, before weights are read.
 
     Raises:
@@ -135,13 +135,13 @@ def model_name(path: Path) -> str:
     return "-".join(name.split()) or "model"
 
 
-def _template_text(template: Template, whole: WholeModel) -> str | None:
+def _template_text(template: Template, whole: FullModel) -> str | None:
     if template.style is TemplateStyle.PLAIN:
         return None
     return chat_template(template, mm_use_im_start_end=whole.config.mm_use_im_start_end)
 
 
-def _template_notes(template: Template, whole: WholeModel) -> list[str]:
+def _template_notes(template: Template, whole: FullModel) -> list[str]:
     """Say in what llama.cpp writes or ends a conversation otherwise than the model was trained."""
     if template.style is TemplateStyle.PLAIN:
         return ["the model was trained with template plain, which has no turns: the file holds no chat template"]
@@ -158,7 +158,7 @@ def _template_notes(template: Template, whole: WholeModel) -> list[str]:
     return notes
 
 
-def _write(whole: WholeModel, target: Path, plan: GgufPlan, report: ConversionReport) -> None:
+def _write(whole: FullModel, target: Path, plan: GgufPlan, report: ConversionReport) -> None:
     check_space(target, sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in plan.tensors))
     by_native = {tensor.native: tensor for tensor in plan.tensors}
     with ExitStack() as stack:
@@ -174,7 +174,7 @@ def _write(whole: WholeModel, target: Path, plan: GgufPlan, report: ConversionRe
                 report.count(replace(piece, value=writers[tensor.file].put(tensor, piece.value)))
 
 
-def _verify(whole: WholeModel, target: Path, plan: GgufPlan, report: ConversionReport) -> None:
+def _verify(whole: FullModel, target: Path, plan: GgufPlan, report: ConversionReport) -> None:
     """Read both files back and compare them with the files of the model, tensor by tensor and key by key."""
     files: dict[File, GgufContent] = {file: GgufContent(target / name) for file, name in plan.names.items()}
     for file, content in files.items():

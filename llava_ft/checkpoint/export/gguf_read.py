@@ -13,8 +13,8 @@ from torch import nn
 
 from llava_ft.checkpoint.export.gguf_file import GgufContent
 from llava_ft.checkpoint.export.gguf_tensors import File, GgufTensor, plan_tensors
+from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.checkpoint.weights import TensorInfo, WeightFiles
-from llava_ft.checkpoint.whole import WholeModel
 from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import build_skeleton
 from llava_ft.models.config import LlavaLlamaConfig
@@ -37,7 +37,7 @@ class GgufWeights(WeightFiles):
     """
 
     def __init__(
-        self, directory: Path, files: Mapping[File, GgufContent], plan: Sequence[GgufTensor], whole: WholeModel
+        self, directory: Path, files: Mapping[File, GgufContent], plan: Sequence[GgufTensor], whole: FullModel
     ):
         self._files = files
         self._plan = {tensor.native: tensor for tensor in plan}

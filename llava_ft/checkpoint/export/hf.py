@@ -15,6 +15,7 @@ from llava_ft.checkpoint.export.native_record import TensorDigest, write_native_
 from llava_ft.checkpoint.export.options import ExportOptions
 from llava_ft.checkpoint.export.processor import check_images, write_processor
 from llava_ft.checkpoint.export.tokenizer import image_token_id, write_hf_tokenizer
+from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.checkpoint.hf.config import hf_fields
 from llava_ft.checkpoint.hf.names import hub_name
 from llava_ft.checkpoint.load import fit_rows
@@ -23,7 +24,6 @@ from llava_ft.checkpoint.proof import ConversionReport, prove_tensors
 from llava_ft.checkpoint.save import write_json
 from llava_ft.checkpoint.shard_files import Layout, ShardFiles, check_space, layout_bytes
 from llava_ft.checkpoint.weights import WeightFiles, read_json
-from llava_ft.checkpoint.whole import WholeModel
 from llava_ft.data.image_processor import ImageProcessorSettings
 from llava_ft.data.images import ImageTransform
 from llava_ft.geometry import ImageGeometry
@@ -34,7 +34,7 @@ DEFAULT_TEMPLATE: Final = "v1"
 """Conversation template of a model that does not say which it was trained with."""
 
 
-def check_hf(whole: WholeModel, options: ExportOptions) -> None:
+def check_hf(whole: FullModel, options: ExportOptions) -> None:
     """Refuse what transformers' layout cannot hold, before weights are read.
 
     Raises:
@@ -44,7 +44,7 @@ def check_hf(whole: WholeModel, options: ExportOptions) -> None:
     check_images(*image_settings(whole))
 
 
-def export_hf(whole: WholeModel, target: Path, options: ExportOptions) -> ConversionReport:
+def export_hf(whole: FullModel, target: Path, options: ExportOptions) -> ConversionReport:
     """Write a model in transformers' layout.
 
     Args:
@@ -81,7 +81,7 @@ def export_hf(whole: WholeModel, target: Path, options: ExportOptions) -> Conver
     return report
 
 
-def _layout(whole: WholeModel, options: ExportOptions, num_rows: int) -> Layout:
+def _layout(whole: FullModel, options: ExportOptions, num_rows: int) -> Layout:
     """Name, shape and type of every tensor as it is written."""
     layout = whole.layout(options.dtype, with_tower=True)
     return {
@@ -90,7 +90,7 @@ def _layout(whole: WholeModel, options: ExportOptions, num_rows: int) -> Layout:
     }
 
 
-def write_hf_files(whole: WholeModel, target: Path, options: ExportOptions) -> list[str]:
+def write_hf_files(whole: FullModel, target: Path, options: ExportOptions) -> list[str]:
     """Write everything that a model of transformers' layout has beside its weights.
 
     Args:
@@ -119,7 +119,7 @@ def write_hf_files(whole: WholeModel, target: Path, options: ExportOptions) -> l
     ]
 
 
-def image_settings(whole: WholeModel) -> tuple[ImageProcessorSettings, ImageGeometry]:
+def image_settings(whole: FullModel) -> tuple[ImageProcessorSettings, ImageGeometry]:
     """Return how a model's images are prepared.
 
     Raises:
@@ -132,12 +132,12 @@ def image_settings(whole: WholeModel) -> tuple[ImageProcessorSettings, ImageGeom
     return ImageProcessorSettings.from_pretrained(directory), geometry
 
 
-def _num_rows(whole: WholeModel) -> int:
+def _num_rows(whole: FullModel) -> int:
     """Rows of embeddings and head with the one of `<image>`."""
     return max(whole.config.vocab_size, image_token_id(whole.tokenizer) + 1)
 
 
-def hf_config(whole: WholeModel, dtype: torch.dtype) -> dict[str, Any]:
+def hf_config(whole: FullModel, dtype: torch.dtype) -> dict[str, Any]:
     """Return the `config.json` of a model in transformers' layout, the row of `<image>` counted.
 
     Raises:
@@ -148,7 +148,7 @@ def hf_config(whole: WholeModel, dtype: torch.dtype) -> dict[str, Any]:
     return hf_fields(config, image_token_id=image_token_id(whole.tokenizer), dtype=dtype)
 
 
-def _write_generation_config(whole: WholeModel, target: Path) -> None:
+def _write_generation_config(whole: FullModel, target: Path) -> None:
     """Keep the source's, or write the ids of the special tokens, as the language model's configuration has them."""
     file = whole.base.directory.path / GENERATION_CONFIG
     config: Any = whole.config

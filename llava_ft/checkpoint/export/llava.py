@@ -25,20 +25,20 @@ from llava_ft.checkpoint.export.native_record import (
 )
 from llava_ft.checkpoint.export.native_tokenizer import num_native_rows, write_native_tokenizer
 from llava_ft.checkpoint.export.options import ExportOptions
+from llava_ft.checkpoint.full_model import FullModel, ModelTensor
 from llava_ft.checkpoint.load import WeightSource
 from llava_ft.checkpoint.names import CONFIG, EMBEDDINGS, HEAD, PREPROCESSOR_CONFIG, is_vision, native_name
 from llava_ft.checkpoint.proof import ConversionReport, prove_tensors
 from llava_ft.checkpoint.save import config_fields, save_tensors, write_json
 from llava_ft.checkpoint.shard_files import ShardFiles, check_space, layout_bytes
 from llava_ft.checkpoint.weights import read_json
-from llava_ft.checkpoint.whole import Piece, WholeModel
 from llava_ft.data.image_processor import ImageProcessorSettings
 from llava_ft.errors import CheckpointError
 
 _VOCABULARY: Final = (EMBEDDINGS, HEAD)
 
 
-def export_llava(whole: WholeModel, target: Path, options: ExportOptions) -> ConversionReport:
+def export_llava(whole: FullModel, target: Path, options: ExportOptions) -> ConversionReport:
     """Write a model in original LLaVA's layout.
 
     Args:
@@ -78,7 +78,7 @@ def export_llava(whole: WholeModel, target: Path, options: ExportOptions) -> Con
     return report
 
 
-def _num_rows(whole: WholeModel, record: WeightRecord | None, report: ConversionReport) -> int:
+def _num_rows(whole: FullModel, record: WeightRecord | None, report: ConversionReport) -> int:
     """Count the rows to be written, and say which are not."""
     num_rows = whole.config.vocab_size
     if whole.base.directory.layout != "hf":
@@ -97,7 +97,7 @@ def _num_rows(whole: WholeModel, record: WeightRecord | None, report: Conversion
     return kept
 
 
-def _tower_is_as_exported(whole: WholeModel, record: WeightRecord) -> bool:
+def _tower_is_as_exported(whole: FullModel, record: WeightRecord) -> bool:
     """Whether the tower has the values that it had when it was put in by the export."""
     digest = TensorDigest()
     base = whole.base.sources[0]
@@ -129,7 +129,7 @@ class _Wanted:
 
 
 def _write_weights(
-    whole: WholeModel, target: Path, options: ExportOptions, wanted: _Wanted, report: ConversionReport
+    whole: FullModel, target: Path, options: ExportOptions, wanted: _Wanted, report: ConversionReport
 ) -> None:
     layout = {
         name: ((min(shape[0], wanted.num_rows), *shape[1:]) if name in _VOCABULARY else shape, dtype)
@@ -158,7 +158,7 @@ def _write_weights(
     writer.finish()
 
 
-def _is_as_recorded(whole: WholeModel, options: ExportOptions, wanted: _Wanted, record: WeightRecord) -> bool:
+def _is_as_recorded(whole: FullModel, options: ExportOptions, wanted: _Wanted, record: WeightRecord) -> bool:
     """Whether the same tensors, in the same types, can be put into the same files."""
     if whole.directory.kind != "llava" or options.dtype is not None or wanted.num_rows != record.num_rows:
         return False
@@ -173,16 +173,16 @@ def _is_as_recorded(whole: WholeModel, options: ExportOptions, wanted: _Wanted, 
     return max(sizes, default=0) <= options.max_shard_bytes
 
 
-def _read_in_order(source: WeightSource, keys: dict[str, str]) -> Iterator[Piece]:
+def _read_in_order(source: WeightSource, keys: dict[str, str]) -> Iterator[ModelTensor]:
     by_name = {name: key for key, name in source.names.items()}
     for key in keys:
         name = native_name(key)
         value = source.files.read([by_name[name]])[by_name[name]]
-        yield Piece(name, value, "frozen", f"{source.label} {source.files.path}")
+        yield ModelTensor(name, value, "frozen", f"{source.label} {source.files.path}")
 
 
 def _write_configs(
-    whole: WholeModel, target: Path, options: ExportOptions, vocabulary: tuple[int, int | None, bool]
+    whole: FullModel, target: Path, options: ExportOptions, vocabulary: tuple[int, int | None, bool]
 ) -> None:
     """Write configuration, generation settings and image settings.
 

@@ -15,10 +15,10 @@ from typing import Any, Final
 
 import torch
 
+from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.checkpoint.names import CONFIG, PREPROCESSOR_CONFIG, is_derived, native_name
 from llava_ft.checkpoint.save import write_json
 from llava_ft.checkpoint.weights import WeightFiles, read_json
-from llava_ft.checkpoint.whole import WholeModel
 from llava_ft.data.tokenizer import save_tokenizer
 from llava_ft.errors import CheckpointError
 
@@ -70,7 +70,7 @@ class TensorDigest:
         return hashlib.sha256("".join(self._digests[name] for name in sorted(self._digests)).encode()).hexdigest()
 
 
-def write_native_record(directory: Path, whole: WholeModel, tower: TensorDigest | None) -> None:
+def write_native_record(directory: Path, whole: FullModel, tower: TensorDigest | None) -> None:
     """Keep what a native model's files were like.
 
     Args:

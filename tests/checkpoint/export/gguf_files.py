@@ -13,15 +13,15 @@ from llava_ft.checkpoint.export.gguf import export_gguf
 from llava_ft.checkpoint.export.gguf_file import GgufContent
 from llava_ft.checkpoint.export.gguf_read import find_files
 from llava_ft.checkpoint.export.options import ExportOptions
-from llava_ft.checkpoint.whole import WholeModel, open_whole
+from llava_ft.checkpoint.full_model import FullModel, open_full_model
 from tests.conftest import RECORDINGS
 
 LLAVA = "ckpt/llava15-tiny"
 ANYRES = "ckpt/llava16-tiny-anyres"
 
 
-def whole(path: str, base: str | None = None) -> WholeModel:
-    return open_whole(identify(Path(path)), base)
+def whole(path: str, base: str | None = None) -> FullModel:
+    return open_full_model(identify(Path(path)), base)
 
 
 def export(path: str, target: Path, dtype: torch.dtype | None = torch.float32, base: str | None = None):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llava_ft.checkpoint.whole import WholeModel
+from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.inference import export_command
 from tests.checkpoint.export.conftest import run
 from tests.conftest import RECORDINGS
@@ -78,7 +78,7 @@ def test_too_little_room_is_told_before_weights_are_read(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    monkeypatch.setattr(WholeModel, "stream", lambda *arguments, **options: pytest.fail("weights were read"))
+    monkeypatch.setattr(FullModel, "stream", lambda *arguments, **options: pytest.fail("weights were read"))
     assert run(argv(tmp_path / "out", form=form)) == 2
     assert "GB, but only 1e-06 GB are free" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

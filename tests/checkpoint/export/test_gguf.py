@@ -17,8 +17,8 @@ from llava_ft.checkpoint.export.gguf_metadata import language_fields
 from llava_ft.checkpoint.export.gguf_read import find_files, read_model
 from llava_ft.checkpoint.export.gguf_tensors import gguf_name, restore_rows
 from llava_ft.checkpoint.export.options import ExportOptions
+from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.checkpoint.proof import ConversionReport
-from llava_ft.checkpoint.whole import WholeModel
 from llava_ft.cli import main
 from llava_ft.data.tokenizer import load_tokenizer
 from llava_ft.errors import CheckpointError, RunError
@@ -305,7 +305,7 @@ def damage(monkeypatch: pytest.MonkeyPatch, name: str, position: int) -> None:
     """Change one byte of a file between writing and comparing; a negative position counts from the end."""
     write = gguf_export._write
 
-    def and_damage(model: WholeModel, target: Path, *rest) -> None:
+    def and_damage(model: FullModel, target: Path, *rest) -> None:
         write(model, target, *rest)
         data = bytearray((target / name).read_bytes())
         data[position] ^= 1
@@ -331,12 +331,12 @@ def test_a_wrong_key_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_tensor_that_never_comes_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    stream = WholeModel.stream
+    stream = FullModel.stream
 
-    def without_head(self: WholeModel, *args, **kwargs):
+    def without_head(self: FullModel, *args, **kwargs):
         return (piece for piece in stream(self, *args, **kwargs) if piece.name != "lm_head.weight")
 
-    monkeypatch.setattr(WholeModel, "stream", without_head)
+    monkeypatch.setattr(FullModel, "stream", without_head)
     with pytest.raises(RunError, match=r"1 tensors were announced but never came, such as output.weight"):
         export(LLAVA, tmp_path)
 

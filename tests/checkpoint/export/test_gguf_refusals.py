@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from llava_ft.checkpoint.export.gguf import export_gguf
 from llava_ft.checkpoint.export.gguf_metadata import check_expressible, check_image_settings
 from llava_ft.checkpoint.export.options import ExportOptions
-from llava_ft.checkpoint.whole import WholeModel
+from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.data.image_processor import ImageProcessorSettings
 from llava_ft.errors import CheckpointError, UserError
 from tests.checkpoint.export.gguf_files import LLAVA, changed_copy, export, whole
@@ -68,7 +68,7 @@ def test_refusals_come_before_weights_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, options: ExportOptions, error: str
 ):
     model = whole(path)
-    monkeypatch.setattr(WholeModel, "stream", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(FullModel, "stream", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(UserError, match=error):
         export_gguf(model, tmp_path, options)
     assert not any(tmp_path.iterdir())

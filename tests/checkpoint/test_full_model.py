@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_ft.checkpoint.directory import identify
+from llava_ft.checkpoint.full_model import open_full_model
 from llava_ft.checkpoint.merge import MergeOptions, merge
 from llava_ft.checkpoint.shard_files import ShardFiles
 from llava_ft.checkpoint.weights import WeightFiles
-from llava_ft.checkpoint.whole import open_whole
 from llava_ft.cli import main
 from llava_ft.inference.load import load_model
 from llava_ft.inference.verify import fixed_logits
@@ -30,7 +30,7 @@ LORA = Path("train/lora/llava-tiny-lora")
 @pytest.mark.parametrize("with_tower", [False, True])
 @pytest.mark.parametrize("path", [LORA, Path("ckpt/llava1-tiny-linear")])
 def test_names_and_layout_are_those_of_the_stream(path: Path, with_tower: bool):
-    whole = open_whole(identify(path), "ckpt/base-llm" if path == LORA else None)
+    whole = open_full_model(identify(path), "ckpt/base-llm" if path == LORA else None)
     pieces = list(whole.stream(with_tower=with_tower))
     layout = whole.layout(with_tower=with_tower)
     assert [piece.name for piece in pieces] == whole.names(with_tower=with_tower) == list(layout)
@@ -39,7 +39,7 @@ def test_names_and_layout_are_those_of_the_stream(path: Path, with_tower: bool):
 
 
 def test_every_piece_says_where_it_comes_from():
-    whole = open_whole(identify(LORA), "ckpt/base-llm")
+    whole = open_full_model(identify(LORA), "ckpt/base-llm")
     origins = {piece.name: piece.origin for piece in whole.stream(with_tower=True)}
     assert {origin: list(origins.values()).count(origin) for origin in ("frozen", "changed", "replaced", "tower")} == {
         "frozen": 7,
@@ -57,7 +57,7 @@ def test_the_type_of_a_frozen_tensor_is_kept_unless_another_is_asked_for(tmp_pat
     weights = load_file("ckpt/base-llm/model.safetensors")
     mixed = {name: value if "norm" in name else value.to(torch.bfloat16) for name, value in weights.items()}
     save_file(mixed, tmp_path / "base/model.safetensors")
-    whole = open_whole(identify(LORA), str(tmp_path / "base"))
+    whole = open_full_model(identify(LORA), str(tmp_path / "base"))
     assert whole.dtype == torch.bfloat16
     for piece in whole.stream(with_tower=False):
         assert piece.value.dtype == (torch.float32 if "norm" in piece.name else torch.bfloat16), piece.name
@@ -89,12 +89,12 @@ def test_rows_of_added_tokens_of_a_projector_run_are_merged(tmp_path: Path):
 
 def test_a_tower_that_an_adapter_changes_is_part_of_the_result(tmp_path: Path):
     peft_adapter(tmp_path / "adapter", "ckpt/llava15-tiny", target_modules=["q_proj"])
-    whole = open_whole(identify(tmp_path / "adapter"), "ckpt/llava15-tiny")
+    whole = open_full_model(identify(tmp_path / "adapter"), "ckpt/llava15-tiny")
     assert any("vision_tower" in name for name in whole.names(with_tower=False))
 
 
 def test_the_base_s_value_is_the_file_s():
-    whole = open_whole(identify(LORA), "ckpt/base-llm")
+    whole = open_full_model(identify(LORA), "ckpt/base-llm")
     name = "model.layers.1.mlp.down_proj.weight"
     before = whole.before(name)
     assert before is not None

@@ -1,6 +1,6 @@
 """A whole model as a stream of tensors: a base with what was trained on it put in, nothing loaded at once.
 
-Merging and every export read a model through `WholeModel`. Each weight is read, what was trained is put in with float32
+Merging and every export read a model through `FullModel`. Each weight is read, what was trained is put in with float32
 arithmetic, and the result is rounded once, a block of rows at a time: beside the tensor that is yielded, memory holds
 the adapter and a few megabytes.
 """
@@ -13,11 +13,11 @@ import torch
 
 from llava_ft.checkpoint.adapter import merged
 from llava_ft.checkpoint.base import BaseModel
+from llava_ft.checkpoint.base_and_adapters import BaseAndAdapters, open_base_and_adapters
 from llava_ft.checkpoint.directory import ModelDirectory
 from llava_ft.checkpoint.load import Ledger, Plan, WeightSource, fit_rows, plan_sources, stream_planned
 from llava_ft.checkpoint.names import EMBEDDINGS, is_vision, native_name
 from llava_ft.checkpoint.overrides import Force
-from llava_ft.checkpoint.trained import Trained, open_trained
 from llava_ft.models.builder import build_skeleton
 from llava_ft.models.config import LlavaLlamaConfig
 from llava_ft.tuning.freeze import language_model_linears
@@ -27,7 +27,7 @@ Origin = Literal["frozen", "changed", "replaced", "tower"]
 
 
 @dataclass(frozen=True)
-class Piece:
+class ModelTensor:
     """One tensor of a whole model.
 
     Attributes:
@@ -44,11 +44,11 @@ class Piece:
     source: str
 
 
-class WholeModel:
+class FullModel:
     """A model as a stream of tensors.
 
     Attributes:
-        trained: The base and what was trained on it.
+        source: The base and what was trained on it.
         directory: What the user gave, the first of several: a whole model, or what was trained on a base.
         base: The base, with what was trained beside an adapter among its sources.
         adapters: The adapters and the weight of each.
@@ -62,10 +62,10 @@ class WholeModel:
         quantization: If set, linear layers have the values that they are worth after being quantised like this.
     """
 
-    def __init__(self, trained: Trained, quantization: Quantization | None = None):
-        self.trained = trained
-        self.directory, self.base, self.adapters = trained.directories[0], trained.base, trained.adapters
-        self.tokenizer, self.fingerprint = trained.tokenizer, trained.fingerprint
+    def __init__(self, source: BaseAndAdapters, quantization: Quantization | None = None):
+        self.source = source
+        self.directory, self.base, self.adapters = source.directories[0], source.base, source.adapters
+        self.tokenizer, self.fingerprint = source.tokenizer, source.fingerprint
         self.quantization = quantization
         self.config: LlavaLlamaConfig = self.base.config
         self.num_new_rows = max(0, len(self.tokenizer) - self.config.vocab_size)
@@ -80,7 +80,7 @@ class WholeModel:
             {f"{name}.weight" for name in language_model_linears(skeleton)} if quantization is not None else set[str]()
         )
         self._keys = {id(source): {name: key for key, name in source.names.items()} for source in sources}
-        self.rows: Mapping[str, torch.Tensor] = {**trained.rows, **self._rows_of_projector_file()}
+        self.rows: Mapping[str, torch.Tensor] = {**source.rows, **self._rows_of_projector_file()}
         self.dtype = _most_common_dtype(self.base)
         for _, adapter in self.adapters:
             adapter.check_shapes(self.shapes)
@@ -105,7 +105,7 @@ class WholeModel:
         return found
 
     def origin(self, name: str) -> Origin:
-        """Say where a parameter's value comes from; see `Piece`."""
+        """Say where a parameter's value comes from; see `ModelTensor`."""
         source = self.base.sources[self._plan[name][0]]
         if name in self._quantized or any(name in adapter.changed for _, adapter in self.adapters):
             return "changed"
@@ -113,7 +113,7 @@ class WholeModel:
             return "tower"
         return "frozen" if source.label == "base model" and name not in self.rows else "replaced"
 
-    def stream(self, dtype: torch.dtype | None = None, *, with_tower: bool) -> Iterator[Piece]:
+    def stream(self, dtype: torch.dtype | None = None, *, with_tower: bool) -> Iterator[ModelTensor]:
         """Yield every tensor, computed in float32 and rounded once.
 
         Args:
@@ -125,7 +125,7 @@ class WholeModel:
         for name, source, tensor in self._values(with_tower):
             origin = self.origin(name)
             value = self._finished(name, tensor, self._dtype(name, tensor.dtype, dtype))
-            yield Piece(name, value, origin, self._label(origin, source))
+            yield ModelTensor(name, value, origin, self._label(origin, source))
 
     def before(self, name: str) -> torch.Tensor | None:
         """Return the value that the base itself has for a parameter, as on disk; None if the base does not hold it.
@@ -193,14 +193,14 @@ class WholeModel:
         return {EMBEDDINGS: files.read([key])[key][-self.num_new_rows :]}
 
 
-def open_whole(
+def open_full_model(
     directory: ModelDirectory,
     model_base: str | None,
     *,
     vision_tower: str | None = None,
     force: Force = False,
     quantization: Quantization | None = None,
-) -> WholeModel:
+) -> FullModel:
     """Open a whole model, or what was trained together with its base.
 
     Args:
@@ -213,8 +213,8 @@ def open_whole(
     Raises:
         UserError: Something is missing, damaged or does not fit.
     """
-    trained = open_trained([(1.0, directory)], model_base, vision_tower=vision_tower, force=force)
-    return WholeModel(trained, quantization)
+    source = open_base_and_adapters([(1.0, directory)], model_base, vision_tower=vision_tower, force=force)
+    return FullModel(source, quantization)
 
 
 def _mapped(source: WeightSource, key: str) -> torch.Tensor:

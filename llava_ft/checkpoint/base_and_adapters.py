@@ -34,7 +34,7 @@ BESIDE = "what was trained beside the adapter"
 
 
 @dataclass(frozen=True)
-class Trained:
+class BaseAndAdapters:
     """A model as a base and what was trained on it; a whole model is a base alone.
 
     Attributes:
@@ -56,13 +56,13 @@ class Trained:
     notes: list[str]
 
 
-def open_trained(
+def open_base_and_adapters(
     shares: Sequence[tuple[float, ModelDirectory]],
     model_base: str | None,
     *,
     vision_tower: str | None = None,
     force: Force = False,
-) -> Trained:
+) -> BaseAndAdapters:
     """Open a model: a whole one, or what was trained with the base that it belongs to.
 
     Args:
@@ -77,7 +77,7 @@ def open_trained(
     directories = tuple(directory for _, directory in shares)
     notes: list[str] = []
     if len(shares) == 1 and shares[0][0] == 1.0:
-        base, lora = find_trained(directories[0], model_base, vision_tower=vision_tower, force=force)
+        base, lora = find_base_and_adapter(directories[0], model_base, vision_tower=vision_tower, force=force)
         adapters = () if lora is None else ((1.0, lora),)
     else:
         base, adapters = _find_blend(shares, model_base, notes, vision_tower=vision_tower, force=force)
@@ -86,7 +86,7 @@ def open_trained(
         if directory.kind in ("lora", "projector"):
             check_base(directory.path, fingerprint, str(base.directory.path), force=force)
             notes += note_on_quantized(directory, base.directory)
-    return Trained(
+    return BaseAndAdapters(
         directories=directories,
         base=base,
         adapters=tuple(adapters),
@@ -97,7 +97,7 @@ def open_trained(
     )
 
 
-def find_trained(
+def find_base_and_adapter(
     directory: ModelDirectory, model_base: str | None, *, vision_tower: str | None = None, force: Force = False
 ) -> tuple[BaseModel, LoraAdapter | None]:
     """Find the base of a directory and what was trained on it.
