@@ -185,10 +185,13 @@ def _open_images(
     tasks = [images[start : start + _FILES_PER_TASK] for start in range(0, len(images), _FILES_PER_TASK)]
     what = "Decoding" if decodes else "Reading the headers of"
     with Progress(f"{what} images", len(images), "images") as progress:
-        results = run_tasks(work, tasks, processes, progress.advance)
+        results: list[SizeWH | ImageError] = []
+        for part in run_tasks(work, tasks, processes):
+            results += part
+            progress.advance(len(part))
     if is_many:
         logger.info("%s %d images took %.1f s (%.0f a second).", what, len(images), progress.seconds, progress.rate)
-    return [result for part in results for result in part]
+    return results
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,14 +202,9 @@ class _Opening:
     checks: ImageChecks
     num_threads: int
 
-    def __call__(self, images: Sequence[str], advance: Callable[[int], None]) -> list[SizeWH | ImageError]:
-        results: list[SizeWH | ImageError] = []
-        groups = [images[start : start + _FILES_PER_GROUP] for start in range(0, len(images), _FILES_PER_GROUP)]
+    def __call__(self, images: Sequence[str]) -> list[SizeWH | ImageError]:
         with ThreadPoolExecutor(self.num_threads) as pool:
-            for group in groups:
-                results += pool.map(self._open, group)
-                advance(len(group))
-        return results
+            return list(pool.map(self._open, images))
 
     def _open(self, image: str) -> SizeWH | ImageError:
         try:

@@ -6,7 +6,6 @@ these takes no new preparation. `docs/preparation.md` says what does.
 
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -28,9 +27,8 @@ RECORDS_FOR_PROCESSES: Final = 2_000
 """Fewer records are tokenised in the process itself: starting others takes longer."""
 
 _MIN_SHARD: Final = 500
-_MAX_SHARD: Final = 20_000
+_MAX_SHARD: Final = 5_000
 _SHARDS_PER_PROCESS: Final = 4
-_RECORDS_PER_NOTE: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +82,8 @@ def prepare_rows(
         UserError: The source cannot be read, or the cache cannot be written.
         RunError: The disk is full, or a process was killed.
     """
-    parts = made_from(source, tokenize, prompt_prefix)
-    directory = settings.directory / "tokens" / key_of(parts)
+    made_of = made_from(source, tokenize, prompt_prefix)
+    directory = settings.directory / "tokens" / key_of(made_of)
     was_built = False
 
     def build(empty: Path) -> None:
@@ -94,8 +92,12 @@ def prepare_rows(
         work = _Tokenising(source, tokenize, prompt_prefix, empty)
         processes = settings.processes if len(source) >= RECORDS_FOR_PROCESSES else 1
         with Progress(f"Tokenising {source.name}", len(source), "records") as progress:
-            files = run_tasks(work, _cut(len(source), processes), processes, progress.advance)
-        write_manifest(empty, files, parts)
+            parts = _cut(len(source), processes)
+            files: list[Path] = []
+            for part, file in zip(parts, run_tasks(work, parts, processes), strict=True):
+                files.append(file)
+                progress.advance(part[1] - part[0])
+        write_manifest(empty, files, made_of)
         logger.info(
             "Tokenised %d records of %s in %.1f s (%.0f a second). They are kept in %s.",
             len(source), source.name, progress.seconds, progress.rate, directory,
@@ -123,7 +125,7 @@ class _Tokenising:
     prompt_prefix: str
     directory: Path
 
-    def __call__(self, part: tuple[int, int], advance: Callable[[int], None]) -> Path:
+    def __call__(self, part: tuple[int, int]) -> Path:
         """Tokenise the records from `part[0]` to before `part[1]` into a file."""
         path = self.directory / f"records-{part[0]:09d}.arrow"
         with RowWriter(path) as writer:
@@ -133,7 +135,4 @@ class _Tokenising:
                     writer.add(sample, self.tokenize(sample))
                 except BadSampleError as error:
                     writer.add_error(error)
-                if writer.num_rows % _RECORDS_PER_NOTE == 0:
-                    advance(_RECORDS_PER_NOTE)
-        advance(writer.num_rows % _RECORDS_PER_NOTE)
         return path

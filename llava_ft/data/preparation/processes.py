@@ -1,30 +1,38 @@
-"""Work on parts of a data set in several processes that end with the one that started them.
+"""Work on parts of a data set in several processes: the one pool of this program.
 
-The processes are started anew, not forked: a forked copy of a process that holds a GPU, a process group or the threads
-of a tokenizer may hang. Each has a pipe to its parent and nothing else, so when the parent is killed the pipe breaks
-and the child ends; and it runs nothing of the script that the parent runs. The pools of the standard library promise
-neither.
+It is the standard library's, over a fork server: a process that has loaded the libraries and holds no GPU, no process
+group and no threads, all of which a fork of the training process could hang on. Its copies start in milliseconds and
+share its memory. The pool adds three promises: results come in order while tasks are drawn as they are needed, a task
+that kills its process can be told from the others, and the processes end with the one that started them.
 """
 
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
+import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from multiprocessing.connection import Connection, wait
-from typing import Any, Final, TypeVar, cast
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import islice
+from multiprocessing.connection import wait
+from types import ModuleType
+from typing import Any, Final, TypeVar
 
 from llava_ft.errors import RunError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-Work = Callable[[Task, Callable[[int], None]], Result]
-"""What a process does: a task, and a function to call with how much more of it is done."""
 
-_CODE: Final = "import sys; from llava_ft.data.preparation.processes import serve; serve(int(sys.argv[1]))"
+_TASKS_AHEAD: Final = 3
+"""Tasks for each process that are handed out before the oldest result is taken."""
+
+_PRELOADED: Final = ("llava_ft.data.preparation.prepare", "llava_ft.data.preparation.image_facts")
+
+_work: Callable[[Any], Any] | None = None
+"""What this process does with tasks; set in the processes of a pool only."""
 
 
 def num_cores() -> int:
@@ -33,105 +41,112 @@ def num_cores() -> int:
 
 
 def run_tasks(
-    work: Work[Task, Result], tasks: Sequence[Task], num_processes: int, advance: Callable[[int], None]
-) -> list[Result]:
-    """Do all tasks, in this process if `num_processes` is 1.
+    work: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    num_processes: int,
+    when_killed: Callable[[Task], Result] | None = None,
+) -> Iterator[Result]:
+    """Do tasks, and give their results in the order of the tasks.
 
     Args:
-        work: What to do; it and the tasks are pickled.
-        tasks: Each goes to the next process that is free.
-        num_processes: How many may work at once.
-        advance: Is told how much more is done.
-
-    Returns:
-        The results in the order of the tasks.
+        work: Does one task; pickled once for each process. With much to carry, an object with `__call__` or a
+            `functools.partial`.
+        tasks: Drawn as they are needed; each goes to the next process that is free.
+        num_processes: How many may work at once; 1 works in this process.
+        when_killed: Gives the result, here, for a task that ends the process it is worked on in.
 
     Raises:
-        RunError: A process was killed.
-        Exception: Whatever `work` raised first.
+        RunError: A process was killed, and there is no `when_killed`.
+        Exception: Whatever `work` raises.
     """
-    if num_processes <= 1 or len(tasks) <= 1:
-        return [work(task, advance) for task in tasks]
-    workers: dict[Connection, subprocess.Popen[bytes]] = {}
+    if num_processes <= 1:
+        yield from map(work, tasks)
+        return
+    remaining = iter(tasks)
+    running: deque[tuple[Task, Future[Result]]] = deque()
+    pool = _start(work, num_processes)
     try:
-        for _ in range(min(num_processes, len(tasks))):
-            ours, theirs = multiprocessing.Pipe()
-            with theirs:
-                workers[ours] = _start(theirs)
-            ours.send(work)
-        return _deal(tasks, workers, advance)
-    finally:
-        for connection, process in workers.items():
-            connection.close()
-            process.terminate()
-        for process in workers.values():
-            process.wait()
-
-
-def _start(connection: Connection) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-c", _CODE, str(connection.fileno())],
-        pass_fds=[connection.fileno()],
-        stdin=subprocess.DEVNULL,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TOKENIZERS_PARALLELISM": "false"},
-    )
-
-
-def _deal(
-    tasks: Sequence[Task], workers: dict[Connection, subprocess.Popen[bytes]], advance: Callable[[int], None]
-) -> list[Any]:
-    results: dict[int, Any] = {}
-    remaining = deque(enumerate(tasks))
-    for connection in workers:
-        if remaining:
-            connection.send(remaining.popleft())
-    while len(results) < len(tasks):
-        for connection in cast("list[Connection]", wait(list(workers))):
-            try:
-                kind, number, value = connection.recv()
-            except (EOFError, ConnectionResetError):
-                raise _killed(workers[connection]) from None
-            if kind == "advance":
-                advance(value)
-            elif kind == "failed":
-                raise value
-            else:
-                results[number] = value
-                if remaining:
-                    connection.send(remaining.popleft())
-    return [results[number] for number in range(len(tasks))]
-
-
-def _killed(process: subprocess.Popen[bytes]) -> RunError:
-    status = process.wait()
-    how = f"by signal {-status}" if status < 0 else f"with status {status}"
-    return RunError(
-        f"A process that prepared data ended {how} before it was done. If memory ran out, use fewer "
-        "--preprocessing_num_workers."
-    )
-
-
-def serve(file_descriptor: int) -> None:
-    """Do tasks in a process of its own, until the parent has no more or is gone.
-
-    Args:
-        file_descriptor: The pipe to the parent.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent gets it too, and ends its children.
-    connection = Connection(file_descriptor)
-
-    def advance(count: int) -> None:
-        connection.send(("advance", 0, count))
-
-    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        work = connection.recv()
         while True:
-            number, task = connection.recv()
+            for task in islice(remaining, _TASKS_AHEAD * num_processes - len(running)):
+                running.append((task, _submit(pool, task)))
+            if not running:
+                return
+            task, future = running.popleft()
             try:
-                result = work(task, advance)
-            except (BrokenPipeError, ConnectionResetError):
-                return
-            except Exception as error:
-                connection.send(("failed", number, error))
-                return
-            connection.send(("done", number, result))
+                result = future.result()
+            except BrokenProcessPool:
+                # Every task under way is lost with the pool; one of them is to blame.
+                lost = [task, *(other for other, _ in running)]
+                running.clear()
+                pool.shutdown()
+                if when_killed is None:
+                    raise RunError(
+                        "A process that prepared data ended before it was done. If memory ran out, use fewer "
+                        "--preprocessing_num_workers."
+                    ) from None
+                for task in lost:
+                    yield run_alone(work, task, when_killed)
+                pool = _start(work, num_processes)
+            else:
+                yield result
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def run_alone(work: Callable[[Task], Result], task: Task, when_killed: Callable[[Task], Result]) -> Result:
+    """Do one task in a process of its own; see `run_tasks`."""
+    with _start(work, 1) as pool:
+        _submit(pool, None).result()  # a process that cannot even start is not the task's fault
+        try:
+            return _submit(pool, task).result()
+        except BrokenProcessPool:
+            pass
+    return when_killed(task)
+
+
+def _start(work: Callable[[Any], Any], num_processes: int) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOADED))
+    return ProcessPoolExecutor(num_processes, mp_context=context, initializer=_begin, initargs=(work,))
+
+
+def _submit(pool: ProcessPoolExecutor, task: Any) -> "Future[Any]":
+    try:
+        with _main_kept_out():
+            return pool.submit(_do, task)
+    except BrokenProcessPool as error:
+        failed: Future[Any] = Future()
+        failed.set_exception(error)
+        return failed
+
+
+@contextmanager
+def _main_kept_out() -> Generator[None]:
+    """Start processes that do not run the user's script, as those of the standard library otherwise do."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _begin(work: Callable[[Any], Any]) -> None:
+    """Set up a process of the pool."""
+    global _work
+    _work = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends its processes
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each has one core
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _do(task: Any) -> Any:
+    assert _work is not None
+    return None if task is None else _work(task)

@@ -17,8 +17,7 @@ from llava_ft.data.preparation.progress import Progress
 from llava_ft.errors import BadSampleError, RunError
 
 
-def square(task, advance):
-    advance(1)
+def square(task):
     if task == "fail":
         raise BadSampleError(7, "x", "bad-text", "no text")
     if task == "die":
@@ -26,27 +25,51 @@ def square(task, advance):
     return task * task, os.getpid()
 
 
+def blame(task):
+    return task, "blamed"
+
+
 class TestRunTasks:
     def test_results_are_in_order_and_come_from_other_processes(self):
-        done = []
-        results = run_tasks(square, list(range(20)), 2, done.append)
+        results = list(run_tasks(square, range(20), 2))
         assert [result for result, _ in results] == [number * number for number in range(20)]
         assert os.getpid() not in {pid for _, pid in results}
-        assert sum(done) == 20
 
-    @pytest.mark.parametrize(("tasks", "processes"), [([3], 8), ([3, 4], 1), ([], 2)])
-    def test_in_this_process(self, tasks, processes):
-        results = run_tasks(square, tasks, processes, lambda count: None)
-        assert results == [(task * task, os.getpid()) for task in tasks]
+    def test_one_process_is_this_one(self):
+        assert list(run_tasks(square, [3, 4], 1)) == [(9, os.getpid()), (16, os.getpid())]
+
+    def test_no_tasks(self):
+        assert list(run_tasks(square, [], 2)) == []
+
+    def test_tasks_are_drawn_as_they_are_needed(self):
+        drawn = []
+        results = run_tasks(square, (drawn.append(task) or task for task in range(1000)), 2)
+        assert next(results)[0] == 0
+        assert len(drawn) < 20
+        results.close()
 
     def test_what_fails_is_raised_here(self):
         with pytest.raises(BadSampleError) as caught:
-            run_tasks(square, [1, "fail", 2, 3], 2, lambda count: None)
+            list(run_tasks(square, [1, "fail", 2, 3], 2))
         assert (caught.value.index, caught.value.kind) == (7, "bad-text")
 
-    def test_a_process_that_is_killed_is_named(self):
-        with pytest.raises(RunError, match=r"ended by signal 9 .* use fewer --preprocessing_num_workers"):
-            run_tasks(square, [1, "die", 2, 3], 2, lambda count: None)
+    def test_a_process_that_is_killed_is_an_error(self):
+        with pytest.raises(RunError, match=r"ended before it was done.* use fewer --preprocessing_num_workers"):
+            list(run_tasks(square, [1, "die", 2, 3], 2))
+
+    def test_a_task_that_kills_its_process_is_named_and_the_others_are_done(self):
+        results = list(run_tasks(square, [*range(9), "die", *range(10, 20)], 2, blame))
+        assert [result for result, _ in results] == [*(n * n for n in range(9)), "die", *(n * n for n in range(10, 20))]
+        assert results[9] == ("die", "blamed")
+
+    def test_the_callers_script_is_not_run_again(self, tmp_path):
+        script = tmp_path / "script.py"
+        script.write_text(
+            "from operator import neg\nfrom llava_ft.data.preparation.processes import run_tasks\n"
+            "print(list(run_tasks(neg, [1, 2, 3], 2)))\n"
+        )
+        found = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+        assert found.stdout == "[-1, -2, -3]\n"
 
     def test_cores(self):
         assert 1 <= num_cores() <= (os.cpu_count() or 1)
