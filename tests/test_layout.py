@@ -13,7 +13,7 @@ MODULES = [file for file in FILES if file.name != "__init__.py"]
 GROUND = {"constants", "errors", "version", "geometry"}
 CONTENT = {"conversation", "data", "models"}
 MIDDLE = {"tuning", "checkpoint"}
-USE = {"training", "inference", "planning"}
+USE = {"training", "inference", "planning", "inspection"}
 MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),
     "conversation": GROUND,
@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "inference": GROUND | CONTENT | MIDDLE,
     "training": GROUND | CONTENT | MIDDLE | {"args"},
     "planning": GROUND | CONTENT | MIDDLE | {"args"},
+    "inspection": GROUND | CONTENT | MIDDLE | {"args"},
     "commands": GROUND | CONTENT | MIDDLE | USE | {"args"},
     "cli": GROUND | USE | {"commands"},
     "__main__": {"cli"},

@@ -63,7 +63,7 @@ def _inspect_weights(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     if len(options.paths) > 2:
         raise UserError(f"{len(options.paths)} paths are given. Give one to describe it, or two to compare them.")
-    from llava_ft.inference.inspect_weights_command import run_inspect_weights
+    from llava_ft.inspection.weights_report import run_inspect_weights
 
     paths = [Path(path) for path in options.paths]
     is_good = run_inspect_weights(paths, sys.stdout, as_json=options.json, all_keys=options.keys)

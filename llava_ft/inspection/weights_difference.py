@@ -12,11 +12,12 @@ from typing import Any, Final
 
 import torch
 
-from llava_ft.checkpoint.describe.description import Description, describe
-from llava_ft.checkpoint.describe.files import PARTS, TensorHeader
 from llava_ft.checkpoint.names import EMBEDDINGS, HEAD
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.errors import CheckpointError
+from llava_ft.inspection.weight_headers import TensorHeader
+from llava_ft.inspection.weight_parts import PARTS
+from llava_ft.inspection.weights import Description, describe
 
 _BYTES_PER_GROUP: Final = 256 * 2**20
 _VALUES_PER_BLOCK: Final = 2**22
@@ -100,39 +101,38 @@ class Difference:
 
     def to_json(self) -> dict[str, Any]:
         """Return the difference for JSON; what is infinite becomes null."""
+
+        def fields(of: TensorDifference | PartDifference) -> dict[str, Any]:
+            values = asdict(of)
+            return {key: None if value in (math.inf, -math.inf) else value for key, value in values.items()}
+
         return {
             "first": str(self.first.path),
             "second": str(self.second.path),
             "equal": self.is_equal,
             "only_first": [tensor.name for tensor in self.only_first],
             "only_second": [tensor.name for tensor in self.only_second],
-            "different": [_finite(asdict(one)) for one in self.different],
-            "parts": [_finite(asdict(part)) for part in self.parts],
+            "different": [fields(one) for one in self.different],
+            "parts": [fields(part) for part in self.parts],
             "unreadable": self.unreadable,
         }
 
 
-@dataclass(frozen=True)
 class _Tensors:
-    """Tensors of several files, each under its native name."""
+    """The tensors of a path that count, each under its native name."""
 
-    headers: dict[str, TensorHeader]
-    files: dict[str, WeightFiles]
-
-    @classmethod
-    def open(cls, description: Description, unreadable: list[str]) -> "_Tensors":
-        headers: dict[str, TensorHeader] = {}
-        files: dict[str, WeightFiles] = {}
-        for scan in description.files:
-            if scan.path.name not in description.read or not scan.tensors:
+    def __init__(self, description: Description, unreadable: list[str]):
+        self.headers: dict[str, TensorHeader] = {}
+        self._files: dict[str, WeightFiles] = {}
+        for file in description.files:
+            if file.path.name not in description.read or not file.tensors:
                 continue
             try:
-                files[scan.path.name] = WeightFiles.open(scan.path)
+                self._files[file.path.name] = WeightFiles.open(file.path)
             except CheckpointError as error:
                 unreadable.append(str(error))
                 continue
-            headers |= {tensor.name: tensor for tensor in scan.tensors if tensor.part != "derived"}
-        return cls(headers, files)
+            self.headers |= {tensor.name: tensor for tensor in file.tensors if tensor.part != "derived"}
 
     def stream(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
         by_file: dict[str, dict[str, str]] = {}
@@ -140,7 +140,7 @@ class _Tensors:
             tensor = self.headers[name]
             by_file.setdefault(tensor.file, {})[tensor.key] = name
         for file, keys in by_file.items():
-            for key, value in self.files[file].stream(keys):
+            for key, value in self._files[file].stream(keys):
                 yield keys[key], value
 
 
@@ -151,50 +151,43 @@ def compare(first: Path, second: Path) -> Difference:
         CheckpointError: One does not exist, or holds no tensors of its own.
     """
     found = Difference(describe(first), describe(second))
-    found.unreadable += found.first.damaged + found.second.damaged + found.first.lost + found.second.lost
-    ours, theirs = (_Tensors.open(one, found.unreadable) for one in (found.first, found.second))
+    problems = found.first.damaged + found.second.damaged + found.first.lost + found.second.lost
+    ours, theirs = (_Tensors(one, problems) for one in (found.first, found.second))
     for description, tensors in ((found.first, ours), (found.second, theirs)):
         if not tensors.headers and not description.damaged:
             raise CheckpointError(f"{description.path} holds no tensors to compare. {description.what}")
-    found.unreadable = list(dict.fromkeys(found.unreadable))
+    found.unreadable = list(dict.fromkeys(problems))
     found.only_first = [tensor for name, tensor in ours.headers.items() if name not in theirs.headers]
     found.only_second = [tensor for name, tensor in theirs.headers.items() if name not in ours.headers]
     by_part = {part: PartDifference(part) for part in PARTS}
-    common = [name for name in ours.headers if name in theirs.headers]
-    for name, one, other in _pairs(ours, theirs, common):
-        part = by_part[ours.headers[name].part]
-        part.num_common += 1
-        difference = _difference(ours.headers[name], theirs.headers[name], one, other)
-        if difference is None:
-            part.num_equal += 1
-            continue
-        found.different.append(difference)
-        part.relative = max(part.relative, difference.relative or 0.0)
-        if not part.worst or (difference.max_difference or 0.0) > part.max_difference:
-            part.max_difference, part.worst = difference.max_difference or 0.0, name
+    for group in _groups([tensor for name, tensor in ours.headers.items() if name in theirs.headers]):
+        held = {name: value.clone() for name, value in ours.stream(group)}
+        for name, value in theirs.stream(group):
+            part = by_part[ours.headers[name].part]
+            part.num_common += 1
+            difference = _difference(ours.headers[name], theirs.headers[name], held.pop(name), value)
+            if difference is None:
+                part.num_equal += 1
+                continue
+            found.different.append(difference)
+            part.relative = max(part.relative, difference.relative or 0.0)
+            if not part.worst or (difference.max_difference or 0.0) > part.max_difference:
+                part.max_difference, part.worst = difference.max_difference or 0.0, name
     found.parts = [part for part in by_part.values() if part.num_common]
     return found
 
 
-def _pairs(ours: _Tensors, theirs: _Tensors, names: list[str]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+def _groups(tensors: list[TensorHeader]) -> Iterator[list[str]]:
+    """Yield names in groups of a bounded size; headers lie file by file, so each file is gone through once."""
     group: list[str] = []
     num_bytes = 0
-    ordered = sorted(names, key=lambda name: list(ours.files).index(ours.headers[name].file))
-    for name in ordered:
-        group.append(name)
-        num_bytes += ours.headers[name].num_bytes
+    for tensor in tensors:
+        group.append(tensor.name)
+        num_bytes += tensor.num_bytes
         if num_bytes >= _BYTES_PER_GROUP:
-            yield from _pairs_of_group(ours, theirs, group)
+            yield group
             group, num_bytes = [], 0
-    yield from _pairs_of_group(ours, theirs, group)
-
-
-def _pairs_of_group(
-    ours: _Tensors, theirs: _Tensors, names: list[str]
-) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    held = {name: value.clone() for name, value in ours.stream(names)}
-    for name, value in theirs.stream(names):
-        yield name, held.pop(name), value
+    yield group
 
 
 def _difference(
@@ -234,9 +227,3 @@ def _largest(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
         largest = max(largest, difference.max().item())
         scale = max(scale, a.abs().nan_to_num(nan=0.0, posinf=0.0).max().item())
     return largest, scale
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
-    }

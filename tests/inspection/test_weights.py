@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava_ft.checkpoint.describe.description import Description, describe
-from llava_ft.checkpoint.describe.difference import compare
-from llava_ft.checkpoint.describe.files import PARTS, TensorHeader, part_of_tensor, scan_file
-from llava_ft.checkpoint.describe.parts import braced, fold, ranges
 from llava_ft.checkpoint.hf.names import hub_name, module_name
 from llava_ft.errors import CheckpointError
+from llava_ft.inspection.weight_headers import TensorHeader, part_of_tensor, read_header
+from llava_ft.inspection.weight_parts import PARTS, braced, fold, ranges
+from llava_ft.inspection.weights import Description, describe
+from llava_ft.inspection.weights_difference import compare
 from tests.training.helpers import train
 
 pytestmark = pytest.mark.usefixtures("in_recordings")
@@ -333,7 +333,7 @@ def test_tensors_that_are_alike_are_folded():
 
     names = [f"model.layers.{layer}.mlp.{leaf}_proj.weight" for layer in range(4) for leaf in ("up", "gate")]
     folds = fold([tensor(name, 8, 4) for name in names] + [tensor("model.layers.0.mlp.down_proj.weight", 4, 8)])
-    assert [(one.names, one.count) for one in folds] == [
+    assert [(one.names, one.num_tensors) for one in folds] == [
         ("model.layers.0-3.mlp.{gate,up}_proj.weight", 8),
         ("model.layers.0.mlp.down_proj.weight", 1),
     ]
@@ -345,13 +345,13 @@ def test_tensors_that_are_alike_are_folded():
 
 def test_a_file_is_scanned_without_its_values(tmp_path: Path):
     """A sparse file of 8 GiB is described in its header's time and memory."""
-    header = json.dumps({"w": {"dtype": "F16", "shape": [2**32], "data_offsets": [0, 2**33]}}).encode()
+    content = json.dumps({"w": {"dtype": "F16", "shape": [2**32], "data_offsets": [0, 2**33]}}).encode()
     path = tmp_path / "model.safetensors"
     with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + 2**33)
-    scan = scan_file(path)
-    assert (scan.tensors[0].num_values, scan.problem) == (2**32, "")
+        file.write(len(content).to_bytes(8, "little") + content)
+        file.truncate(8 + len(content) + 2**33)
+    header = read_header(path)
+    assert (header.tensors[0].num_values, header.problem) == (2**32, "")
 
 
 # Two of them

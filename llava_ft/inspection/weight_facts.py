@@ -1,0 +1,118 @@
+"""What follows from names and shapes: widths, numbers of layers, vocabulary, the kind of projector, the rank."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from llava_ft.checkpoint.names import EMBEDDINGS, HEAD, is_transformers_spelling
+from llava_ft.inspection.weight_headers import TensorHeader
+
+_LAYER: Final = re.compile(r"^model\.layers\.(\d+)\.")
+_TOWER_LAYER: Final = re.compile(r"encoder\.layers\.(\d+)\.")
+_PROJECTOR_LAYER: Final = re.compile(r"model\.mm_projector\.(?:(\d+)\.)?weight")
+_LORA: Final = re.compile(r"(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
+_WIDTH_IN: Final = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+"""Layers that read the hidden state."""
+
+_MOST_NEW_ROWS: Final = 100
+"""Vocabularies are larger; what is added to them is smaller."""
+
+
+@dataclass
+class WeightFacts:
+    """Sizes of a model, as far as the tensors say them.
+
+    Attributes:
+        layout: "native" or "hf", by the spelling of the keys; "" if they could be either.
+        num_layers: Layers of the language model, or those that an adapter reaches.
+        projector_in: Width that the projector reads: that of the tower's features.
+        rank: Ranks of an adapter, such as "8" or "8, 16".
+        targets: Last names of the layers that an adapter changes.
+        num_new_rows: Rows of added tokens.
+        dtypes: Types on disk, the one with most bytes first.
+    """
+
+    layout: str = ""
+    hidden_size: int | None = None
+    num_layers: int | None = None
+    vocab_size: int | None = None
+    intermediate_size: int | None = None
+    projector: str | None = None
+    projector_in: int | None = None
+    tower_width: int | None = None
+    tower_layers: int | None = None
+    is_dora: bool = False
+    rank: str | None = None
+    targets: tuple[str, ...] = ()
+    num_new_rows: int | None = None
+    dtypes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what is known."""
+        return {key: value for key, value in asdict(self).items() if value not in (None, "", (), False)}
+
+
+def facts_of(tensors: Iterable[TensorHeader]) -> WeightFacts:
+    """Read the facts from tensors."""
+    tensors = list(tensors)
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    facts = WeightFacts(is_dora=any(tensor.part == "DoRA magnitudes" for tensor in tensors))
+    num_bytes = Counter[str]()
+    for tensor in tensors:
+        num_bytes[tensor.dtype] += tensor.num_bytes
+        if match := _LAYER.match(tensor.name):
+            facts.num_layers = max(facts.num_layers or 0, int(match[1]) + 1)
+        if tensor.part == "vision tower" and (match := _TOWER_LAYER.search(tensor.name)):
+            facts.tower_layers = max(facts.tower_layers or 0, int(match[1]) + 1)
+        if tensor.name.endswith("class_embedding") and tensor.shape:
+            facts.tower_width = facts.tower_width or tensor.shape[-1]
+        if tensor.part == "rows of added tokens" and tensor.shape:
+            facts.num_new_rows = facts.num_new_rows or tensor.shape[0]
+    facts.dtypes = tuple(dtype for dtype, _ in num_bytes.most_common())
+    keys = [tensor.key for tensor in tensors if tensor.part not in ("other", "derived", "CLIP text half")]
+    if any(is_transformers_spelling(key) for key in keys):
+        facts.layout = "hf"
+    elif any("mm_projector" in key or "vision_tower.vision_tower" in key for key in keys):
+        facts.layout = "native"
+
+    for name in (HEAD, EMBEDDINGS):
+        if len(shapes.get(name, ())) == 2:
+            facts.vocab_size, facts.hidden_size = shapes[name]
+    if facts.vocab_size and facts.vocab_size < _MOST_NEW_ROWS and not facts.num_layers:
+        facts.num_new_rows, facts.vocab_size = facts.vocab_size, None  # a projector's file holds these rows alone
+
+    modules = lora_modules(tensors)
+    inputs = {name: pair["A"].shape for name, pair in modules.items() if "A" in pair and len(pair["A"].shape) == 2}
+    facts.rank = ", ".join(str(rank) for rank in sorted({rank for rank, _ in inputs.values()})) or None
+    facts.targets = tuple(sorted({module.rpartition(".")[2] for module in modules}))
+    for module, (_, width) in inputs.items():
+        if module.startswith("model.layers.") and module.endswith(_WIDTH_IN):
+            facts.hidden_size = facts.hidden_size or width
+        if module.startswith("model.layers.") and module.endswith("down_proj"):
+            facts.intermediate_size = width
+    for name, shape in shapes.items():
+        if _LAYER.match(name) and name.endswith(".mlp.gate_proj.weight") and len(shape) == 2:
+            facts.intermediate_size, facts.hidden_size = shape
+            break
+
+    # A linear projector has no number; layers of an MLP are at 0, 2, 4 and so on, with activations between them.
+    matches = [(_PROJECTOR_LAYER.fullmatch(name), shape) for name, shape in shapes.items() if len(shape) == 2]
+    if layers := sorted((int(match[1] or -1), shape) for match, shape in matches if match):
+        numbers = [number for number, _ in layers]
+        is_mlp = numbers == list(range(0, 2 * len(layers), 2))
+        facts.projector = "linear" if numbers[0] == -1 else f"mlp{len(layers)}x_gelu" if is_mlp else "unknown"
+        facts.projector_in = layers[0][1][1]
+        facts.hidden_size = facts.hidden_size or layers[-1][1][0]
+    return facts
+
+
+def lora_modules(tensors: Iterable[TensorHeader]) -> dict[str, dict[str, TensorHeader]]:
+    """Return the LoRA matrices, A and B, of each module by its native name."""
+    found: dict[str, dict[str, TensorHeader]] = {}
+    for tensor in tensors:
+        match = _LORA.fullmatch(tensor.name)
+        if match is not None:
+            found.setdefault(match["module"], {})[match["matrix"]] = tensor
+    return found

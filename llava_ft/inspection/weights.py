@@ -1,0 +1,500 @@
+"""What a file or directory of weights is, in words: what it holds, which base it needs, and what is missing.
+
+Names and shapes are read, values are not. Whatever is damaged or unknown becomes a line of the result; only a path that
+does not exist is refused.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from llava_ft.checkpoint.directory import identify, read_config
+from llava_ft.checkpoint.lineage import LINEAGE
+from llava_ft.checkpoint.manifest import read_manifest, what_is_incomplete
+from llava_ft.checkpoint.names import (
+    ADAPTER_ALL_BIN,
+    ADAPTER_BIN,
+    ADAPTER_CONFIG,
+    ADAPTER_SAFETENSORS,
+    CONFIG,
+    MANIFEST,
+    NON_LORA_BIN,
+    NON_LORA_SAFETENSORS,
+    PREPROCESSOR_CONFIG,
+    PROJECTOR_BIN,
+    PROJECTOR_SAFETENSORS,
+)
+from llava_ft.checkpoint.restore import lacks_projector
+from llava_ft.checkpoint.weights import WeightFiles, read_json
+from llava_ft.checkpoint.zero.files import find_step_directory, find_step_files
+from llava_ft.errors import CheckpointError, UserError, some_of
+from llava_ft.inspection.weight_facts import WeightFacts, facts_of, lora_modules
+from llava_ft.inspection.weight_headers import FileHeader, TensorHeader, is_weight_file, read_header
+from llava_ft.inspection.weight_parts import PartSummary, ranges, summarise
+from llava_ft.models.builder import is_llava_config
+
+_LORA_PARTS: Final = {"LoRA A", "LoRA B", "DoRA magnitudes", "LoRA biases"}
+_BESIDE_LAYERS: Final = {"projector", "image newline", "embeddings", "rows of added tokens", "head", "derived"}
+_TOWER_PARTS: Final = {"vision tower", "CLIP text half", "derived", "other"}
+_LATER_SHARD: Final = re.compile(r".+-\d+-of-(?!00001\b)\d+\.\w+")
+_LAYER: Final = re.compile(r"^(?P<stack>model\.layers|.*encoder\.layers)\.(?P<number>\d+)\.(?P<leaf>.+)$")
+_TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class RequiredBase:
+    """The base that weights belong to.
+
+    Attributes:
+        base: Its path or name, as the files say it; None if they do not.
+        fingerprint: Fingerprint of its language model; "" if no file says it.
+        is_here: Whether that path is a directory on this machine.
+        hidden_size: Width that its language model must have.
+        num_layers: Layers that it must have at least.
+        problem: Why the directory that is here does not fit; "" if it does or is not here.
+    """
+
+    base: str | None
+    fingerprint: str = ""
+    is_here: bool = False
+    hidden_size: int | None = None
+    num_layers: int | None = None
+    problem: str = ""
+
+
+@dataclass
+class Description:
+    """What is known of a path.
+
+    Attributes:
+        path: The path.
+        kind: What it holds, short and stable: "lora", "projector", "llava", "language model", "vision tower",
+            "trained beside an adapter", "shard", "deepspeed", "several", "tensors" or "nothing".
+        what: The same as a sentence.
+        layout: "native" or "hf", as `config.json` or the keys say; "" where that says nothing.
+        facts: Sizes that follow from the shapes.
+        needs: The base it belongs to, if it needs one.
+        missing: What ought to be there and is not.
+        lost: What of that are files of weights.
+        damaged: What cannot be read.
+        notes: What else a user should know.
+        files: Every weight file.
+        read: Names of the files that count, where there are several with the same content.
+        parts: Their tensors, summed up.
+        inside: Each file and directory inside, where they do not belong together.
+    """
+
+    path: Path
+    kind: str = "nothing"
+    what: str = ""
+    layout: str = ""
+    facts: WeightFacts = field(default_factory=WeightFacts)
+    needs: RequiredBase | None = None
+    missing: list[str] = field(default_factory=list[str])
+    lost: list[str] = field(default_factory=list[str])
+    damaged: list[str] = field(default_factory=list[str])
+    notes: list[str] = field(default_factory=list[str])
+    files: list[FileHeader] = field(default_factory=list[FileHeader])
+    read: list[str] = field(default_factory=list[str])
+    parts: list[PartSummary] = field(default_factory=list[PartSummary])
+    inside: list["Description"] = field(default_factory=list["Description"])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is missing or damaged, here and in what is inside."""
+        return not self.missing and not self.damaged and all(one.is_whole for one in self.inside)
+
+    @property
+    def tensors(self) -> list[TensorHeader]:
+        """The tensors of the files that count."""
+        return [tensor for file in self.files if file.path.name in self.read for tensor in file.tensors]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything for JSON, where `num_tensors`, `num_values` and `num_bytes` go by their short names."""
+
+        def fields(of: Any) -> dict[str, Any]:
+            return asdict(of, dict_factory=lambda items: {key.removeprefix("num_"): value for key, value in items})
+
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            "what": self.what,
+            "layout": self.layout or None,
+            "facts": self.facts.to_json(),
+            "needs": asdict(self.needs) if self.needs is not None else None,
+            "whole": self.is_whole,
+            "missing": self.missing,
+            "damaged": self.damaged,
+            "notes": self.notes,
+            "files": [
+                {
+                    "file": file.path.name,
+                    "bytes": file.num_bytes,
+                    "tensors": len(file.tensors),
+                    "read": file.path.name in self.read,
+                    "problem": file.problem or None,
+                }
+                for file in self.files
+            ],
+            "parts": [fields(part) for part in self.parts],
+            "tensors": [fields(tensor) for tensor in self.tensors],
+            "inside": [one.to_json() for one in self.inside],
+        }
+
+
+def describe(path: Path) -> Description:
+    """Describe a weight file, an index file or a directory.
+
+    Raises:
+        CheckpointError: It does not exist, or is a file of another kind.
+    """
+    if path.is_dir():
+        return _describe_directory(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist. Give a weight file, an index file or a directory.")
+    if path.name.endswith(".index.json"):
+        return _describe_directory(path.parent, index=path)
+    if path.suffix == ".gguf":
+        raise CheckpointError(f"{path} is a GGUF file of llama.cpp; .bin and .safetensors files are described.")
+    return _describe_file(path)
+
+
+def _describe_file(path: Path) -> Description:
+    header = read_header(path)
+    found = Description(path, files=[header], read=[path.name], parts=summarise(header.tensors))
+    found.kind, found.facts = _kind_of_tensors(header.tensors, path.name), facts_of(header.tensors)
+    found.layout = found.facts.layout
+    found.damaged += [header.problem] if header.problem else []
+    if header.others:
+        found.notes.append(f"It also holds {some_of(header.others)}, which is no tensor.")
+    config, adapter_config, _ = _read_settings(path.parent, found.notes)
+    _find_base(found, path.parent, config, adapter_config)
+    if found.kind != "shard":
+        found.missing += _missing_tensors(found, config={}, adapter_config={})
+    found.what = _sentence(found, {}, is_file=True)
+    return found
+
+
+def _describe_directory(path: Path, index: Path | None = None) -> Description:
+    files, found = _select_files(path, index)
+    if not (found.read or found.lost or found.damaged or (path / ADAPTER_CONFIG).is_file()):
+        return _describe_each(path, files)
+    found.files = [read_header(file) for file in files]
+    found.damaged = [file.problem for file in found.files if file.problem] + found.damaged
+    found.missing += found.lost
+    config, adapter_config, layout = _read_settings(path, found.damaged)
+    tensors = found.tensors
+    found.facts, found.parts = facts_of(tensors), summarise(tensors)
+    found.kind = "lora" if adapter_config else _kind_of_tensors(tensors)
+    if found.kind == "language model" and is_llava_config(config):
+        found.kind = "llava"  # whose projector is missing
+    found.layout = "hf" if layout == "hf" else found.facts.layout
+    _find_base(found, path, config, adapter_config)
+    if tensors and not found.damaged and not found.lost:
+        found.missing += _missing_tensors(found, config, adapter_config)
+    found.missing += _missing_files(path, found, config)
+    found.what = _sentence(found, config, is_file=False)
+
+    with_others = [file for file in found.files if file.others]
+    found.notes += [f"{file.path.name} also holds {some_of(file.others)}, which is no tensor." for file in with_others]
+    steps = sorted((entry.name for entry in path.glob("checkpoint-*") if entry.is_dir()), key=lambda n: (len(n), n))
+    if steps:
+        found.notes.append(f"It also holds {len(steps)} checkpoints of the run: {some_of(steps)}.")
+    if (path / LINEAGE).is_file():
+        found.notes.append(f"`llava-ft inspect lineage {path}` says what it was made from.")
+    if any(path.glob("global_step*")):
+        found.notes.append("It also holds DeepSpeed's files, to resume from.")
+    return found
+
+
+def _describe_each(path: Path, files: Sequence[Path]) -> Description:
+    """Describe a directory whose weight files do not belong together, or that holds none itself."""
+    found = Description(path)
+    try:
+        step = None if files else find_step_files(find_step_directory(path))
+    except CheckpointError:
+        step = None
+    if step is not None:
+        num_ranks, stage = len(step.optimizer) or len(step.model), "3" if step.is_divided else "below 3"
+        found.kind = "deepspeed"
+        found.what = (
+            f"DeepSpeed's files of one step, of {num_ranks} ranks with a ZeRO stage {stage}, and no weights beside "
+            f"them. `llava-ft consolidate {path}` gets the weights out of them."
+        )
+        return found
+
+    def may_hold_weights(entry: Path) -> bool:
+        return any(
+            is_weight_file(one) or one.name.startswith("global_step") or one.name.endswith(".index.json")
+            for one in entry.iterdir()
+        )
+
+    directories = [entry for entry in sorted(path.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
+    found.inside = [_describe_file(file) for file in files]
+    found.inside += [_describe_directory(entry) for entry in directories if may_hold_weights(entry)]
+    if found.inside:
+        found.kind = "several"
+        found.what = f"{len(found.inside)} files and directories of weights that are described one by one."
+    else:
+        found.what = "No weights."
+        names = sorted(entry.name for entry in path.iterdir())
+        found.missing.append(f"{path} holds no weight files. It holds {some_of(names, 8) or 'nothing'}.")
+    return found
+
+
+def _select_files(path: Path, index: Path | None = None) -> tuple[list[Path], Description]:
+    """Choose the weight files of a directory that count: of several with the same content those that are loaded.
+
+    Args:
+        path: The directory.
+        index: An index file in it, whose files alone count.
+
+    Returns:
+        All weight files, and a description with those that count in `read`, why others do not in `notes`, files that
+        an index names and that are not there in `lost`, and what is wrong with an index in `damaged`.
+    """
+    found = Description(index or path)
+    files = sorted(entry for entry in path.iterdir() if entry.is_file() and is_weight_file(entry))
+    reasons: dict[str, str] = {}
+
+    def take_first(*names: str) -> None:
+        present = [name for name in names if (path / name).is_file()]
+        found.read += present[:1]
+        reasons.update((name, f"{present[0]} is") for name in present[1:])
+
+    if index is not None:
+        _take_shards(index, found)
+        return [path / name for name in found.read], found
+    if (path / ADAPTER_CONFIG).is_file():
+        take_first(ADAPTER_BIN, ADAPTER_SAFETENSORS, ADAPTER_ALL_BIN)
+        take_first(NON_LORA_BIN, NON_LORA_SAFETENSORS)
+    else:
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            if (path / f"{name}.index.json").is_file():
+                _take_shards(path / f"{name}.index.json", found)
+                break
+            if (path / name).is_file():
+                found.read = [name]
+                break
+        if not found.read and not found.lost and (path / CONFIG).is_file():
+            take_first(PROJECTOR_BIN, PROJECTOR_SAFETENSORS)
+        if (path / CONFIG).is_file() and len(files) == 1:
+            found.read = [files[0].name]
+    unread = {file.name: "the model's or adapter's own files are" for file in files if file.name not in found.read}
+    found.notes = [f"{name} is not read: {reason}." for name, reason in (reasons | unread | reasons).items()]
+    return files, found
+
+
+def _take_shards(index: Path, found: Description) -> None:
+    try:
+        names: Any = read_json(index).get("weight_map")
+    except CheckpointError as error:
+        found.damaged.append(str(error))
+        return
+    if not isinstance(names, dict) or not names:
+        found.damaged.append(f"{index} has no 'weight_map'. The index is damaged.")
+        return
+    shards = sorted({str(name) for name in names.values()})  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType, reportUnknownMemberType]
+    outside = [name for name in shards if Path(name).name != name]
+    if outside:
+        found.damaged.append(f"{index} names the shard {outside[0]!r}, which is not in its own directory.")
+    found.read = [name for name in shards if name not in outside and (index.parent / name).is_file()]
+    lost = [name for name in shards if name not in outside and name not in found.read]
+    if lost:
+        found.lost.append(
+            f"{len(lost)} of {len(shards)} files that {index.name} names are not there: {', '.join(lost[:4])}"
+            + (", ..." if len(lost) > 4 else "")
+            + ". Copy or download them."
+        )
+
+
+def _read_settings(path: Path, problems: list[str]) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Read `config.json`, in native fields, `adapter_config.json`, and the layout; what is wrong with them is noted."""
+    config: dict[str, Any] = {}
+    adapter_config: dict[str, Any] = {}
+    layout = ""
+    try:
+        if (path / CONFIG).is_file():
+            config, layout = read_config(path)
+    except UserError as error:
+        problems.append(str(error))
+    try:
+        if (path / ADAPTER_CONFIG).is_file():
+            adapter_config = read_json(path / ADAPTER_CONFIG)
+    except CheckpointError as error:
+        problems.append(str(error))
+    return config, adapter_config, layout
+
+
+def _kind_of_tensors(tensors: Sequence[TensorHeader], file_name: str = "") -> str:
+    """Name what tensors are; see `Description.kind`."""
+    parts = {tensor.part for tensor in tensors}
+    if not parts:
+        return "nothing"
+    if parts & _LORA_PARTS:
+        return "lora"
+    if _LATER_SHARD.fullmatch(file_name):
+        return "shard"
+    if "layers" in parts:
+        return "llava" if "projector" in parts else "language model"
+    if "projector" in parts and parts <= _BESIDE_LAYERS:
+        is_of_peft = any(tensor.key.startswith("base_model.") for tensor in tensors)
+        return "trained beside an adapter" if is_of_peft or "rows of added tokens" in parts else "projector"
+    return "vision tower" if "vision tower" in parts and parts <= _TOWER_PARTS else "tensors"
+
+
+def _sentence(found: Description, config: Mapping[str, Any], *, is_file: bool) -> str:
+    """Say what something is."""
+    kind, facts = found.kind, found.facts
+    thing = {
+        "lora": f"a {'DoRA' if facts.is_dora else 'LoRA'} adapter{f' of rank {facts.rank}' if facts.rank else ''}"
+        + (f" on {', '.join(facts.targets)}" if facts.targets else ""),
+        "projector": "a projector" + (" and nothing else" if is_file else " with its configuration"),
+        "trained beside an adapter": "what was trained beside a LoRA adapter: the projector",
+        "llava": "a LLaVA model",
+        "language model": "a language model without vision",
+        "vision tower": "a CLIP vision tower",
+        "shard": "one of several files of a model; give the directory or the index to see the whole",
+        "tensors": "tensors that are no model, adapter or projector of LLaVA",
+        "nothing": "no weights that could be read",
+    }[kind]
+    if kind == "llava" and found.layout and not is_file:
+        thing += " in transformers' own layout" if found.layout == "hf" else " in LLaVA's native layout"
+    parts = [thing]
+    if facts.projector and kind != "shard":
+        widths = f"{facts.projector_in} -> {facts.hidden_size}" if facts.hidden_size else f"from {facts.projector_in}"
+        parts.append(f"projector {facts.projector}, {widths}")
+    if kind in ("llava", "language model", "lora") and facts.num_layers:
+        sizes = [f"{facts.num_layers} layers"]
+        sizes += [f"width {facts.hidden_size}"] if facts.hidden_size else []
+        sizes += [f"vocabulary {facts.vocab_size}"] if facts.vocab_size else []
+        parts.append(("for a " if kind == "lora" else "") + f"language model of {', '.join(sizes)}")
+    if facts.tower_layers:
+        parts.append(f"vision tower of {facts.tower_layers} layers, width {facts.tower_width}")
+    elif kind == "llava" and config.get("mm_vision_tower"):
+        parts.append(f"vision tower {config['mm_vision_tower']}, not in it")
+    if facts.num_new_rows:
+        parts.append(f"{facts.num_new_rows} rows of added tokens")
+    text = "; ".join(parts) + "."
+    return text[0].upper() + text[1:]
+
+
+def _find_base(found: Description, path: Path, config: Mapping[str, Any], adapter_config: Mapping[str, Any]) -> None:
+    """Set which base weights need, and compare sizes with one that is here; fingerprints are left to who loads it."""
+    if found.kind not in ("lora", "projector", "trained beside an adapter"):
+        return
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError:
+        manifest = None
+    named = adapter_config.get("base_model_name_or_path") or (manifest.base if manifest is not None else None)
+    base = str(named or config.get("_name_or_path") or "") or None
+    here = next((one for one in (Path(base), path / base) if one.is_dir()), None) if base else None
+    ours, problem = found.facts, ""
+    if here is not None:
+        theirs = facts_of(t for name in _select_files(here)[1].read for t in read_header(here / name).tensors)
+        if ours.hidden_size and theirs.hidden_size and ours.hidden_size != theirs.hidden_size:
+            problem = f"{here} does not fit: it is {theirs.hidden_size} wide and not {ours.hidden_size}."
+        elif ours.num_layers and theirs.num_layers and ours.num_layers > theirs.num_layers:
+            last = ours.num_layers - 1
+            problem = f"{here} does not fit: it has {theirs.num_layers} layers, and layer {last} is needed."
+    fingerprint = manifest.base_fingerprint if manifest is not None else ""
+    found.needs = RequiredBase(base, fingerprint, here is not None, ours.hidden_size, ours.num_layers, problem)
+    found.damaged += [problem] if problem else []
+
+
+def _missing_tensors(found: Description, config: Mapping[str, Any], adapter_config: Mapping[str, Any]) -> list[str]:
+    """Say which tensors are missing, as far as those that are there and the configuration tell."""
+    kind, facts, tensors = found.kind, found.facts, found.tensors
+    parts = {tensor.part for tensor in tensors}
+    missing: list[str] = []
+    modules = lora_modules(tensors)
+    for there, absent in (("A", "B"), ("B", "A")):
+        if lone := [module for module, pair in modules.items() if there in pair and absent not in pair]:
+            missing.append(
+                f"LoRA {absent} is missing for {len(lone)} modules that have LoRA {there}, such as {lone[0]}."
+            )
+    if adapter_config.get("use_dora") or facts.is_dora:
+        known = {t.name.partition(".lora_magnitude_vector")[0] for t in tensors if t.part == "DoRA magnitudes"}
+        if lone := [module for module in modules if module not in known]:
+            missing.append(f"The DoRA magnitude is missing for {len(lone)} modules, such as {lone[0]}.")
+    if kind in ("llava", "language model", "vision tower"):
+        missing += _missing_layers(tensors, None if kind == "vision tower" else config.get("num_hidden_layers"))
+    if kind in ("llava", "language model"):
+        needs_head = config and not config.get("tie_word_embeddings")
+        needed = ("embeddings", "norm", "head") if needs_head else ("embeddings", "norm")
+        missing += [f"There is no tensor of the part {part!r}." for part in needed if part not in parts]
+        if is_llava_config(config) or config.get("model_type") == "llama":
+            missing += [
+                f"{CONFIG} says {name}={config[name]}, but the tensors say {size}."
+                for name in ("hidden_size", "intermediate_size", "vocab_size")
+                if (size := getattr(facts, name)) is not None and config.get(name) not in (None, size)
+            ]
+    projector = config.get("mm_projector_type", "identity")
+    if kind in ("llava", "projector") and projector not in ("identity", facts.projector):
+        there = "There is no projector, though" if not facts.projector else f"The projector is {facts.projector}, but"
+        missing.append(f"{there} {CONFIG} says mm_projector_type={projector}.")
+    if kind == "llava" and "unpad" in str(config.get("mm_patch_merge_type")) and "image newline" not in parts:
+        missing.append(f"There is no image_newline, which mm_patch_merge_type={config['mm_patch_merge_type']} needs.")
+    return missing
+
+
+def _missing_layers(tensors: Sequence[TensorHeader], num_layers: int | None) -> list[str]:
+    """Find layers that lack what their neighbours have, and numbers that are left out."""
+    stacks: dict[str, dict[str, set[int]]] = {}
+    for tensor in tensors:
+        match = _LAYER.match(tensor.name)
+        if match is not None and tensor.part in ("layers", "vision tower"):
+            stacks.setdefault(match["stack"], {}).setdefault(match["leaf"], set()).add(int(match["number"]))
+    missing: list[str] = []
+    for stack, leaves in stacks.items():
+        everywhere = set(range(max(max(numbers) for numbers in leaves.values()) + 1))
+        if stack == "model.layers" and num_layers:
+            everywhere |= set(range(num_layers))
+        gaps = {leaf: everywhere - numbers for leaf, numbers in leaves.items() if everywhere - numbers}
+        whole = set[int].intersection(*gaps.values()) if len(gaps) == len(leaves) else set[int]()
+        if whole:
+            missing.append(f"Layers {ranges(whole)} of {stack} are missing.")
+        for leaf, numbers in gaps.items():
+            if numbers - whole and len(numbers - whole) * 2 <= len(everywhere):
+                missing.append(f"{stack}.{ranges(numbers - whole)}.{leaf} is missing.")
+    return missing
+
+
+def _missing_files(path: Path, found: Description, config: Mapping[str, Any]) -> list[str]:
+    """Say which files of a directory are missing: those without which this program refuses it or has to guess."""
+    kind, missing = found.kind, list[str]()
+    if (path / MANIFEST).is_file() and (reason := what_is_incomplete(path)) is not None:
+        missing.append(f"It is not complete: {reason}.")
+    if kind in ("llava", "language model", "vision tower", "projector") and not (path / CONFIG).is_file():
+        missing.append(f"There is no {CONFIG}. Copy it from where the weights come from.")
+    if kind in ("llava", "language model") and not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        missing.append(f"There is no tokenizer: neither {' nor '.join(_TOKENIZER_FILES)}. Copy it from the base model.")
+    if kind in ("llava", "vision tower") and any(tensor.part == "vision tower" for tensor in found.tensors):
+        tower = config.get("mm_vision_tower")
+        places = [path, *([Path(tower), path / tower] if isinstance(tower, str) else [])]
+        if not any((place / PREPROCESSOR_CONFIG).is_file() for place in places):
+            missing.append(
+                f"There is no {PREPROCESSOR_CONFIG}, which says how images are prepared. Copy it from the vision tower."
+            )
+    if kind != "lora":
+        return missing
+    try:
+        directory = identify(path)
+        if directory.adapter_file is None:
+            missing.append("There is adapter_config.json, but neither adapter_model.bin nor adapter_model.safetensors.")
+        elif (
+            found.tensors
+            and directory.non_lora_file is None
+            and lacks_projector(directory, WeightFiles.open(directory.adapter_file))
+        ):
+            missing.append(
+                f"There is no projector beside the adapter ({NON_LORA_BIN}), though one was trained with it. Original "
+                "LLaVA leaves it out of its intermediate checkpoints; `llava-ft consolidate` gets it out of "
+                "DeepSpeed's files."
+            )
+    except UserError:
+        pass  # said where the files are described
+    return missing
