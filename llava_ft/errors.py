@@ -3,6 +3,7 @@
 An error message has three parts: what is wrong with the actual value, what is allowed, what to do.
 """
 
+import difflib
 import os
 from collections.abc import Sequence
 
@@ -66,3 +67,9 @@ class RunError(RuntimeError):
 def some_of(names: Sequence[str], limit: int = 4) -> str:
     """List the first few of many names for a message, and say how many more there are."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def did_you_mean(word: str, known: Sequence[str], otherwise: str = "") -> str:
+    """Return the sentence, with a blank in front, that names the nearest known word; `otherwise` where none is near."""
+    nearest = difflib.get_close_matches(word, known, n=1)
+    return f" Did you mean {nearest[0]}?" if nearest else otherwise

@@ -1,6 +1,7 @@
 """The command-line contract: every flag of the original, YAML, old spellings, refusals."""
 
 import dataclasses
+import enum
 import json
 import math
 import pickle
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -33,8 +35,9 @@ from llava_ft.args.build import (
     choose_attention,
     find_deepspeed_config,
 )
-from llava_ft.args.convert import ConversionError, convert
-from llava_ft.args.fields import ValueType, all_flags, inherited_annotations, parse_annotation
+from llava_ft.args.flags import TABLE, all_flags, fields_of_transformers, inherited_types
+from llava_ft.args.training import INHERITED_WITH_OWN_DEFAULT
+from llava_ft.args.value_types import ConversionError, ValueType
 from llava_ft.constants import ORIGINAL_DEFAULTS
 from llava_ft.errors import UserError
 
@@ -139,17 +142,19 @@ def parse_yaml(tmp_path: Path, text: str, *extra: str) -> ParsedArgs:
 
 class TestPublicSurface:
     def test_own_flags_are_a_frozen_set(self):
-        assert {flag.name for flag in all_flags().values() if flag.is_own} == OWN_FLAGS
+        ours = {f.name for owner in (ModelArguments, DataArguments, TrainingFlags) for f in dataclasses.fields(owner)}
+        assert ours - INHERITED_WITH_OWN_DEFAULT == OWN_FLAGS
+        assert not OWN_FLAGS & {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
 
     @pytest.mark.parametrize("group", ["ModelArguments", "DataArguments", "TrainingArguments_added"])
     def test_every_original_argument_is_there_with_its_type(self, group):
-        names = {"ModelArguments": "model", "DataArguments": "data", "TrainingArguments_added": "training"}
+        owners = {"ModelArguments": ModelArguments, "DataArguments": DataArguments}
+        names = {field.name for field in dataclasses.fields(owners.get(group, TrainingFlags))}
         for name, spec in CLI[group].items():
-            flag = all_flags()[name]
-            assert flag.group == names[group]
+            assert name in names
             original = spec["type"].removeprefix("Optional[").removesuffix("]")
             original = original.removeprefix("<class '").removesuffix("'>")
-            assert flag.value_type.kinds == {original}, name
+            assert all_flags()[name].kinds == {original}, name
 
     def test_defaults_equal_the_original_but_for_the_documented_ones(self):
         differing = {}
@@ -194,27 +199,40 @@ class TestPublicSurface:
         taken = name in args.inherited or name in {field.name for field in dataclasses.fields(TrainingFlags)}
         assert taken or any(name in note for note in args.notes)
 
-    def test_inherited_fields_equal_the_class(self):
-        import transformers
-
+    def test_the_table_of_inherited_fields_equals_the_class(self):
+        """After an update of transformers: python scripts/update_transformers_fields.py."""
+        table = json.loads(TABLE.read_text())
+        assert table == {"transformers": transformers.__version__, "fields": fields_of_transformers()}
         fields = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
-        assert set(inherited_annotations()) == fields
-        for flag in all_flags().values():
-            assert flag.is_own == (flag.name not in fields)
+        assert fields - set(table["fields"]) == {"parallelism_config"}  # takes an object
+        assert fields >= INHERITED_WITH_OWN_DEFAULT
         assert dataclasses.fields(TrainingArguments)[0].name in all_flags()
+
+    def test_another_transformers_is_asked_itself(self, monkeypatch):
+        @dataclasses.dataclass
+        class Newer(transformers.TrainingArguments):
+            brand_new: typing.Literal["a", "b"] = "a"
+            an_object: Path | None = None
+
+        monkeypatch.setattr("transformers.training_args.TrainingArguments", Newer)
+        monkeypatch.setattr("importlib.metadata.version", lambda package: "5.99.0")
+        for cached in (inherited_types, all_flags):
+            cached.cache_clear()
+        try:
+            assert parse("--brand_new", "b").inherited == {"output_dir": "o", "brand_new": "b"}
+            with pytest.raises(UserError, match=r"--brand_new=c: it is not in the list. Allowed: a \| b"):
+                parse("--brand_new", "c")
+            with pytest.raises(UserError, match="--an_object=x: there is no such flag"):
+                parse("--an_object", "x")
+        finally:
+            for cached in (inherited_types, all_flags):
+                cached.cache_clear()
 
     @pytest.mark.parametrize("owner", [ModelArguments, DataArguments, TrainingFlags])
     def test_every_field_says_what_it_is(self, owner):
         for field in dataclasses.fields(owner):
             assert len(field.metadata["help"]) > 10, field.name
             assert field.metadata["help"].endswith("."), field.name
-
-    @pytest.mark.parametrize("owner", [ModelArguments, DataArguments, TrainingFlags])
-    def test_types_read_from_annotations_are_the_real_ones(self, owner):
-        for name, hint in typing.get_type_hints(owner).items():
-            value_type = all_flags()[name].value_type
-            options = typing.get_args(hint) or (hint,)
-            assert value_type.optional == (type(None) in options), name
 
     def test_help_lists_every_own_flag(self):
         text = format_help("train.py")
@@ -979,18 +997,32 @@ class TestBuild:
             find_deepspeed_config(str(path), [])
 
 
+class Letter(enum.Enum):
+    X = "x"
+
+
 class TestTypes:
-    def test_annotations(self):
-        assert parse_annotation("Literal['a', 'b'] | None") == ValueType(frozenset({"str"}), ("a", "b"), True)
-        assert parse_annotation("E | str", {"E": ("x",)}) == ValueType(frozenset({"str"}), ("x",))
-        assert parse_annotation("str | None | Literal[False]") == ValueType(frozenset({"str", "bool"}), (), True)
-        with pytest.raises(TypeError, match="contains 'Path'"):
-            parse_annotation("Path | None")
+    @pytest.mark.parametrize(
+        ("hint", "expected"),
+        [
+            (typing.Literal["a", "b"] | None, ValueType(frozenset({"str"}), ("a", "b"), optional=True)),
+            (Letter | str, ValueType(frozenset({"str"}), ("x",))),
+            (typing.Union[str, None, typing.Literal[False]], ValueType(frozenset({"str", "bool"}), optional=True)),  # noqa: UP007
+            (typing.Literal[4, 8], ValueType(frozenset({"int"}), (4, 8))),
+            (str | list[Letter], ValueType(frozenset({"str", "list"}))),
+        ],
+    )
+    def test_of_a_hint(self, hint, expected):
+        assert ValueType.of(hint) == expected
+
+    def test_of_an_object(self):
+        with pytest.raises(TypeError, match="a flag cannot hold"):
+            ValueType.of(Path | None)
 
     def test_a_text_is_not_taken_for_a_boolean(self):
         either = ValueType(frozenset({"str", "bool"}))
-        assert [convert(text, either) for text in ("no", "1", "true", "False")] == ["no", "1", True, False]
+        assert [either.convert(text) for text in ("no", "1", "true", "False")] == ["no", "1", True, False]
 
     def test_infinity_is_no_number(self):
         with pytest.raises(ConversionError):
-            convert("inf", ValueType(frozenset({"float"})))
+            ValueType(frozenset({"float"})).convert("inf")

@@ -7,7 +7,7 @@ import pytest
 
 from llava_ft import cli
 from llava_ft.args import parse_args
-from llava_ft.args.fields import all_flags
+from llava_ft.args.flags import all_flags
 from llava_ft.args.legacy import SPELLINGS
 
 REPO = Path(__file__).parents[1]

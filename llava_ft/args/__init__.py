@@ -10,7 +10,7 @@
 from typing import TYPE_CHECKING, Any
 
 from llava_ft.args.data import DataArguments
-from llava_ft.args.help import format_help
+from llava_ft.args.flags import format_help
 from llava_ft.args.model import ModelArguments
 from llava_ft.args.parse import ParsedArgs, parse_args, resolved_config, to_yaml
 from llava_ft.args.training import TrainingFlags

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Final
 
 import torch
 import transformers
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK  # pyright: ignore[reportUnknownVariableType]
 from transformers.utils.import_utils import is_torch_tf32_available
 
 from llava_ft.args.attention import choose_kernel, this_machine
@@ -23,9 +25,8 @@ from llava_ft.args.deepspeed_file import (
     find_deepspeed_config,
     read_deepspeed_config,
 )
-from llava_ft.args.reporters import choose_reporters
 from llava_ft.args.training import TrainingFlags
-from llava_ft.errors import UserError
+from llava_ft.errors import UserError, did_you_mean
 
 _ON_CPU: Final[Mapping[str, str]] = {
     "adamw_torch_fused": "adamw_torch",
@@ -44,6 +45,15 @@ _BITSANDBYTES_OPTIMIZERS: Final = frozenset(
     {name for pair in _ON_CPU.items() for name in pair if not name.startswith("adamw_torch")}
     | {"adamw_bnb_8bit", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"}
 )
+
+_REPORTERS: Final[list[str]] = sorted(INTEGRATION_TO_CALLBACK)
+_REPORTER_PACKAGES: Final[Mapping[str, tuple[str, ...]]] = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    **{name: (name,) for name in ("clearml", "comet_ml", "mlflow", "swanlab", "trackio", "wandb")},
+}
+"""Packages that a place to report to needs; any one of them will do."""
+
+_WANDB_MODES: Final = ("online", "offline", "disabled", "shared", "dryrun", "run")
 
 
 @dataclass(repr=False)
@@ -92,8 +102,7 @@ def build_training_arguments(
     )
     notes.extend(device_notes)
     _copy_batches_without_waiting(values)
-    values["report_to"], reporter_notes = choose_reporters(values["report_to"], _is_installed)
-    notes.extend(reporter_notes)
+    values["report_to"] = _choose_reporters(values["report_to"], notes)
     if values.get("deepspeed") and not _is_installed("deepspeed"):
         raise UserError(
             f"deepspeed={values['deepspeed']}: DeepSpeed is not installed. Install it with pip install "
@@ -167,6 +176,46 @@ def choose_attention(requested: str, training: TrainingArguments, notes: list[st
     """
     machine = this_machine(has_gpu=not training.use_cpu, is_half=bool(training.bf16 or training.fp16))
     return choose_kernel(requested, machine, notes)
+
+
+def _choose_reporters(report_to: str | list[str], notes: list[str]) -> str | list[str]:
+    """Check the places to report to, and drop those that are not installed.
+
+    The published command lines ask for wandb, which training does not need.
+
+    Args:
+        report_to: As given.
+        notes: Receives a sentence for each that was dropped.
+
+    Returns:
+        The places left, or "none".
+
+    Raises:
+        UserError: A name is unknown, stands beside `none` or `all`, or wandb's own setting is not one of its values.
+    """
+    wanted = [report_to] if isinstance(report_to, str) else list(report_to)
+    for name in wanted:
+        if name in ("none", "all") and len(wanted) > 1:
+            raise UserError(f"report_to={' '.join(wanted)}: {name} stands alone. Leave it out, or name nothing else.")
+        if name not in ("none", "all", *_REPORTERS):
+            hint = did_you_mean(name, _REPORTERS, " Give one or several of these names.")
+            known = ", ".join(["none", "all", *_REPORTERS])
+            raise UserError(f"report_to={name}: there is no such place. Known are {known}.{hint}")
+    mode = os.environ.get("WANDB_MODE")
+    if mode and mode not in _WANDB_MODES and any(name in ("wandb", "all") for name in wanted):
+        raise UserError(
+            f"WANDB_MODE={mode} in the environment: wandb knows {', '.join(_WANDB_MODES)}. Set one of them or unset it."
+        )
+    left: list[str] = []
+    for name in dict.fromkeys(wanted):
+        packages = _REPORTER_PACKAGES.get(name, ())
+        if packages and not any(map(_is_installed, packages)):
+            notes.append(
+                f"report_to={name} is left out: it is not installed. To report there: pip install {packages[0]}."
+            )
+        else:
+            left.append(name)
+    return left or "none"
 
 
 def _check_compiler(values: Mapping[str, Any]) -> None:

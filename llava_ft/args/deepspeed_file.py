@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from llava_ft.args.sources import config_folders, known_configs
-from llava_ft.errors import UserError
+from llava_ft.errors import UserError, did_you_mean
 
 _Section = Mapping[str, Any]
 
@@ -103,8 +103,7 @@ def find_deepspeed_config(name: str, notes: list[str]) -> str:
     if found is None:
         known = known_configs(".json")
         listed = ", ".join(known) or "none found"
-        nearest = difflib.get_close_matches(names[-1], known, n=1)
-        hint = f" Did you mean {nearest[0].removesuffix('.json')}?" if nearest else ""
+        hint = did_you_mean(path.stem, [file.removesuffix(".json") for file in known])
         raise UserError(
             f"deepspeed={name}: there is no such file. Give the path of a DeepSpeed JSON file or one of the "
             f"names in configs: {listed}.{hint}"
@@ -285,8 +284,7 @@ def _explained(section: str, model: Any, detail: Mapping[str, Any]) -> str:
     name = ".".join((section, *map(str, detail["loc"])))
     if detail["type"] == "extra_forbidden" and len(detail["loc"]) == 1:
         known = {text for field, info in model.model_fields.items() for text in (field, info.alias) if text}
-        nearest = difflib.get_close_matches(str(detail["loc"][0]), sorted(known), n=1)
-        hint = f" Did you mean {nearest[0]}?" if nearest else " Remove it."
+        hint = did_you_mean(str(detail["loc"][0]), sorted(known), " Remove it.")
         return f"there is no key {name}.{hint}"
     if detail["type"].startswith("int_"):
         whole = f" Write {round(detail['input'])}." if isinstance(detail["input"], float) else ""

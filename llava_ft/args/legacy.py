@@ -24,28 +24,28 @@ RENAMED: Final[Mapping[str, str]] = {
 }
 """Same values under another name."""
 
-WITHOUT_EFFECT: Final[Mapping[str, tuple[str, str]]] = {
-    "_n_gpu": ("int", "one process drives one GPU"),
-    "fp16_backend": ("str", "torch's own mixed precision is used"),
-    "fp16_opt_level": ("str", "it belonged to apex"),
-    "half_precision_backend": ("str", "torch's own mixed precision is used"),
-    "include_tokens_per_second": ("bool | None", "tokens per second are always logged"),
-    "jit_mode_eval": ("bool", "transformers removed it"),
-    "mp_parameters": ("str", "it belonged to SageMaker"),
+WITHOUT_EFFECT: Final[Mapping[str, tuple[Any, str]]] = {
+    "_n_gpu": (int, "one process drives one GPU"),
+    "fp16_backend": (str, "torch's own mixed precision is used"),
+    "fp16_opt_level": (str, "it belonged to apex"),
+    "half_precision_backend": (str, "torch's own mixed precision is used"),
+    "include_tokens_per_second": (bool | None, "tokens per second are always logged"),
+    "jit_mode_eval": (bool, "transformers removed it"),
+    "mp_parameters": (str, "it belonged to SageMaker"),
     "overwrite_output_dir": (
-        "bool",
+        bool,
         "a run continues from the newest checkpoint in output_dir; give a new directory",
     ),
-    "past_index": ("int", "transformers removed it"),
-    "push_to_hub_organization": ("str | None", "write it into hub_model_id, as in organization/name"),
-    "ray_scope": ("str | None", "there is no hyper-parameter search"),
-    "tpu_metrics_debug": ("bool", "TPUs are not supported"),
-    "tpu_num_cores": ("int | None", "TPUs are not supported"),
-    "use_ipex": ("bool", "transformers removed it"),
-    "use_legacy_prediction_loop": ("bool", "transformers removed it"),
-    "use_mps_device": ("bool", "the device is CUDA where there is one, else the CPU"),
+    "past_index": (int, "transformers removed it"),
+    "push_to_hub_organization": (str | None, "write it into hub_model_id, as in organization/name"),
+    "ray_scope": (str | None, "there is no hyper-parameter search"),
+    "tpu_metrics_debug": (bool, "TPUs are not supported"),
+    "tpu_num_cores": (int | None, "TPUs are not supported"),
+    "use_ipex": (bool, "transformers removed it"),
+    "use_legacy_prediction_loop": (bool, "transformers removed it"),
+    "use_mps_device": (bool, "the device is CUDA where there is one, else the CPU"),
 }
-"""Type, and why nothing happens."""
+"""Type hint, and why nothing happens."""
 
 Values: TypeAlias = "MutableMapping[str, object]"
 
@@ -64,32 +64,10 @@ def _warmup_ratio(value: object, values: Values) -> str:
     return f"warmup_ratio={ratio} is now warmup_steps={values['warmup_steps']} (below 1: a share of all steps)."
 
 
-def _group_by_length(value: object, values: Values) -> str:
-    if not value:
-        return "group_by_length=False is the default."
-    _set(values, "group_by_length", "train_sampling_strategy", "group_by_length")
-    return "group_by_length is now train_sampling_strategy=group_by_length."
-
-
 def _save_safetensors(value: object, values: Values) -> str:
     if value:
         return "save_safetensors=True has no effect: weights_format decides, safetensors for full checkpoints."
-    _set(values, "save_safetensors", "weights_format", "bin")
-    return "save_safetensors=False is now weights_format=bin."
-
-
-def _adafactor(value: object, values: Values) -> str:
-    if not value:
-        return "adafactor=False is the default."
-    _set(values, "adafactor", "optim", "adafactor")
-    return "adafactor is now optim=adafactor."
-
-
-def _include_inputs_for_metrics(value: object, values: Values) -> str:
-    if not value:
-        return "include_inputs_for_metrics=False is the default."
-    _set(values, "include_inputs_for_metrics", "include_for_metrics", ["inputs"])
-    return "include_inputs_for_metrics is now include_for_metrics=inputs."
+    return _is_now("save_safetensors", "weights_format", "bin", switched_on_by=False)(value, values)
 
 
 def _trust_remote_code(value: object, values: Values) -> str:
@@ -99,6 +77,21 @@ def _trust_remote_code(value: object, values: Values) -> str:
         "trust_remote_code=True: code that comes with a model is never run. The models that are supported need none; "
         "leave the flag out."
     )
+
+
+def _is_now(old: str, new: str, meaning: object, *, switched_on_by: bool = True) -> Callable[[object, Values], str]:
+    """Translate a switch into a value of another flag, unless the same source says otherwise under the new name."""
+
+    def translate(value: object, values: Values) -> str:
+        if bool(value) != switched_on_by:
+            return f"{old}={value} is the default."
+        if values.get(new, meaning) != meaning:
+            raise UserError(f"{old} contradicts {new}={values[new]}: it means {new}={meaning}. Give one of the two.")
+        values[new] = meaning
+        shown = old if switched_on_by else f"{old}={value}"
+        return f"{shown} is now {new}={' '.join(meaning) if isinstance(meaning, list) else meaning}."
+
+    return translate
 
 
 def _into_mapping(name: str, target: str, key: str) -> Callable[[object, Values], str]:
@@ -116,31 +109,21 @@ def _into_mapping(name: str, target: str, key: str) -> Callable[[object, Values]
     return translate
 
 
-TRANSLATED: Final[Mapping[str, tuple[str, Callable[[object, Values], str]]]] = {
-    "adafactor": ("bool", _adafactor),
-    "dispatch_batches": (
-        "bool | None",
-        _into_mapping("dispatch_batches", "accelerator_config", "dispatch_batches"),
-    ),
-    "fsdp_min_num_params": ("int", _into_mapping("fsdp_min_num_params", "fsdp_config", "min_num_params")),
+TRANSLATED: Final[Mapping[str, tuple[Any, Callable[[object, Values], str]]]] = {
+    "adafactor": (bool, _is_now("adafactor", "optim", "adafactor")),
+    "dispatch_batches": (bool | None, _into_mapping("dispatch_batches", "accelerator_config", "dispatch_batches")),
+    "fsdp_min_num_params": (int, _into_mapping("fsdp_min_num_params", "fsdp_config", "min_num_params")),
     "fsdp_transformer_layer_cls_to_wrap": (
-        "str | None",
+        str | None,
         _into_mapping("fsdp_transformer_layer_cls_to_wrap", "fsdp_config", "transformer_layer_cls_to_wrap"),
     ),
-    "group_by_length": ("bool", _group_by_length),
-    "include_inputs_for_metrics": ("bool", _include_inputs_for_metrics),
-    "save_safetensors": ("bool | None", _save_safetensors),
-    "split_batches": ("bool | None", _into_mapping("split_batches", "accelerator_config", "split_batches")),
-    "trust_remote_code": ("bool", _trust_remote_code),
-    "warmup_ratio": ("float", _warmup_ratio),
+    "group_by_length": (bool, _is_now("group_by_length", "train_sampling_strategy", "group_by_length")),
+    "include_inputs_for_metrics": (bool, _is_now("include_inputs_for_metrics", "include_for_metrics", ["inputs"])),
+    "save_safetensors": (bool | None, _save_safetensors),
+    "split_batches": (bool | None, _into_mapping("split_batches", "accelerator_config", "split_batches")),
+    "trust_remote_code": (bool, _trust_remote_code),
+    "warmup_ratio": (float, _warmup_ratio),
 }
-"""Type, and what to do: changes the values of the same source and returns a note."""
+"""Type hint, and what to do: changes the values of the same source and returns a note."""
 
 SPELLINGS: Final = frozenset(RENAMED) | frozenset(WITHOUT_EFFECT) | frozenset(TRANSLATED)
-
-
-def _set(values: Values, old: str, new: str, value: object) -> None:
-    """Set a value unless the same source says otherwise under the new name."""
-    if values.get(new, value) != value:
-        raise UserError(f"{old} contradicts {new}={values[new]}: it means {new}={value}. Give one of the two.")
-    values[new] = value

@@ -3,36 +3,61 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from llava_ft.args import legacy
 from llava_ft.args.checks import check_arguments, find_idle_flags
-from llava_ft.args.convert import ConversionError, convert
 from llava_ft.args.data import DataArguments
-from llava_ft.args.fields import Flag, ValueType, all_flags, inherited_annotations, parse_annotation
+from llava_ft.args.flags import all_flags
 from llava_ft.args.model import ModelArguments
 from llava_ft.args.sources import Entry, find_config, known_configs, read_command_line, read_yaml, write_yaml
-from llava_ft.args.training import INHERITED_WITH_OWN_DEFAULT, TrainingFlags
-from llava_ft.errors import UserError
+from llava_ft.args.training import TrainingFlags
+from llava_ft.args.value_types import ConversionError, ValueType
+from llava_ft.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from llava_ft.args.build import TrainingArguments
 
-REQUIRED_TO_TRAIN = ("model_name_or_path", "data_path", "output_dir")
+REQUIRED_TO_TRAIN: Final = ("model_name_or_path", "data_path", "output_dir")
 """Flags without which no training run can start."""
 
-NOT_RESOLVED = frozenset({"hub_token", "local_rank"})
+NOT_RESOLVED: Final = frozenset({"hub_token", "local_rank"})
 """Never written down: a secret, and a number that differs in every process."""
 
-_STEP_FLAGS = frozenset({"warmup_steps", "save_steps", "logging_steps", "eval_steps", "eval_delay"})
+_STEP_FLAGS: Final = frozenset({"warmup_steps", "save_steps", "logging_steps", "eval_steps", "eval_delay"})
 """Numbers that are a share below 1 and whole otherwise."""
+
+_OF_THE_COMMAND_LINE: Final = ("config", "print_config")
 
 _Values: TypeAlias = "dict[str, object]"
 _Arguments = TypeVar("_Arguments")
+
+
+class OnThisMachine:
+    """What a request becomes on this machine, worked out at its first use.
+
+    A request and those derived from it share one, so that devices are initialised once.
+    """
+
+    def __init__(self, model: ModelArguments, flags: TrainingFlags, inherited: Mapping[str, object], notes: list[str]):
+        self._model, self._flags, self._inherited, self._notes = model, flags, inherited, notes
+
+    @cached_property
+    def training(self) -> TrainingArguments:
+        """See `ParsedArgs.training`."""
+        from llava_ft.args.build import build_training_arguments
+
+        return build_training_arguments(self._flags, self._inherited, self._notes)
+
+    @cached_property
+    def attn_implementation(self) -> str:
+        """The attention kernel that this machine can run."""
+        from llava_ft.args.build import choose_attention
+
+        return choose_attention(self._model.attn_implementation, self.training, self._notes)
 
 
 @dataclass(frozen=True)
@@ -44,32 +69,30 @@ class ParsedArgs:
         data: Where the records are.
         flags: The training flags of `TrainingFlags`, typed; no device has been touched for them.
         inherited: Fields of `transformers.TrainingArguments` that were given, plain and checked.
+        machine: What it becomes on this machine.
         notes: What the user should be told: translated spellings and flags without effect. Devices add to it.
         print_config: Whether the request is only to print the resolved configuration.
+        kernel: The attention kernel, once it is settled for the model; None leaves it to the machine.
     """
 
     model: ModelArguments
     data: DataArguments
     flags: TrainingFlags
     inherited: Mapping[str, object]
+    machine: OnThisMachine = field(compare=False, repr=False)
     notes: list[str] = field(default_factory=list[str], compare=False)
     print_config: bool = field(default=False, compare=False)
+    kernel: str | None = field(default=None, compare=False)
 
     def with_model(self, model_name_or_path: str) -> ParsedArgs:
-        """Return the same request for another base; training arguments that have been built are shared."""
-        model = dataclasses.replace(self.model, model_name_or_path=model_name_or_path)
-        changed = dataclasses.replace(self, model=model)
-        built = {name: vars(self)[name] for name in ("training", "attn_implementation") if name in vars(self)}
-        vars(changed).update(built)
-        return changed
+        """Return the same request for another base."""
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, model_name_or_path=model_name_or_path))
 
     def with_attention(self, kernel: str) -> ParsedArgs:
-        """Return the same request with another attention kernel; training arguments are shared."""
-        changed = dataclasses.replace(self)
-        vars(changed).update({"training": self.training, "attn_implementation": kernel})
-        return changed
+        """Return the same request with another attention kernel."""
+        return dataclasses.replace(self, kernel=kernel)
 
-    @cached_property
+    @property
     def training(self) -> TrainingArguments:
         """The training arguments as transformers wants them.
 
@@ -79,16 +102,12 @@ class ParsedArgs:
         Raises:
             UserError: If this machine cannot do what was asked and there is no fallback.
         """
-        from llava_ft.args.build import build_training_arguments
+        return self.machine.training
 
-        return build_training_arguments(self.flags, self.inherited, self.notes)
-
-    @cached_property
+    @property
     def attn_implementation(self) -> str:
         """The attention kernel that this machine can run: one of `args/attention.py`'s."""
-        from llava_ft.args.build import choose_attention
-
-        return choose_attention(self.model.attn_implementation, self.training, self.notes)
+        return self.kernel or self.machine.attn_implementation
 
 
 def parse_args(argv: Sequence[str], *, required: Sequence[str] = REQUIRED_TO_TRAIN) -> ParsedArgs:
@@ -105,17 +124,34 @@ def parse_args(argv: Sequence[str], *, required: Sequence[str] = REQUIRED_TO_TRA
         UserError: Otherwise. The message names key, value, what is allowed and where it was written.
     """
     entries = read_command_line(argv)
-    config_entries = [entry for entry in entries if entry.key == "config"]
-    switches = [entry for entry in entries if entry.key == "print_config"]
     notes: list[str] = []
     values: _Values = {}
-    for entry in config_entries[:1]:
-        values.update(_read_source(_read_config(entry), notes))
-    if len(config_entries) > 1:
+    print_config = False
+    for entry in entries:
+        if entry.key == "print_config":
+            print_config = bool(_value(entry, ValueType.of(bool)))
+    configs = [entry for entry in entries if entry.key == "config"]
+    if len(configs) > 1:
         raise UserError("--config was given twice. One configuration file is allowed; override its values with flags.")
-    values.update(_read_source([e for e in entries if e.key not in ("config", "print_config")], notes))
-    print_config = any(_convert_entry(entry, ValueType(frozenset({"bool"})), entry.key) for entry in switches)
-    return _assemble(values, required, notes, print_config)
+    if configs:
+        values |= _read_source(_read_config(configs[0]), notes)
+    values |= _read_source([entry for entry in entries if entry.key not in _OF_THE_COMMAND_LINE], notes)
+
+    for name in required:
+        if name == "model_name_or_path" and (values.get("init_from") or values.get("lora_weight_path")):
+            continue  # what the run starts from names its base
+        if values.get(name) in (None, ""):
+            raise UserError(
+                f"{name} is missing. It has no default; give --{name} VALUE or write it into the --config file."
+            )
+    values.setdefault("model_name_or_path", "")
+    model, data, flags = _take(values, ModelArguments), _take(values, DataArguments), _take(values, TrainingFlags)
+    inherited = values  # what is left: fields of transformers' own
+    notes.extend(_default_evaluation(data, inherited))
+    check_arguments(model, data, flags, inherited)
+    notes.extend(find_idle_flags(model, data, flags))
+    machine = OnThisMachine(model, flags, inherited, notes)
+    return ParsedArgs(model, data, flags, inherited, machine, notes, print_config)
 
 
 def resolved_config(parsed: ParsedArgs) -> dict[str, Any]:
@@ -152,109 +188,75 @@ def _read_config(entry: Entry) -> list[Entry]:
 def _read_source(entries: Sequence[Entry], notes: list[str]) -> _Values:
     """Convert one source's entries.
 
-    Old spellings are translated within their source, so that a flag overrides YAML by meaning, not by name.
+    Old spellings are translated within their source, so that a flag overrides YAML by meaning, not by name. They come
+    last, because they are compared with what the same source says under the new name.
     """
     flags = all_flags()
     values: _Values = {}
-    for entry in entries:
-        if entry.key in flags and entry.key not in legacy.RENAMED:
-            values[entry.key] = _convert_entry(entry, flags[entry.key].value_type, entry.key)
-    for entry in entries:
-        if entry.key in legacy.RENAMED:
-            new = legacy.RENAMED[entry.key]
-            value = _convert_entry(entry, flags[new].value_type, entry.key)
+    for entry in sorted(entries, key=lambda entry: entry.key in legacy.SPELLINGS):
+        key = entry.key
+        if key in legacy.RENAMED:
+            new = legacy.RENAMED[key]
+            value = _value(entry, flags[new])
             if values.get(new, value) != value:
                 raise UserError(
                     f"{entry.where}={value} contradicts {new}={values[new]}: they are the same flag. Give one."
                 )
             values[new] = value
-            notes.append(f"{entry.key} is now called {new}.")
-        elif entry.key in legacy.WITHOUT_EFFECT:
-            annotation, reason = legacy.WITHOUT_EFFECT[entry.key]
-            _convert_entry(entry, parse_annotation(annotation), entry.key)
-            notes.append(f"{entry.key} has no effect: {reason}.")
-        elif entry.key in legacy.TRANSLATED:
-            annotation, translate = legacy.TRANSLATED[entry.key]
-            notes.append(translate(_convert_entry(entry, parse_annotation(annotation), entry.key), values))
-        elif entry.key not in flags:
-            value = _convert_negation(entry, flags)
-            if value is None:
-                raise _unknown(entry, flags)
-            values[entry.key[3:]] = value
+            notes.append(f"{key} is now called {new}.")
+        elif key in legacy.WITHOUT_EFFECT:
+            hint, reason = legacy.WITHOUT_EFFECT[key]
+            _value(entry, ValueType.of(hint))
+            notes.append(f"{key} has no effect: {reason}.")
+        elif key in legacy.TRANSLATED:
+            hint, translate = legacy.TRANSLATED[key]
+            notes.append(translate(_value(entry, ValueType.of(hint)), values))
+        elif key in flags:
+            values[key] = _value(entry, flags[key])
+        else:
+            name = key.removeprefix("no_")  # --no_double_quant and the like
+            kind = flags.get(name)
+            if name == key or kind is None or not entry.is_bare or not (kind.switch or "bool" in kind.kinds):
+                raise _unknown(entry)
+            values[name] = kind.switch[0] if kind.switch else False
     return values
 
 
-def _convert_negation(entry: Entry, flags: Mapping[str, Flag]) -> bool | str | None:
-    """Return the value of `--no_double_quant` and the like, None if the entry is no such flag."""
-    name = entry.key.removeprefix("no_")
-    if name == entry.key or name not in flags or not entry.is_bare:
-        return None
-    value_type = flags[name].value_type
-    if value_type.switch:
-        return value_type.switch[0]
-    return False if "bool" in value_type.kinds else None
-
-
-def _convert_entry(entry: Entry, value_type: ValueType, name: str) -> object:
-    if entry.is_bare and "bool" in value_type.kinds:
+def _value(entry: Entry, kind: ValueType) -> object:
+    if entry.is_bare and "bool" in kind.kinds:
         return True
-    if entry.is_bare and value_type.switch:
-        return value_type.switch[1]
+    if entry.is_bare and kind.switch:
+        return kind.switch[1]
     if entry.is_bare:
-        raise UserError(f"{entry.where} needs a value. Allowed: {value_type.describe()}.")
+        raise UserError(f"{entry.where} needs a value. Allowed: {kind.describe()}.")
     try:
-        value = convert(entry.value, value_type)
+        value = kind.convert(entry.value)
     except ConversionError as error:
-        nearest = _nearest(str(entry.value), [str(choice) for choice in value_type.choices])
-        raise UserError(
-            f"{entry.where}={_shown(entry.value)}: {error}. Allowed: {value_type.describe()}.{nearest}"
-        ) from error
-    if name in _STEP_FLAGS and isinstance(value, float) and value.is_integer():
+        nearest = did_you_mean(str(entry.value), [str(choice) for choice in kind.choices])
+        raise UserError(f"{entry.where}={_shown(entry)}: {error}. Allowed: {kind.describe()}.{nearest}") from error
+    if entry.key in _STEP_FLAGS and isinstance(value, float) and value.is_integer():
         return int(value)
     return value
 
 
-def _shown(value: object) -> str:
-    return "null" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)  # pyright: ignore[reportUnknownArgumentType]
+def _shown(entry: Entry) -> str:
+    value = entry.value
+    return "null" if value is None else " ".join(value) if isinstance(value, list) else str(value)
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
-    matches = difflib.get_close_matches(word, known, n=1)
-    return f" Did you mean {matches[0]}?" if matches else ""
-
-
-def _unknown(entry: Entry, flags: Mapping[str, Flag]) -> UserError:
-    if entry.key in ("config", "print_config"):
+def _unknown(entry: Entry) -> UserError:
+    if entry.key in _OF_THE_COMMAND_LINE:
         return UserError(f"{entry.where} belongs on the command line, as --{entry.key}. Remove it from the file.")
-    known = [*flags, *legacy.SPELLINGS, "config", "print_config"]
-    hint = _nearest(entry.key, known) or " Flags are those of LLaVA and of transformers.TrainingArguments."
-    value = "" if entry.is_bare else f"={_shown(entry.value)}"
+    known = [*all_flags(), *legacy.SPELLINGS, *_OF_THE_COMMAND_LINE]
+    hint = did_you_mean(entry.key, known, " Flags are those of LLaVA and of transformers.TrainingArguments.")
+    value = "" if entry.is_bare else f"={_shown(entry)}"
     return UserError(f"{entry.where}{value}: there is no such flag.{hint} docs/arguments.md lists them all.")
 
 
-def _assemble(values: _Values, required: Sequence[str], notes: list[str], print_config: bool) -> ParsedArgs:
-    for name in required:
-        if name == "model_name_or_path" and (values.get("init_from") or values.get("lora_weight_path")):
-            continue  # what the run starts from names its base
-        if values.get(name) in (None, ""):
-            raise UserError(
-                f"{name} is missing. It has no default; give --{name} VALUE or write it into the --config file."
-            )
-    flags = all_flags()
-    inherited = inherited_annotations()
-
-    def build(owner: Callable[..., _Arguments], group: str) -> _Arguments:
-        names = {f.name for f in dataclasses.fields(owner)}  # pyright: ignore[reportArgumentType]
-        return owner(**{k: v for k, v in values.items() if flags[k].group == group and k in names})
-
-    values.setdefault("model_name_or_path", "")
-    model, data = build(ModelArguments, "model"), build(DataArguments, "data")
-    training = build(TrainingFlags, "training")
-    plain = {k: v for k, v in values.items() if k in inherited and k not in INHERITED_WITH_OWN_DEFAULT}
-    notes.extend(_default_evaluation(data, plain))
-    check_arguments(model, data, training, plain)
-    notes.extend(find_idle_flags(model, data, training))
-    return ParsedArgs(model, data, training, plain, notes, print_config)
+def _take(values: _Values, owner: Callable[..., _Arguments]) -> _Arguments:
+    """Build a class of arguments from those values that are its fields, and take them out."""
+    names = {f.name for f in dataclasses.fields(owner)}  # pyright: ignore[reportArgumentType]
+    return owner(**{name: values.pop(name) for name in list(values) if name in names})
 
 
 def _default_evaluation(data: DataArguments, plain: _Values) -> list[str]:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Final
 
 import yaml
 
-from llava_ft.args.convert import Raw
+from llava_ft.args.value_types import Raw
 from llava_ft.errors import UserError
 
-_Node: TypeAlias = "Any"
-"""A node of a YAML document; PyYAML has no types."""
-
-_FLOAT_WITHOUT_POINT = re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$")
+_FLOAT_WITHOUT_POINT: Final = re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,27 +98,20 @@ def write_yaml(values: Mapping[str, object]) -> str:
     return str(yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000))
 
 
-def find_config(name: str, suffixes: Iterable[str] = (".yaml", ".yml")) -> Path | None:
-    """Look up a configuration: as a path, in `./configs`, then in the source tree's `configs`.
+def find_config(name: str) -> Path | None:
+    """Look up a YAML configuration: as a path, in `./configs`, then in the source tree's `configs`.
 
     Args:
         name: A path, or a bare file name with or without suffix.
-        suffixes: What may be added to a bare name.
 
     Returns:
         The file, or None if there is none.
     """
     path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    if path.name != name:
-        return None
-    candidates = [name, *(name + suffix for suffix in suffixes)]
-    for folder in config_folders():
-        for candidate in candidates:
-            if (folder / candidate).is_file():
-                return folder / candidate
-    return None
+    candidates = [path]
+    if path.name == name:
+        candidates += [folder / (name + suffix) for folder in config_folders() for suffix in ("", ".yaml", ".yml")]
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
 def config_folders() -> list[Path]:

@@ -23,9 +23,7 @@ def config(**fields) -> SimpleNamespace:
 
 def request(tmp_path: Path, asked: str, chosen: str):
     """A request as it would be on a machine where this kernel was chosen."""
-    args = parse_args(flags(tmp_path, attn_implementation=asked))
-    vars(args)["attn_implementation"] = chosen
-    return args
+    return parse_args(flags(tmp_path, attn_implementation=asked)).with_attention(chosen)
 
 
 class TestSettling:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from llava_ft import cli
 from llava_ft.args import parse_args
-from llava_ft.args.fields import all_flags
+from llava_ft.args.flags import all_flags
 from llava_ft.checkpoint.names import native_name
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.checkpoint.zero.consolidate import ConsolidateOptions, Consolidation, consolidate, next_commands
