@@ -13,7 +13,7 @@ MODULES = [file for file in FILES if file.name != "__init__.py"]
 GROUND = {"constants", "errors", "version", "geometry"}
 CONTENT = {"conversation", "data", "models"}
 MIDDLE = {"tuning", "checkpoint"}
-USE = {"training", "inference", "planning", "inspection"}
+USE = {"training", "inference", "planning", "inspection", "convert"}
 MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),
     "conversation": GROUND,
@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "args": GROUND | {"conversation"},
     **dict.fromkeys(MIDDLE, GROUND | CONTENT | MIDDLE),
     "inference": GROUND | CONTENT | MIDDLE,
+    "convert": GROUND | CONTENT | MIDDLE | {"inference"},
     "training": GROUND | CONTENT | MIDDLE | {"args"},
     "planning": GROUND | CONTENT | MIDDLE | {"args"},
     "inspection": GROUND | CONTENT | MIDDLE | {"args"},

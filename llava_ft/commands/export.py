@@ -19,7 +19,7 @@ def export(argv: Sequence[str]) -> int:
     parser.add_argument("--no-verify", "--no_verify", action="store_true", help="skip the comparison of logits")
     parser.add_argument("--force", action="store_true", help=FORCE_HELP)
     options = parser.parse_args(argv)
-    from llava_ft.inference.export_command import run_export
+    from llava_ft.convert.export import run_export
 
     run_export(options)
     return DONE

@@ -8,11 +8,11 @@ from safetensors.torch import load_file, save_file
 
 from llava_ft.checkpoint.adapter import LoraAdapter, merged
 from llava_ft.checkpoint.directory import identify
-from llava_ft.checkpoint.merge import MergeOptions, merge
 from llava_ft.checkpoint.weights import WeightFiles
+from llava_ft.convert.merge import MergeOptions, merge
+from llava_ft.convert.verify import compare_merged, fixed_logits
 from llava_ft.errors import CheckpointError, UserError
 from llava_ft.inference.load import load_model
-from llava_ft.inference.verify import compare_merged, fixed_logits
 from llava_ft.tuning.quant import Quantization
 from tests.checkpoint.adapters import (
     BASE,

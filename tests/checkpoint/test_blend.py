@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from llava_ft.checkpoint.directory import identify
 from llava_ft.checkpoint.lineage import read_lineage
-from llava_ft.checkpoint.merge import MergeOptions, merge_all
-from llava_ft.checkpoint.proof import ConversionReport
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.cli import main
+from llava_ft.convert.merge import MergeOptions, merge_all
+from llava_ft.convert.proof import ConversionReport
+from llava_ft.convert.verify import compare_merged
 from llava_ft.errors import RunError, UserError
 from llava_ft.inference.load import load_model
-from llava_ft.inference.verify import compare_merged
 from tests.checkpoint.adapters import BASE, merged_by_peft, peft_adapter, set_fields
 
 pytestmark = [pytest.mark.usefixtures("in_recordings"), pytest.mark.filterwarnings("ignore::UserWarning:peft")]

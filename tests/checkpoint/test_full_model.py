@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from llava_ft.checkpoint.directory import identify
 from llava_ft.checkpoint.full_model import open_full_model
-from llava_ft.checkpoint.merge import MergeOptions, merge
 from llava_ft.checkpoint.shard_files import ShardFiles
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.cli import main
+from llava_ft.convert.merge import MergeOptions, merge
+from llava_ft.convert.verify import fixed_logits
 from llava_ft.inference.load import load_model
-from llava_ft.inference.verify import fixed_logits
 from tests.checkpoint.adapters import peft_adapter
 from tests.conftest import RECORDINGS
 from tests.training.helpers import train

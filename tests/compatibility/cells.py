@@ -14,19 +14,19 @@ import torch
 from llava_ft.args import parse_args
 from llava_ft.checkpoint.directory import identify
 from llava_ft.checkpoint.full_model import open_full_model
-from llava_ft.checkpoint.proof import ConversionReport
 from llava_ft.cli import main
 from llava_ft.conversation import get_template
+from llava_ft.convert.gguf_model import load_gguf
+from llava_ft.convert.hf_speaker import HfSpeaker
+from llava_ft.convert.merge_first import merge_first
+from llava_ft.convert.proof import ConversionReport
+from llava_ft.convert.verify import NativeSpeaker, Recorded, Speaker, fixed_questions, prove
 from llava_ft.data.images import ImageTransform
 from llava_ft.data.tokenizer import load_tokenizer
 from llava_ft.errors import UserError
 from llava_ft.inference.generate import Sampling, build_prompt, generate_answer
-from llava_ft.inference.gguf_model import load_gguf
-from llava_ft.inference.hf_speaker import HfSpeaker
 from llava_ft.inference.load import LoadedModel, load_model
-from llava_ft.inference.merge_first import merge_first
 from llava_ft.inference.streaming import AnswerStreamer
-from llava_ft.inference.verify import NativeSpeaker, Recorded, Speaker, fixed_questions, prove
 from llava_ft.models.builder import build_skeleton, settle_config, vision_fields
 from llava_ft.training.setup import Run, prepare_run
 from tests.compatibility.runs import OwnRun

@@ -66,7 +66,7 @@ def _train(argv: list[str], until: int | None) -> Result:
     from transformers import TrainerCallback
 
     from llava_ft.args import parse_args
-    from llava_ft.inference.merge_first import merge_first
+    from llava_ft.convert.merge_first import merge_first
     from llava_ft.training.distributed import join_ranks
     from llava_ft.training.fragments import trained_parameters, whole_value
     from llava_ft.training.setup import prepare_run

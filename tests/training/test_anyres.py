@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_ft.checkpoint.directory import identify
-from llava_ft.checkpoint.merge import MergeOptions, merge
 from llava_ft.checkpoint.names import IMAGE_NEWLINE
+from llava_ft.convert.merge import MergeOptions, merge
+from llava_ft.convert.verify import compare_merged, fixed_logits
 from llava_ft.errors import CheckpointError, UserError
 from llava_ft.inference.generate import prepare_inputs
 from llava_ft.inference.load import load_model
-from llava_ft.inference.verify import compare_merged, fixed_logits
 from tests.training.helpers import prepare, state_of, train
 
 pytestmark = pytest.mark.usefixtures("in_recordings")

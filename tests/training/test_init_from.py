@@ -16,8 +16,8 @@ from llava_ft.args import parse_args
 from llava_ft.checkpoint.lineage import read_lineage
 from llava_ft.checkpoint.manifest import what_is_incomplete
 from llava_ft.cli import main
+from llava_ft.convert.merge_first import merge_first
 from llava_ft.errors import CheckpointError, RunError, UserError
-from llava_ft.inference.merge_first import merge_first
 from llava_ft.training.setup import Run, prepare_run
 from tests.conftest import RECORDINGS
 from tests.training.helpers import flags, start, state_of, train
@@ -332,7 +332,7 @@ def test_a_full_disk_while_merging(tmp_path, earlier, monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("llava_ft.checkpoint.merge.prove_tensors", full)
+    monkeypatch.setattr("llava_ft.convert.merge.prove_tensors", full)
     with pytest.raises(RunError, match=r"merged_base could not be written: No space left on device"):
         prepare(tmp_path / "out", init_from=earlier, adapter_mode="merge_first")
     assert [path.name for path in (tmp_path / "out").iterdir()] == []

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from llava_ft import cli
 from llava_ft.checkpoint.weights import WeightFiles
+from llava_ft.convert.verify import NativeSpeaker, fixed_questions
 from llava_ft.inference.load import load_model
-from llava_ft.inference.verify import NativeSpeaker, fixed_questions
 from tests.training.helpers import METHODS, state_of, train
 
 pytestmark = pytest.mark.usefixtures("in_recordings")

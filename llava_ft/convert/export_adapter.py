@@ -1,0 +1,300 @@
+"""An adapter for the other layout: LoRA matrices, and the projector that was trained beside them, under other names.
+
+Values are not touched, unless another type is asked for. For transformers' layout everything is in one file, and the
+projector is a module that PEFT saves whole (`modules_to_save`); for original LLaVA's it is in
+`non_lora_trainables.bin`. PEFT passes over keys that it does not know without a word, so every export asks it which
+keys it would take.
+
+The way back gives the files of the source, byte for byte: their names, the order of the keys and the configuration lie
+in the folder `source/` of what was exported.
+"""
+
+import copy
+import hashlib
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from peft import LoraConfig
+
+from llava_ft.checkpoint.adapter import LoraAdapter
+from llava_ft.checkpoint.full_model import FullModel
+from llava_ft.checkpoint.hf.config import why_not_hf
+from llava_ft.checkpoint.hf.names import module_name
+from llava_ft.checkpoint.names import (
+    ADAPTER_BIN,
+    ADAPTER_CONFIG,
+    ADAPTER_SAFETENSORS,
+    CONFIG,
+    EMBEDDINGS,
+    HEAD,
+    NON_LORA_BIN,
+    PEFT_PREFIX,
+    is_derived,
+    is_projector,
+    is_vision,
+)
+from llava_ft.checkpoint.restore import plain_name
+from llava_ft.checkpoint.save import adapter_config_fields, config_fields, save_tensors, write_json
+from llava_ft.checkpoint.weights import WeightFiles, read_json
+from llava_ft.convert.export_hf import hf_config, image_settings
+from llava_ft.convert.hf_processor import write_image_processor
+from llava_ft.convert.native_record import read_weight_record
+from llava_ft.convert.native_tokenizer import num_native_rows
+from llava_ft.convert.options import ExportOptions
+from llava_ft.convert.peft_keys import check_taken
+from llava_ft.convert.proof import ConversionReport
+from llava_ft.errors import CheckpointError, RunError
+
+Layout = Literal["llava", "hf"]
+
+SOURCE_FOLDER: Final = "source"
+_RECORD: Final = "adapter_files.json"
+_PROJECTOR_MODULE: Final = {"llava": "model.mm_projector", "hf": "model.multi_modal_projector"}
+_WHOLE_INSTEAD: Final = "Export the whole model instead: leave --adapter-only out."
+
+
+def export_adapter(whole: FullModel, target: Path, options: ExportOptions, layout: Layout) -> ConversionReport:
+    """Write an adapter for a layout.
+
+    Args:
+        whole: The adapter with its base.
+        target: An empty directory.
+        options: How it is written.
+        layout: Whose names: original LLaVA's or transformers'.
+
+    Returns:
+        The report, without logits and answers.
+
+    Raises:
+        UserError: The layout cannot hold the adapter.
+        RunError: What is on disk afterwards is not what was to be written.
+    """
+    lora = _the_adapter(whole)
+    check_adapter(whole, layout)
+    report = ConversionReport(f"export {layout} --adapter-only", str(whole.directory.path), str(target))
+    tensors = dict(_tensors(lora, report, options.dtype))
+    if not (options.dtype is None and _restore_source(lora.path, target, tensors, layout)):
+        _write(whole, target, tensors, layout)
+    _record_source(whole, target)
+    _compare(target, tensors)
+    check_taken(target, whole.config, layout)
+    report.notes.append(f"all {len(tensors)} tensors are " + _fidelity(options.dtype))
+    report.notes += _advice(whole, tensors, layout)
+    return report
+
+
+def check_adapter(whole: FullModel, layout: Layout) -> None:
+    """Refuse an adapter that a layout cannot hold.
+
+    Raises:
+        CheckpointError: It cannot.
+    """
+    lora = _the_adapter(whole)
+    if whole.rows:
+        raise CheckpointError(
+            f"{lora.path} holds trained rows of added tokens ({', '.join(whole.rows)}), and an adapter has no place "
+            f"for rows: PEFT would save the whole matrices. {_WHOLE_INSTEAD}"
+        )
+    reason = why_not_hf(whole.config) if layout == "hf" else None
+    if reason is not None:
+        raise CheckpointError(f"transformers' own layout cannot hold the base of {lora.path}: {reason}")
+    others = sorted({name for names in lora.replaced for name in names.values() if not is_projector(name)})
+    if layout == "hf" and others:
+        raise CheckpointError(
+            f"{lora.path} holds {others[0]} and {len(others) - 1} other tensors that were trained beside the adapter. "
+            f"Of those a PEFT adapter can hold the projector. {_WHOLE_INSTEAD}"
+        )
+    if layout == "llava" and ({EMBEDDINGS, HEAD} & set(others) or any(map(is_vision, [*others, *lora.changed]))):
+        raise CheckpointError(
+            f"{lora.path} changes the vocabulary's matrices or the vision tower, which original LLaVA does not take "
+            f"from an adapter. {_WHOLE_INSTEAD}"
+        )
+
+
+def _the_adapter(whole: FullModel) -> LoraAdapter:
+    if not whole.adapters:
+        raise CheckpointError(
+            f"--adapter-only: {whole.directory.path} holds no LoRA adapter. Leave the flag out to export the model."
+        )
+    return whole.adapters[0][1]
+
+
+def _tensors(
+    lora: LoraAdapter, report: ConversionReport, dtype: torch.dtype | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every tensor of the adapter's files under its plain native name."""
+    for files in lora.beside:
+        wanted = {key: plain_name(key) for key in files.tensors if not is_derived(key)}
+        counts = report.sources.setdefault(str(files.path), {"tensors": 0, "bytes": 0})
+        for key, value in files.read(wanted).items():
+            converted = value if dtype is None else value.to(dtype)
+            counts["tensors"] += 1
+            counts["bytes"] += converted.nbytes
+            yield wanted[key], converted
+
+
+def _write(whole: FullModel, target: Path, tensors: Mapping[str, torch.Tensor], layout: Layout) -> None:
+    beside = {name for name in tensors if ".lora_" not in name}
+    if layout == "hf":
+        renamed = {PEFT_PREFIX + module_name(name): value for name, value in tensors.items()}
+        save_tensors(renamed, target / ADAPTER_SAFETENSORS)
+        write_json(target / CONFIG, hf_config(whole, whole.dtype))
+        write_image_processor(target, *image_settings(whole))
+    else:
+        lora = {PEFT_PREFIX + name: value for name, value in tensors.items() if name not in beside}
+        save_tensors(lora, target / ADAPTER_BIN)
+        if beside:
+            whole_tensors = {PEFT_PREFIX + name: tensors[name] for name in tensors if name in beside}
+            save_tensors(whole_tensors, target / NON_LORA_BIN)
+        write_json(target / CONFIG, _native_config(whole))
+    write_json(target / ADAPTER_CONFIG, _adapter_config(whole, bool(beside), layout))
+
+
+def _native_config(whole: FullModel) -> dict[str, Any]:
+    """Return `config.json` of the whole model, whose vocabulary is that of its native base."""
+    config = copy.deepcopy(whole.config)
+    if whole.base.directory.layout == "hf":
+        record = read_weight_record(whole.base.directory.path)
+        at_least = record.num_rows if record is not None else 0
+        config.vocab_size = num_native_rows(whole.tokenizer, config.vocab_size, at_least)
+    return config_fields(config, whole.dtype)
+
+
+def _adapter_config(whole: FullModel, has_projector: bool, layout: Layout) -> dict[str, Any]:
+    """Return `adapter_config.json`: the source's, with what names modules written anew.
+
+    Original LLaVA's is written as its PEFT reads it, without keys that came later and have their default.
+    """
+    lora = _the_adapter(whole)
+    fields = read_json(lora.path / ADAPTER_CONFIG)
+    rename = module_name if layout == "hf" else str
+    modules = {name: rename(name.removesuffix(".weight")) for name in lora.factors}
+    ranks = {name: lora.factors[name][0].shape[0] for name in modules}
+    rank, alpha = fields.get("r", 8), fields.get("lora_alpha", 8)
+    fields |= {
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": target_expression(list(modules.values())),
+        "rank_pattern": {_exactly(modules[name]): found for name, found in ranks.items() if found != rank},
+        "alpha_pattern": {_exactly(modules[name]): found for name, found in lora.alphas.items() if found != alpha},
+        "modules_to_save": [_PROJECTOR_MODULE["hf"]] if has_projector and layout == "hf" else None,
+        "inference_mode": True,
+    }
+    for name in ("exclude_modules", "layers_to_transform", "layers_pattern", "auto_mapping"):
+        fields.pop(name, None)
+    if layout == "hf":
+        return dict(sorted(fields.items()))
+    known = {name: value for name, value in fields.items() if name in LoraConfig.__dataclass_fields__}
+    return adapter_config_fields(LoraConfig(**known))
+
+
+def target_expression(modules: list[str]) -> str:
+    """Write modules as one regular expression over whole names, short where all layers have the same ones."""
+    layer = re.compile(r"^(?P<before>.*\.layers\.)(?P<number>\d+)\.(?P<leaf>.+)$")
+    by_stack: dict[str, dict[str, set[str]]] = {}
+    alone: list[str] = []
+    for module in modules:
+        if match := layer.match(module):
+            by_stack.setdefault(match["before"], {}).setdefault(match["leaf"], set()).add(match["number"])
+        else:
+            alone.append(re.escape(module))
+    for before, leaves in by_stack.items():
+        numbers = [tuple(sorted(found, key=int)) for found in leaves.values()]
+        if len(set(numbers)) == 1:
+            layers = "|".join(numbers[0])
+            alone.append(
+                f"{re.escape(before)}(?:{layers})\\.(?:{'|'.join(re.escape(leaf) for leaf in sorted(leaves))})"
+            )
+        else:
+            alone += [
+                re.escape(f"{before}{n}.{leaf}") for leaf in sorted(leaves) for n in sorted(leaves[leaf], key=int)
+            ]
+    return "|".join(alone)
+
+
+def _exactly(module: str) -> str:
+    return f"^{re.escape(module)}$"
+
+
+def _record_source(whole: FullModel, target: Path) -> None:
+    """Keep what the way back needs: the configuration, and in which files and order the tensors were."""
+    lora = _the_adapter(whole)
+    folder = target / SOURCE_FOLDER
+    folder.mkdir()
+    for name in (ADAPTER_CONFIG, CONFIG):
+        if (lora.path / name).is_file():
+            shutil.copyfile(lora.path / name, folder / name)
+    layout = "hf" if any(module_name_is_used(files) for files in lora.beside) else "llava"
+    record = {
+        "layout": layout,
+        "files": {files.path.name: list(files.tensors) for files in lora.beside},
+        "exported": _digest(target / ADAPTER_CONFIG),
+    }
+    write_json(folder / _RECORD, record)
+
+
+def module_name_is_used(files: WeightFiles) -> bool:
+    """Whether keys are those of transformers' modules."""
+    return any("language_model." in key or "multi_modal_projector." in key for key in files.tensors)
+
+
+def _restore_source(path: Path, target: Path, tensors: Mapping[str, torch.Tensor], layout: Layout) -> bool:
+    """Write the files that an exported adapter came from, if they are known and nothing has changed since."""
+    folder = path / SOURCE_FOLDER
+    if not (folder / _RECORD).is_file():
+        return False
+    record = read_json(folder / _RECORD)
+    files: dict[str, list[str]] = record["files"]
+    names = {plain_name(key) for keys in files.values() for key in keys if not is_derived(key)}
+    is_unchanged = record["exported"] == _digest(path / ADAPTER_CONFIG) and names == set(tensors)
+    if record["layout"] != layout or not is_unchanged or any(Path(file).name != file for file in files):
+        return False
+    for file, keys in files.items():
+        save_tensors({key: tensors[plain_name(key)] for key in keys if not is_derived(key)}, target / file)
+    for name in (ADAPTER_CONFIG, CONFIG):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
+    return True
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _compare(target: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Read what was written, and compare it bit for bit with what was to be."""
+    written: dict[str, torch.Tensor] = {}
+    for path in sorted(target.iterdir()):
+        if path.suffix in (".bin", ".safetensors"):
+            written |= {plain_name(key): value for key, value in WeightFiles.open(path).read().items()}
+    if set(written) != set(tensors):
+        raise RunError(
+            f"{sorted(set(written) ^ set(tensors))[0]} is missing from what was written. Is the disk damaged?"
+        )
+    for name, value in tensors.items():
+        if written[name].dtype != value.dtype or not torch.equal(written[name], value):
+            raise RunError(f"{name} was written with other values. Is the disk damaged?")
+
+
+def _fidelity(dtype: torch.dtype | None) -> str:
+    if dtype is None:
+        return "those of the source, bit for bit"
+    return f"those of the source, converted to {str(dtype).removeprefix('torch.')}"
+
+
+def _advice(whole: FullModel, tensors: Mapping[str, torch.Tensor], layout: Layout) -> list[str]:
+    base = whole.base.directory
+    notes: list[str] = []
+    if layout != ("hf" if base.layout == "hf" else "llava"):
+        projector = " with the projector that its training started from" if base.kind == "language model" else ""
+        notes.append(f"it goes on {base.path}{projector}, exported with --format {layout}")
+    if layout == "hf" and any(".lora_" not in name for name in tensors):
+        notes.append(
+            "the projector was trained with it and is in modules_to_save, which vLLM does not serve: for vLLM export "
+            "the whole model, without --adapter-only"
+        )
+    return notes

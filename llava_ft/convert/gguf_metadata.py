@@ -1,0 +1,213 @@
+"""What the two GGUF files say about a model, and what llama.cpp could not carry out.
+
+The keys are those of llama.cpp's architectures `llama` and `clip`. Of the tower only the layers in front of the
+selected features are there, and `clip.vision.feature_layer` names the last one: without it llama.cpp stops one layer
+earlier.
+"""
+
+from typing import Any, Final, cast
+
+import torch
+
+from llava_ft.convert.gguf_file import Fields, array, flag, number, real, text
+from llava_ft.convert.gguf_tensors import DTYPES, num_tower_layers
+from llava_ft.data.image_processor import ImageProcessorSettings
+from llava_ft.errors import CheckpointError, UserError
+from llava_ft.models.config import LlavaLlamaConfig, projector_depth
+
+_FILE_TYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
+_QUANTIZATION_VERSION: Final = 2
+_ACTIVATIONS: Final = ("quick_gelu", "gelu")
+_ELSEWHERE: Final = "Export with --format llava instead."
+
+
+def check_expressible(config: LlavaLlamaConfig) -> None:
+    """Check that llama.cpp can run a model like this one.
+
+    Raises:
+        CheckpointError: It cannot; the message says what stands in the way.
+    """
+    obstacles = _language_obstacles(config)
+    if config.mm_vision_config is not None:
+        obstacles += _vision_obstacles(config)
+    if obstacles:
+        raise CheckpointError(f"This model cannot be exported to GGUF: {'; '.join(obstacles)}. {_ELSEWHERE}")
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Check that the files' matrices may have a type.
+
+    Raises:
+        UserError: They may not.
+    """
+    if dtype not in DTYPES:
+        known = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+        raise UserError(
+            f"A GGUF file cannot be written in {str(dtype).removeprefix('torch.')}: the exported types are {known}. "
+            "Smaller ones are made from such a file with llama.cpp's llama-quantize."
+        )
+
+
+def check_image_settings(settings: ImageProcessorSettings) -> None:
+    """Check that llama.cpp, which reads mean and deviation alone, normalises images as the model expects.
+
+    Raises:
+        CheckpointError: Pixels are scaled in another way.
+    """
+    if not settings.do_rescale or not settings.do_normalize or abs(settings.rescale_factor * 255 - 1) > 1e-6:
+        raise CheckpointError(
+            f"The model's images are prepared with do_rescale={settings.do_rescale}, do_normalize="
+            f"{settings.do_normalize} and rescale_factor={settings.rescale_factor}; llama.cpp always divides by 255 "
+            f"and normalises. {_ELSEWHERE}"
+        )
+
+
+def differences(config: LlavaLlamaConfig) -> list[str]:
+    """Say in what llama.cpp treats images otherwise than the model was trained, though it reads the files."""
+    if config.mm_vision_config is None:
+        return []
+    found = [
+        "many builds of llama.cpp put the class token behind the patches (its issue 25814) and so misread every CLIP "
+        "tower: docs/gguf.md has the test and the one-line correction"
+    ]
+    aspect_ratio = config.image_aspect_ratio
+    if aspect_ratio == "square":
+        found.append(
+            "llama.cpp pads an image to a square; this model was trained on images cropped to one "
+            "(image_aspect_ratio=square)"
+        )
+    if aspect_ratio.startswith("anyres"):
+        found.append(
+            "llama.cpp puts the tiles of a large image one after another and an image no larger than the tower's "
+            "input in one piece; this model was trained on every image in tiles"
+            + (
+                ", arranged in rows with image_newline behind each and the padding cut off"
+                if config.has_image_newline
+                else ""
+            )
+        )
+    return found
+
+
+def language_fields(config: LlavaLlamaConfig, name: str, dtype: torch.dtype) -> Fields:
+    """Describe the language model, all but its vocabulary."""
+    rope = _rope(config)
+    head_dim = _head_dim(config)
+    fields = {
+        "general.type": text("model"),
+        **_general_fields(name, dtype),
+        "llama.vocab_size": number(config.vocab_size),
+        "llama.context_length": number(config.max_position_embeddings),
+        "llama.embedding_length": number(config.hidden_size),
+        "llama.block_count": number(config.num_hidden_layers),
+        "llama.feed_forward_length": number(config.intermediate_size),
+        "llama.attention.head_count": number(config.num_attention_heads),
+        "llama.attention.head_count_kv": number(config.num_key_value_heads or config.num_attention_heads),
+        "llama.attention.key_length": number(head_dim),
+        "llama.attention.value_length": number(head_dim),
+        "llama.attention.layer_norm_rms_epsilon": real(config.rms_norm_eps),
+        "llama.rope.dimension_count": number(head_dim),
+        "llama.rope.freq_base": real(rope.get("rope_theta", 10000.0)),
+    }
+    if rope.get("rope_type") == "linear":
+        fields["llama.rope.scaling.type"] = text("linear")
+        fields["llama.rope.scaling.factor"] = real(rope["factor"])
+    return fields
+
+
+def vision_fields(config: LlavaLlamaConfig, settings: ImageProcessorSettings, name: str, dtype: torch.dtype) -> Fields:
+    """Describe the vision tower and the projector.
+
+    Args:
+        config: The model's configuration.
+        settings: How its images are prepared.
+        name: The model's name.
+        dtype: Type of the matrices.
+    """
+    vision = config.vision_config
+    assert vision is not None
+    assert isinstance(vision.image_size, int)
+    assert isinstance(vision.patch_size, int)
+    num_layers = num_tower_layers(config)
+    fields = {
+        "general.type": text("mmproj"),
+        **_general_fields(name, dtype),
+        "general.description": text("vision tower and projector of a LLaVA model"),
+        "clip.has_text_encoder": flag(False),
+        "clip.has_vision_encoder": flag(True),
+        "clip.has_llava_projector": flag(True),
+        "clip.projector_type": text("mlp"),
+        "clip.use_gelu": flag(vision.hidden_act == "gelu"),
+        "clip.vision.image_size": number(vision.image_size),
+        "clip.vision.patch_size": number(vision.patch_size),
+        "clip.vision.embedding_length": number(vision.hidden_size),
+        "clip.vision.feed_forward_length": number(vision.intermediate_size),
+        "clip.vision.projection_dim": number(config.hidden_size),
+        "clip.vision.attention.head_count": number(vision.num_attention_heads),
+        "clip.vision.attention.layer_norm_epsilon": real(vision.layer_norm_eps),
+        "clip.vision.block_count": number(num_layers),
+        "clip.vision.feature_layer": array("INT32", [num_layers]),
+        "clip.vision.image_mean": array("FLOAT32", settings.image_mean),
+        "clip.vision.image_std": array("FLOAT32", settings.image_std),
+        "clip.vision.image_aspect_ratio": text(config.image_aspect_ratio),
+        "clip.vision.mm_patch_merge_type": text(config.mm_patch_merge_type),
+    }
+    geometry = config.image_geometry
+    assert geometry is not None
+    if geometry.grid_pinpoints:
+        sizes = [side for width_height in geometry.grid_pinpoints for side in width_height]
+        fields["clip.vision.image_grid_pinpoints"] = array("INT32", sizes)
+    return fields
+
+
+def _general_fields(name: str, dtype: torch.dtype) -> Fields:
+    return {
+        "general.name": text(name),
+        "general.file_type": number(_FILE_TYPES[dtype]),
+        "general.quantization_version": number(_QUANTIZATION_VERSION),
+    }
+
+
+def _rope(config: LlavaLlamaConfig) -> dict[str, Any]:
+    return dict(cast("Any", config).rope_parameters or {})
+
+
+def _head_dim(config: LlavaLlamaConfig) -> int:
+    return config.head_dim or config.hidden_size // config.num_attention_heads
+
+
+def _language_obstacles(config: LlavaLlamaConfig) -> list[str]:
+    obstacles: list[str] = []
+    rope_type = _rope(config).get("rope_type", "default")
+    if rope_type not in ("default", "linear"):
+        obstacles.append(f"its rotary embedding is scaled by {rope_type!r}, and only linear scaling is exported")
+    if config.hidden_act != "silu":
+        obstacles.append(f"its language model uses {config.hidden_act!r}, and llama.cpp's LLaMA uses silu")
+    return obstacles
+
+
+def _vision_obstacles(config: LlavaLlamaConfig) -> list[str]:
+    obstacles: list[str] = []
+    vision = config.vision_config
+    assert vision is not None
+    if projector_depth(config.mm_projector_type) != 2:
+        obstacles.append(
+            f"its projector is {config.mm_projector_type}, and llama.cpp's has two linear layers with GELU between "
+            "them (mlp2x_gelu)"
+        )
+    if config.s2:
+        obstacles.append("it sees each image at several scales (S2), and llama.cpp at one")
+    if config.mm_vision_select_feature != "patch":
+        obstacles.append(
+            f"it keeps the class token (mm_vision_select_feature={config.mm_vision_select_feature}), and llama.cpp "
+            "drops it"
+        )
+    if num_tower_layers(config) == 0:
+        obstacles.append("it reads the tower's embeddings, and llama.cpp runs one layer at least")
+    if vision.hidden_act not in _ACTIVATIONS:
+        obstacles.append(
+            f"its vision tower uses {vision.hidden_act!r}, and llama.cpp's CLIP {' or '.join(_ACTIVATIONS)}"
+        )
+    if vision.num_channels != 3:
+        obstacles.append(f"its vision tower takes {vision.num_channels} channels, and llama.cpp gives 3")
+    return obstacles

@@ -1,0 +1,125 @@
+"""A model in transformers' own layout, asked the questions that conversions are proven with."""
+
+import copy
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from peft import PeftModel
+from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+
+from llava_ft.checkpoint.full_model import FullModel
+from llava_ft.checkpoint.hf.names import module_name
+from llava_ft.checkpoint.load import fit_rows
+from llava_ft.checkpoint.names import CONFIG, EMBEDDINGS, HEAD
+from llava_ft.checkpoint.weights import read_json
+from llava_ft.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava_ft.convert.export_hf import write_hf_files
+from llava_ft.convert.hf_tokenizer import image_token_id
+from llava_ft.convert.options import ExportOptions
+from llava_ft.convert.peft_keys import build_hf_skeleton
+from llava_ft.convert.verify import Question
+from llava_ft.errors import RunError
+
+MODEL_CLASSES: Any = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
+
+
+class Processor(Protocol):
+    """The part of transformers' processors that is used here."""
+
+    def __call__(self, *, images: object, text: str, return_tensors: str) -> Any:
+        """Prepare a text and its images."""
+        ...
+
+
+class HfSpeaker:
+    """A model of transformers with its own processor; nothing of this program prepares its input but the token ids.
+
+    Args:
+        model: The model.
+        processor: What `AutoProcessor` gives for it.
+    """
+
+    def __init__(self, model: Any, processor: Processor):
+        self.model = model.eval()
+        self._processor = processor
+        self._image_token_id: int = model.config.image_token_index
+
+    @classmethod
+    def load(cls, directory: Path, dtype: torch.dtype) -> "HfSpeaker":
+        """Load a directory as any user of transformers would.
+
+        Raises:
+            RunError: The library finds keys missing, unexpected or of another shape.
+        """
+        model_class = MODEL_CLASSES[read_json(directory / CONFIG)["model_type"]]
+        model, info = model_class.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+        wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys and kind != "error_msgs"}
+        if wrong:
+            raise RunError(f"transformers does not take the exported weights as they are: {wrong}.")
+        return cls(model, cast("Any", AutoProcessor).from_pretrained(directory))
+
+    @classmethod
+    def with_adapter(cls, whole: FullModel, adapter: Path, dtype: torch.dtype) -> "HfSpeaker":
+        """Put an exported adapter on its base, which is made in memory as its own export would write it.
+
+        A projector that was trained beside the adapter is zero in the base, so that the adapter has to bring it.
+
+        Args:
+            whole: The adapter with its base, as it was exported.
+            adapter: The exported adapter.
+            dtype: Type in which the model computes.
+        """
+        alone = FullModel(replace(whole.source, adapters=(), rows={}))
+        config = copy.deepcopy(whole.config)
+        config.vocab_size = max(config.vocab_size, image_token_id(whole.tokenizer) + 1)
+        model = build_hf_skeleton(config, dtype)
+        state: dict[str, torch.Tensor] = {}
+        for piece in alone.stream(dtype, with_tower=True):
+            is_trained = alone.origin(piece.name) == "replaced"
+            value = torch.zeros_like(piece.value) if is_trained else piece.value
+            if piece.name in (EMBEDDINGS, HEAD):
+                value = fit_rows(value, (config.vocab_size, *value.shape[1:]))
+            state[module_name(piece.name)] = value
+        model.load_state_dict(state, strict=not config.tie_word_embeddings, assign=True)
+        model.tie_weights()
+        with tempfile.TemporaryDirectory() as folder:
+            write_hf_files(whole, Path(folder), ExportOptions())
+            processor = cast("Any", AutoProcessor).from_pretrained(folder)
+        model.config.image_token_index = image_token_id(whole.tokenizer)
+        return cls(cast("Any", PeftModel).from_pretrained(model, str(adapter)), processor)
+
+    @torch.no_grad()
+    def logits(self, question: Question) -> torch.Tensor:
+        """Return the logits of every position, `(T, V)` float32 on the CPU."""
+        return self.model(**self._inputs(question)).logits[0].float().cpu()
+
+    @torch.no_grad()
+    def greedy(self, question: Question, num_tokens: int) -> list[int]:
+        """Return the ids of the greedy answer, at most `num_tokens`."""
+        inputs = self._inputs(question)
+        answer = self.model.generate(
+            **inputs,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            repetition_penalty=1.0,
+            max_new_tokens=num_tokens,
+        )
+        return answer[0, inputs["input_ids"].shape[1] :].tolist()
+
+    def _inputs(self, question: Question) -> dict[str, torch.Tensor]:
+        ids = question.ids
+        inputs: dict[str, torch.Tensor] = {}
+        if question.image is not None:
+            prepared = self._processor(images=question.image, text=IMAGE_TOKEN, return_tensors="pt")
+            num_tokens = int((prepared["input_ids"] == self._image_token_id).sum())
+            position = ids.index(IMAGE_TOKEN_INDEX)
+            ids = [*ids[:position], *[self._image_token_id] * num_tokens, *ids[position + 1 :]]
+            inputs = {key: prepared[key] for key in ("pixel_values", "image_sizes") if key in prepared}
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        input_ids = torch.tensor([ids])
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **inputs}
