@@ -22,8 +22,9 @@ sys.path.insert(0, str(REPOSITORY))
 
 from data_path import draw  # noqa: E402
 
+from llava_ft.data.image_files import load_image  # noqa: E402
 from llava_ft.data.image_processor import ImageProcessorSettings  # noqa: E402 - the repository need not be installed
-from llava_ft.data.images import ImageTransform, load_image  # noqa: E402
+from llava_ft.data.images import ImageTransform  # noqa: E402
 from llava_ft.geometry import DEFAULT_GRIDS, ImageGeometry  # noqa: E402
 
 SIZE_WH = (4000, 3000)

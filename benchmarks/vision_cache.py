@@ -175,7 +175,8 @@ def feature_error(tower: str, folder: Path) -> dict:
 
     from llava_ft.checkpoint.base import find_base, load_tower
     from llava_ft.data.features.format import FeatureFormat
-    from llava_ft.data.images import ImageTransform, load_image
+    from llava_ft.data.image_files import load_image
+    from llava_ft.data.images import ImageTransform
 
     base = find_base(str(folder / tower.replace("/", "-")))
     encoder = load_tower(base, dtype=torch.float32, device="cpu")

@@ -29,7 +29,7 @@ from llava_ft.checkpoint.save import ShardWriter, config_fields, write_json
 from llava_ft.conversation import get_template
 from llava_ft.data.collator import PaddingCollator
 from llava_ft.data.image_processor import ImageProcessorSettings
-from llava_ft.data.schema import Sample, Turn
+from llava_ft.data.records import Sample, Turn
 from llava_ft.data.tokenize import SampleTokenizer, expand_and_truncate
 from llava_ft.data.tokenizer import load_tokenizer, save_tokenizer
 from llava_ft.models.config import LlavaLlamaConfig

@@ -68,7 +68,7 @@ def answer(options: argparse.Namespace) -> int:
     import torch
 
     from llava_ft.conversation import get_template
-    from llava_ft.data.images import load_image
+    from llava_ft.data.image_files import load_image
     from llava_ft.inference.generate import Sampling, build_prompt, prepare_inputs
     from llava_ft.inference.load import load_model
 

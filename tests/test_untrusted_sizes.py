@@ -32,7 +32,7 @@ import torch
 from llava_ft.checkpoint.optimizer import OptimizerFile
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.checkpoint.zero.files import read_states
-from llava_ft.data.images import load_image
+from llava_ft.data.image_files import load_image
 from llava_ft.errors import UserError
 from llava_ft.inference.load import load_model
 

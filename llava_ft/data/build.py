@@ -13,13 +13,12 @@ from llava_ft.data.dataset import ConversationDataset, JoinedSamples
 from llava_ft.data.image_files import IMAGE_CHECKS, ImageCheck, ImagePlace
 from llava_ft.data.image_reader import ImageReader
 from llava_ft.data.images import ImageTransform
-from llava_ft.data.opened import OpenedData
 from llava_ft.data.preparation.image_facts import ImageChecks, look_at_images
-from llava_ft.data.preparation.measure import Measured, measure
 from llava_ft.data.preparation.prepare import PreparationSettings, prepare_rows
-from llava_ft.data.preparation.prepared import CountsTokens, Limits
+from llava_ft.data.preparation.samples import CountsTokens, Limits, Samples, find_samples
 from llava_ft.data.preparation.tokenized_rows import TokenizedRows
 from llava_ft.data.preparation.truncation import TruncationPolicy, check_policy
+from llava_ft.data.records import parse_embedded, parse_record
 from llava_ft.data.report import (
     BAD_SAMPLE_POLICIES,
     BadSamplePolicy,
@@ -29,11 +28,10 @@ from llava_ft.data.report import (
     name_of,
     total,
 )
-from llava_ft.data.sample import parse_embedded
-from llava_ft.data.schema import parse_record
 from llava_ft.data.sources.base import RecordSource
 from llava_ft.data.sources.mixture import open_mixture
 from llava_ft.data.sources.open import is_mixture
+from llava_ft.data.sources.selection import DataSources
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.errors import BadSampleError, UserError
 
@@ -195,28 +193,28 @@ class _Builder:
 
     def build(self, path: str) -> tuple[ConversationDataset, ConversationDataset | None, DataReport]:
         """Make the data set of a path, that of what a mixture holds out, and the report."""
-        data = OpenedData.open(path, self.preparation.directory)
-        measured = [
-            self._measure(source, prefix) for source, prefix in zip(data.sources, data.prompt_prefixes, strict=True)
+        data = DataSources.open(path, self.preparation.directory)
+        parts = [
+            self._find_samples(source, prefix)
+            for source, prefix in zip(data.sources, data.prompt_prefixes, strict=True)
         ]
-        reports = [self._report(source, part) for source, part in zip(data.sources, measured, strict=True)]
+        reports = [self._report(source, samples) for source, samples in zip(data.sources, parts, strict=True)]
         report = reports[0] if data.mixture is None else total(path, reports)
         max_length = self.limits.max_length
         refuses_long = self.limits.truncation == "error"
         check_policies(report, self.on_bad_sample, max_length=max_length, refuses_long=refuses_long)
-        chosen = data.choose([len(part.samples) for part in measured], self.seed)
+        chosen = data.choose([len(part) for part in parts], self.seed)
         if data.mixture is not None:
-            counts = zip(reports, chosen.num_train, chosen.num_held_out, strict=True)
-            reports = [replace(part, num_taken=taken, num_held_out=held) for part, taken, held in counts]
+            counts = zip(reports, chosen.train, chosen.held_out, strict=True)
+            reports = [replace(part, num_taken=len(taken), num_held_out=len(held)) for part, taken, held in counts]
             report = total(path, reports)
         log_report(report, max_length=max_length)
-        samples = JoinedSamples([part.samples for part in measured], [source.name for source in data.sources])
+        samples = JoinedSamples(parts, [source.name for source in data.sources])
         reader = self._reader(data.sources)
-        train = ConversationDataset(samples, image_reader=reader, rows=chosen.train)
-        held_out = None
-        if len(chosen.held_out):
-            held_out = ConversationDataset(samples, image_reader=reader, rows=chosen.held_out)
-        return train, held_out, report
+        train = ConversationDataset(samples, image_reader=reader, rows=np.concatenate(chosen.train))
+        held_out = np.concatenate(chosen.held_out)
+        validation = ConversationDataset(samples, image_reader=reader, rows=held_out) if len(held_out) else None
+        return train, validation, report
 
     def _reader(self, sources: Sequence[RecordSource]) -> ImageReader | None:
         if self.image_transform is None:
@@ -231,7 +229,7 @@ class _Builder:
     def _place(self, source: RecordSource) -> ImagePlace:
         return ImagePlace(source.image_folder or self.image_folder, source)
 
-    def _measure(self, source: RecordSource, prompt_prefix: str) -> Measured:
+    def _find_samples(self, source: RecordSource, prompt_prefix: str) -> Samples:
         place = self._place(source)
         self._peek(source, place)
         rows = prepare_rows(source, self.tokenize, self.preparation, prompt_prefix=prompt_prefix)
@@ -239,7 +237,7 @@ class _Builder:
         if rows.counts("image_positions").any():
             self._check_place(rows, place)
             facts = look_at_images(rows, place, self.checks, self.preparation)
-        return measure(rows, self.limits, facts)
+        return find_samples(rows, self.limits, facts)
 
     def _peek(self, source: RecordSource, place: ImagePlace) -> None:
         """Refuse a run that cannot read images at all before it spends minutes on the text."""
@@ -279,21 +277,20 @@ class _Builder:
                 "it. Check --image_folder."
             )
 
-    def _report(self, source: RecordSource, measured: Measured) -> DataReport:
-        samples = measured.samples
+    def _report(self, source: RecordSource, samples: Samples) -> DataReport:
         truncated: list[int] = samples.record_indices[samples.was_truncated].tolist()
-        too_long: list[int] = measured.too_long.tolist() if self.limits.truncation != "truncate" else []
+        too_long: list[int] = samples.too_long.tolist() if self.limits.truncation != "truncate" else []
         return DataReport(
             path=source.name,
             fingerprint=source.fingerprint(),
             image_folder=None if source.image_folder is None else str(source.image_folder),
             num_records=len(samples.rows),
             num_usable=len(samples),
-            errors=measured.errors,
+            errors=samples.errors,
             num_truncated=len(truncated),
             num_too_long=len(too_long),
-            num_lost_tokens=measured.num_lost_tokens,
-            longest=measured.longest,
+            num_lost_tokens=samples.num_lost_tokens,
+            longest=samples.longest,
             num_tokens=int(samples.lengths.sum(dtype=np.int64)),
             num_supervised=int(samples.num_supervised.sum(dtype=np.int64)),
             num_images=int(samples.num_images.sum(dtype=np.int64)),

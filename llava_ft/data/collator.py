@@ -6,12 +6,15 @@ from typing import Any, Final
 import torch
 
 from llava_ft.constants import IGNORE_INDEX
-from llava_ft.data.repeated_tiles import distinct_tiles
 
 Item = Mapping[str, Any]
 
 IMAGE_KEYS: Final = ("pixel_values", "image_features", "image_sizes")
 """Entries of an item that have one entry per tile or image, and are put one after the other in reading order."""
+
+
+_VALUES_LOOKED_AT: Final = 64
+"""Values of a tile that are hashed before all of them are compared."""
 
 
 class PaddingCollator:
@@ -164,6 +167,37 @@ def collect(samples: Sequence[Item]) -> dict[str, Any]:
     gathered["num_pairs"] = sum(length * (length + 1) // 2 for length in lengths)
     gathered["bad_samples"] = [sample["bad_sample"] for sample in samples if "bad_sample" in sample]
     return gathered
+
+
+def distinct_tiles(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Find equal tiles.
+
+    Records about one picture are common in LLaVA's data, and packing puts up to a dozen records into a row. A tile that
+    is there once is sent to the device once, and the vision tower sees it once.
+
+    Args:
+        tiles: `(K, 3, H, W)` pixels.
+
+    Returns:
+        The different ones in the order of their first occurrence, `(L, 3, H, W)`, and which of them each tile is,
+        `(K,)` int64. If all are different: the tiles themselves and None.
+    """
+    rows = tiles.flatten(1)
+    probes = rows[:, :: max(1, rows.shape[1] // _VALUES_LOOKED_AT)].contiguous().numpy()
+    alike: dict[bytes, list[int]] = {}
+    firsts: list[int] = []
+    index: list[int] = []
+    for number, probe in enumerate(probes):
+        candidates = alike.setdefault(probe.tobytes(), [])
+        found = next((place for place in candidates if torch.equal(rows[firsts[place]], rows[number])), None)
+        if found is None:
+            found = len(firsts)
+            firsts.append(number)
+            candidates.append(found)
+        index.append(found)
+    if len(firsts) == len(index):
+        return tiles, None
+    return tiles[firsts], torch.tensor(index)
 
 
 def rounded_up(length: int, multiple: int) -> int:

@@ -13,10 +13,9 @@ from torch.utils.data import Dataset
 
 from llava_ft.constants import IGNORE_INDEX
 from llava_ft.data.image_reader import ImageRef, ReadsImages
-from llava_ft.data.images import ImageError
-from llava_ft.data.preparation.prepared import PreparedSamples
+from llava_ft.data.preparation.samples import Samples
 from llava_ft.data.preparation.tokenized_rows import Array
-from llava_ft.errors import BadSampleError
+from llava_ft.errors import BadSampleError, ImageError
 
 
 class JoinedSamples:
@@ -32,7 +31,7 @@ class JoinedSamples:
         num_images: `(S,)` int32, images of each sample that truncation leaves.
     """
 
-    def __init__(self, parts: Sequence[PreparedSamples], names: Sequence[str]):
+    def __init__(self, parts: Sequence[Samples], names: Sequence[str]):
         self.parts = tuple(parts)
         self.names = tuple(names)
         self.lengths: Array = np.concatenate([part.lengths for part in parts])

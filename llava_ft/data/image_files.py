@@ -1,19 +1,31 @@
-"""Where the images of a data set are: in files below a folder, or in the source of the records itself."""
+"""Images as files: where those of a data set are, and reading them with whatever goes wrong told as one error.
 
+Nothing here needs PyTorch, so processes that only look at images do without it.
+"""
+
+import io
 import os
+import stat
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from llava_ft.data.images import (
-    EMBEDDED_NAME,
-    ImageError,
-    ImageSource,
-    check_image_file,
-    check_image_header,
-    load_image,
-)
-from llava_ft.data.sample import parse_embedded
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from llava_ft.data.records import parse_embedded
 from llava_ft.data.sources.base import RecordSource
+from llava_ft.errors import ImageError
+from llava_ft.geometry import SizeWH
+
+EMBEDDED_NAME: Final = "embedded in the data"
+"""What an image without a file is called in messages, if nothing better is known."""
+
+ImageSource = str | os.PathLike[str] | bytes
+"""An image file by its path, or its content."""
+
+MAX_SIDE: Final = 65_535
+"""Longest side of an image, in pixels: JPEG's limit, kept for every format so that memory stays bounded."""
 
 ImageCheck = Literal["none", "exists", "header", "decode"]
 """How much of an image file is read before training."""
@@ -103,3 +115,142 @@ def check_image(source: ImageSource, level: ImageCheck, *, name: str = EMBEDDED_
         check_image_header(source, name=name)
     elif level == "decode":
         load_image(source, name=name)
+
+
+def check_image_file(path: str | os.PathLike[str]) -> None:
+    """Check that `path` is a regular file with something in it, without opening it.
+
+    Raises:
+        ImageError: It is not.
+    """
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise ImageError(path, "image-missing", "does not exist") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ImageError(path, "image-unreadable", f"cannot be reached: {reason}") from None
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError(path, "image-not-a-file", "is a directory, not a file")
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(path, "image-not-a-file", "is a pipe, socket or device, not a regular file")
+    if status.st_size == 0:
+        raise ImageError(path, "image-empty", "is an empty file")
+
+
+def check_image_header(
+    source: ImageSource, *, exif_transpose: bool = False, name: str = EMBEDDED_NAME
+) -> tuple[int, int]:
+    """Read the size of an image without decoding it.
+
+    Args:
+        source: Path or content of the file.
+        exif_transpose: Give the size after turning the picture as its EXIF orientation says. Some PNG files have to be
+            decoded to find that.
+        name: What content without a path is called in messages.
+
+    Returns:
+        Width and height in pixels; as stored, unless `exif_transpose` is set.
+
+    Raises:
+        ImageError: The file is missing, is not an image, or is too large to be decoded.
+    """
+    with _opened(source, name) as image:
+        return swapped(image.size) if exif_transpose and _is_on_its_side(image) else image.size
+
+
+def load_image(
+    source: ImageSource,
+    *,
+    exif_transpose: bool = False,
+    fast_decode_to: Callable[[SizeWH], SizeWH] | None = None,
+    name: str = EMBEDDED_NAME,
+) -> Image.Image:
+    """Decode an image file as RGB.
+
+    The conversion is Pillow's, as in LLaVA: transparency is dropped, an animation gives its first frame, and
+    greys of more than 8 bits are cut off at 255 and not scaled.
+
+    Args:
+        source: Path or content of the file.
+        exif_transpose: Turn the picture as its EXIF orientation says. LLaVA ignores the orientation.
+        fast_decode_to: Lets the JPEG decoder shrink the picture to 1/2, 1/4 or 1/8 while decoding, which is several
+            times faster and gives slightly other pixels. The function is given the picture's size and returns the
+            smallest that will do, such as `ImageTransform.decode_size`.
+        name: What content without a path is called in messages.
+
+    Returns:
+        The picture, in mode "RGB".
+
+    Raises:
+        ImageError: The file is missing, not an image, damaged, cut short, or too large to be decoded.
+    """
+    with _opened(source, name) as image:
+        if fast_decode_to is not None:
+            turned = exif_transpose and _is_on_its_side(image)
+            needed = fast_decode_to(swapped(image.size) if turned else image.size)
+            image.draft(None, swapped(needed) if turned else needed)
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image) if exif_transpose else image)
+
+
+@contextmanager
+def _opened(source: ImageSource, name: str) -> Generator[Image.Image]:
+    """Open an image of a size that can be decoded, and tell what goes wrong as an `ImageError`."""
+    path = name if isinstance(source, bytes) else source
+    if not isinstance(source, bytes):
+        check_image_file(source)
+    elif not source:
+        raise ImageError(path, "image-empty", "is empty")
+    with _reading(path), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        _check_size(path, image)
+        yield image
+
+
+def _is_on_its_side(image: Image.Image) -> bool:
+    """Whether turning the picture as its EXIF orientation says swaps width and height."""
+    return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+
+
+def swapped(size: tuple[int, int]) -> tuple[int, int]:
+    """Give height and width for width and height, or the other way round."""
+    return size[1], size[0]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a picture to RGB as LLaVA does; transparency is dropped."""
+    if image.mode == "RGB":
+        return image.copy()
+    # RGB has no transparency; Pillow would otherwise warn about some palettes for every single picture.
+    image.info.pop("transparency", None)
+    return image.convert("RGB")
+
+
+def _check_size(path: str | os.PathLike[str], image: Image.Image) -> None:
+    width, height = image.size
+    if min(width, height) < 1:
+        raise ImageError(path, "image-corrupt", f"has a size of {width} x {height} pixels")
+    if max(width, height) > MAX_SIDE:
+        raise ImageError(path, "image-too-large", f"is {width} x {height} pixels; a side can have {MAX_SIDE} at most")
+
+
+@contextmanager
+def _reading(path: str | os.PathLike[str]) -> Generator[None]:
+    """Turn whatever the file system or a Pillow decoder raises into an `ImageError`."""
+    try:
+        yield
+    except (ImageError, MemoryError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(path, "image-too-large", f"is too large to be decoded: {error}") from None
+    except UnidentifiedImageError:
+        raise ImageError(path, "image-corrupt", "is not an image in a format that Pillow can read") from None
+    except OSError as error:
+        if error.errno is not None:
+            raise ImageError(path, "image-unreadable", f"cannot be read: {error.strerror}") from None
+        kind = "image-truncated" if "truncated" in str(error) else "image-corrupt"
+        raise ImageError(path, kind, f"cannot be decoded: {error}") from None
+    # Decoders meet damaged files with whatever their parsing happens to raise: struct.error, SyntaxError ...
+    except Exception as error:
+        kind = "image-truncated" if "truncated" in str(error).lower() else "image-corrupt"
+        raise ImageError(path, kind, f"cannot be decoded: {type(error).__name__}: {error}") from None

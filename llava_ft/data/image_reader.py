@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
-from llava_ft.data.image_files import ImagePlace
-from llava_ft.data.images import ImageError, ImageTransform, load_image
+from llava_ft.data.image_files import ImagePlace, load_image
+from llava_ft.data.images import ImageTransform
+from llava_ft.errors import ImageError
 from llava_ft.geometry import SizeWH
 
 

@@ -1,177 +1,29 @@
-"""From an image file to the tensor that the vision tower reads.
+"""From a picture to the tensor that the vision tower reads.
 
 The arithmetic is that of the CLIP image processor: resize, centre crop, rescale, normalise. It is written on Pillow and
 a table of 256 values per channel (`PixelNormalizer`), and the height of an image never has to be told from its channels
 by guessing (LLaVA fails on some heights).
 """
 
-import io
 import os
-import stat
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
 from typing import Final
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from llava_ft.data.image_files import swapped, to_rgb
 from llava_ft.data.image_processor import ImageProcessorSettings, PixelNormalizer
-from llava_ft.data.tiles import cut_into_tiles, resize_in_two_passes
 from llava_ft.errors import ImageError, UserError
 from llava_ft.geometry import ImageGeometry, SizeWH, fitted_size
 
 ASPECT_RATIOS: Final = ("square", "pad")
 """Values of `image_aspect_ratio` that need no geometry."""
 
-EMBEDDED_NAME: Final = "embedded in the data"
-"""What an image without a file is called in messages, if nothing better is known."""
-
-ImageSource = str | os.PathLike[str] | bytes
-"""An image file by its path, or its content."""
-
-MAX_SIDE: Final = 65_535
-"""Longest side of an image, in pixels: JPEG's limit, kept for every format so that memory stays bounded."""
-
 MAX_CANVAS_PIXELS: Final = 2**26
 """Largest picture made between two steps (256 MiB in Pillow). Above it the result is computed in parts."""
 
-
-def check_image_file(path: str | os.PathLike[str]) -> None:
-    """Check that `path` is a regular file with something in it, without opening it.
-
-    Raises:
-        ImageError: It is not.
-    """
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        raise ImageError(path, "image-missing", "does not exist") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ImageError(path, "image-unreadable", f"cannot be reached: {reason}") from None
-    if stat.S_ISDIR(status.st_mode):
-        raise ImageError(path, "image-not-a-file", "is a directory, not a file")
-    if not stat.S_ISREG(status.st_mode):
-        raise ImageError(path, "image-not-a-file", "is a pipe, socket or device, not a regular file")
-    if status.st_size == 0:
-        raise ImageError(path, "image-empty", "is an empty file")
-
-
-def check_image_header(
-    source: ImageSource, *, exif_transpose: bool = False, name: str = EMBEDDED_NAME
-) -> tuple[int, int]:
-    """Read the size of an image without decoding it.
-
-    Args:
-        source: Path or content of the file.
-        exif_transpose: Give the size after turning the picture as its EXIF orientation says. Some PNG files have to be
-            decoded to find that.
-        name: What content without a path is called in messages.
-
-    Returns:
-        Width and height in pixels; as stored, unless `exif_transpose` is set.
-
-    Raises:
-        ImageError: The file is missing, is not an image, or is too large to be decoded.
-    """
-    with _opened(source, name) as image:
-        return _swapped(image.size) if exif_transpose and _is_on_its_side(image) else image.size
-
-
-def load_image(
-    source: ImageSource,
-    *,
-    exif_transpose: bool = False,
-    fast_decode_to: Callable[[SizeWH], SizeWH] | None = None,
-    name: str = EMBEDDED_NAME,
-) -> Image.Image:
-    """Decode an image file as RGB.
-
-    The conversion is Pillow's, as in LLaVA: transparency is dropped, an animation gives its first frame, and
-    greys of more than 8 bits are cut off at 255 and not scaled.
-
-    Args:
-        source: Path or content of the file.
-        exif_transpose: Turn the picture as its EXIF orientation says. LLaVA ignores the orientation.
-        fast_decode_to: Lets the JPEG decoder shrink the picture to 1/2, 1/4 or 1/8 while decoding, which is several
-            times faster and gives slightly other pixels. The function is given the picture's size and returns the
-            smallest that will do, such as `ImageTransform.decode_size`.
-        name: What content without a path is called in messages.
-
-    Returns:
-        The picture, in mode "RGB".
-
-    Raises:
-        ImageError: The file is missing, not an image, damaged, cut short, or too large to be decoded.
-    """
-    with _opened(source, name) as image:
-        if fast_decode_to is not None:
-            turned = exif_transpose and _is_on_its_side(image)
-            needed = fast_decode_to(_swapped(image.size) if turned else image.size)
-            image.draft(None, _swapped(needed) if turned else needed)
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image) if exif_transpose else image)
-
-
-@contextmanager
-def _opened(source: ImageSource, name: str) -> Generator[Image.Image]:
-    """Open an image of a size that can be decoded, and tell what goes wrong as an `ImageError`."""
-    path = name if isinstance(source, bytes) else source
-    if not isinstance(source, bytes):
-        check_image_file(source)
-    elif not source:
-        raise ImageError(path, "image-empty", "is empty")
-    with _reading(path), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        _check_size(path, image)
-        yield image
-
-
-def _is_on_its_side(image: Image.Image) -> bool:
-    """Whether turning the picture as its EXIF orientation says swaps width and height."""
-    return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-
-
-def _swapped(size: tuple[int, int]) -> tuple[int, int]:
-    return size[1], size[0]
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image.copy()
-    # RGB has no transparency; Pillow would otherwise warn about some palettes for every single picture.
-    image.info.pop("transparency", None)
-    return image.convert("RGB")
-
-
-def _check_size(path: str | os.PathLike[str], image: Image.Image) -> None:
-    width, height = image.size
-    if min(width, height) < 1:
-        raise ImageError(path, "image-corrupt", f"has a size of {width} x {height} pixels")
-    if max(width, height) > MAX_SIDE:
-        raise ImageError(path, "image-too-large", f"is {width} x {height} pixels; a side can have {MAX_SIDE} at most")
-
-
-@contextmanager
-def _reading(path: str | os.PathLike[str]) -> Generator[None]:
-    """Turn whatever the file system or a Pillow decoder raises into an `ImageError`."""
-    try:
-        yield
-    except (ImageError, MemoryError):
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(path, "image-too-large", f"is too large to be decoded: {error}") from None
-    except UnidentifiedImageError:
-        raise ImageError(path, "image-corrupt", "is not an image in a format that Pillow can read") from None
-    except OSError as error:
-        if error.errno is not None:
-            raise ImageError(path, "image-unreadable", f"cannot be read: {error.strerror}") from None
-        kind = "image-truncated" if "truncated" in str(error) else "image-corrupt"
-        raise ImageError(path, kind, f"cannot be decoded: {error}") from None
-    # Decoders meet damaged files with whatever their parsing happens to raise: struct.error, SyntaxError ...
-    except Exception as error:
-        kind = "image-truncated" if "truncated" in str(error).lower() else "image-corrupt"
-        raise ImageError(path, kind, f"cannot be decoded: {type(error).__name__}: {error}") from None
+_FILTER: Final = Image.Resampling.BICUBIC
 
 
 class ImageTransform:
@@ -179,7 +31,7 @@ class ImageTransform:
 
     "square" is the CLIP processor itself: the shortest edge is resized and the centre cropped. "pad" first puts the
     picture in the middle of a square of CLIP's mean colour, so that nothing is cropped (LLaVA 1.5). "anyres" gives an
-    overview and the tiles of a grid (LLaVA 1.6; `data/tiles.py`).
+    overview and the tiles of a grid (LLaVA 1.6; `cut_into_tiles`).
 
     Args:
         settings: Sizes, filter and normalisation.
@@ -245,7 +97,7 @@ class ImageTransform:
         Raises:
             ImageError: The picture cannot be prepared within the memory limits.
         """
-        picture = _to_rgb(image) if image.mode != "RGB" else image
+        picture = to_rgb(image) if image.mode != "RGB" else image
         if self.geometry is not None and self.geometry.needs_image_sizes:
             tiles = cut_into_tiles(picture, self.geometry, self._overview_wh, size_wh or picture.size)
             resized = [self._resize(tile) for tile in tiles]
@@ -293,7 +145,7 @@ class ImageTransform:
     @property
     def _overview_wh(self) -> SizeWH:
         """Size that a picture is squeezed into for the overview; it is square, as in LLaVA."""
-        return self._resized_size(*_swapped(self.output_size)) if self.settings.do_resize else self.output_size
+        return self._resized_size(*swapped(self.output_size)) if self.settings.do_resize else self.output_size
 
     def _resize(self, picture: Image.Image) -> Image.Image:
         """Resize and crop, never holding more than `MAX_CANVAS_PIXELS` at a time."""
@@ -368,3 +220,42 @@ def _fitting(settings: ImageProcessorSettings, geometry: ImageGeometry) -> Image
     if not geometry.s2_scales:
         return settings
     return settings.resized_to(geometry.input_size)
+
+
+def resize_in_two_passes(picture: Image.Image, size_wh: SizeWH, resample: Image.Resampling) -> Image.Image:
+    """Resize along the rows and then along the columns.
+
+    Pillow up to 12.2 does the same in one call; 13.0 gives some tall pictures other values when it is left to one call.
+    """
+    width, height = size_wh
+    return picture.resize((width, picture.height), resample).resize((width, height), resample)
+
+
+def cut_into_tiles(
+    picture: Image.Image, geometry: ImageGeometry, overview_wh: SizeWH, size_wh: SizeWH
+) -> list[Image.Image]:
+    """Cut a picture into an overview and the tiles of a grid (anyres, LLaVA-1.6).
+
+    The picture is fitted into the resolution that keeps most of it, padded with black, and cut into squares of the
+    tower's size. In front of them comes the whole picture, squeezed into one square: its proportions are not kept.
+
+    Source: `process_anyres_image` of `llava/mm_utils.py`, which resizes with Pillow's default filter whatever the
+    processor says.
+
+    Args:
+        picture: The picture, in mode "RGB".
+        geometry: Says which resolutions there are and how large a tile is.
+        overview_wh: Size of the overview, in pixels.
+        size_wh: Size of the picture as it is stored, which decides the grid; the decoder may have shrunk it since.
+
+    Returns:
+        The overview, then the tiles row by row.
+    """
+    target_wh = geometry.best_resolution(size_wh)
+    fitted = resize_in_two_passes(picture, fitted_size(size_wh, target_wh), _FILTER)
+    canvas = Image.new("RGB", target_wh)
+    canvas.paste(fitted, ((canvas.width - fitted.width) // 2, (canvas.height - fitted.height) // 2))
+    side = geometry.image_size
+    corners = [(left, top) for top in range(0, canvas.height, side) for left in range(0, canvas.width, side)]
+    tiles = [canvas.crop((left, top, left + side, top + side)) for left, top in corners]
+    return [resize_in_two_passes(picture, overview_wh, _FILTER), *tiles]

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from llava_ft.data.sampler import SamplesWithLengths
+from llava_ft.data.sampler import HasLengths
 from llava_ft.errors import UserError
 
 WINDOW: Final = 4096
@@ -32,7 +32,7 @@ MOST_SLACK: Final = 8
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-class MeasuredSamples(SamplesWithLengths, Protocol):
+class DatasetWithLengths(HasLengths, Protocol):
     """A map-style data set whose lengths are known before any item is read."""
 
     def __getitem__(self, position: int) -> dict[str, Any]: ...
@@ -199,7 +199,7 @@ class RowDataset(Dataset[dict[str, Any]]):
         rows: Which of them stand together.
     """
 
-    def __init__(self, dataset: MeasuredSamples, rows: Rows):
+    def __init__(self, dataset: DatasetWithLengths, rows: Rows):
         self.dataset = dataset
         self.rows = rows
 
@@ -235,7 +235,7 @@ class PackedDataset(RowDataset):
         UserError: A sample is longer than a row.
     """
 
-    def __init__(self, dataset: MeasuredSamples, max_length: int, seed: int):
+    def __init__(self, dataset: DatasetWithLengths, max_length: int, seed: int):
         super().__init__(dataset, pack(dataset.lengths, max_length, seed))
         self.max_length = max_length
 

@@ -161,7 +161,7 @@ def _cut(positions: Sequence[int], size: int) -> Iterator[list[int]]:
         yield list(positions[start : start + size])
 
 
-class SamplesWithLengths(Protocol):
+class HasLengths(Protocol):
     """What `EpochSampler` has to know of a data set."""
 
     @property
@@ -196,7 +196,7 @@ class EpochSampler(Sampler[int]):
 
     def __init__(
         self,
-        dataset: SamplesWithLengths,
+        dataset: HasLengths,
         *,
         strategy: str = "random",
         batch_size: int = 1,

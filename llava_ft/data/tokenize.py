@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llava_ft.constants import IGNORE_INDEX, IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_ft.conversation import Segment, Template, TurnsError, join_segments
-from llava_ft.data.schema import Sample, Turn
+from llava_ft.data.records import Sample, Turn
 from llava_ft.errors import BadSampleError, UserError
 
 _SKIP_HINT: Final = "Fix the record or pass --on_bad_sample skip."

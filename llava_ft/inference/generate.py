@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from llava_ft.constants import IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_ft.conversation import Template
-from llava_ft.data.images import load_image
+from llava_ft.data.image_files import load_image
 from llava_ft.data.tokenize import tokenize_prompt
 from llava_ft.errors import UserError
 from llava_ft.geometry import ImageGeometry

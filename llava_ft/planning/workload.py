@@ -18,13 +18,12 @@ import numpy as np
 from llava_ft.args import ParsedArgs
 from llava_ft.conversation import get_template
 from llava_ft.data.image_files import ImagePlace
-from llava_ft.data.opened import OpenedData
 from llava_ft.data.preparation.image_facts import ImageChecks, ImageFacts, look_at_images
-from llava_ft.data.preparation.measure import Measured, measure
 from llava_ft.data.preparation.prepare import PreparationSettings, prepare_rows
-from llava_ft.data.preparation.prepared import Limits
+from llava_ft.data.preparation.samples import Limits, Samples, find_samples
 from llava_ft.data.preparation.tokenized_rows import TokenizedRows
 from llava_ft.data.sampler import steps_per_epoch
+from llava_ft.data.sources.selection import DataSources
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.errors import UserError
@@ -230,7 +229,7 @@ def _largest_image(planned: PlannedModel, max_length: int, notes: list[str]) -> 
 def _measure(args: ParsedArgs, planned: PlannedModel, notes: list[str]) -> Records:
     assert args.data.data_path is not None
     path, settings = args.data.data_path, _preparation(args)
-    data = OpenedData.open(path, settings.directory)
+    data = DataSources.open(path, settings.directory)
     num_records = sum(map(len, data.sources))
     directory = planned.directory
     given = (args.inherited.get("data_seed"), args.inherited.get("seed"), _DEFAULT_SEED)
@@ -238,28 +237,28 @@ def _measure(args: ParsedArgs, planned: PlannedModel, notes: list[str]) -> Recor
     if directory is None or not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         notes.append(f"{planned.name} has no tokenizer on this machine, so the records are counted but not tokenised.")
         nothing = np.empty(0, dtype=np.int64)
-        num_taken = len(data.choose([len(source) for source in data.sources], seed).train)
+        num_taken = sum(map(len, data.choose([len(source) for source in data.sources], seed).train))
         return Records(path, num_records, num_taken, nothing, nothing, nothing)
     limits = Limits(planned.config.image_geometry, args.flags.model_max_length, args.data.truncation)
     tokenize = _sample_tokenizer(args, planned, directory)
-    parts: list[Measured] = []
+    parts: list[Samples] = []
     num_tiles = 0
     for source, prefix in zip(data.sources, data.prompt_prefixes, strict=True):
         rows = prepare_rows(source, tokenize, settings, prompt_prefix=prefix)
         place = ImagePlace(source.image_folder or args.data.image_folder, source)
         facts = _known_sizes(args, planned, rows, place, notes)
-        parts.append(measure(rows, limits, facts))
+        parts.append(find_samples(rows, limits, facts))
         num_tiles += _count_tiles(rows, facts, limits)
-    num_usable = [len(part.samples) for part in parts]
+    num_usable = [len(part) for part in parts]
     if not any(num_usable):
         raise UserError(
             f"None of the {num_records} records of {path} can be used. `llava-ft inspect data` with the same flags "
             "says why for each."
         )
     _note_losses(parts, num_records, limits, notes)
-    taken = data.choose(num_usable, seed).train
+    taken = np.concatenate(data.choose(num_usable, seed).train)
     counts = [
-        np.concatenate([getattr(part.samples, name) for part in parts])[taken]
+        np.concatenate([getattr(part, name) for part in parts])[taken]
         for name in ("lengths", "num_supervised", "num_images")
     ]
     return Records(
@@ -283,7 +282,7 @@ def _count_tiles(rows: TokenizedRows, facts: ImageFacts | None, limits: Limits) 
     return sum(geometry.num_tiles((int(width), int(height))) for width, height in facts.sizes_wh.tolist())
 
 
-def _note_losses(parts: list[Measured], num_records: int, limits: Limits, notes: list[str]) -> None:
+def _note_losses(parts: list[Samples], num_records: int, limits: Limits, notes: list[str]) -> None:
     num_bad = sum(len(part.errors) for part in parts)
     if num_bad:
         notes.append(f"{num_bad} of {num_records} records cannot be used; `llava-ft inspect data` names them.")

@@ -22,10 +22,10 @@ from llava_ft.data.doctor.statistics import Epoch, count_all, count_epoch
 from llava_ft.data.doctor.workers import Workers
 from llava_ft.data.inspection.html import write_page
 from llava_ft.data.inspection.terminal import has_color
-from llava_ft.data.opened import OpenedData
 from llava_ft.data.preparation.processes import num_cores
 from llava_ft.data.preparation.progress import Progress
 from llava_ft.data.sources.base import RecordSource
+from llava_ft.data.sources.selection import DataSources
 from llava_ft.errors import UserError
 from llava_ft.training.data_model import find_data_model
 from llava_ft.training.data_setup import preparation_settings
@@ -70,14 +70,14 @@ def run_check_data(args: ParsedArgs, output: TextIO, options: CheckOptions) -> b
     assert args.data.data_path is not None
     model = find_data_model(args)
     directory = preparation_settings(args).directory
-    training = OpenedData.open(args.data.data_path, directory)
+    training = DataSources.open(args.data.data_path, directory)
     if options.fix is not None:
         if training.mixture is not None:
             raise UserError("--fix writes one file, and a mixture has several sources. Check each of them on its own.")
         check_target(options.fix, [args.data.data_path, str(args.data.validation_data_path)])
     opened = {"training": training}
     if args.data.validation_data_path:
-        opened["validation"] = OpenedData.open(args.data.validation_data_path, directory)
+        opened["validation"] = DataSources.open(args.data.validation_data_path, directory)
     plan = Plan(
         model.tokenize,
         model.limits,
@@ -128,14 +128,14 @@ class _Checker:
             statistics=count_all(check, max_length=limits.max_length, policy=limits.truncation),
         )
 
-    def epoch(self, checks: list[SourceCheck], data: OpenedData) -> Epoch | None:
+    def epoch(self, checks: list[SourceCheck], data: DataSources) -> Epoch | None:
         """Put together what an epoch takes of each source."""
         counts = [len(check.columns["index"]) for check in checks]
         if not all(counts):
             return None
         data_seed = _setting(self.args, "data_seed")
         seed = int(_setting(self.args, "seed") if data_seed is None else data_seed)
-        rows = data.choose(counts, seed).train
+        rows = np.concatenate(data.choose(counts, seed).train)
         lengths, supervised = (
             np.concatenate([check.columns[name] for check in checks])[rows]
             for name in ("kept_tokens", "kept_supervised")

@@ -13,7 +13,7 @@ from llava_ft.checkpoint.start import Start
 from llava_ft.checkpoint.weights import read_json
 from llava_ft.constants import CHECKPOINT_FIELDS
 from llava_ft.conversation import get_template
-from llava_ft.data.preparation.prepared import Limits
+from llava_ft.data.preparation.samples import Limits
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.geometry import ImageGeometry

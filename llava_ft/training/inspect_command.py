@@ -11,7 +11,7 @@ from llava_ft.data.inspection.html import write_page
 from llava_ft.data.inspection.page import inspection_page
 from llava_ft.data.inspection.records import InspectionSummary, Inspector, RecordView, Selection, render_colored
 from llava_ft.data.inspection.terminal import has_color, visible
-from llava_ft.data.opened import OpenedData
+from llava_ft.data.sources.selection import DataSources
 from llava_ft.training.data_model import DataModel, find_data_model
 from llava_ft.training.data_setup import preparation_settings
 
@@ -39,7 +39,7 @@ def run_inspect_data(
     """
     model = find_data_model(args)
     assert args.data.data_path is not None
-    data = OpenedData.open(args.data.data_path, preparation_settings(args).directory)
+    data = DataSources.open(args.data.data_path, preparation_settings(args).directory)
     selection = selection or Selection()
     if html is not None and selection == Selection():
         selection = Selection(limit=RECORDS_ON_A_PAGE)
@@ -68,7 +68,7 @@ def run_inspect_data(
 
 
 def _views(
-    inspector: Inspector, data: OpenedData, summary: InspectionSummary, selection: Selection
+    inspector: Inspector, data: DataSources, summary: InspectionSummary, selection: Selection
 ) -> Iterator[tuple[RecordView, ImagePlace]]:
     """Give the records of each source, and where their images are."""
     for source, prefix in zip(data.sources, data.prompt_prefixes, strict=True):

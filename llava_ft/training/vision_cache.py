@@ -27,10 +27,9 @@ from llava_ft.data.features.format import FeatureFormat
 from llava_ft.data.features.image_contents import NO_CONTENT, ContentTable, LocatedImage, image_contents, image_states
 from llava_ft.data.features.reader import FeatureReader, name_digest
 from llava_ft.data.image_reader import ImageReader, ImageRef
-from llava_ft.data.images import ImageError
 from llava_ft.data.preparation.processes import num_cores
 from llava_ft.data.preparation.progress import Progress
-from llava_ft.errors import RunError, UserError
+from llava_ft.errors import ImageError, RunError, UserError
 from llava_ft.models.config import LlavaLlamaConfig, hidden_state_index
 from llava_ft.training.shared_output import blind_ranks, from_all_ranks, from_first_rank
 from llava_ft.training.vision_fill import Encoder, ImageToEncode, fill_store

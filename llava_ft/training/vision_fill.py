@@ -21,9 +21,8 @@ from llava_ft.data.features.files import FeatureStore, FeatureWriter
 from llava_ft.data.features.image_contents import LocatedImage, content_digest
 from llava_ft.data.image_processor import PixelNormalizer
 from llava_ft.data.image_reader import ImageReader, ImageRef
-from llava_ft.data.images import ImageError
 from llava_ft.data.preparation.progress import Progress
-from llava_ft.errors import RunError
+from llava_ft.errors import ImageError, RunError
 from llava_ft.models.vision import CLIPVisionTower
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.conversation import get_template
 from llava_ft.convert.hf_processor import write_image_processor
 from llava_ft.convert.hf_speaker import MODEL_CLASSES
-from llava_ft.data.images import ImageTransform, load_image
+from llava_ft.data.image_files import load_image
+from llava_ft.data.images import ImageTransform
 from llava_ft.geometry import ImageGeometry, parse_grid_pinpoints
 from llava_ft.inference.generate import build_prompt, prepare_inputs
 from llava_ft.inference.load import load_model

@@ -7,9 +7,8 @@ import pytest
 
 from llava_ft.constants import IGNORE_INDEX
 from llava_ft.data.image_files import resolve_image_path
-from llava_ft.data.images import ImageError
 from llava_ft.data.preparation.prepare import PreparationSettings
-from llava_ft.errors import UserError
+from llava_ft.errors import ImageError, UserError
 from tests.data.conftest import GOLDEN, record, turns
 
 MIX = GOLDEN / "data" / "mix.json"

@@ -13,8 +13,8 @@ from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ft.data.build import split_dataset
 from llava_ft.data.collator import PaddingCollator
 from llava_ft.data.dataset import ConversationDataset
+from llava_ft.data.records import parse_record
 from llava_ft.data.sampler import EpochSampler
-from llava_ft.data.schema import parse_record
 from llava_ft.data.tokenize import expand_and_truncate
 from llava_ft.errors import BadSampleError, UserError
 from tests.data.conftest import GOLDEN, SOURCES, TOKENS_PER_IMAGE, record, turns

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from llava_ft.data import images
+from llava_ft.data.image_files import check_image_file, check_image_header, load_image
 from llava_ft.data.image_processor import ImageProcessorSettings
-from llava_ft.data.images import ImageError, ImageTransform, check_image_file, check_image_header, load_image
-from llava_ft.errors import UserError
+from llava_ft.data.images import ImageTransform
+from llava_ft.errors import ImageError, UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SOURCES = GOLDEN / "images" / "src"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_ft.conversation import TEMPLATES, TemplateStyle, get_template
-from llava_ft.data.schema import Sample, Turn
+from llava_ft.data.records import Sample, Turn
 from llava_ft.data.tokenize import SUPERVISE_CHOICES, SampleTokenizer
 from llava_ft.errors import BadSampleError, UserError
 

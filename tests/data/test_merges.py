@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from transformers import LlamaTokenizer
 
-from llava_ft.data.merges import merges_by_score, order_merges_of_meta
-from llava_ft.data.tokenizer import load_tokenizer
+from llava_ft.data.tokenizer import load_tokenizer, merges_by_score, order_merges_of_meta
 
 LLAMA = os.environ.get("LLAVA_FT_LLAMA_RECORDINGS")
 

@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_ft.data.record_images import DataUri, EmbeddedImage
-from llava_ft.data.schema import (
+from llava_ft.data.records import (
     BrokenRecord,
+    DataUri,
+    EmbeddedImage,
     Sample,
     Turn,
     embedded_name,

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from llava_ft.constants import IMAGE_TOKEN_INDEX
-from llava_ft.data.collator import PaddingCollator
-from llava_ft.data.repeated_tiles import distinct_tiles
+from llava_ft.data.collator import PaddingCollator, distinct_tiles
 from tests.models.test_forward import load
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_ft.conversation import TEMPLATES, TemplateStyle, get_template
-from llava_ft.data.schema import Sample, Turn, parse_record
+from llava_ft.data.records import Sample, Turn, parse_record
 from llava_ft.data.tokenize import SampleTokenizer, TokenizedSample, expand_and_truncate
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.errors import BadSampleError

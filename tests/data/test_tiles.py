@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from llava_ft.data.image_files import check_image_header, load_image
 from llava_ft.data.image_processor import ImageProcessorSettings, PixelNormalizer, normalize_batch
-from llava_ft.data.images import ImageError, ImageTransform, check_image_header, load_image
-from llava_ft.errors import UserError
+from llava_ft.data.images import ImageTransform
+from llava_ft.errors import ImageError, UserError
 from llava_ft.geometry import ImageGeometry, parse_grid_pinpoints
 from tests.data.test_images import ARRAYS, INDEX, MEAN, SOURCES, STD, TINY
 

@@ -16,7 +16,7 @@ import pytest
 
 from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_ft.conversation import TemplateStyle, get_template
-from llava_ft.data.schema import Sample, Turn, parse_record
+from llava_ft.data.records import Sample, Turn, parse_record
 from llava_ft.data.tokenize import (
     SampleTokenizer,
     TokenizedSample,

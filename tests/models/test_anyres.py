@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from llava_ft.checkpoint.base import find_base, load_base
 from llava_ft.constants import IMAGE_TOKEN_INDEX
-from llava_ft.data.images import ImageTransform, load_image
+from llava_ft.data.image_files import load_image
+from llava_ft.data.images import ImageTransform
 from llava_ft.errors import UserError
 from llava_ft.geometry import ImageGeometry, parse_grid_pinpoints
 from llava_ft.models.anyres import as_picture, merge_tiles, unpad

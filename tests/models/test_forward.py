@@ -6,7 +6,8 @@ import torch
 
 from llava_ft.checkpoint.base import find_base, load_base
 from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava_ft.data.images import ImageTransform, load_image
+from llava_ft.data.image_files import load_image
+from llava_ft.data.images import ImageTransform
 from llava_ft.models.llava import LlavaLlamaForCausalLM
 from tests.conftest import RECORDINGS, read_recording
 

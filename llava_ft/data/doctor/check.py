@@ -35,8 +35,7 @@ from llava_ft.data.doctor.records import (
 )
 from llava_ft.data.doctor.workers import Workers
 from llava_ft.data.preparation.progress import Progress
-from llava_ft.data.sample import parse_embedded
-from llava_ft.data.schema import parse_record
+from llava_ft.data.records import parse_embedded, parse_record
 from llava_ft.data.sources.base import RecordSource
 from llava_ft.errors import BadSampleError, RunError, UserError
 from llava_ft.geometry import SizeWH

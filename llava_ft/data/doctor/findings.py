@@ -5,8 +5,8 @@ from typing import Any, Final, Literal
 
 from llava_ft.data.doctor.check import NUM_EXAMPLES, SourceCheck, Tally, id_of
 from llava_ft.data.doctor.records import LONG_RATIO, TINY_SIDE, Remark
+from llava_ft.data.records import parse_embedded
 from llava_ft.data.report import BadSamplePolicy
-from llava_ft.data.sample import parse_embedded
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: Final = ("error", "warning", "note")

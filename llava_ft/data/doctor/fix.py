@@ -19,7 +19,7 @@ from llava_ft.data.doctor.records import RECORDS_PER_TASK, Plan, RecordTask
 from llava_ft.data.doctor.report import FixReport
 from llava_ft.data.doctor.workers import Workers, context
 from llava_ft.data.inspection.judge import judge
-from llava_ft.data.schema import parse_record
+from llava_ft.data.records import parse_record
 from llava_ft.errors import BadSampleError, RunError, UserError
 
 _SUFFIXES: Final = (".json", ".jsonl")

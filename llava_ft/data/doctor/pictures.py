@@ -5,8 +5,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Final
 
-from llava_ft.data.image_files import ImageCheck, ImagePlace, check_image
-from llava_ft.data.images import ImageError, load_image
+from llava_ft.data.image_files import ImageCheck, ImagePlace, check_image, load_image
+from llava_ft.errors import ImageError
 
 IMAGES_PER_TASK: Final = 32
 

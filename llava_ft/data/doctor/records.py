@@ -15,9 +15,8 @@ from llava_ft.data.doctor.pictures import ImageProblem, content_key
 from llava_ft.data.doctor.workers import context
 from llava_ft.data.image_files import ImageCheck, ImagePlace
 from llava_ft.data.inspection.judge import judge
-from llava_ft.data.preparation.prepared import Limits
-from llava_ft.data.sample import Sample
-from llava_ft.data.schema import parse_record
+from llava_ft.data.preparation.samples import Limits
+from llava_ft.data.records import Sample, parse_record
 from llava_ft.data.sources.base import RecordSource
 from llava_ft.data.sources.mixture import with_prompt_prefix
 from llava_ft.data.tokenize import SampleTokenizer

@@ -19,9 +19,8 @@ import numpy as np
 
 from llava_ft.data.features.entry_log import CHECKSUM, DIGEST, Array, EntryReader, EntryWriter, find_digests, new_name
 from llava_ft.data.image_files import ImagePlace
-from llava_ft.data.images import ImageError
-from llava_ft.data.sample import parse_embedded
-from llava_ft.errors import RunError
+from llava_ft.data.records import parse_embedded
+from llava_ft.errors import ImageError, RunError
 
 NO_CONTENT: Final = bytes(DIGEST.itemsize)
 """Stands for the digest of an image that cannot be read."""

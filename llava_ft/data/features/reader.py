@@ -10,7 +10,7 @@ from llava_ft.data.features.entry_log import DIGEST, Array, find_digests
 from llava_ft.data.features.files import FeatureFileError, FeatureStore
 from llava_ft.data.features.image_contents import digest_of
 from llava_ft.data.image_reader import ImageReader, ImageRef, size_entries
-from llava_ft.data.images import ImageError
+from llava_ft.errors import ImageError
 
 
 def name_digest(name: str) -> bytes:

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from llava_ft.data.images import ImageError, load_image
+from llava_ft.data.image_files import load_image
 from llava_ft.data.inspection.terminal import visible
-from llava_ft.errors import UserError
+from llava_ft.errors import ImageError, UserError
 
 THUMBNAIL_SIDE: Final = 160
 """Pixels of the longer side of a thumbnail."""

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava_ft.data.preparation.prepared import Limits
+from llava_ft.data.preparation.samples import Limits
 from llava_ft.data.preparation.truncation import find_cut
-from llava_ft.data.sample import Sample
+from llava_ft.data.records import Sample
 from llava_ft.data.tokenize import TokenizedSample
 from llava_ft.errors import BadSampleError
 from llava_ft.geometry import SizeWH

@@ -7,9 +7,9 @@ from typing import Final
 from transformers import PreTrainedTokenizerBase
 
 from llava_ft.data.image_files import ImagePlace
-from llava_ft.data.images import ImageError
 from llava_ft.data.inspection.html import PAGE_END, missing, page_start, text, thumbnail
 from llava_ft.data.inspection.records import InspectionSummary, RecordView, decode_parts, describe_view, title_of
+from llava_ft.errors import ImageError
 
 NUM_THUMBNAILS: Final = 8
 """Images of a record that are shown."""

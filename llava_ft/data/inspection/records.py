@@ -13,17 +13,15 @@ from typing import Any, Final, TypedDict
 from transformers import PreTrainedTokenizerBase
 
 from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava_ft.data.image_files import ImageCheck, ImagePlace, check_image
-from llava_ft.data.images import ImageError, check_image_header
+from llava_ft.data.image_files import ImageCheck, ImagePlace, check_image, check_image_header
 from llava_ft.data.inspection.judge import judge
 from llava_ft.data.inspection.terminal import visible
-from llava_ft.data.preparation.prepared import Limits
-from llava_ft.data.sample import Sample, parse_embedded
-from llava_ft.data.schema import parse_record
+from llava_ft.data.preparation.samples import Limits
+from llava_ft.data.records import Sample, parse_embedded, parse_record
 from llava_ft.data.sources.base import RecordSource
 from llava_ft.data.sources.mixture import with_prompt_prefix
 from llava_ft.data.tokenize import TokenizedSample
-from llava_ft.errors import BadSampleError, UserError
+from llava_ft.errors import BadSampleError, ImageError, UserError
 from llava_ft.geometry import SizeWH
 
 _GREEN: Final = "\x1b[32m"

@@ -16,12 +16,9 @@ _PACKAGE: Final = Path(__file__).parents[2]
 _DECIDING: Final = (
     "conversation.py",
     "data/preparation/tokenized_rows.py",
-    "data/record_*.py",
-    "data/sample.py",
-    "data/schema.py",
+    "data/records.py",
     "data/sources/*.py",
     "data/tokenize.py",
-    "data/turns.py",
 )
 """Modules that decide what is in a row."""
 

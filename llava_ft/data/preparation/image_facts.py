@@ -20,14 +20,21 @@ from typing import Final, TypeVar
 
 import numpy as np
 
-from llava_ft.data.image_files import IMAGE_CHECKS, ImageCheck, ImagePlace
-from llava_ft.data.images import ImageError, check_image_file, check_image_header, load_image
+from llava_ft.data.image_files import (
+    IMAGE_CHECKS,
+    ImageCheck,
+    ImagePlace,
+    check_image_file,
+    check_image_header,
+    load_image,
+)
 from llava_ft.data.preparation.build_once import one_at_a_time
 from llava_ft.data.preparation.prepare import PreparationSettings
 from llava_ft.data.preparation.processes import run_tasks
 from llava_ft.data.preparation.progress import Progress
 from llava_ft.data.preparation.tokenized_rows import Array, TokenizedRows, pa
-from llava_ft.data.sample import parse_embedded
+from llava_ft.data.records import parse_embedded
+from llava_ft.errors import ImageError
 from llava_ft.geometry import SizeWH
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from llava_ft.data.preparation.fingerprint import key_of, made_from
 from llava_ft.data.preparation.processes import num_cores, run_tasks
 from llava_ft.data.preparation.progress import Progress
 from llava_ft.data.preparation.tokenized_rows import RowWriter, TokenizedRows, write_manifest
-from llava_ft.data.schema import parse_record
+from llava_ft.data.records import parse_record
 from llava_ft.data.sources.base import RecordSource
 from llava_ft.data.sources.mixture import with_prompt_prefix
 from llava_ft.data.tokenize import SampleTokenizer

@@ -20,7 +20,7 @@ import pyarrow  # pyright: ignore[reportMissingTypeStubs]
 
 from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ft.data.preparation.build_once import NotUsableError
-from llava_ft.data.schema import Sample
+from llava_ft.data.records import Sample
 from llava_ft.data.tokenize import TokenizedSample
 from llava_ft.errors import BadSampleError
 

@@ -3,7 +3,7 @@
 from llava_ft.data.sources.base import RecordSource
 from llava_ft.data.sources.mixture import Mixture, MixtureEntry, open_mixture, with_prompt_prefix
 from llava_ft.data.sources.open import is_mixture, open_source
-from llava_ft.data.sources.select_rows import Selection, select_rows
+from llava_ft.data.sources.selection import Selection, select_rows
 
 __all__ = [
     "Mixture",

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import pyarrow.types  # pyright: ignore[reportMissingTypeStubs]
 
-from llava_ft.data.record_images import EmbeddedImage
+from llava_ft.data.records import EmbeddedImage
 
 _Address = tuple[str | int, ...]
 _Table: TypeAlias = "Any"

@@ -1,6 +1,6 @@
 """What every source of records can do: name its state, be prepared once, and give records and images by number.
 
-A source yields raw records, as they are written; `llava_ft.data.schema.parse_record` checks them. It is small when
+A source yields raw records, as they are written; `llava_ft.data.records.parse_record` checks them. It is small when
 pickled, so that processes which read different parts of it each get their own copy.
 """
 
@@ -8,8 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
-from llava_ft.data.record_images import DataUri, EmbeddedImage, decode_content
-from llava_ft.data.schema import embedded_name, image_values
+from llava_ft.data.records import DataUri, EmbeddedImage, decode_content, embedded_name, image_values
 
 
 class RecordSource(ABC):

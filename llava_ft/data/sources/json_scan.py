@@ -12,7 +12,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import BinaryIO, Final, NoReturn
 
-from llava_ft.data.record_checks import kind_of
+from llava_ft.data.records import kind_of
 from llava_ft.errors import UserError
 
 _BOM: Final = b"\xef\xbb\xbf"

@@ -23,8 +23,7 @@ from typing import Any, Final, NoReturn, cast
 import yaml
 
 from llava_ft.constants import IMAGE_TOKEN
-from llava_ft.data.record_checks import is_list, is_mapping, kind_of
-from llava_ft.data.sample import Sample
+from llava_ft.data.records import Sample, is_list, is_mapping, kind_of
 from llava_ft.data.sources.base import RecordSource
 from llava_ft.data.sources.open import is_mixture, open_source, resolve_source
 from llava_ft.errors import UserError

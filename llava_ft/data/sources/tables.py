@@ -12,7 +12,7 @@ from typing import Any, Final, TypeAlias
 import datasets  # pyright: ignore[reportMissingTypeStubs]
 from datasets.exceptions import DatasetsError  # pyright: ignore[reportMissingTypeStubs]
 
-from llava_ft.data.record_images import DataUri, EmbeddedImage
+from llava_ft.data.records import DataUri, EmbeddedImage
 from llava_ft.data.sources.arrow_rows import binary_at, records_of
 from llava_ft.data.sources.base import RecordSource
 from llava_ft.errors import UserError

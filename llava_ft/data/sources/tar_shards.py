@@ -11,9 +11,7 @@ from typing import BinaryIO, Final, cast
 import numpy as np
 
 from llava_ft.constants import IMAGE_TOKEN
-from llava_ft.data.record_checks import is_list, is_mapping
-from llava_ft.data.record_images import DataUri, EmbeddedImage
-from llava_ft.data.schema import BrokenRecord
+from llava_ft.data.records import BrokenRecord, DataUri, EmbeddedImage, is_list, is_mapping
 from llava_ft.data.sources.base import RecordSource
 from llava_ft.data.sources.index_files import Array, map_array, note_long_search, prepare_arrays
 from llava_ft.data.sources.tables import fingerprint_files

@@ -14,7 +14,7 @@ from PIL.Image import Image
 
 from llava_ft.constants import IMAGE_TOKEN
 from llava_ft.conversation import ChatTurn, Template
-from llava_ft.data.images import load_image
+from llava_ft.data.image_files import load_image
 from llava_ft.data.tokenize import place_images
 from llava_ft.errors import UserError
 

@@ -7,8 +7,8 @@ import pytest
 from llava_ft.data.doctor.check import check_source
 from llava_ft.data.doctor.records import Plan
 from llava_ft.data.doctor.workers import Workers
-from llava_ft.data.preparation.prepared import Limits
 from llava_ft.data.preparation.progress import Progress
+from llava_ft.data.preparation.samples import Limits
 from llava_ft.data.sources.open import open_source
 from tests.data.conftest import GEOMETRY, SOURCES
 

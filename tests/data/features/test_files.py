@@ -29,7 +29,7 @@ from llava_ft.data.features.image_contents import (
     image_states,
 )
 from llava_ft.data.image_files import ImagePlace
-from llava_ft.data.sample import embedded_name
+from llava_ft.data.records import embedded_name
 from llava_ft.errors import RunError, UserError
 
 FORK = multiprocessing.get_context("fork")

@@ -16,7 +16,7 @@ from llava_ft.conversation import get_template
 from llava_ft.data.inspection.page import inspection_page
 from llava_ft.data.inspection.records import InspectionSummary, Inspector, Selection, render_colored
 from llava_ft.data.inspection.terminal import has_color
-from llava_ft.data.preparation.prepared import Limits
+from llava_ft.data.preparation.samples import Limits
 from llava_ft.data.sources.open import open_source
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.errors import UserError

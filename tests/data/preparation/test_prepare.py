@@ -20,11 +20,10 @@ from llava_ft.conversation import get_template
 from llava_ft.data.inspection.judge import judge
 from llava_ft.data.preparation import prepare
 from llava_ft.data.preparation.build_once import NotUsableError
-from llava_ft.data.preparation.measure import measure
 from llava_ft.data.preparation.prepare import PreparationSettings, prepare_rows
-from llava_ft.data.preparation.prepared import Limits
+from llava_ft.data.preparation.samples import Limits, find_samples
 from llava_ft.data.preparation.tokenized_rows import TokenizedRows, spans_of
-from llava_ft.data.schema import parse_record
+from llava_ft.data.records import parse_record
 from llava_ft.data.sources.open import open_source
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
@@ -155,9 +154,9 @@ class TestRows:
     def test_measuring_all_equals_judging_one_by_one(self, source_of, settings, tokenize, limit, policy):
         records = [*RECORDS, *json.loads((GOLDEN / "data" / "mix.json").read_text())]
         limits = Limits(GEOMETRY, limit, policy)
-        measured = measure(prepare_rows(source_of(records), tokenize, settings), limits)
-        found = {error.index: error.kind for error in measured.errors}
-        rows = dict(zip(measured.samples.record_indices.tolist(), range(len(measured.samples)), strict=True))
+        samples = find_samples(prepare_rows(source_of(records), tokenize, settings), limits)
+        found = {error.index: error.kind for error in samples.errors}
+        rows = dict(zip(samples.record_indices.tolist(), range(len(samples)), strict=True))
         for number, entry in enumerate(records):
             judged, error = judge_record(tokenize, entry, number, limits)
             if error:
@@ -165,11 +164,11 @@ class TestRows:
                 assert found.get(number, "too-long") == error.kind
                 continue
             row = rows[number]
-            assert measured.samples.lengths[row] == judged.kept_tokens
-            assert measured.samples.num_supervised[row] == judged.kept_supervised
-            assert measured.samples.num_images[row] == judged.kept_images
-            assert measured.samples.cuts[row] == judged.cut
-            assert measured.samples.was_truncated[row] == (judged.kept_tokens < judged.num_tokens)
+            assert samples.lengths[row] == judged.kept_tokens
+            assert samples.num_supervised[row] == judged.kept_supervised
+            assert samples.num_images[row] == judged.kept_images
+            assert samples.cuts[row] == judged.cut
+            assert samples.was_truncated[row] == (judged.kept_tokens < judged.num_tokens)
 
 
 class TestOnce:

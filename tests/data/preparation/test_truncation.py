@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ft.conversation import get_template
 from llava_ft.data.preparation.truncation import find_cut, first_predicted
-from llava_ft.data.schema import parse_record
+from llava_ft.data.records import parse_record
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.errors import UserError
 from tests.data.conftest import TOKENS_PER_IMAGE, record, turns

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava_ft.data.schema import Turn, parse_record
+from llava_ft.data.records import Turn, parse_record
 from llava_ft.data.sources import open_mixture, open_source, select_rows, with_prompt_prefix
 from llava_ft.errors import BadSampleError
 

@@ -11,10 +11,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from llava_ft.data.images import ImageError
-from llava_ft.data.schema import parse_record
+from llava_ft.data.records import parse_record
 from llava_ft.data.sources import index_files, json_files, json_scan, open_source
-from llava_ft.errors import UserError
+from llava_ft.errors import ImageError, UserError
 
 TALK = [{"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "Ho"}]
 

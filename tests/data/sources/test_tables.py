@@ -15,8 +15,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from datasets.packaged_modules.parquet.parquet import Parquet
 from PIL import Image as Picture
 
-from llava_ft.data.record_images import EmbeddedImage
-from llava_ft.data.schema import parse_record
+from llava_ft.data.records import EmbeddedImage, parse_record
 from llava_ft.data.sources import arrow_rows, open_source
 from llava_ft.errors import UserError
 

@@ -7,10 +7,9 @@ import tarfile
 
 import pytest
 
-from llava_ft.data.images import ImageError
-from llava_ft.data.schema import parse_record
+from llava_ft.data.records import parse_record
 from llava_ft.data.sources import open_source, tar_shards
-from llava_ft.errors import BadSampleError, UserError
+from llava_ft.errors import BadSampleError, ImageError, UserError
 
 
 def talk(number_of_images=1, **fields):

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationMixin
 
 from llava_ft.conversation import TEMPLATES, TemplateStyle, get_template
-from llava_ft.data.schema import parse_record
+from llava_ft.data.records import parse_record
 from llava_ft.data.tokenize import SampleTokenizer, tokenize_prompt
 from llava_ft.errors import RunError, UserError
 from llava_ft.inference.chat.dialogue import Dialogue, Picture, Question

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from llava_ft.data.schema import Sample, Turn, parse_record
+from llava_ft.data.records import Sample, Turn, parse_record
 from llava_ft.errors import BadSampleError
 
 TALK = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
