@@ -26,11 +26,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from llava_ft.checkpoint.save import ShardWriter, config_fields, write_json
+from llava_ft.constants import IMAGE_TOKEN_INDEX
 from llava_ft.conversation import get_template
 from llava_ft.data.collator import PaddingCollator
 from llava_ft.data.image_processor import ImageProcessorSettings
 from llava_ft.data.records import Sample, Turn
-from llava_ft.data.tokenize import SampleTokenizer, expand_and_truncate
+from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.data.tokenizer import load_tokenizer, save_tokenizer
 from llava_ft.models.config import LlavaLlamaConfig
 from llava_ft.models.llava import LlavaLlamaForCausalLM
@@ -311,10 +312,10 @@ def train_whole(
         turns = []
         for number, (question, answer) in enumerate(rng.sample(pictures[row].talk, 2)):
             turns += [Turn("human", question if number else f"<image>\n{question}"), Turn("gpt", answer)]
-        tokens = expand_and_truncate(
-            tokenize(Sample(row, "", tuple(turns), ("picture",))), [model.config.tokens_per_image], 512
-        )
+        tokens = tokenize(Sample(row, "", tuple(turns), ("picture",)))
         ids, labels = torch.tensor(tokens.input_ids), torch.tensor(tokens.labels)
+        repeats = torch.where(ids == IMAGE_TOKEN_INDEX, model.config.tokens_per_image, 1)
+        ids, labels = ids.repeat_interleave(repeats), labels.repeat_interleave(repeats)
         return {"input_ids": ids, "labels": labels, "pixel_values": pixels[row : row + 1], "index": row}
 
     def loss_of(step: int) -> torch.Tensor:

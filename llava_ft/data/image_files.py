@@ -117,8 +117,8 @@ def check_image(source: ImageSource, level: ImageCheck, *, name: str = EMBEDDED_
         load_image(source, name=name)
 
 
-def check_image_file(path: str | os.PathLike[str]) -> None:
-    """Check that `path` is a regular file with something in it, without opening it.
+def check_image_file(path: str | os.PathLike[str]) -> os.stat_result:
+    """Check that `path` is a regular file with something in it, without opening it; give what the system says of it.
 
     Raises:
         ImageError: It is not.
@@ -136,6 +136,7 @@ def check_image_file(path: str | os.PathLike[str]) -> None:
         raise ImageError(path, "image-not-a-file", "is a pipe, socket or device, not a regular file")
     if status.st_size == 0:
         raise ImageError(path, "image-empty", "is an empty file")
+    return status
 
 
 def check_image_header(

@@ -6,7 +6,7 @@ tokenising each turn again and adding up lengths, and masks a whole sample where
 cannot disagree (`docs/differences.md` lists what follows from that). Which segments are learnt is a choice
 (`Supervise`, `docs/masks.md`); by default what the template says the assistant produces.
 
-An image is one `IMAGE_TOKEN_INDEX` here. `expand_and_truncate` makes it as many as the image has tokens.
+An image is one `IMAGE_TOKEN_INDEX` here. `preparation/samples.py` makes it as many as the image has tokens.
 """
 
 from bisect import bisect_left
@@ -49,23 +49,6 @@ class TokenizedSample:
     labels: list[int]
     num_images: int
     answer_ends: list[int] = field(default_factory=list[int])
-
-
-@dataclass(frozen=True, slots=True)
-class ExpandedSample:
-    """A tokenised conversation as the model sees it.
-
-    Attributes:
-        input_ids: Vocabulary ids, and one `IMAGE_TOKEN_INDEX` per image token.
-        labels: As long as `input_ids`; `IGNORE_INDEX` at every image token.
-        num_images_kept: Images that are left after truncation; they are the first ones.
-        was_truncated: Whether anything was cut off.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    num_images_kept: int
-    was_truncated: bool
 
 
 def place_images(text: str, *, wraps_images: bool = False, mm_use_im_start_end: bool = False) -> str:
@@ -235,39 +218,6 @@ def tokenize_prompt(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
         `<image>` in `text`.
     """
     return _PieceEncoder(tokenizer).encode(text)[0]
-
-
-def expand_and_truncate(sample: TokenizedSample, tokens_per_image: Sequence[int], max_length: int) -> ExpandedSample:
-    """Give each image its tokens, and cut the sample at `max_length`.
-
-    An image that does not fit whole is left out, with everything after it.
-
-    Args:
-        sample: Before expansion.
-        tokens_per_image: Number of tokens of each image, in order.
-        max_length: Tokens that may stay.
-
-    Raises:
-        ValueError: `tokens_per_image` does not have one entry per image.
-    """
-    if len(tokens_per_image) != sample.num_images:
-        raise ValueError(f"{len(tokens_per_image)} image sizes for {sample.num_images} images.")
-    input_ids: list[int] = []
-    labels: list[int] = []
-    start = 0
-    for num_kept, num_tokens in enumerate(tokens_per_image):
-        image = sample.input_ids.index(IMAGE_TOKEN_INDEX, start)
-        input_ids += sample.input_ids[start:image]
-        labels += sample.labels[start:image]
-        if len(input_ids) + num_tokens > max_length:
-            return ExpandedSample(input_ids[:max_length], labels[:max_length], num_kept, True)
-        input_ids += [IMAGE_TOKEN_INDEX] * num_tokens
-        labels += [IGNORE_INDEX] * num_tokens
-        start = image + 1
-    input_ids += sample.input_ids[start:]
-    labels += sample.labels[start:]
-    was_truncated = len(input_ids) > max_length
-    return ExpandedSample(input_ids[:max_length], labels[:max_length], sample.num_images, was_truncated)
 
 
 class _PieceEncoder:

@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +16,6 @@ from llava_ft.data.collator import PaddingCollator
 from llava_ft.data.dataset import ConversationDataset
 from llava_ft.data.records import parse_record
 from llava_ft.data.sampler import EpochSampler
-from llava_ft.data.tokenize import expand_and_truncate
 from llava_ft.errors import BadSampleError, UserError
 from tests.data.conftest import GOLDEN, SOURCES, TOKENS_PER_IMAGE, record, turns
 
@@ -53,9 +53,9 @@ class TestItems:
         for position, entry in enumerate(records):
             item = train[position]
             tokens = tokenize(parse_record(entry, position))
-            expected = expand_and_truncate(tokens, [TOKENS_PER_IMAGE] * tokens.num_images, 2048)
-            assert item["input_ids"].tolist() == expected.input_ids
-            assert item["labels"].tolist() == expected.labels
+            repeats = [TOKENS_PER_IMAGE if token == IMAGE_TOKEN_INDEX else 1 for token in tokens.input_ids]
+            assert item["input_ids"].tolist() == np.repeat(tokens.input_ids, repeats).tolist()
+            assert item["labels"].tolist() == np.repeat(tokens.labels, repeats).tolist()
             assert item["index"] == position
             assert item["input_ids"].dtype == item["labels"].dtype == torch.int64
             assert "bad_sample" not in item

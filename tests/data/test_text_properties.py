@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_ft.conversation import TEMPLATES, TemplateStyle, get_template
 from llava_ft.data.records import Sample, Turn, parse_record
-from llava_ft.data.tokenize import SampleTokenizer, TokenizedSample, expand_and_truncate
+from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.errors import BadSampleError
 
@@ -128,32 +128,6 @@ def test_targets_decode_to_the_answers(directory, sample, template):
     else:  # decoding leaves out one leading space
         wanted = [text.removeprefix(" ") for text in wanted]
     assert runs == wanted
-
-
-@given(
-    pieces=st.lists(st.lists(st.integers(0, 500), max_size=6), min_size=1, max_size=4),
-    sizes=st.lists(st.integers(0, 7), min_size=3, max_size=3),
-    max_length=st.integers(0, 40),
-)
-def test_expansion_and_truncation(pieces, sizes, max_length):
-    sizes = sizes[: len(pieces) - 1]
-    input_ids = list(pieces[0])
-    for piece in pieces[1:]:
-        input_ids += [IMAGE_TOKEN_INDEX, *piece]
-    labels = [token if token % 2 and token > 0 else IGNORE_INDEX for token in input_ids]
-    sample = TokenizedSample(input_ids, labels, len(sizes))
-    whole = expand_and_truncate(sample, sizes, 10**9)
-    assert len(whole.input_ids) == sum(map(len, pieces)) + sum(sizes)
-    assert not whole.was_truncated
-    assert [token for token in whole.input_ids if token >= 0] == [t for t in input_ids if t >= 0]
-    cut = expand_and_truncate(sample, sizes, max_length)
-    assert len(cut.input_ids) == len(cut.labels) <= max_length
-    assert cut.input_ids == whole.input_ids[: len(cut.input_ids)]
-    assert cut.labels == whole.labels[: len(cut.labels)]
-    assert cut.input_ids.count(IMAGE_TOKEN_INDEX) == sum(sizes[: cut.num_images_kept])
-    assert cut.was_truncated == (len(whole.input_ids) > max_length)
-    if not cut.was_truncated:
-        assert cut == whole
 
 
 json_values = st.recursive(

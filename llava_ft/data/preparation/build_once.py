@@ -6,28 +6,27 @@ system has no locks each process makes a directory of its own, and one of them s
 """
 
 import errno
-import fcntl
 import logging
 import os
 import shutil
 import socket
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final, TypeVar
+
+from filelock import FileLock, Timeout
 
 from llava_ft.errors import RunError, UserError
 
 logger = logging.getLogger(__name__)
 
-Opened = TypeVar("Opened")
+Made = TypeVar("Made")
 
-_LOOK_EVERY: Final = 0.1
 _SECONDS_AHEAD: Final = 10.0
 """How long a process that lets another go first waits for it to begin."""
 
-_SECONDS_OF_START: Final = 0.5
 _SECONDS_TILL_NOTE: Final = 2.0
 _NO_LOCKS: Final = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
@@ -38,12 +37,8 @@ class NotUsableError(Exception):
 
 
 def open_or_build(
-    directory: Path,
-    open_directory: Callable[[Path], Opened],
-    build: Callable[[Path], None],
-    *,
-    goes_first: bool = True,
-) -> Opened:
+    directory: Path, open_directory: Callable[[Path], Made], build: Callable[[Path], None], *, goes_first: bool = True
+) -> Made:
     """Open a directory, after making it if it is not there or damaged.
 
     Args:
@@ -56,150 +51,105 @@ def open_or_build(
         RunError: The disk is full.
         UserError: The place cannot be written to.
     """
-    found = _try_open(directory, open_directory)
-    if found is not None:
-        return found
-    lock_file = _make_lock_file(directory)
-    if not goes_first:
-        _wait_for_another(directory, lock_file)
-    with _locked(lock_file) as is_locked:
-        found = _try_open(directory, open_directory)
-        if found is not None:
-            return found
-        with _explaining_full_disk(directory.parent):
-            if is_locked:
-                _remove_remains(directory)
-            _build(directory, build)
+
+    def try_open() -> Made | None:
+        if not directory.exists():
+            return None
+        try:
+            return open_directory(directory)
+        except NotUsableError as error:
+            logger.warning("%s is damaged (%s) and is made again.", directory, error)
+            return None
+
+    made = try_open()
+    if made is not None:
+        return made
+    with one_at_a_time(directory, goes_first=goes_first) as is_locked:
+        made = try_open()
+        if made is not None:
+            return made
+        if is_locked:  # what killed processes left behind is nobody else's
+            for remains in directory.parent.glob(f".{directory.name}.*"):
+                shutil.rmtree(remains, ignore_errors=True)
+        unfinished = directory.parent / f".{directory.name}.{socket.gethostname()}.{os.getpid()}"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        try:
+            build(unfinished)
+            shutil.rmtree(directory, ignore_errors=True)  # a damaged one
+            try:
+                unfinished.rename(directory)
+            except OSError as error:
+                # Without locks another process may have been faster; its directory is as good.
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return open_directory(directory)
 
 
 @contextmanager
-def one_at_a_time(path: Path, *, goes_first: bool = True) -> Generator[None]:
-    """Let processes that are about to do the same do it one after the other.
+def one_at_a_time(path: Path, *, goes_first: bool = True) -> Generator[bool]:
+    """Let processes that are about to make the same thing do it one after the other.
 
     Args:
-        path: Names what is done; the lock is beside it.
-        goes_first: Whether to begin at once. False gives another process of the same run a moment's start.
+        path: What is made; the lock is beside it.
+        goes_first: Whether to begin at once. False gives another process of the same run a start.
+
+    Yields:
+        Whether the others wait; False where the file system has no locks.
 
     Raises:
-        RunError: The disk is full.
+        RunError: The disk is full, now or while the lock is held.
         UserError: The place cannot be written to.
     """
-    lock_file = _make_lock_file(path)
-    if not goes_first:
-        time.sleep(_SECONDS_OF_START)
-    with _locked(lock_file):
-        yield
-
-
-def _try_open(directory: Path, open_directory: Callable[[Path], Opened]) -> Opened | None:
-    if not directory.exists():
-        return None
-    try:
-        return open_directory(directory)
-    except NotUsableError as error:
-        logger.warning("%s is damaged (%s) and is made again.", directory, error)
-        return None
-
-
-def _build(directory: Path, build: Callable[[Path], None]) -> None:
-    staging = directory.parent / f".{directory.name}.{socket.gethostname()}.{os.getpid()}"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    try:
-        build(staging)
-        if directory.exists():
-            shutil.rmtree(directory, ignore_errors=True)
+    lock = FileLock(path.with_name(f"{path.name}.lock"), fallback_to_soft=False)  # that would wait for the dead
+    with ExitStack() as held:
         try:
-            staging.rename(directory)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not goes_first:
+                _let_another_begin(path, lock)
+            is_locked = _acquire(lock)
+            held.callback(lock.release)
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _remove_remains(directory: Path) -> None:
-    """Delete what killed processes left behind; only the holder of the lock may."""
-    for remains in directory.parent.glob(f".{directory.name}.*"):
-        if remains.is_dir():
-            shutil.rmtree(remains, ignore_errors=True)
-
-
-def _make_lock_file(directory: Path) -> Path:
-    path = directory.parent / f"{directory.name}.lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    except OSError as error:
-        if error.errno in _NO_SPACE:
-            raise _full_disk(path.parent) from error
-        raise UserError(
-            f"Prepared data cannot be written to {directory.parent}: {error.strerror}. Give a --data_cache_dir that "
-            "can be written to."
-        ) from error
-    return path
-
-
-def _wait_for_another(directory: Path, lock_file: Path) -> None:
-    """Wait until another process has begun, or for a while; whoever has the lock is then waited for anyway."""
-    end = time.monotonic() + _SECONDS_AHEAD
-    while time.monotonic() < end and not directory.exists() and not _is_held(lock_file):
-        time.sleep(_LOOK_EVERY)
-
-
-def _is_held(path: Path) -> bool:
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        return not _take(descriptor)
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-
-
-def _take(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-@contextmanager
-def _locked(path: Path) -> Generator[bool]:
-    """Hold a lock on a file; give False where the file system has none."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        yield _wait_for_lock(descriptor, path)
-    finally:
-        os.close(descriptor)
-
-
-def _wait_for_lock(descriptor: int, path: Path) -> bool:
-    start = time.monotonic()
-    is_noted = False
-    try:
-        while not _take(descriptor):
-            if not is_noted and time.monotonic() - start > _SECONDS_TILL_NOTE:
-                logger.info("Waiting for another process that prepares the same data (%s).", path)
-                is_noted = True
-            time.sleep(_LOOK_EVERY)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
+            if error.errno in _NO_SPACE:
+                raise _full_disk(path.parent) from error
+            raise UserError(
+                f"Prepared data cannot be written to {path.parent}: {error.strerror}. Give a --data_cache_dir that "
+                "can be written to."
+            ) from error
+        try:
+            yield is_locked
+        except OSError as error:
+            if error.errno in _NO_SPACE:
+                raise _full_disk(path.parent) from error
             raise
-        return False
-    return True
 
 
-@contextmanager
-def _explaining_full_disk(place: Path) -> Generator[None]:
+def _let_another_begin(path: Path, lock: FileLock) -> None:
+    """Wait until another process has the lock or is done, or for a while."""
+    end = time.monotonic() + _SECONDS_AHEAD
+    while time.monotonic() < end and not path.exists():
+        try:
+            with lock.acquire(blocking=False):
+                pass
+        except (Timeout, OSError):  # somebody has it, or there are no locks
+            return
+        time.sleep(0.1)
+
+
+def _acquire(lock: FileLock) -> bool:
     try:
-        yield
+        try:
+            lock.acquire(timeout=_SECONDS_TILL_NOTE)
+        except Timeout:
+            logger.info("Waiting for another process that prepares the same data (%s).", lock.lock_file)
+            lock.acquire()
     except OSError as error:
-        if error.errno in _NO_SPACE:
-            raise _full_disk(place) from error
+        if error.errno in _NO_LOCKS:
+            return False
         raise
+    return True
 
 
 def _full_disk(place: Path) -> RunError:

@@ -9,14 +9,13 @@ import json
 import logging
 import os
 import socket
-import stat
 from array import array
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 import numpy as np
 
@@ -38,8 +37,6 @@ from llava_ft.errors import ImageError
 from llava_ft.geometry import SizeWH
 
 logger = logging.getLogger(__name__)
-
-Value = TypeVar("Value")
 
 FILES_FOR_PROCESSES: Final = {"header": 20_000, "decode": 500}
 """Fewer files are opened by threads of this process."""
@@ -103,26 +100,34 @@ def look_at_images(
         settings: Where earlier findings are kept, and with how many processes to work.
     """
     numbers, images = rows.numbered_images()
-    sizes_wh, errors = _look(images, place, checks, settings)
-    return ImageFacts(numbers, sizes_wh, errors)
-
-
-def _look(
-    images: Sequence[str], place: ImagePlace, checks: ImageChecks, settings: PreparationSettings
-) -> tuple[Array, dict[int, ImageError]]:
     sizes_wh, errors = np.zeros((len(images), 2), dtype=np.int64), dict[int, ImageError]()
-    names = _collect(range(len(images)), lambda number: place.locate(images[number]), errors)
+    facts = ImageFacts(numbers, sizes_wh, errors)
+    names: dict[int, str] = {}
+    for number, image in enumerate(images):
+        try:
+            names[number] = place.locate(image)
+        except ImageError as error:
+            errors[number] = error
     if checks.rank == 0:
-        return sizes_wh, errors
-    in_files = {number for number in names if parse_embedded(images[number]) is None}
-    states = _states(names, in_files, errors)
+        return facts
+    in_files = [number for number in names if parse_embedded(images[number]) is None]
+    # An image in a source changes with it alone.
+    states = dict.fromkeys(names, (0, 0)) | _file_states(names, in_files, errors)
+    known = [number for number in states if number not in errors]
     if not checks.opens_files:
-        return sizes_wh, errors
-    path = _file_of_findings(settings.directory, place, checks, has_embedded=len(in_files) < len(names))
+        return facts
+    # One file of findings for each folder, and for each source that holds images itself.
+    owner = [
+        "" if place.folder is None else os.path.realpath(place.folder),
+        place.source.fingerprint() if len(in_files) < len(names) and place.source is not None else "",
+        str(checks.exif_transpose),
+    ]
+    key = blake2b(json.dumps(owner).encode(), digest_size=16).hexdigest()
+    path = settings.directory / "images" / f"{key}.arrow"
 
     def read_findings() -> tuple[Findings, list[int]]:
         findings = Findings(path)
-        return findings, [n for n, state in states.items() if not findings.hold(names[n], state, checks.rank)]
+        return findings, [n for n in known if not findings.hold(names[n], states[n], checks.rank)]
 
     findings, unknown = read_findings()
     if unknown:
@@ -135,49 +140,37 @@ def _look(
                 else:
                     findings.add(names[number], states[number], checks.rank, result)
             findings.save()
-    usable = [number for number in states if number not in errors]
-    sizes_wh[usable] = [findings.size_wh(names[number]) for number in usable] or np.zeros((0, 2), dtype=np.int64)
-    return sizes_wh, errors
+    for number in known:
+        if number not in errors:
+            sizes_wh[number] = findings.size_wh(names[number])
+    return facts
 
 
-def _collect(numbers: Iterable[int], find: Callable[[int], Value], errors: dict[int, ImageError]) -> dict[int, Value]:
-    """Ask for something about each image; note the images that cannot be used."""
-    found: dict[int, Value] = {}
-    for number in numbers:
-        try:
-            found[number] = find(number)
-        except ImageError as error:
-            errors[number] = error
-    return found
-
-
-def _states(
-    names: Mapping[int, str], in_files: Collection[int], errors: dict[int, ImageError]
+def _file_states(
+    names: Mapping[int, str], numbers: Sequence[int], errors: dict[int, ImageError]
 ) -> dict[int, tuple[int, int]]:
-    """Ask the file system for size and time of change of each file; an image in a source changes with it alone."""
+    """Ask the file system for size and time of change of each file; note the files that cannot be used."""
 
-    def look(numbers: Sequence[int]) -> tuple[dict[int, tuple[int, int]], dict[int, ImageError]]:
-        bad: dict[int, ImageError] = {}
-        return _collect(numbers, lambda number: _file_state(names[number]), bad), bad
+    def look(group: Sequence[int]) -> list[tuple[int, int] | ImageError]:
+        return [_file_state(names[number]) for number in group]
 
-    states = {number: (0, 0) for number in names if number not in in_files}
-    files = sorted(in_files)
-    groups = [files[start : start + _FILES_PER_GROUP] for start in range(0, len(files), _FILES_PER_GROUP)]
+    states: dict[int, tuple[int, int]] = {}
+    groups = [numbers[start : start + _FILES_PER_GROUP] for start in range(0, len(numbers), _FILES_PER_GROUP)]
     with ThreadPoolExecutor(_THREADS) as pool:
-        for found, bad in pool.map(look, groups):
-            states.update(found)
-            errors.update(bad)
+        for group, found in zip(groups, pool.map(look, groups), strict=True):
+            for number, state in zip(group, found, strict=True):
+                if isinstance(state, ImageError):
+                    errors[number] = state
+                else:
+                    states[number] = state
     return states
 
 
-def _file_state(path: str) -> tuple[int, int]:
+def _file_state(path: str) -> tuple[int, int] | ImageError:
     try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        status = None
-    if status is None or not stat.S_ISREG(status.st_mode) or status.st_size == 0:
-        check_image_file(path)  # says what is wrong
-        return _file_state(path)  # it was just put there
+        status = check_image_file(path)
+    except ImageError as error:
+        return error
     return status.st_size, status.st_mtime_ns
 
 
@@ -187,13 +180,12 @@ def _open_images(
     """Open images, in several processes if there are many."""
     decodes = checks.level == "decode"
     is_many = len(images) >= FILES_FOR_PROCESSES["decode" if decodes else "header"]
-    processes = settings.processes if is_many else 1
     work = _Opening(place, checks, _THREADS_PER_PROCESS if is_many else _THREADS)
     tasks = [images[start : start + _FILES_PER_TASK] for start in range(0, len(images), _FILES_PER_TASK)]
     what = "Decoding" if decodes else "Reading the headers of"
+    results: list[SizeWH | ImageError] = []
     with Progress(f"{what} images", len(images), "images") as progress:
-        results: list[SizeWH | ImageError] = []
-        for part in run_tasks(work, tasks, processes):
+        for part in run_tasks(work, tasks, settings.processes if is_many else 1):
             results += part
             progress.advance(len(part))
     if is_many:
@@ -224,16 +216,6 @@ class _Opening:
         return size_wh
 
 
-def _file_of_findings(directory: Path, place: ImagePlace, checks: ImageChecks, *, has_embedded: bool) -> Path:
-    """Name the file that keeps findings: one for each folder, and one for each source that holds images itself."""
-    owner = [
-        "" if place.folder is None else os.path.realpath(place.folder),
-        place.source.fingerprint() if has_embedded and place.source is not None else "",
-        str(checks.exif_transpose),
-    ]
-    return directory / "images" / f"{blake2b(json.dumps(owner).encode(), digest_size=16).hexdigest()}.arrow"
-
-
 class Findings:
     """What was found in image files earlier: for each, its state then, how much was read, and its size in pixels.
 
@@ -244,7 +226,7 @@ class Findings:
     def __init__(self, path: Path):
         self.path = path
         self._names: list[str] = []
-        self._numbers: list[array[int]] = [array("q") for _ in _NUMBERS]
+        self._numbers: list[array[int]] = [array("q") for _ in _NUMBERS]  # lists would hold five times as much
         try:
             with pa.memory_map(str(path), "r") as mapped, pa.ipc.open_stream(mapped) as reader:
                 table = reader.read_all()
@@ -271,15 +253,11 @@ class Findings:
 
     def add(self, name: str, state: tuple[int, int], rank: int, size_wh: SizeWH) -> None:
         """Note what was found; replaces what is known of the image."""
-        values = (*state, rank, *size_wh)
         row = self._rows.setdefault(name, len(self._names))
         if row == len(self._names):
             self._names.append(name)
-            for column, value in zip(self._numbers, values, strict=True):
-                column.append(value)
-        else:
-            for column, value in zip(self._numbers, values, strict=True):
-                column[row] = value
+        for column, value in zip(self._numbers, (*state, rank, *size_wh), strict=True):
+            column[row : row + 1] = array("q", (value,))  # also where the column ends
 
     def save(self) -> None:
         """Keep the findings. Of two runs that do so at once the later one's stay; the other's are found again."""

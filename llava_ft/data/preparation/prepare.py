@@ -4,14 +4,19 @@ What is kept is independent of the length limit, the vision tower and the images
 these takes no new preparation. `docs/preparation.md` says what does.
 """
 
+import hashlib
+import json
 import logging
 import math
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+import tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from llava_ft.data.preparation.build_once import open_or_build
-from llava_ft.data.preparation.fingerprint import key_of, made_from
 from llava_ft.data.preparation.processes import num_cores, run_tasks
 from llava_ft.data.preparation.progress import Progress
 from llava_ft.data.preparation.tokenized_rows import RowWriter, TokenizedRows, write_manifest
@@ -29,6 +34,16 @@ RECORDS_FOR_PROCESSES: Final = 2_000
 _MIN_SHARD: Final = 500
 _MAX_SHARD: Final = 5_000
 _SHARDS_PER_PROCESS: Final = 4
+
+_PACKAGE: Final = Path(__file__).parents[2]
+_DECIDING: Final = (
+    "conversation.py",
+    "data/preparation/tokenized_rows.py",
+    "data/records.py",
+    "data/sources/*.py",
+    "data/tokenize.py",
+)
+"""Modules that decide what is in a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,22 +97,34 @@ def prepare_rows(
         UserError: The source cannot be read, or the cache cannot be written.
         RunError: The disk is full, or a process was killed.
     """
-    made_of = made_from(source, tokenize, prompt_prefix)
-    directory = settings.directory / "tokens" / key_of(made_of)
+    # Everything that a row depends on; the name of the directory changes with it.
+    depends_on = {
+        "source_fingerprint": source.fingerprint(),
+        "template": repr(tokenize.template),
+        "tokenizer": _tokenizer_fingerprint(tokenize.tokenizer),
+        "supervise": tokenize.supervise,
+        "mm_use_im_start_end": str(tokenize.mm_use_im_start_end),
+        "prompt_prefix": prompt_prefix,
+        "program": _program_fingerprint(),
+    }
+    directory = settings.directory / "tokens" / _digest(json.dumps(depends_on, sort_keys=True).encode())
     was_built = False
 
     def build(empty: Path) -> None:
         nonlocal was_built
         was_built = True
-        work = _Tokenising(source, tokenize, prompt_prefix, empty)
         processes = settings.processes if len(source) >= RECORDS_FOR_PROCESSES else 1
+        # Small enough parts that no process waits long for the last one.
+        size = math.ceil(len(source) / (_SHARDS_PER_PROCESS * processes))
+        size = min(max(size, _MIN_SHARD), _MAX_SHARD)
+        parts = [range(start, min(start + size, len(source))) for start in range(0, len(source), size)]
+        work = _Tokenising(source, tokenize, prompt_prefix, empty)
+        files: list[Path] = []
         with Progress(f"Tokenising {source.name}", len(source), "records") as progress:
-            parts = _cut(len(source), processes)
-            files: list[Path] = []
             for part, file in zip(parts, run_tasks(work, parts, processes), strict=True):
                 files.append(file)
-                progress.advance(part[1] - part[0])
-        write_manifest(empty, files, made_of)
+                progress.advance(len(part))
+        write_manifest(empty, files, {"source": source.name, **depends_on})
         logger.info(
             "Tokenised %d records of %s in %.1f s (%.0f a second). They are kept in %s.",
             len(source), source.name, progress.seconds, progress.rate, directory,
@@ -109,13 +136,6 @@ def prepare_rows(
     return rows
 
 
-def _cut(num_records: int, num_processes: int) -> list[tuple[int, int]]:
-    """Cut the records into parts: small enough that no process waits long for the last one."""
-    size = math.ceil(num_records / (_SHARDS_PER_PROCESS * num_processes))
-    size = min(max(size, _MIN_SHARD), _MAX_SHARD)
-    return [(start, min(start + size, num_records)) for start in range(0, num_records, size)]
-
-
 @dataclass(frozen=True, slots=True)
 class _Tokenising:
     """The work of one process."""
@@ -125,14 +145,33 @@ class _Tokenising:
     prompt_prefix: str
     directory: Path
 
-    def __call__(self, part: tuple[int, int]) -> Path:
-        """Tokenise the records from `part[0]` to before `part[1]` into a file."""
-        path = self.directory / f"records-{part[0]:09d}.arrow"
+    def __call__(self, part: range) -> Path:
+        """Tokenise some records into a file."""
+        path = self.directory / f"records-{part.start:09d}.arrow"
         with RowWriter(path) as writer:
-            for index, record in enumerate(self.source.read(*part), start=part[0]):
+            for index, record in zip(part, self.source.read(part.start, part.stop), strict=True):
                 try:
                     sample = with_prompt_prefix(parse_record(record, index), self.prompt_prefix)
                     writer.add(sample, self.tokenize(sample))
                 except BadSampleError as error:
                     writer.add_error(error)
         return path
+
+
+def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Give a text that changes when the tokenizer may give other ids."""
+    backend: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Calls set these two; they do not change the ids of a text.
+    state = {name: value for name, value in backend.items() if name not in ("padding", "truncation")}
+    begin = tokenizer("")["input_ids"]
+    return _digest(json.dumps([tokenizers.__version__, begin, state], sort_keys=True).encode())
+
+
+@cache
+def _program_fingerprint() -> str:
+    files = [file for pattern in _DECIDING for file in sorted(_PACKAGE.glob(pattern))]
+    return _digest(b"".join(file.read_bytes() for file in files))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()

@@ -9,7 +9,6 @@ mapped pages, which all processes of a machine share.
 
 import json
 import os
-from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,11 +54,10 @@ class RowWriter:
         features: Any = Features(
             {"id": text, **numbers, "images": List(text), "error_kind": text, "error_reason": text}
         )
-        self.path = path
-        self.num_rows = 0
         self._schema: Any = features.arrow_schema
         self._writer: Any = ArrowWriter(path=str(path), features=features)
-        self._empty()
+        self._rows: list[dict[str, object]] = []
+        self._num_tokens = 0
 
     def __enter__(self) -> "RowWriter":
         return self
@@ -73,67 +71,38 @@ class RowWriter:
 
     def add(self, sample: Sample, tokens: TokenizedSample) -> None:
         """Add a record that could be tokenised."""
-        self._add_numbers("input_ids", tokens.input_ids)
-        self._add_numbers("target_spans", _target_spans(tokens.labels))
-        self._add_numbers("answer_ends", tokens.answer_ends)
-        self._add_numbers("image_positions", _positions(tokens.input_ids, IMAGE_TOKEN_INDEX))
-        self._end_row(sample.id, list(sample.images), None)
+        is_target = np.asarray(tokens.labels) != IGNORE_INDEX
+        self._add(
+            id=_storable(sample.id),
+            input_ids=tokens.input_ids,
+            # Start and end of each supervised stretch, one after the other.
+            target_spans=np.flatnonzero(np.diff(is_target, prepend=False, append=False)).astype(np.int32),
+            answer_ends=tokens.answer_ends,
+            image_positions=np.flatnonzero(np.asarray(tokens.input_ids) == IMAGE_TOKEN_INDEX).astype(np.int32),
+            images=sample.images,
+        )
+        self._num_tokens += len(tokens.input_ids)
 
     def add_error(self, error: BadSampleError) -> None:
         """Add a record that cannot be used."""
-        for name in NUMBER_LISTS:
-            self._add_numbers(name, ())
-        self._end_row(error.sample_id, [], error)
+        nothing = dict.fromkeys((*NUMBER_LISTS, "images"), ())
+        self._add(id=_storable(error.sample_id), error_kind=error.kind, error_reason=_storable(error.reason), **nothing)
 
-    def _add_numbers(self, name: str, numbers: Iterable[int]) -> None:
-        values, ends = self._numbers[name]
-        values.extend(numbers)
-        ends.append(len(values))
-
-    def _end_row(self, sample_id: str, images: list[str], error: BadSampleError | None) -> None:
-        self._texts["id"].append(_storable(sample_id))
-        self._texts["images"].append(images)
-        self._texts["error_kind"].append(error.kind if error else None)
-        self._texts["error_reason"].append(_storable(error.reason) if error else None)
-        self.num_rows += 1
-        if len(self._texts["id"]) >= _ROWS_PER_BATCH or len(self._numbers["input_ids"][0]) >= _TOKENS_PER_BATCH:
+    def _add(self, **row: object) -> None:
+        self._rows.append(row)
+        if len(self._rows) >= _ROWS_PER_BATCH or self._num_tokens >= _TOKENS_PER_BATCH:
             self._flush()
 
     def _flush(self) -> None:
-        if not self._texts["id"]:
-            return
-        columns: list[Any] = []
-        for field in self._schema:
-            if field.name in self._numbers:
-                values, ends = (pa.array(np.asarray(part, dtype=np.int32)) for part in self._numbers[field.name])
-                columns.append(pa.ListArray.from_arrays(ends, values))
-            else:
-                columns.append(pa.array(self._texts[field.name], field.type))
-        self._writer.write_table(pa.Table.from_arrays(columns, schema=self._schema), _ROWS_PER_BATCH)
-        self._empty()
-
-    def _empty(self) -> None:
-        self._numbers = {name: (array("i"), array("i", [0])) for name in NUMBER_LISTS}
-        self._texts: dict[str, list[Any]] = {name: [] for name in ("id", "images", "error_kind", "error_reason")}
+        if self._rows:
+            columns = [pa.array([row.get(field.name) for row in self._rows], field.type) for field in self._schema]
+            self._writer.write_table(pa.Table.from_arrays(columns, schema=self._schema), _ROWS_PER_BATCH)
+        self._rows, self._num_tokens = [], 0
 
 
 def _storable(text: str) -> str:
     """Replace half characters (lone surrogates), which UTF-8 has no place for."""
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _target_spans(labels: list[int]) -> list[int]:
-    """List start and end of each supervised stretch, one after the other."""
-    is_target = np.asarray(labels, dtype=np.int64) != IGNORE_INDEX
-    edges = np.flatnonzero(np.diff(is_target, prepend=False, append=False))
-    return edges.tolist()
-
-
-def _positions(values: list[int], wanted: int) -> list[int]:
-    found: list[int] = []
-    for _ in range(values.count(wanted)):
-        found.append(values.index(wanted, found[-1] + 1 if found else 0))
-    return found
 
 
 def write_manifest(directory: Path, files: Iterable[Path], made_from: dict[str, str]) -> None:
@@ -165,22 +134,6 @@ class _Batch:
     table: Any
     values: dict[str, Array]
     ends: dict[str, Array]
-
-    @classmethod
-    def of(cls, first: int, table: Any) -> "_Batch":
-        values: dict[str, Array] = {}
-        ends: dict[str, Array] = {}
-        for name in NUMBER_LISTS:
-            column: Any = table.column(name)
-            values[name] = column.values.to_numpy(zero_copy_only=True)
-            ends[name] = column.offsets.to_numpy(zero_copy_only=True)
-            if np.any(np.diff(ends[name]) < 0) or ends[name][0] < 0 or ends[name][-1] > len(values[name]):
-                raise NotUsableError(f"column {name} is inconsistent")
-        return cls(first, table, values, ends)
-
-    def numbers(self, name: str, row: int) -> Array:
-        ends = self.ends[name]
-        return self.values[name][ends[row] : ends[row + 1]]
 
 
 class TokenizedRows:
@@ -215,7 +168,14 @@ class TokenizedRows:
             raise NotUsableError(f"{path.name} has {size} bytes instead of {num_bytes}")
         with pa.memory_map(str(path), "r") as mapped, pa.ipc.open_stream(mapped) as reader:
             for table in reader:
-                self._batches.append(_Batch.of(len(self), table))
+                batch = _Batch(len(self), table, {}, {})
+                for name in NUMBER_LISTS:
+                    column: Any = table.column(name)
+                    batch.values[name] = values = column.values.to_numpy(zero_copy_only=True)
+                    batch.ends[name] = ends = column.offsets.to_numpy(zero_copy_only=True)
+                    if np.any(np.diff(ends) < 0) or ends[0] < 0 or ends[-1] > len(values):
+                        raise NotUsableError(f"column {name} is inconsistent")
+                self._batches.append(batch)
 
     def __len__(self) -> int:
         return self._batches[-1].first + self._batches[-1].table.num_rows if self._batches else 0
@@ -231,7 +191,8 @@ class TokenizedRows:
     def numbers(self, name: str, row: int) -> Array:
         """Give a row's entry of one of `NUMBER_LISTS`, int32, as a view."""
         batch, local = self._find(row)
-        return batch.numbers(name, local)
+        ends = batch.ends[name]
+        return batch.values[name][ends[local] : ends[local + 1]]
 
     def sample_id(self, row: int) -> str:
         """Give the record's own id, "" where there is none."""

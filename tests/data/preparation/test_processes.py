@@ -122,10 +122,10 @@ class TestOpenOrBuild:
         assert open_or_build(tmp_path / "made", self.open, self.build, goes_first=False) == "made"
 
     def test_full_while_the_lock_is_made(self, tmp_path, monkeypatch):
-        def refuse(*args):
+        def refuse(*args, **options):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(build_once.Path, "touch", refuse)
+        monkeypatch.setattr(build_once.FileLock, "acquire", refuse)
         with pytest.raises(RunError, match=r"The disk with .* is full"):
             open_or_build(tmp_path / "made", self.open, self.build)
 
