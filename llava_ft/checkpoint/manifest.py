@@ -5,6 +5,7 @@ no other. The weights of one run are tied together by their SHA-256, so an adapt
 another run's projector.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -163,6 +164,11 @@ def check_pairing(directory: Path, *, force: Force = False) -> list[str]:
 
 def installed_versions() -> dict[str, str]:
     """Versions of this program, Python and the packages whose version can change a result."""
+    return dict(_versions())
+
+
+@functools.cache  # reading them takes longer than a small save, and every save asks
+def _versions() -> dict[str, str]:
     versions = {"llava_ft": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
