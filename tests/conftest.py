@@ -1,14 +1,18 @@
 """Paths and tiny models that several tests use."""
 
+import gc
 import json
-import logging
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
+
+pytest_plugins = ["tests.isolation"]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -19,8 +23,6 @@ os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 
 RECORDINGS = Path(__file__).parent / "golden"
 SEVERAL_RANKS = Path(__file__).parent / "distributed"
-_LOG_LEVELS = {name: logging.getLogger(name).level for name in ("", "llava_ft")}
-"""Taken before any test: fixtures of a whole file run commands before the first of its tests begins."""
 
 
 class _ByFile(LoadScopeScheduling):
@@ -41,36 +43,38 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: SEVERAL_RANKS not in item.path.parents)
 
 
-@pytest.fixture(autouse=True)
-def _logging_as_before():
-    """Take back what the command line does to logging in this process."""
-    root = logging.getLogger()
-    handlers = list(root.handlers)
-    for name, level in _LOG_LEVELS.items():
-        logging.getLogger(name).setLevel(level)
-    looks = [(handler, list(handler.filters), handler.formatter) for handler in handlers]
-    yield
-    root.handlers[:] = handlers
-    for handler, filters, formatter in looks:
-        handler.filters[:] = filters
-        handler.setFormatter(formatter)
-    for name, level in _LOG_LEVELS.items():
-        logging.getLogger(name).setLevel(level)
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over what has been imported: each of the many small runs calls it."""
+    gc.collect()
+    gc.freeze()
 
 
-@pytest.fixture(autouse=True)
-def _environment_as_before():
-    """Take back what runs in this process leave in the environment: rank, port, accelerator."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+@pytest.fixture(scope="session", autouse=True)
+def _short_waits() -> Iterator[None]:
+    """Runs in this process do not wait for the disk, and measure what the machine can do with small products."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # which fails, too, if there is no such file
+        if (speed := sys.modules.get("llava_ft.training.speed")) is not None:
+            patch.setattr(speed, "_SECONDS_TO_MEASURE", 0.0)
+            patch.setattr(speed, "_SIDE", {"cpu": 256})
+        yield
 
 
 @pytest.fixture(scope="session")
 def recordings() -> Path:
     """Folder of what was recorded from original LLaVA."""
     return RECORDINGS
+
+
+@pytest.fixture
+def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Forget which kernels were kept out of graphs, and how many graphs of a layer there may be."""
+    import torch._dynamo
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    monkeypatch.setattr(ALL_ATTENTION_FUNCTIONS, "_local_mapping", {})
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
+        yield
 
 
 @pytest.fixture

@@ -16,13 +16,14 @@ FLOAT32, BFLOAT16 = (2e-6, 1e-5), (0.02, 0.15)
 """Largest difference of a loss, and of a gradient to its norm; the second as far as bfloat16 is from float32."""
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     ("name", "tolerance", "left_out"),
     [
         ("cpu_small", FLOAT32, "compiled"),
         pytest.param("cpu_small_r128", FLOAT32, "", marks=pytest.mark.slow),
-        pytest.param("qlora_24gb", BFLOAT16, "", marks=pytest.mark.slow),
-        pytest.param("h200_7b_full", BFLOAT16, "", marks=pytest.mark.slow),
+        pytest.param("qlora_24gb", BFLOAT16, "compiled", marks=pytest.mark.slow),
+        pytest.param("h200_7b_full", BFLOAT16, "compiled", marks=pytest.mark.slow),
     ],
 )
 def test_all_variants_train_the_same(name, tolerance, left_out, tmp_path):

@@ -138,7 +138,6 @@ def observe(combination: Combination, folder: Path, cache: Path, patch: pytest.M
         values |= SWITCHES[name][setting]
     if "vision_cache" in values:
         values["vision_cache"] = str(cache)
-    torch._dynamo.reset()  # what one run compiled is no other's
     if combination["loss"] == "chunks of 3":
         patch.setattr("llava_ft.models.loss.CPU_CHUNK", 3 * 512)
     run = prepare(folder, METHODS[combination["method"]], **values)

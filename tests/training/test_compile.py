@@ -23,17 +23,8 @@ from tests.models.test_forward import load
 from tests.training.helpers import flags, prepare, state_of, train
 from tests.tuning.test_fast_lora import fill, largest_difference, loss_and_gradients
 
-pytestmark = pytest.mark.usefixtures("in_recordings", "_anew")
+pytestmark = pytest.mark.usefixtures("in_recordings", "fresh_compiler")
 COMPILED = {"torch_compile": "True", "torch_compile_backend": "eager", "lora_dropout": "0"}
-
-
-@pytest.fixture
-def _anew():
-    """Begin without graphs, and leave none; nor kernels that are kept out of them."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-    ALL_ATTENTION_FUNCTIONS._local_mapping.pop("sdpa", None)
 
 
 class Counting:

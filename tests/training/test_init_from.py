@@ -5,7 +5,6 @@ import logging
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,14 +34,14 @@ START = {
 
 
 @pytest.fixture(scope="module")
-def earlier(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The result of a LoRA run; `loss.json` in it has its last evaluation."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(RECORDINGS)
         directory = tmp_path_factory.mktemp("earlier") / "lora"
         run = train(directory, learning_rate="5e-3", **LORA)
         (directory / "loss.json").write_text(json.dumps(loss_of(run)))
-        yield directory
+    return directory
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ def run(request, tmp_path_factory):
         patch.chdir(RECORDINGS)
         run = prepare(tmp_path_factory.mktemp("run"), METHOD, attn_implementation=request.param, model_max_length=ROW)
         run.stop.release()
-        yield run
+    return run
 
 
 def loss_and_gradients(run, batches, num_items=None):

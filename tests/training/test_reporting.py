@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +40,8 @@ def surroundings(in_recordings: Path, tmp_path: Path, monkeypatch: pytest.Monkey
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_CONSOLE", "off")  # it would go on in this process when the run's service is dead
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # wandb puts its own there with each run
     (tmp_path / "home").mkdir()
     yield
     wandb.run = None
@@ -197,7 +200,7 @@ class TestWandbOnline:
             environment = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "WANDB_FINISH_TIMEOUT": "3"}
             process = start(flags(tmp_path / "out", report_to="wandb", **SHORT | {"max_steps": 30}), **environment)
             while process.poll() is None and not any(run.history for run in server.runs.values()):
-                pass
+                time.sleep(0.02)
         _, messages = process.communicate(timeout=120)
         assert process.returncode == 0, messages
         assert what_is_incomplete(tmp_path / "out") is None

@@ -22,7 +22,7 @@ from tests.training.switches import (
     pairwise,
 )
 
-pytestmark = pytest.mark.usefixtures("in_recordings")
+pytestmark = pytest.mark.usefixtures("in_recordings", "fresh_compiler")
 
 ALL = list(all_combinations())
 CHOSEN = ALL if os.environ.get("LLAVA_FT_ALL_SWITCHES") else pairwise(ALL)

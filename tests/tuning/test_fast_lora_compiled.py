@@ -5,7 +5,6 @@ import re
 import pytest
 import torch
 from peft import PeftModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llava_ft.tuning.lora_linear import LoraProduct
 from llava_ft.tuning.quant import Quantization
@@ -14,15 +13,6 @@ from tests.tuning import test_fast_lora_4bit
 from tests.tuning.test_fast_lora import LAYOUT, largest_difference, loss_and_gradients, make
 
 pytestmark = pytest.mark.usefixtures("in_recordings", "fresh_compiler")
-
-
-@pytest.fixture
-def fresh_compiler(monkeypatch: pytest.MonkeyPatch):
-    """Nothing is compiled yet, and no run in this process has taken kernels out of its graphs."""
-    monkeypatch.setattr(ALL_ATTENTION_FUNCTIONS, "_local_mapping", {})
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 def compiled(model: PeftModel) -> PeftModel:
