@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Trains a tiny LLaVA to read handwritten digits, merges it, and shows its answers before and after:
-# ./scripts/quickstart.sh [OUTPUT_DIR]. With QUICKSTART_PYTHON=PYTHON that interpreter is used and nothing is installed.
+# ./scripts/quickstart.sh [OUTPUT_DIR [FLAGS OF THE TRAINING]]. With QUICKSTART_PYTHON=PYTHON that interpreter is used and
+# nothing is installed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out="${1:-outputs/quickstart}"
+shift $(($# > 0))
 if [ -n "${QUICKSTART_PYTHON:-}" ]; then
   PATH="$(dirname "$QUICKSTART_PYTHON"):$PATH"
 else
@@ -25,7 +27,7 @@ python scripts/quickstart_report.py answer --model data/tiny-llava --data "$out/
 
 say "Training"
 deepspeed --num_gpus 1 train.py --config quickstart.yaml \
-  --data_path "$out/digits/train.json" --image_folder "$out/digits" --output_dir "$out/lora"
+  --data_path "$out/digits/train.json" --image_folder "$out/digits" --output_dir "$out/lora" "$@"
 
 say "Merging"
 llava-ft merge --model-path "$out/lora" --save-model-path "$out/merged"

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -11,8 +9,7 @@ import torch
 from llava_ft.args import parse_args
 from llava_ft.training.setup import Run, prepare_run
 from tests.conftest import RECORDINGS
-
-REPOSITORY = RECORDINGS.parent.parent
+from tests.training.warm_start import REPOSITORY, Program
 
 COMMON = {
     "model_name_or_path": "ckpt/base-llm",
@@ -63,21 +60,18 @@ def prepare(output_dir: Path, method: str = "lora", **changes: object) -> Run:
 def train(output_dir: Path, method: str = "lora", **changes: object) -> Run:
     """Train a small run in this process, resuming if there is something to resume."""
     run = prepare(output_dir, method, **changes)
-    run.trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    try:
+        run.trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    finally:
+        run.stop.release()
     run.trainer.save_model()
     return run
 
 
-def start(argv: list[str], **environment: str) -> subprocess.Popen[str]:
+def start(argv: list[str], **environment: str) -> Program:
     """Start `train.py` in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "train.py"), *argv],
-        cwd=RECORDINGS,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    variables = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | environment
+    return Program(argv, RECORDINGS, variables)
 
 
 def state_of(run: Run) -> dict[str, torch.Tensor]:
