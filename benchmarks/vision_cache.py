@@ -164,7 +164,7 @@ def measure(tower: str, kind: str, folder: Path) -> dict:
     if done.returncode or not lines:
         raise SystemExit((done.stderr or done.stdout)[-3000:])
     row = json.loads(lines[-1]) | {"tower": tower, "kind": kind}
-    row["disk"] = sum(path.stat().st_size for path in cache.glob("features-*/*.bin"))
+    row["disk"] = sum(path.stat().st_size for path in cache.glob("features-*/*.safetensors"))
     shutil.rmtree(cache, ignore_errors=True)
     return row
 
@@ -174,7 +174,7 @@ def feature_error(tower: str, folder: Path) -> dict:
     import torch
 
     from llava_ft.checkpoint.base import find_base, load_tower
-    from llava_ft.data.features.format import FeatureFormat
+    from llava_ft.data.features.store import FeatureFormat
     from llava_ft.data.image_files import load_image
     from llava_ft.data.images import ImageTransform
 
@@ -185,7 +185,7 @@ def feature_error(tower: str, folder: Path) -> dict:
     with torch.no_grad():
         features = encoder(transform.normalizer(torch.cat(pictures)))
     tile = FeatureFormat(features.shape[1], features.shape[2], torch.float32, is_8bit=True)
-    kept = tile.decode(tile.encode(features).reshape(-1).copy())
+    kept = tile.decode(tile.encode(features))
     rounded = features.to(torch.bfloat16).float()
     size = features.pow(2).mean().sqrt()
     return {

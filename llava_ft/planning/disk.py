@@ -21,7 +21,7 @@ from llava_ft.checkpoint.names import (
     native_name,
 )
 from llava_ft.checkpoint.weights import WeightFiles, has_model_weights
-from llava_ft.data.features.format import FeatureFormat
+from llava_ft.data.features.store import FeatureFormat
 from llava_ft.planning.optimizers import optimizer_kind
 from llava_ft.planning.request import PlanRequest
 from llava_ft.planning.shapes import ParameterShape, PlannedModel

@@ -5,22 +5,19 @@ its own share; after each round all add up how far they are, so none waits for l
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from llava_ft.data.features.entry_log import DIGEST, Array
-from llava_ft.data.features.files import FeatureStore, FeatureWriter
-from llava_ft.data.features.image_contents import LocatedImage, content_digest
+from llava_ft.data.features.contents import RunImage, as_array
+from llava_ft.data.features.store import FeatureStore
 from llava_ft.data.image_processor import PixelNormalizer
-from llava_ft.data.image_reader import ImageReader, ImageRef
 from llava_ft.data.preparation.progress import Progress
 from llava_ft.errors import ImageError, RunError
 from llava_ft.models.vision import CLIPVisionTower
@@ -28,23 +25,9 @@ from llava_ft.models.vision import CLIPVisionTower
 logger = logging.getLogger(__name__)
 
 _IMAGES_PER_BATCH: Final = 32
+"""Written together, so it is what a killed run loses."""
 _TILES_PER_PASS: Final = 32
 _BATCHES_PER_ROUND: Final = 16
-
-
-@dataclass(frozen=True, slots=True)
-class ImageToEncode:
-    """An image whose features are wanted.
-
-    Attributes:
-        content: Digest of its content.
-        reader: Reads it.
-        image: Where it is.
-    """
-
-    content: bytes
-    reader: ImageReader
-    image: ImageRef
 
 
 @dataclass(frozen=True)
@@ -72,18 +55,18 @@ class Encoder:
 
 def fill_store(
     store: FeatureStore,
-    images: Sequence[ImageToEncode],
+    images: Mapping[bytes, RunImage],
     encoder: Encoder,
     *,
     num_workers: int,
     world_size: int = 1,
     total: int | None = None,
-) -> list[ImageToEncode]:
+) -> list[RunImage]:
     """Compute the features of images and put them on disk.
 
     Args:
         store: Where they are put. What another run puts there in the meantime is not computed again.
-        images: This rank's share, each content once.
+        images: This rank's share, by the digest of their contents.
         encoder: The tower.
         num_workers: Processes that decode; 0 decodes in this one.
         world_size: Ranks that call this at the same time.
@@ -95,32 +78,52 @@ def fill_store(
     Raises:
         RunError: The disk is full, or the tower gives numbers that are not finite.
     """
-    unreadable: list[ImageToEncode] = []
-    work = _Work(store, images)
-    batches = iter(_loader(images, work, num_workers))
+    unreadable: list[RunImage] = []
     device = next(encoder.tower.parameters()).device
+    contents = list(images)
+    num_passed = 0  # images that are encoded, unreadable, or encoded by another run
+
+    def missing() -> Iterator[list[bytes]]:
+        nonlocal num_passed
+        for start in range(0, len(contents), _IMAGES_PER_BATCH):
+            digests = contents[start : start + _IMAGES_PER_BATCH]
+            left = [digest for digest, at in zip(digests, store.find(as_array(digests)), strict=True) if at < 0]
+            num_passed += len(digests) - len(left)
+            if left:
+                yield left
+
+    loader: DataLoader[Any] = DataLoader(
+        _Pictures(images),
+        batch_sampler=missing(),
+        num_workers=min(num_workers, len(images) // _IMAGES_PER_BATCH),
+        collate_fn=list,
+        generator=torch.Generator(),  # the run's own random numbers stay as they are
+    )
+    batches = iter(loader)
     with (
         Progress("Encoding images", total or len(images), "images") as progress,
-        store.writer() as writer,
         ThreadPoolExecutor(1) as thread,
     ):
         written: Future[None] | None = None
         is_done = False
         try:
             while not is_done:
-                num_batches, num_images = 0, -work.num_left_out
+                num_batches = 0
                 for batch in islice(batches, _BATCHES_PER_ROUND):
-                    num_batches, num_images = num_batches + 1, num_images + len(batch)
-                    unreadable += [images[number] for number, pixels in batch if pixels is None]
-                    readable = [(images[number], pixels) for number, pixels in batch if pixels is not None]
-                    features = _encode(readable, encoder)
+                    num_batches, num_passed = num_batches + 1, num_passed + len(batch)
+                    unreadable += [images[digest] for digest, pixels in batch if pixels is None]
+                    readable = {digest: pixels for digest, pixels in batch if pixels is not None}
+                    features = _encode(readable, images, encoder)
                     if written is not None:
-                        written.result()
-                    written = thread.submit(_write, writer, readable, features)
+                        written.result()  # one batch is written while the next is encoded, and no more wait
+                    written = thread.submit(store.add, [*readable], features) if readable else None
                 store.refresh()
-                num_images += work.num_left_out
-                num_images, is_done = _of_all_ranks(num_images, num_batches < _BATCHES_PER_ROUND, world_size, device)
-                progress.advance(num_images)
+                counts = torch.tensor([num_passed, num_batches == _BATCHES_PER_ROUND], device=device)
+                num_passed = 0
+                if world_size > 1:
+                    torch.distributed.all_reduce(counts)
+                progress.advance(int(counts[0]))
+                is_done = not counts[1]
         finally:
             batches = iter(())  # ends the workers, also while an error is on its way
         if written is not None:
@@ -128,82 +131,35 @@ def fill_store(
     return unreadable
 
 
-def _loader(images: Sequence[ImageToEncode], work: "_Work", num_workers: int) -> DataLoader[Any]:
-    return DataLoader(
-        _Pictures(images),
-        batch_sampler=work,
-        num_workers=min(num_workers, len(images) // _IMAGES_PER_BATCH),
-        collate_fn=list,
-        generator=torch.Generator(),  # the run's own random numbers stay as they are
-    )
+class _Pictures(Dataset[tuple[bytes, torch.Tensor | None]]):
+    """Decoded images by digest; None for one that cannot be read or has been changed."""
 
-
-class _Work:
-    """Gives out numbers of images in batches, leaving out those whose features have appeared in the store."""
-
-    def __init__(self, store: FeatureStore, images: Sequence[ImageToEncode]):
-        self._store = store
-        self._images = images
-        self.num_left_out = 0
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for start in range(0, len(self._images), _IMAGES_PER_BATCH):
-            contents = [image.content for image in self._images[start : start + _IMAGES_PER_BATCH]]
-            is_there: Array = self._store.find(np.frombuffer(b"".join(contents), dtype=DIGEST)) >= 0
-            self.num_left_out += int(is_there.sum())
-            if not is_there.all():
-                yield [start + offset for offset in range(len(contents)) if not is_there[offset]]
-
-
-class _Pictures(Dataset[tuple[int, torch.Tensor | None]]):
-    """Decoded images; None for one that cannot be read or has been changed."""
-
-    def __init__(self, images: Sequence[ImageToEncode]):
+    def __init__(self, images: Mapping[bytes, RunImage]):
         self._images = images
 
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, number: int) -> tuple[int, torch.Tensor | None]:
-        wanted = self._images[number]
+    def __getitem__(self, digest: bytes) -> tuple[bytes, torch.Tensor | None]:
+        image = self._images[digest]
         try:
-            pixels = wanted.reader.read([wanted.image])["pixel_values"]
+            pixels = image.reader.read([image.ref])["pixel_values"]
         except ImageError as error:
             logger.debug("%s", error)
-            return number, None
+            return digest, None
         # A file may have been replaced since its content was looked at; its features must not get the old name.
-        place = wanted.reader.places[wanted.image.source]
-        is_as_before = content_digest(LocatedImage(place, wanted.image.image)) == wanted.content
-        return number, pixels if is_as_before else None
+        return digest, pixels if image.content_digest() == digest else None
 
 
-def _encode(readable: Sequence[tuple[ImageToEncode, torch.Tensor]], encoder: Encoder) -> list[torch.Tensor]:
+def _encode(
+    readable: Mapping[bytes, torch.Tensor], images: Mapping[bytes, RunImage], encoder: Encoder
+) -> list[torch.Tensor]:
     """Return the features of each image, on the CPU."""
     if not readable:
         return []
-    features = encoder(torch.cat([pixels for _, pixels in readable])).to(encoder.tower.dtype)
-    is_finite = torch.isfinite(features).flatten(1).all(dim=1)
-    parts = list(zip(readable, is_finite.split([len(pixels) for _, pixels in readable]), strict=True))
-    wrong = [wanted.image.image for (wanted, _), finite in parts if not bool(finite.all())]
-    if wrong:
-        raise RunError(
-            f"The vision tower gives numbers that are not finite for {wrong[0]} in {encoder.tower.dtype}. Use bf16 "
-            "instead of fp16, or check the tower's weights."
-        )
-    return list(features.cpu().split([len(pixels) for _, pixels in readable]))
-
-
-def _write(
-    writer: FeatureWriter, readable: Sequence[tuple[ImageToEncode, Any]], features: Sequence[torch.Tensor]
-) -> None:
-    if readable:
-        writer.add([wanted.content for wanted, _ in readable], features)
-
-
-def _of_all_ranks(num_images: int, is_done: bool, world_size: int, device: torch.device) -> tuple[int, bool]:
-    """Add up what all ranks did in a round; it is done when all of them are."""
-    if world_size == 1:
-        return num_images, is_done
-    counts = torch.tensor([num_images, int(is_done)], device=device)
-    torch.distributed.all_reduce(counts)
-    return int(counts[0]), int(counts[1]) == world_size
+    features = encoder(torch.cat([*readable.values()])).to(encoder.tower.dtype)
+    parts = features.cpu().split([len(pixels) for pixels in readable.values()])
+    for digest, part in zip(readable, parts, strict=True):
+        if not bool(torch.isfinite(part).all()):
+            raise RunError(
+                f"The vision tower gives numbers that are not finite for {images[digest].ref.image} in "
+                f"{encoder.tower.dtype}. Use bf16 instead of fp16, or check the tower's weights."
+            )
+    return list(parts)

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from llava_ft.data.features.reader import FeatureReader
+from llava_ft.data.features.store import FeatureStore
 from llava_ft.errors import RunError, UserError
 from llava_ft.training import vision_cache, vision_fill
 from llava_ft.training.setup import Run
@@ -32,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("in_recordings")
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
-    monkeypatch.setattr("llava_ft.data.features.image_contents._SETTLED_SECONDS", 0.0)
+    monkeypatch.setattr("llava_ft.data.features.contents._SETTLED_SECONDS", 0.0)
 
 
 def losses(run: Run) -> list[float]:
@@ -69,7 +71,12 @@ def folders(cache: Path) -> list[Path]:
 
 
 def data_files(cache: Path) -> list[Path]:
-    return sorted(cache.glob("features-*/features-*.bin"))
+    return sorted(cache.glob("features-*/features-*.safetensors"))
+
+
+def num_bytes(cache: Path) -> int:
+    """Bytes of all features in a cache, without the names and checksums beside them."""
+    return sum(value.nbytes for path in data_files(cache) for value in load_file(path).values())
 
 
 class TestSameLosses:
@@ -184,7 +191,7 @@ class TestReuse:
             image_folder=images,
             data_path=write_records(tmp_path / "two.json", records),
         )
-        assert [path.stat().st_size for path in data_files(tmp_path / "cache")] == [16 * 32 * 4]
+        assert num_bytes(tmp_path / "cache") == 16 * 32 * 4
 
     @pytest.mark.parametrize(
         "change",
@@ -241,16 +248,16 @@ class TestFilling:
         script = (
             "import os, signal, sys\n"
             "from llava_ft.args import parse_args\n"
-            "from llava_ft.data.features.files import FeatureWriter\n"
+            "from llava_ft.data.features.store import FeatureStore\n"
             "from llava_ft.training import vision_fill\n"
             "from llava_ft.training.setup import prepare_run\n"
             "vision_fill._IMAGES_PER_BATCH = 2\n"
-            "add, left = FeatureWriter.add, [2]\n"
+            "add, left = FeatureStore.add, [2]\n"
             "def add_or_die(*args):\n"
             "    if not left[0]: os.kill(os.getpid(), signal.SIGKILL)\n"
             "    left[0] -= 1\n"
             "    add(*args)\n"
-            "FeatureWriter.add = add_or_die\n"
+            "FeatureStore.add = add_or_die\n"
             "prepare_run(parse_args(sys.argv[1:]))\n"
         )
         cache = tmp_path / "cache"
@@ -273,43 +280,37 @@ class TestFilling:
         prepare(tmp_path / "one", vision_cache=cache)
         os.truncate(data_files(cache)[0], length)
         cached = train(tmp_path / "cached", vision_cache=cache, **SHORT)
-        assert "are damaged or have no features" in caplog.text
+        assert "1 files in" in caplog.text
+        assert "are damaged or not of this cache" in caplog.text
         same(train(tmp_path / "plain", **SHORT), cached)
 
     def test_a_changed_byte_costs_its_sample_and_is_said(self, tmp_path, caplog):
         cache = tmp_path / "cache"
         prepare(tmp_path / "one", vision_cache=cache)
         path = data_files(cache)[0]
-        content = bytearray(path.read_bytes())
-        content[5] ^= 1
-        path.write_bytes(content)
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         run = prepare(tmp_path / "two", vision_cache=cache)
         dataset = run.datasets.train
         bad = [item["bad_sample"] for item in map(dataset.__getitem__, range(len(dataset))) if "bad_sample" in item]
         assert bad
         assert {error.kind for error in bad} == {"image-features-damaged"}
-        assert "Delete it, with the .idx file beside it" in str(bad[0])
+        assert "Delete that file to have what is in it computed anew" in str(bad[0])
 
     def test_a_full_disk_ends_the_run_and_keeps_what_is_there(self, tmp_path, monkeypatch):
-        from llava_ft.data.features.files import FeatureWriter
+        cache, fsync, num_forced = tmp_path / "cache", os.fsync, []
 
-        cache, add, left = tmp_path / "cache", FeatureWriter.add, [2]
+        def no_space(file):
+            if len(num_forced) == 3:  # digests of contents and two batches
+                raise OSError(28, "No space left on device")
+            num_forced.append(file)
+            fsync(file)
 
-        def add_till_full(self, *args):
-            if not left[0]:
-                monkeypatch.setattr(os, "pwrite", no_space)
-            left[0] -= 1
-            return add(self, *args)
-
-        def no_space(*_):
-            raise OSError(28, "No space left on device")
-
-        pwrite = os.pwrite
-        monkeypatch.setattr(FeatureWriter, "add", add_till_full)
-        with pytest.raises(RunError, match=r"No space left on device. The 4 tiles before them stay usable"):
-            prepare(tmp_path / "one", vision_cache=cache)
-        monkeypatch.setattr(os, "pwrite", pwrite)
-        monkeypatch.setattr(FeatureWriter, "add", add)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", no_space)
+            with pytest.raises(RunError, match=r"No space left on device. What was written before stays usable"):
+                prepare(tmp_path / "one", vision_cache=cache)
+        assert num_bytes(cache) == 4 * 16 * 32 * 4
         same(train(tmp_path / "plain", **SHORT), train(tmp_path / "two", vision_cache=cache, **SHORT))
 
     def test_too_little_room_is_refused_before_any_is_taken(self, tmp_path, monkeypatch):
@@ -325,7 +326,8 @@ class TestFilling:
     def test_what_is_announced_is_what_is_taken(self, tmp_path, caplog):
         with caplog.at_level(logging.INFO, logger="llava_ft"):
             prepare(tmp_path / "one", vision_cache=tmp_path / "cache")
-        taken = sum(path.stat().st_size for path in data_files(tmp_path / "cache"))
+        taken = num_bytes(tmp_path / "cache")
+        assert sum(path.stat().st_size for path in data_files(tmp_path / "cache")) < taken + 200 * NUM_IMAGES + 5 * 200
         assert taken == NUM_IMAGES * 16 * 32 * 4
         assert f"0 of {NUM_IMAGES} images have features. The others take {size_text(taken)}: {NUM_IMAGES} tiles of 16 "
         assert "tokens x 32 values (torch.float32), 2048 bytes each" in caplog.text
@@ -370,7 +372,7 @@ class TestFilling:
 
     def test_features_that_do_not_appear(self, tmp_path, monkeypatch):
         monkeypatch.setattr(vision_cache, "_SECONDS_TILL_SEEN", 0.0)
-        monkeypatch.setattr(vision_fill, "_write", lambda *_: None)
+        monkeypatch.setattr(FeatureStore, "add", lambda *_: None)
         with pytest.raises(RunError, match=rf"{NUM_IMAGES} images were encoded, but the features of 0 can be read"):
             prepare(tmp_path / "one", vision_cache=tmp_path / "cache")
 
@@ -393,7 +395,7 @@ class TestFilling:
             return encode(self, pixels)
 
         monkeypatch.setattr(vision_fill.Encoder, "__call__", encode_and_copy)
-        monkeypatch.setattr(vision_cache, "_own_cores", lambda: 0)
+        monkeypatch.setattr(vision_cache, "_MOST_WORKERS", 0)
         same(train(tmp_path / "plain", **SHORT), train(tmp_path / "two", vision_cache=cache, **SHORT))
         assert sum(encoded) == 2 * 2 < NUM_IMAGES  # one round
 
@@ -447,12 +449,6 @@ class TestRefused:
             UserError, match=r"vision_cache=.*cache cannot be made or is no directory.*Give a directory"
         ):
             prepare(tmp_path / "run", vision_cache=tmp_path / "cache")
-
-    def test_foreign_files(self, tmp_path):
-        prepare(tmp_path / "one", vision_cache=tmp_path / "cache")
-        (folders(tmp_path / "cache")[0] / "features-x.idx").write_bytes(b"0" * 100)
-        with pytest.raises(UserError, match="was not written by this program"):
-            prepare(tmp_path / "two", vision_cache=tmp_path / "cache")
 
 
 def test_sizes_are_written_for_people():

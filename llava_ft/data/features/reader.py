@@ -3,19 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
-from llava_ft.data.features.entry_log import DIGEST, Array, find_digests
-from llava_ft.data.features.files import FeatureFileError, FeatureStore
-from llava_ft.data.features.image_contents import digest_of
+from llava_ft.data.features.contents import RunImage, as_array
+from llava_ft.data.features.shards import DamagedShardError
+from llava_ft.data.features.store import Array, FeatureStore, find_digests
 from llava_ft.data.image_reader import ImageReader, ImageRef, size_entries
 from llava_ft.errors import ImageError
-
-
-def name_digest(name: str) -> bytes:
-    """Return the digest of an image's name, under which it is looked up during a run; see `ImageReader.locate`."""
-    return digest_of(name.encode(errors="surrogateescape"))
 
 
 class FeatureReader:
@@ -24,7 +18,7 @@ class FeatureReader:
     Args:
         images: Finds the images, and knows how many tiles they have.
         store: The features.
-        names: `(I,)` `name_digest` of each image, ascending.
+        names: `(I,)` `RunImage.name_digest` of each image, ascending.
         positions: `(I,)` where each image's features are in the store, -1 if they are not.
     """
 
@@ -55,13 +49,17 @@ class FeatureReader:
         return {"image_features": features, **entries}
 
     def _read_one(self, image: ImageRef) -> torch.Tensor:
-        name = self.images.locate(image)
-        place = find_digests(self._names, np.frombuffer(name_digest(name), dtype=DIGEST))[0]
+        place = find_digests(self._names, as_array([RunImage(self.images, image).name_digest()]))[0]
         position = int(self._positions[place]) if place >= 0 else -1
+        name = self.images.locate(image)
         if position < 0:
             self.images.read([image])  # says what is wrong with it
             raise ImageError(name, "image-not-cached", "has no features in the vision cache; it could not be read then")
         try:
             return self.store.read(position)
-        except FeatureFileError as error:
-            raise ImageError(name, "image-features-damaged", f"has no usable features: {error}") from None
+        except DamagedShardError as error:
+            raise ImageError(
+                name,
+                "image-features-damaged",
+                f"has no usable features: {error}. Delete that file to have what is in it computed anew",
+            ) from None
