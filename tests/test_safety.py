@@ -23,8 +23,8 @@ from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.checkpoint.zero.consolidate import ConsolidateOptions, consolidate
 from llava_ft.checkpoint.zero.files import find_step_directory
 from llava_ft.cli import main
-from llava_ft.data.sources import open_source
 from llava_ft.data.sources.mixture import open_mixture
+from llava_ft.data.sources.open import open_source
 from llava_ft.data.tokenizer import load_tokenizer
 from llava_ft.errors import CheckpointError, UserError
 from llava_ft.inference.load import load_model
@@ -206,7 +206,7 @@ READERS = {
     "hf_speaker: AutoProcessor.from_pretrained",
     "hf_speaker: PeftModel.from_pretrained",
     "hf_speaker: model_class.from_pretrained",
-    "index_files: np.load",
+    "indexed: np.load",
     "mixture: yaml.load",
     "peft_keys: LoraConfig.from_pretrained",
     "pickles: torch.load",

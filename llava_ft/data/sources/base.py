@@ -4,11 +4,15 @@ A source yields raw records, as they are written; `llava_ft.data.records.parse_r
 pickled, so that processes which read different parts of it each get their own copy.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from llava_ft.data.records import DataUri, EmbeddedImage, decode_content, embedded_name, image_values
+from llava_ft.errors import UserError
 
 
 class RecordSource(ABC):
@@ -75,3 +79,59 @@ class RecordSource(ABC):
         """Give the content of a record's image. A source whose `read` leaves images where they are reads those here."""
         assert not isinstance(value, EmbeddedImage), "this source gives its images with the records"
         return decode_content(value, name)
+
+
+class ChainSource(RecordSource):
+    """The records of several sources, each in turn, numbered through."""
+
+    def __init__(self, name: str, sources: Sequence[RecordSource], image_folder: str | None = None):
+        super().__init__(name, image_folder)
+        self.sources = list(sources)
+        self._starts: list[int] = []
+
+    def fingerprint(self) -> str:
+        """Give a hash of the sources' fingerprints, in order."""
+        parts = "\n".join(source.fingerprint() for source in self.sources)
+        return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
+
+    def prepare(self, cache_dir: Path) -> None:
+        """Prepare each source."""
+        for source in self.sources:
+            source.prepare(cache_dir)
+        self._starts = list(accumulate(map(len, self.sources), initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def read(self, start: int, stop: int) -> Iterator[object]:
+        """Read a range across sources."""
+        while start < stop:
+            source, first = self._find(start)
+            last = min(len(source), first + stop - start)
+            yield from source.read(first, last)
+            start += last - first
+
+    def image_bytes(self, index: int, position: int) -> bytes:
+        """Read an image from the source that holds it."""
+        source, number = self._find(index)
+        return source.image_bytes(number, position)
+
+    def _find(self, index: int) -> tuple[RecordSource, int]:
+        place = bisect_right(self._starts, index) - 1
+        return self.sources[place], index - self._starts[place]
+
+
+def fingerprint_files(files: Sequence[Path]) -> str:
+    """Give a hash of the names, sizes and times of files, whose content is too much to be read for it.
+
+    Raises:
+        UserError: One of them is not there.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        try:
+            status = file.stat()
+        except OSError as error:
+            raise UserError(f"Data file {file} cannot be read: {error.strerror}. Check --data_path.") from None
+        digest.update(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()

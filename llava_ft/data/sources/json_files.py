@@ -2,44 +2,51 @@
 
 A first pass over the file checks that all of it is JSON and notes at which byte each record starts. After it any
 process can read any part of the file alone. No pass holds more than a few megabytes, or the longest record.
+
+Why no library: those that read a list in pieces (ijson) give no offsets, the fast ones (simdjson, orjson, msgspec)
+want the whole file in memory, and Arrow's reader wants lines of one schema. So the decoder of the standard library runs
+over a window of the file; it is written in C and says where a value ends.
 """
 
+import codecs
 import hashlib
+import json
 import os
-import stat
+import re
+from array import array
 from collections.abc import Iterator
 from io import BufferedReader
 from itertools import pairwise
+from json import JSONDecodeError
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final, NoReturn
 
 import numpy as np
 
-from llava_ft.data.sources.base import RecordSource
-from llava_ft.data.sources.index_files import Array, map_array, note_long_search, prepare_arrays
-from llava_ft.data.sources.json_scan import decode_value, scan_lines, scan_list
+from llava_ft.data.sources.indexed import Array, IndexedSource
 from llava_ft.errors import UserError
 
 _LINES_SUFFIXES: Final = (".jsonl", ".ndjson")
 _BLOCK_BYTES: Final = 1 << 22
-_INDEX_VERSION: Final = 1
+_CHUNK_BYTES: Final = 1 << 22
+_BOM: Final = b"\xef\xbb\xbf"
+_BLANK: Final = re.compile(r"[ \t\n\r]*")
+_MAX_CUT: Final = 16
+"""Longest piece that can be cut off a JSON value without leaving an open string: `-Infinity`, two `\\uXXXX`."""
+
+_decoder = json.JSONDecoder()
 
 
-class JsonSource(RecordSource):
+class JsonSource(IndexedSource):
     """One file of records. A suffix other than `.jsonl` and `.ndjson` means one JSON list."""
 
     def __init__(self, path: str | Path, image_folder: str | None = None):
         super().__init__(str(path), image_folder)
         self.path = Path(path)
         self.has_lines = self.path.suffix.lower() in _LINES_SUFFIXES
+        self.index_kind = f"json-{'lines' if self.has_lines else 'list'}-1"
         self._fingerprint: str | None = None
         self._state: tuple[int, ...] = ()
-        self._index: Path | None = None
-        self._offsets: Array | None = None
-
-    def __getstate__(self) -> dict[str, object]:
-        """Leave out the mapped offsets: a copy in another process maps them itself."""
-        return self.__dict__ | {"_offsets": None}
 
     def fingerprint(self) -> str:
         """Give the hash of the file's content."""
@@ -50,80 +57,233 @@ class JsonSource(RecordSource):
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
-    def prepare(self, cache_dir: Path) -> None:
-        """Check that the whole file is JSON and note where its records start."""
-        kind = "lines" if self.has_lines else "list"
-        self._index = Path(cache_dir) / "records" / f"json-{kind}-{_INDEX_VERSION}-{self.fingerprint()}"
-        prepare_arrays(self._index, lambda: {"offsets": self._scan()})
-
     def __len__(self) -> int:
-        return len(self._mapped_offsets()) - 1
+        return len(self._array("offsets")) - 1
 
     def read(self, start: int, stop: int) -> Iterator[object]:
         """Decode a range of records."""
-        offsets = self._mapped_offsets()
-        with self._open_unchanged() as file:
+        offsets = self._array("offsets")
+        with self._open() as file:
             while start < stop:
                 first = int(offsets[start])
                 end = int(np.searchsorted(offsets, first + _BLOCK_BYTES, side="right")) - 1
                 end = min(max(end, start + 1), stop)
                 file.seek(first)
                 block = file.read(int(offsets[end]) - first)
-                bounds = (offsets[start : end + 1] - first).tolist()
+                bounds: list[int] = (offsets[start : end + 1] - first).tolist()
                 for left, right in pairwise(bounds):
-                    yield decode_value(block[left:right])
+                    yield _decoder.raw_decode(block[left:right].decode("utf-8"))[0]
                 start = end
 
-    def _scan(self) -> Array:
-        with self._open_unchanged() as file:
-            note_long_search(self.name, self._state[0])
+    def _find_records(self) -> dict[str, Array]:
+        with self._open() as file:
+            self._note_long_search(self._state[0])
             offsets = scan_lines(file, self.path) if self.has_lines else scan_list(file, self.path)
-            self._refuse_changes(file)
+        self._open().close()  # It may have changed meanwhile.
         if len(offsets) == 1:
             raise UserError(f"Data file {self.path} holds no record. It needs at least one.")
-        return np.asarray(offsets, dtype=np.int64)
-
-    def _mapped_offsets(self) -> Array:
-        if self._offsets is None:
-            assert self._index is not None, "the source is not prepared"
-            self._offsets = map_array(self._index, "offsets")
-        return self._offsets
+        return {"offsets": np.asarray(offsets, dtype=np.int64)}
 
     def _open(self) -> BufferedReader:
+        """Open the file, and refuse it if it is not as it was when it was first looked at."""
         try:
-            if self.path.is_dir():
-                raise UserError(
-                    f"Data file {self.path} is a folder. Give the .json or .jsonl file itself (--data_path)."
-                )
             if self.path.exists() and not self.path.is_file():
                 raise UserError(
                     f"Data file {self.path} is a pipe or a device, which can be read only once. "
                     "Write the records to a file."
                 )
-            return self.path.open("rb")
+            file = self.path.open("rb")
         except FileNotFoundError:
             raise UserError(f"Data file {self.path} does not exist. Check --data_path.") from None
         except OSError as error:
             raise UserError(f"Data file {self.path} cannot be read: {error.strerror}.") from None
-
-    def _open_unchanged(self) -> BufferedReader:
-        file = self._open()
-        try:
-            self._refuse_changes(file)
-        except UserError:
+        if self._state and _state_of(file) != self._state:
             file.close()
-            raise
-        return file
-
-    def _refuse_changes(self, file: BufferedReader) -> None:
-        if _state_of(file) != self._state:
             raise UserError(
                 f"Data file {self.path} changed after it was first read. Leave it as it is during a run, "
                 "and start again."
             )
+        return file
 
 
 def _state_of(file: BufferedReader) -> tuple[int, ...]:
     status = os.fstat(file.fileno())
-    assert stat.S_ISREG(status.st_mode)
     return status.st_size, status.st_mtime_ns
+
+
+def scan_lines(file: BufferedReader, path: Path) -> "array[int]":
+    """Find the records of a file that holds one JSON value a line; blank lines are passed over.
+
+    Args:
+        file: The file, open for reading.
+        path: Its name, for messages.
+
+    Returns:
+        The offset of each record in bytes, and that of the end of the file.
+
+    Raises:
+        UserError: The file is empty, not UTF-8, or a line of it is not JSON.
+    """
+    if file.peek(1).removeprefix(_BOM).lstrip().startswith(b"["):
+        raise UserError(f"Data file {path} holds one JSON list, not one record a line. Name it .json.")
+    offset = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
+    file.seek(offset)
+    offsets = array("q")
+    # Lines end at line feeds alone: strings may hold any other line break as it is.
+    for number, line in enumerate(file, start=1):
+        try:
+            if line.strip():
+                json.loads(line.removesuffix(b"\n").decode("utf-8"))
+                offsets.append(offset)
+        except UnicodeDecodeError as error:
+            _refuse_encoding(path, offset + error.start)
+        except (ValueError, RecursionError) as error:
+            where = f"{error.msg} at column {error.colno}" if isinstance(error, JSONDecodeError) else error
+            raise UserError(f"Data file {path}, line {number}: not valid JSON: {where}.") from None
+        offset += len(line)
+    if not offsets:
+        raise UserError(f"Data file {path} is empty. It needs at least one record.")
+    offsets.append(offset)
+    return offsets
+
+
+def scan_list(file: BinaryIO, path: Path) -> "array[int]":
+    """Find the records of a file that holds one JSON list.
+
+    Args:
+        file: The file, open for reading.
+        path: Its name, for messages.
+
+    Returns:
+        The offset of each record in bytes, and that of the end of the last one.
+
+    Raises:
+        UserError: The file is empty, not UTF-8, not JSON or not a list.
+    """
+    window = _Window(file, path)
+    mark = window.next_mark()
+    if not mark:
+        raise UserError(f"Data file {path} is empty. It needs at least one record.")
+    if mark != "[":
+        raise UserError(
+            f"Data file {path} begins with {mark!r}, so it does not hold a list of records. Put the records into one "
+            "JSON list; if it holds one record a line, name it .jsonl."
+        )
+    window.position += 1
+    mark = window.next_mark()
+    offsets = array("q", [window.offset])
+    while mark != "]":
+        window.skip_value()
+        end = window.offset
+        mark = window.next_mark()
+        if mark not in (",", "]"):
+            window.refuse("Expecting ',' delimiter", window.offset)
+        if mark == ",":
+            comma = window.offset
+            window.position += 1
+            if window.next_mark() == "]":
+                window.refuse("No record follows this comma", comma)
+        offsets.append(window.offset if mark == "," else end)
+    window.position += 1
+    if window.next_mark():
+        window.refuse("Extra data", window.offset)
+    return offsets
+
+
+class _Window:
+    """The part of the file that is being looked at.
+
+    It is decoded as Latin-1: one character a byte, so that positions in the text are offsets in the file.
+
+    Attributes:
+        text: The part.
+        position: Where in `text` the next thing is.
+    """
+
+    def __init__(self, file: BinaryIO, path: Path):
+        self.text = ""
+        self.position = 0
+        self._path = path
+        self._file = file
+        self._start = 0
+        self._at_end = False
+        self._utf8 = codecs.getincrementaldecoder("utf-8")()
+        self._fill()
+        if self.text.startswith(_BOM.decode("latin-1")):
+            self.position = len(_BOM)
+
+    @property
+    def offset(self) -> int:
+        """Offset of the next thing in the file, in bytes."""
+        return self._start + self.position
+
+    def _fill(self) -> None:
+        """Forget what is done with and read on; a window that is still full grows to twice its size."""
+        kept = self.text[self.position :]
+        self._start += self.position
+        self.position = 0
+        chunk = self._file.read(max(_CHUNK_BYTES, len(kept)))
+        self._at_end = not chunk
+        try:
+            self._utf8.decode(chunk, final=self._at_end)
+        except UnicodeDecodeError as error:
+            _refuse_encoding(self._path, self._file.tell() - len(error.object) + error.start)
+        self.text = kept + chunk.decode("latin-1")
+
+    def next_mark(self) -> str:
+        """Go to the next character that is not white space, and give it; "" at the end of the file."""
+        while True:
+            found = _BLANK.match(self.text, self.position)
+            assert found is not None
+            self.position = found.end()
+            if self.position < len(self.text) or self._at_end:
+                return self.text[self.position : self.position + 1]
+            self._fill()
+
+    def skip_value(self) -> None:
+        """Go behind the next value.
+
+        Raises:
+            UserError: It is not JSON.
+        """
+        while True:
+            try:
+                end = _decoder.raw_decode(self.text, self.position)[1]
+                if self._at_end or end < len(self.text) - _MAX_CUT:
+                    self.position = end
+                    return
+            except JSONDecodeError as error:
+                # A fault can come from the window's end alone, and reading on may heal it.
+                may_be_cut = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - _MAX_CUT
+                if self._at_end or not may_be_cut:
+                    self.refuse(error.msg, self._start + error.pos)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"Data file {self._path} cannot be read as JSON: {error}.") from None
+            self._fill()
+
+    def refuse(self, problem: str, offset: int) -> NoReturn:
+        """Raise the error for what is wrong at an offset."""
+        is_last = offset - self._start >= len(self.text.rstrip()) - 1 or problem.startswith("Unterminated")
+        is_cut = self._at_end and is_last and problem.startswith(("Expecting", "Unterminated"))
+        line, column = _line_and_column(self._path, offset)
+        raise UserError(
+            f"Data file {self._path} is not valid JSON (line {line}, column {column}): {problem}."
+            + " It looks truncated." * is_cut
+        ) from None
+
+
+def _refuse_encoding(path: Path, offset: int) -> NoReturn:
+    raise UserError(f"Data file {path} is not UTF-8 text (byte {offset}). Save it as UTF-8.") from None
+
+
+def _line_and_column(path: Path, offset: int) -> tuple[int, int]:
+    """Count lines and characters up to a byte, both from 1."""
+    line, column = 1, 1
+    with path.open("rb") as file:
+        if file.read(len(_BOM)) != _BOM:
+            file.seek(0)
+        while piece := file.readline(min(_CHUNK_BYTES, offset - file.tell())):
+            column += int(np.count_nonzero(np.frombuffer(piece, np.uint8) & 0xC0 != 0x80))
+            if piece.endswith(b"\n"):
+                line, column = line + 1, 1
+    return line, column

@@ -9,16 +9,16 @@
         prompt_prefix: "Answer briefly. "
     epoch_size: 100000
 
-`docs/mixture.md` explains each key. Which records are taken is decided in `select_rows`.
+`docs/mixture.md` explains each key. Which records are taken is decided in `selection.py`.
 """
 
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Final, NoReturn, cast
+from typing import Any, Final, cast
 
 import yaml
 
@@ -78,18 +78,18 @@ class Mixture:
         Raises:
             UserError: A source is of no known kind.
         """
-        return [self._open(number, entry) for number, entry in enumerate(self.entries, start=1)]
-
-    def _open(self, number: int, entry: MixtureEntry) -> RecordSource:
-        folder = None if entry.image_folder is None else str(self.path.parent / entry.image_folder)
-        try:
-            path = resolve_source(entry.path, self.path.parent)
-            source = open_source(path, split=entry.split, image_folder=folder)
-        except UserError as error:
-            raise UserError(f"{self.path}, source {number}: {error}") from None
-        if entry.name != entry.path:
-            source.name = entry.name
-        return source
+        sources: list[RecordSource] = []
+        for number, entry in enumerate(self.entries, start=1):
+            folder = None if entry.image_folder is None else str(self.path.parent / entry.image_folder)
+            try:
+                path = resolve_source(entry.path, self.path.parent)
+                source = open_source(path, split=entry.split, image_folder=folder)
+            except UserError as error:
+                raise UserError(f"{self.path}, source {number}: {error}") from None
+            if entry.name != entry.path:
+                source.name = entry.name
+            sources.append(source)
+        return sources
 
 
 def with_prompt_prefix(sample: Sample, prefix: str) -> Sample:
@@ -115,16 +115,15 @@ def open_mixture(path: str | Path) -> Mixture:
     value = _read_yaml(path)
     if not is_mapping(value):
         raise UserError(f"Mixture {path} is {kind_of(value)}, not a mapping. It needs 'sources:' with a list below.")
-    _refuse_unknown(value, ("sources", "epoch_size"), str(path))
+    _check_keys(value, ("sources", "epoch_size"), str(path))
     items = value.get("sources")
     if not is_list(items) or not items:
         raise UserError(
             f"Mixture {path}: 'sources' is {'missing' if items is None else kind_of(items)}. Give a list of sources, "
             "each with a 'path'."
         )
-    entries = tuple(_EntryReader(f"{path}, source {number}").read(item) for number, item in enumerate(items, start=1))
-    reader = _EntryReader(str(path))
-    mixture = Mixture(path, entries, reader.whole_number(value, "epoch_size"))
+    entries = tuple(_read_entry(item, f"{path}, source {number}") for number, item in enumerate(items, start=1))
+    mixture = Mixture(path, entries, cast("int | None", value.get("epoch_size")))
     _check_together(mixture)
     return mixture
 
@@ -140,6 +139,74 @@ def check_holds_out(path: str | Path) -> None:
             f"Mixture {path} holds out no records, and eval_strategy needs some. Give a source 'held_out', name "
             "records with --validation_data_path, or set --eval_strategy no."
         )
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_weight(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _is_held_out(value: object) -> bool:
+    if isinstance(value, float):
+        return 0 < value < 1
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+_TEXT: Final = (_is_text, "not a text. Put it into quotes")
+_COUNT: Final = (_is_count, "Allowed are whole numbers from 1 on")
+_ALLOWED: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
+    **dict.fromkeys(("path", "name", "split", "image_folder", "prompt_prefix"), _TEXT),
+    **dict.fromkeys(("count", "repeat", "epoch_size"), _COUNT),
+    "weight": (_is_weight, "Allowed are numbers above 0; leave out a source of no weight"),
+    "held_out": (_is_held_out, "Allowed are a share between 0 and 1, and a whole number of records"),
+}
+"""What each key may be, and how that is said."""
+
+
+def _check_keys(item: Mapping[str, object], known: Sequence[str], where: str) -> None:
+    for key, value in item.items():
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            raise UserError(f"Mixture {where}: unknown key {key!r}. Known: {', '.join(known)}.{hint}")
+        if value is not None and key in _ALLOWED:
+            is_allowed, allowed = _ALLOWED[key]
+            if not is_allowed(value):
+                joint = ", " if allowed.startswith("not") else ". "
+                raise UserError(f"Mixture {where}: '{key}' is {kind_of(value)}{joint}{allowed}.")
+
+
+def _read_entry(item: object, where: str) -> MixtureEntry:
+    if not is_mapping(item):
+        raise UserError(
+            f"Mixture {where}: it is {kind_of(item)}, not a mapping. Write 'path: ...' and what else is needed."
+        )
+    _check_keys(item, [field.name for field in fields(MixtureEntry)], where)
+    values: dict[str, Any] = {key: value for key, value in item.items() if value is not None}
+    if not values.get("path"):
+        raise UserError(f"Mixture {where}: there is no 'path'. Each source needs one.")
+    given = [key for key in ("weight", "count", "repeat") if key in values]
+    if len(given) > 1:
+        raise UserError(
+            f"Mixture {where}: it has both {given[0]!r} and {given[1]!r}. Give one of them: each says how much is "
+            "taken."
+        )
+    if IMAGE_TOKEN in values.get("prompt_prefix", ""):
+        raise UserError(
+            f"Mixture {where}: 'prompt_prefix' holds {IMAGE_TOKEN}, which stands for an image of the record. Leave it "
+            "out."
+        )
+    values["name"] = values.get("name") or values["path"]
+    values["weight"] = float(values["weight"]) if "weight" in values else None
+    values["held_out"] = values.get("held_out") or None
+    return MixtureEntry(**values)
 
 
 def _check_together(mixture: Mixture) -> None:
@@ -169,88 +236,6 @@ def _check_together(mixture: Mixture) -> None:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"Mixture {path}: two sources are named {name!r}. Give each a name of its own.")
-
-
-@dataclass(frozen=True)
-class _EntryReader:
-    """Checks the values of one mapping.
-
-    Attributes:
-        where: Its place, for messages.
-    """
-
-    where: str
-
-    def read(self, item: object) -> MixtureEntry:
-        if not is_mapping(item):
-            self._fail(f"it is {kind_of(item)}, not a mapping. Write 'path: ...' and what else is needed")
-        _refuse_unknown(item, tuple(field.name for field in fields(MixtureEntry)), self.where)
-        path = self._text(item, "path")
-        if not path:
-            self._fail("there is no 'path'. Each source needs one")
-        entry = MixtureEntry(
-            path=path,
-            name=self._text(item, "name") or path,
-            split=self._text(item, "split"),
-            image_folder=self._text(item, "image_folder"),
-            weight=self._weight(item),
-            count=self.whole_number(item, "count"),
-            repeat=self.whole_number(item, "repeat") or 1,
-            held_out=self._held_out(item),
-            prompt_prefix=self._text(item, "prompt_prefix") or "",
-        )
-        given = [key for key in ("weight", "count", "repeat") if item.get(key) is not None]
-        if len(given) > 1:
-            self._fail(f"it has both {given[0]!r} and {given[1]!r}. Give one of them: each says how much is taken")
-        if IMAGE_TOKEN in entry.prompt_prefix:
-            self._fail(f"'prompt_prefix' holds {IMAGE_TOKEN}, which stands for an image of the record. Leave it out")
-        return entry
-
-    def whole_number(self, item: Mapping[str, object], key: str) -> int | None:
-        """Give a whole number of at least 1, None where there is none."""
-        value = item.get(key)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            self._fail(f"'{key}' is {kind_of(value)}. Allowed are whole numbers from 1 on")
-        return value
-
-    def _text(self, item: Mapping[str, object], key: str) -> str | None:
-        value = item.get(key)
-        if value is None:
-            return None
-        if not isinstance(value, str):
-            self._fail(f"'{key}' is {kind_of(value)}, not a text. Put it into quotes")
-        return value
-
-    def _weight(self, item: Mapping[str, object]) -> float | None:
-        value = item.get("weight")
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            self._fail(f"'weight' is {kind_of(value)}. Allowed are numbers above 0; leave out a source of no weight")
-        return float(value)
-
-    def _held_out(self, item: Mapping[str, object]) -> int | float | None:
-        value = item.get("held_out")
-        if isinstance(value, float) and 0 < value < 1:
-            return value
-        if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
-            return value or None
-        self._fail(
-            f"'held_out' is {kind_of(value)}. Allowed are a share between 0 and 1, and a whole number of records"
-        )
-
-    def _fail(self, reason: str) -> NoReturn:
-        raise UserError(f"Mixture {self.where}: {reason}.")
-
-
-def _refuse_unknown(item: Mapping[str, object], known: tuple[str, ...], where: str) -> None:
-    for key in item:
-        if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, n=1)
-            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-            raise UserError(f"Mixture {where}: unknown key {key!r}. Known: {', '.join(known)}.{hint}")
 
 
 def _read_yaml(path: Path) -> object:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from llava_ft.data.sources.base import RecordSource
-from llava_ft.data.sources.chain import ChainSource
+from llava_ft.data.sources.base import ChainSource, RecordSource
 from llava_ft.data.sources.json_files import JsonSource
 from llava_ft.data.sources.tables import HubSource, SavedSource, ShardsSource, choose_split
 from llava_ft.data.sources.tar_shards import TarSource

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from llava_ft.data.sources.base import RecordSource
-from llava_ft.data.sources.index_files import Array
+from llava_ft.data.sources.indexed import Array
 from llava_ft.data.sources.mixture import Mixture, MixtureEntry, open_mixture
 from llava_ft.data.sources.open import is_mixture, open_source
 from llava_ft.errors import UserError
@@ -108,8 +108,13 @@ def select_rows(num_records: Sequence[int], mixture: Mixture, seed: int) -> Sele
         cut = _num_held_out(entry, number)
         held_out.append(np.sort(order[:cut]))
         pools.append(np.sort(order[cut:]))
-    counts = _counts(mixture, [len(pool) for pool in pools])
-    train = [_take(pool, count, stream) for pool, count, stream in zip(pools, counts, streams, strict=True)]
+    train: list[Array] = []
+    for pool, count, stream in zip(pools, _counts(mixture, [len(pool) for pool in pools]), streams, strict=True):
+        # Whole passes over the pool, and a random choice of it for the rest.
+        passes, rest = divmod(count, len(pool))
+        times = np.full(len(pool), passes, dtype=np.int64)
+        times[stream.permutation(len(pool))[:rest]] += 1
+        train.append(np.repeat(pool, times))
     return Selection(train, held_out)
 
 
@@ -156,12 +161,3 @@ def _counts(mixture: Mixture, sizes: Sequence[int]) -> list[int]:
     for place in by_remainder[: epoch_size - sum(counts)]:
         counts[place] += 1
     return counts
-
-
-def _take(pool: Array, count: int, stream: np.random.Generator) -> Array:
-    """Take whole passes over a pool, and a random choice of it for the rest."""
-    passes, rest = divmod(count, len(pool))
-    chosen = stream.permutation(len(pool))[:rest]
-    times = np.full(len(pool), passes, dtype=np.int64)
-    times[chosen] += 1
-    return np.repeat(pool, times)

@@ -3,18 +3,17 @@
 All become a memory-mapped `datasets.Dataset`. Arrow files are mapped where they are; parquet files are converted once.
 """
 
-import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import datasets  # pyright: ignore[reportMissingTypeStubs]
+import pyarrow.types  # pyright: ignore[reportMissingTypeStubs]
 from datasets.exceptions import DatasetsError  # pyright: ignore[reportMissingTypeStubs]
 
 from llava_ft.data.records import DataUri, EmbeddedImage
-from llava_ft.data.sources.arrow_rows import binary_at, records_of
-from llava_ft.data.sources.base import RecordSource
+from llava_ft.data.sources.base import RecordSource, fingerprint_files
 from llava_ft.errors import UserError
 
 _COLUMNS: Final = ("id", "image", "images", "conversations", "messages", "texts")
@@ -25,8 +24,9 @@ _DEFAULT_SPLIT: Final = "train"
 _IPC_FILE_MAGIC: Final = b"ARROW1"
 
 _Dataset: TypeAlias = "Any"
-"""A `datasets.Dataset`; its methods are not typed."""
+"""A `datasets.Dataset`; neither its methods nor pyarrow are typed."""
 _hf: Any = datasets
+_types: Any = pyarrow.types
 
 
 class TableSource(RecordSource):
@@ -42,7 +42,17 @@ class TableSource(RecordSource):
         """Open the table, after converting it where that has to be."""
         if self._dataset is not None:
             return
-        dataset = self._opened(lambda: self._load(Path(cache_dir)))
+        try:
+            dataset = self._load(Path(cache_dir))
+        # pyarrow's errors are ValueErrors and OSErrors.
+        except (OSError, ValueError, KeyError, TypeError, DatasetsError) as error:
+            if isinstance(error, UserError):
+                raise
+            cause = error.__cause__ or error
+            raise UserError(
+                f"Data set {self.name} cannot be read: {cause}. Check that its files are complete and of one schema, "
+                "and that there is room in the cache directory (--data_cache_dir)."
+            ) from error
         if not len(dataset):
             raise UserError(f"Data set {self.name} holds no record. It needs at least one.")
         known = [name for name in dataset.column_names if name in _COLUMNS]
@@ -65,19 +75,6 @@ class TableSource(RecordSource):
     def _prepared(self) -> _Dataset:
         assert self._dataset is not None, "the source is not prepared"
         return self._dataset
-
-    def _opened(self, load: Callable[[], _Dataset]) -> _Dataset:
-        try:
-            return load()
-        except UserError:
-            raise
-        # pyarrow's errors are ValueErrors and OSErrors.
-        except (OSError, ValueError, KeyError, TypeError, DatasetsError) as error:
-            cause = error.__cause__ or error
-            raise UserError(
-                f"Data set {self.name} cannot be read: {cause}. Check that its files are complete and of one schema, "
-                "and that there is room in the cache directory (--data_cache_dir)."
-            ) from error
 
 
 class ShardsSource(TableSource):
@@ -174,23 +171,64 @@ def choose_split(splits: Sequence[str], name: str) -> str:
     raise UserError(f"Data set {name} has the splits {', '.join(splits)}. Name one, as in {name}:{splits[0]}.")
 
 
-def fingerprint_files(files: Sequence[Path]) -> str:
-    """Give a hash of the names, sizes and times of files, whose content is too much to be read for it.
-
-    Raises:
-        UserError: One of them is not there.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        try:
-            status = file.stat()
-        except OSError as error:
-            raise UserError(f"Data file {file} cannot be read: {error.strerror}. Check --data_path.") from None
-        digest.update(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
-
-
 def _is_ipc_file(file: Path) -> bool:
     """Whether an Arrow file has the layout with a footer, which `datasets` does not map as it is."""
     with file.open("rb") as opened:
         return opened.read(len(_IPC_FILE_MAGIC)) == _IPC_FILE_MAGIC
+
+
+def records_of(table: Any) -> Iterator[dict[str, object]]:
+    """Give the rows of a table as objects, column by name, without reading the images in them.
+
+    Whatever is binary becomes an `EmbeddedImage` with its address in the row. Only the validity of binary values is
+    looked at, so that the pages of a memory-mapped file which hold images stay on disk.
+    """
+    columns = {name: _values(table.column(name), name) for name in table.column_names}
+    for row in range(table.num_rows):
+        yield {name: values[row] for name, values in columns.items()}
+
+
+def binary_at(table: Any, address: tuple[str | int, ...]) -> bytes:
+    """Read the binary value at the address of an `EmbeddedImage`.
+
+    Args:
+        table: One row.
+        address: Column, then fields by name and items by number.
+    """
+    array = next(chunk for chunk in table.column(str(address[0])).chunks if len(chunk))
+    for step in address[1:]:
+        array = array.field(step) if isinstance(step, str) else array.flatten().slice(step, 1)
+    return bytes(array[0].as_py())
+
+
+def _values(column: Any, name: str) -> list[object]:
+    if not _holds_binary(column.type):
+        return column.to_pylist()
+    return [_value(chunk, row, (name,)) for chunk in column.chunks for row in range(len(chunk))]
+
+
+def _value(array: Any, row: int, address: tuple[str | int, ...]) -> object:
+    one = array.slice(row, 1)
+    if one.null_count:
+        return None
+    kind = array.type
+    if _is_binary(kind):
+        return EmbeddedImage(address)
+    if not _holds_binary(kind):
+        return one[0].as_py()
+    if _types.is_struct(kind):
+        return {field.name: _value(one.field(field.name), 0, (*address, field.name)) for field in kind}
+    items = one.flatten()
+    return [_value(items, place, (*address, place)) for place in range(len(items))]
+
+
+def _is_binary(kind: Any) -> bool:
+    return _types.is_binary(kind) or _types.is_large_binary(kind)
+
+
+def _holds_binary(kind: Any) -> bool:
+    if _types.is_struct(kind):
+        return any(_holds_binary(field.type) for field in kind)
+    if _types.is_list(kind) or _types.is_large_list(kind) or _types.is_fixed_size_list(kind):
+        return _holds_binary(kind.value_type)
+    return _is_binary(kind)

@@ -1,9 +1,14 @@
 """Records in tar shards, in the layout of WebDataset: `0001.json`, `0001.jpg`, `0002.json`, ...
 
-Members are read where they are in the shard; nothing is unpacked to disk.
+Members are read where they are in the shard; nothing is unpacked to disk, and nothing in a member is run. (The loaders
+of the webdataset and datasets libraries read shards in order, or copy all of them into tables first.)
 """
 
 import json
+import os
+import re
+import tarfile
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final, cast
@@ -12,18 +17,34 @@ import numpy as np
 
 from llava_ft.constants import IMAGE_TOKEN
 from llava_ft.data.records import BrokenRecord, DataUri, EmbeddedImage, is_list, is_mapping
-from llava_ft.data.sources.base import RecordSource
-from llava_ft.data.sources.index_files import Array, map_array, note_long_search, prepare_arrays
-from llava_ft.data.sources.tables import fingerprint_files
-from llava_ft.data.sources.tar_index import IMAGE, JSON, TEXT, index_shards, key_of
+from llava_ft.data.sources.base import fingerprint_files
+from llava_ft.data.sources.indexed import Array, IndexedSource
 from llava_ft.errors import ImageError, UserError
 
-_INDEX_VERSION: Final = 1
 _BAD: Final = "bad-member"
+_JSON, _TEXT, _IMAGE = 0, 1, 2
+"""What a member holds."""
+
+_IMAGE_SUFFIXES: Final = (
+    ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"
+)  # fmt: skip
+_KINDS: Final = {".json": _JSON, ".txt": _TEXT, **dict.fromkeys(_IMAGE_SUFFIXES, _IMAGE)}
+_MEMBER: Final = np.dtype([("offset", "<i8"), ("size", "<i8"), ("name_end", "<i8"), ("kind", "u1")])
+_NUMBERS: Final = re.compile(r"(\d+)")
+_BLOCK: Final = 512
+_COMPRESSED: Final = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+}
 
 
-class TarSource(RecordSource):
+class TarSource(IndexedSource):
     """The records of one or more shards, one after the other."""
+
+    index_kind = "tar-1"
 
     def __init__(self, name: str, files: Sequence[Path], image_folder: str | None = None):
         """Set up for shards.
@@ -35,21 +56,10 @@ class TarSource(RecordSource):
         """
         super().__init__(name, image_folder)
         self.files = list(files)
-        self._index: Path | None = None
-        self._arrays: dict[str, Array] = {}
-
-    def __getstate__(self) -> dict[str, object]:
-        """Leave out the mapped arrays: a copy in another process maps them itself."""
-        return self.__dict__ | {"_arrays": {}}
 
     def fingerprint(self) -> str:
         """Give a hash of the names, sizes and times of the shards."""
         return fingerprint_files(self.files)
-
-    def prepare(self, cache_dir: Path) -> None:
-        """Note where each member is."""
-        self._index = Path(cache_dir) / "records" / f"tar-{_INDEX_VERSION}-{self.fingerprint()}"
-        prepare_arrays(self._index, self._build)
 
     def __len__(self) -> int:
         return len(self._array("record_ends")) - 1
@@ -75,20 +85,14 @@ class TarSource(RecordSource):
             raise ImageError(name, "image-empty", "is an empty file")
         return content
 
-    def _build(self) -> dict[str, Array]:
-        note_long_search(self.name, sum(file.stat().st_size for file in self.files if file.exists()))
+    def _find_records(self) -> dict[str, Array]:
+        self._note_long_search(sum(file.stat().st_size for file in self.files if file.exists()))
         arrays = index_shards(self.files)
         if len(arrays["record_ends"]) == 1:
             raise UserError(
                 f"Data set {self.name} holds no record. Its shards need members such as 0001.json and 0001.jpg."
             )
         return arrays
-
-    def _array(self, name: str) -> Array:
-        if name not in self._arrays:
-            assert self._index is not None, "the source is not prepared"
-            self._arrays[name] = map_array(self._index, name)
-        return self._arrays[name]
 
     def _open(self, shard: int) -> BinaryIO:
         path = self.files[shard]
@@ -116,22 +120,22 @@ class TarSource(RecordSource):
         ends = self._array("record_ends")
         places = range(int(ends[row]), int(ends[row + 1]))
         names = {place: self._name(place) for place in places}
-        key = key_of(names[places[0]])
+        key = _key_of(names[places[0]])
         kinds = self._array("members")["kind"]
-        of_kind = {kind: [place for place in places if kinds[place] == kind] for kind in (JSON, TEXT, IMAGE)}
-        if len(set(names.values())) < len(names) or len(of_kind[JSON]) > 1 or len(of_kind[TEXT]) > 1:
+        of_kind = {kind: [place for place in places if kinds[place] == kind] for kind in (_JSON, _TEXT, _IMAGE)}
+        if len(set(names.values())) < len(names) or len(of_kind[_JSON]) > 1 or len(of_kind[_TEXT]) > 1:
             return BrokenRecord(
                 key,
                 _BAD,
                 f"the shard holds several texts or two members of one name for it: {', '.join(names.values())}. What "
                 "belongs together shares its name up to the first dot, and nothing else may.",
             )
-        images = {names[place]: EmbeddedImage((place,)) for place in of_kind[IMAGE]}
-        if of_kind[JSON]:
-            return _json_record(key, self._content(of_kind[JSON][0], file), images)
-        if of_kind[TEXT] and images:
-            return _caption_record(key, self._content(of_kind[TEXT][0], file), images)
-        has, needs = ("a .txt", "an image") if of_kind[TEXT] else ("an image", "a .json or .txt")
+        images = {names[place]: EmbeddedImage((place,)) for place in of_kind[_IMAGE]}
+        if of_kind[_JSON]:
+            return _json_record(key, self._content(of_kind[_JSON][0], file), images)
+        if of_kind[_TEXT] and images:
+            return _caption_record(key, self._content(of_kind[_TEXT][0], file), images)
+        has, needs = ("a .txt", "an image") if of_kind[_TEXT] else ("an image", "a .json or .txt")
         return BrokenRecord(key, _BAD, f"the shard holds {has} for it, but not {needs}. Add it, or take both out.")
 
 
@@ -190,3 +194,103 @@ def _place_members(record: dict[str, object], by_name: Mapping[str, EmbeddedImag
                     if name in fields:
                         fields[name] = placed(fields[name])
     return found
+
+
+_Member = tuple[str, int, int, int]
+"""Name, offset of the content, its size, and kind."""
+
+
+def _key_of(name: str) -> str:
+    """Give the part of a member's name that the members of one record share: up to the first dot of the file name."""
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
+
+
+def index_shards(files: Sequence[Path]) -> dict[str, Array]:
+    """Walk through the headers of all shards.
+
+    Members of one key make one record, in the order in which the keys appear. Members that are neither JSON nor text
+    nor images are passed over.
+
+    Returns:
+        `members`: `(M,)` of `_MEMBER`, those of a record together, images in the order of their names; `names`: `(B,)`
+        uint8, their names in a row; `record_ends`: `(R + 1,)` int64, where each record starts and ends in `members`;
+        `shard_ends`: `(S + 1,)` int64, where each shard starts and ends in the records; `states`: `(S, 2)` int64, size
+        and time of each shard.
+
+    Raises:
+        UserError: A shard is missing, compressed, truncated or damaged, or holds links.
+    """
+    members: list[Array] = []
+    names = bytearray()
+    record_ends, shard_ends = array("q", [0]), array("q", [0])
+    states: list[tuple[int, int]] = []
+    num_members = 0
+    for file in files:
+        rows: list[tuple[int, int, int, int]] = []
+        for record in _records_in(file, states):
+            for name, offset, size, kind in sorted(record, key=_place_in_record):
+                names += name.encode("utf-8", "surrogateescape")
+                rows.append((offset, size, len(names), kind))
+            record_ends.append(num_members + len(rows))
+        shard_ends.append(len(record_ends) - 1)
+        num_members += len(rows)
+        members.append(np.array(rows, dtype=_MEMBER))
+    return {
+        "members": np.concatenate(members),
+        "names": np.frombuffer(bytes(names), dtype=np.uint8),
+        "record_ends": np.array(record_ends, dtype=np.int64),
+        "shard_ends": np.array(shard_ends, dtype=np.int64),
+        "states": np.array(states, dtype=np.int64).reshape(-1, 2),
+    }
+
+
+def _place_in_record(member: _Member) -> tuple[int, list[str | int]]:
+    """Sort by kind, then by name, with numbers in names counted as numbers."""
+    pieces: list[str | int] = [int(piece) if piece.isdecimal() else piece for piece in _NUMBERS.split(member[0])]
+    return member[3], pieces
+
+
+def _records_in(file: Path, states: list[tuple[int, int]]) -> list[list[_Member]]:
+    """Group the members of one shard by key, and note the shard's state."""
+    records: dict[str, list[_Member]] = {}
+    try:
+        with file.open("rb") as opened:
+            status = os.fstat(opened.fileno())
+            start = opened.read(8)
+            for magic, name in _COMPRESSED.items():
+                if start.startswith(magic):
+                    raise UserError(
+                        f"Shard {file} is compressed ({name}), and records are read from anywhere in it. Unpack it to "
+                        "a plain .tar; the images in it are compressed as they are."
+                    )
+            opened.seek(0)
+            with tarfile.open(fileobj=opened, mode="r:") as tar:
+                while (info := tar.next()) is not None:
+                    tar.__dict__["members"] = []  # They would pile up.
+                    if info.isdir() or info.name.rpartition("/")[2].startswith("."):
+                        continue
+                    if not info.isreg() or info.issparse():
+                        raise UserError(
+                            f"Shard {file} holds {info.name!r}, which is a link or not a plain file. Pack the files "
+                            "themselves (tar --dereference)."
+                        )
+                    kind = _KINDS.get(os.path.splitext(info.name)[1].lower())
+                    if kind is not None:
+                        member = (info.name, info.offset_data, info.size, kind)
+                        records.setdefault(_key_of(info.name), []).append(member)
+                opened.seek(tar.offset)
+                end = opened.read(_BLOCK)
+    except OSError as error:
+        raise UserError(f"Shard {file} cannot be read: {error.strerror or error}. Check --data_path.") from None
+    except tarfile.TarError as error:
+        raise UserError(
+            f"Shard {file} is truncated or not a tar file ({error}). Fetch it again, or leave it out."
+        ) from None
+    # tarfile stops without a word at a fault in the middle, as it does at the end.
+    if len(end) < _BLOCK:
+        raise UserError(f"Shard {file} is truncated: the mark of its end is missing. Fetch it again, or leave it out.")
+    if end.count(0) != _BLOCK:
+        raise UserError(f"Shard {file} is damaged: no member starts where one should. Fetch it again, or leave it out.")
+    states.append((status.st_size, status.st_mtime_ns))
+    return list(records.values())

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from llava_ft.data.records import Turn, parse_record
-from llava_ft.data.sources import open_mixture, open_source, select_rows, with_prompt_prefix
+from llava_ft.data.sources.mixture import open_mixture, with_prompt_prefix
+from llava_ft.data.sources.open import open_source
+from llava_ft.data.sources.selection import select_rows
 from llava_ft.errors import BadSampleError
 
 DOCS = Path(__file__).parents[3] / "docs"

@@ -12,7 +12,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from llava_ft.data.records import parse_record
-from llava_ft.data.sources import index_files, json_files, json_scan, open_source
+from llava_ft.data.sources import indexed, json_files
+from llava_ft.data.sources.open import open_source
 from llava_ft.errors import ImageError, UserError
 
 TALK = [{"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "Ho"}]
@@ -58,9 +59,8 @@ def test_records(name, text, tmp_path):
         ("a.json", "\ufeff \n", "a.json is empty"),
         ("a.jsonl", " \n \n", "a.jsonl is empty"),
         ("a.json", "[]", "a.json holds no record"),
-        ("a.json", '{"id": 1}', "a.json holds an object, not a list of records"),
-        ("a.json", "null", "a.json holds null, not a list"),
-        ("a.json", '"a"', "a.json holds the string 'a', not a list"),
+        ("a.json", '{"id": 1}', "a.json begins with '{', so it does not hold a list .* if it holds one record"),
+        ("a.json", "null", "a.json begins with 'n'"),
         ("a.json", '[{"id": 1}, {"id', r"not valid JSON \(line 1, column 14\): .* It looks truncated"),
         ("a.json", '[{"id": 1},\n {"id": 2}', r"\(line 2, column 11\): .* It looks truncated"),
         ("a.json", "[", r"\(line 1, column 2\): Expecting value. It looks truncated"),
@@ -69,21 +69,20 @@ def test_records(name, text, tmp_path):
         ("a.json", "[1 2]", r"\(line 1, column 4\): Expecting ',' delimiter\.$"),
         ("a.json", "[1]\n é]", r"\(line 2, column 2\): Extra data\.$"),
         ("a.json", '["é", "ü" x]', r"\(line 1, column 11\): Expecting ',' delimiter"),
-        ("a.json", '{"id": 1}\n{"id": 2}\n', r"\(line 2, column 1\): Extra data. If it holds one record"),
         ("a.json", b"[{\"id\": \"\xff\"}]", r"a.json is not UTF-8 text \(byte 9\)"),
         ("a.json", b"\xff\xfe[\x001\x00]\x00", r"a.json is not UTF-8 text \(byte 0\)"),
         ("a.json", b"[\"a\xc3", r"a.json is not UTF-8 text \(byte 3\)"),
         ("a.json", "[" * 100_000, "a.json cannot be read as JSON"),
         ("a.json", "[" + "1" * 5000 + "]", "a.json cannot be read as JSON: Exceeds the limit"),
         ("a.jsonl", '{"id": 1}\n{"id": 2\n', "line 2: not valid JSON: Expecting ',' delimiter at column 9"),
-        ("a.jsonl", '[\n{"id": 1}\n]', "a.jsonl, line 1: not valid JSON: .* If it holds one JSON list"),
+        ("a.jsonl", '\ufeff [\n{"id": 1}\n]', "a.jsonl holds one JSON list, not one record"),
         ("a.jsonl", '[{"id": 1}, {"id": 2}]', "a.jsonl holds one JSON list, not one record"),
         ("a.jsonl", b'{"id": 1}\n{"id": "\xff"}', r"a.jsonl is not UTF-8 text \(byte 18\)"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("window", [1 << 22, 20])
 def test_bad_file(name, text, message, window, tmp_path, monkeypatch):
-    monkeypatch.setattr(json_scan, "_CHUNK_BYTES", window)
+    monkeypatch.setattr(json_files, "_CHUNK_BYTES", window)
     with pytest.raises(UserError, match=message):
         read_all(write(tmp_path, name, text), tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.suffix == ".npy"] == []
@@ -121,7 +120,7 @@ def test_records_do_not_depend_on_the_window(tmp_path_factory, records, indent, 
         text = json.dumps(records, ensure_ascii=ascii_only, indent=indent)
     path = write(tmp_path, "a.jsonl" if has_lines else "a.json", text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_scan, "_CHUNK_BYTES", window)
+        patch.setattr(json_files, "_CHUNK_BYTES", window)
         patch.setattr(json_files, "_BLOCK_BYTES", block)
         source = opened(path, tmp_path)
         assert len(source) == len(records)
@@ -133,7 +132,7 @@ def test_records_do_not_depend_on_the_window(tmp_path_factory, records, indent, 
 
 def test_a_fault_early_in_a_large_file_does_not_read_the_rest(tmp_path, monkeypatch):
     text = '[{"id": 1},\n {"id": oops},\n' + "1,\n" * 100_000 + "1]"
-    monkeypatch.setattr(json_scan, "_CHUNK_BYTES", 1024)
+    monkeypatch.setattr(json_files, "_CHUNK_BYTES", 1024)
     read = []
 
     class Watched:
@@ -149,7 +148,7 @@ def test_a_fault_early_in_a_large_file_does_not_read_the_rest(tmp_path, monkeypa
 
     path = write(tmp_path, "a.json", text)
     with path.open("rb") as file, pytest.raises(UserError, match=r"line 2, column 9\): Expecting value\.$"):
-        json_scan.scan_list(Watched(file), path)
+        json_files.scan_list(Watched(file), path)
     assert sum(map(len, read)) <= 4096
 
 
@@ -175,7 +174,7 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path):
 def test_a_long_search_is_announced(tmp_path, monkeypatch, caplog):
     path = write(tmp_path, "a.json", "[1]")
     opened(write(tmp_path, "b.json", "[2]"), tmp_path)
-    monkeypatch.setattr(index_files, "_BYTES_WORTH_A_NOTE", 3)
+    monkeypatch.setattr(indexed, "_BYTES_WORTH_A_NOTE", 3)
     with caplog.at_level("INFO"):
         opened(path, tmp_path)
         opened(path, tmp_path)

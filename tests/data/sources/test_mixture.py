@@ -5,8 +5,7 @@ import json
 import pytest
 
 from llava_ft.data.records import Sample, Turn
-from llava_ft.data.sources import MixtureEntry, open_mixture, with_prompt_prefix
-from llava_ft.data.sources.mixture import check_holds_out
+from llava_ft.data.sources.mixture import MixtureEntry, check_holds_out, open_mixture, with_prompt_prefix
 from llava_ft.errors import UserError
 
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from llava_ft.data.sources import RecordSource, is_mixture, open_source
+from llava_ft.data.sources.base import RecordSource
+from llava_ft.data.sources.open import is_mixture, open_source
 from llava_ft.errors import UserError
 
 

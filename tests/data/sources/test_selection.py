@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_ft.data.sources import Mixture, MixtureEntry, select_rows
+from llava_ft.data.sources.mixture import Mixture, MixtureEntry
+from llava_ft.data.sources.selection import select_rows
 from llava_ft.errors import UserError
 
 

@@ -16,7 +16,8 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from PIL import Image as Picture
 
 from llava_ft.data.records import EmbeddedImage, parse_record
-from llava_ft.data.sources import arrow_rows, open_source
+from llava_ft.data.sources import tables
+from llava_ft.data.sources.open import open_source
 from llava_ft.errors import UserError
 
 FEATURES = Features(
@@ -184,10 +185,10 @@ def test_binary_values_at_any_depth(columns, expected, tmp_path):
 def test_addresses_lead_back_in_slices():
     table = pa.table({"images": [[{"bytes": b"%d" % (10 * row + item)} for item in range(row)] for row in range(5)]})
     for start in range(5):
-        for number, record in enumerate(arrow_rows.records_of(table.slice(start))):
+        for number, record in enumerate(tables.records_of(table.slice(start))):
             row = start + number
             for item, image in enumerate(record["images"]):
-                assert arrow_rows.binary_at(table.slice(row, 1), image["bytes"].address) == b"%d" % (10 * row + item)
+                assert tables.binary_at(table.slice(row, 1), image["bytes"].address) == b"%d" % (10 * row + item)
 
 
 @pytest.mark.parametrize("name", ["shards", "shards/*.parquet", "shards/{0..1}.parquet"])

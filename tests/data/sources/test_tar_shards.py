@@ -8,7 +8,8 @@ import tarfile
 import pytest
 
 from llava_ft.data.records import parse_record
-from llava_ft.data.sources import open_source, tar_shards
+from llava_ft.data.sources import tar_shards
+from llava_ft.data.sources.open import open_source
 from llava_ft.errors import BadSampleError, ImageError, UserError
 
 
