@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -16,7 +17,6 @@ from llava_ft.data.images import ImageTransform
 from llava_ft.data.preparation.image_facts import ImageChecks, look_at_images
 from llava_ft.data.preparation.prepare import PreparationSettings, prepare_rows
 from llava_ft.data.preparation.samples import CountsTokens, Limits, Samples, find_samples
-from llava_ft.data.preparation.tokenized_rows import TokenizedRows
 from llava_ft.data.preparation.truncation import TruncationPolicy, check_policy
 from llava_ft.data.records import parse_embedded, parse_record
 from llava_ft.data.report import (
@@ -210,51 +210,40 @@ class _Builder:
             report = total(path, reports)
         log_report(report, max_length=max_length)
         samples = JoinedSamples(parts, [source.name for source in data.sources])
-        reader = self._reader(data.sources)
+        reader = None
+        if self.image_transform is not None:
+            reader = ImageReader(
+                self.image_transform,
+                [self._place(source) for source in data.sources],
+                exif_transpose=self.checks.exif_transpose,
+                fast_decode=self.fast_decode,
+            )
         train = ConversationDataset(samples, image_reader=reader, rows=np.concatenate(chosen.train))
         held_out = np.concatenate(chosen.held_out)
         validation = ConversationDataset(samples, image_reader=reader, rows=held_out) if len(held_out) else None
         return train, validation, report
-
-    def _reader(self, sources: Sequence[RecordSource]) -> ImageReader | None:
-        if self.image_transform is None:
-            return None
-        return ImageReader(
-            self.image_transform,
-            [self._place(source) for source in sources],
-            exif_transpose=self.checks.exif_transpose,
-            fast_decode=self.fast_decode,
-        )
 
     def _place(self, source: RecordSource) -> ImagePlace:
         return ImagePlace(source.image_folder or self.image_folder, source)
 
     def _find_samples(self, source: RecordSource, prompt_prefix: str) -> Samples:
         place = self._place(source)
-        self._peek(source, place)
+        # A run that cannot read images at all is refused before it spends minutes on the text.
+        for index, record in enumerate(source.read(0, min(_RECORDS_TO_PEEK_AT, len(source)))):
+            with suppress(BadSampleError):
+                sample = parse_record(record, index)
+                self._check_images_can_be_read(index, sample.id, sample.images, place)
         rows = prepare_rows(source, self.tokenize, self.preparation, prompt_prefix=prompt_prefix)
         facts = None
         if rows.counts("image_positions").any():
-            self._check_place(rows, place)
+            # The same of all records, at the first one with a relative path.
+            numbers, images = rows.numbered_images()
+            first = next((number for number, image in enumerate(images) if _is_relative(image)), 0)
+            entry = int(np.argmax(numbers == first))
+            record = int(np.searchsorted(np.cumsum(rows.counts("image_positions")), entry, side="right"))
+            self._check_images_can_be_read(record, rows.sample_id(record), rows.images(record), place)
             facts = look_at_images(rows, place, self.checks, self.preparation)
         return find_samples(rows, self.limits, facts)
-
-    def _peek(self, source: RecordSource, place: ImagePlace) -> None:
-        """Refuse a run that cannot read images at all before it spends minutes on the text."""
-        for index, record in enumerate(source.read(0, min(_RECORDS_TO_PEEK_AT, len(source)))):
-            try:
-                sample = parse_record(record, index)
-            except BadSampleError:
-                continue
-            self._check_images_can_be_read(sample.index, sample.id, sample.images, place)
-
-    def _check_place(self, rows: TokenizedRows, place: ImagePlace) -> None:
-        """Do the same with all records, at the first one with a relative path."""
-        numbers, images = rows.numbered_images()
-        first = next((number for number, image in enumerate(images) if _is_relative(image)), 0)
-        entry = int(np.argmax(numbers == first))
-        record = int(np.searchsorted(np.cumsum(rows.counts("image_positions")), entry, side="right"))
-        self._check_images_can_be_read(record, rows.sample_id(record), rows.images(record), place)
 
     def _check_images_can_be_read(self, index: int, sample_id: str, images: Sequence[str], place: ImagePlace) -> None:
         if not images:
@@ -265,13 +254,13 @@ class _Builder:
                 f"{name} has images, but the model has no vision tower. Pass --vision_tower, start from a "
                 "LLaVA checkpoint, or take the images out of the records."
             )
-        relative = [image for image in images if _is_relative(image)]
-        if relative and place.folder is None:
+        relative = next(filter(_is_relative, images), None)
+        if relative is not None and place.folder is None:
             raise UserError(
-                f"{name} has the image {relative[0]!r}, a relative path, but there is no image folder. "
+                f"{name} has the image {relative!r}, a relative path, but there is no image folder. "
                 "Pass --image_folder."
             )
-        if relative and place.folder is not None and not Path(place.folder).is_dir():
+        if relative is not None and place.folder is not None and not Path(place.folder).is_dir():
             raise UserError(
                 f"The image folder {str(place.folder)!r} is not a directory, but {name} has images in "
                 "it. Check --image_folder."

@@ -5,6 +5,7 @@ become unreadable by then never stops the run: its sample keeps its length and l
 """
 
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -144,10 +145,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         part = self.samples.parts[source]
         if part.num_images[row] == 0:
             return []
-        images, sizes = part.images(row), part.image_sizes(row)
-        if not sizes:
-            return [ImageRef(image, source) for image in images]
-        return [ImageRef(image, source, size_wh) for image, size_wh in zip(images, sizes, strict=True)]
+        sizes = part.image_sizes(row) or repeat(None)
+        return [ImageRef(image, source, size_wh) for image, size_wh in zip(part.images(row), sizes, strict=False)]
 
     def subset(self, positions: Sequence[int] | Array) -> "ConversationDataset":
         """Give a data set of some of the samples, sharing everything with this one."""

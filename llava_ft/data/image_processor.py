@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, cast
@@ -64,18 +64,37 @@ class ImageProcessorSettings:
         processor = values.get("image_processor_type") or values.get("feature_extractor_type") or "CLIP"
         if not _KNOWN_PROCESSORS.fullmatch(str(processor)):
             raise UserError(f"{source} describes a {processor}; only CLIP's are known. Use a CLIP vision tower.")
-        read = _Reader(values, source)
+        given = {name: value for name, value in values.items() if value is not None}
+
+        def read(name: str, is_allowed: Callable[[Any], bool], allowed: str) -> Any:
+            value = given.get(name, getattr(_DEFAULTS, name))
+            if not is_allowed(value):
+                raise UserError(f"{source}: {name} is {value!r}; it must be {allowed}.")
+            return value
+
+        def read_size(name: str, number_means: Sequence[str], *known: set[str]) -> dict[str, int]:
+            shapes = " or ".join(f"a mapping with {' and '.join(sorted(keys))}" for keys in known)
+            value = read(name, lambda value: _is_size(value, known), f"a number of pixels or {shapes}")
+            return dict(value) if isinstance(value, dict) else dict.fromkeys(number_means, value)
+
+        def switch(name: str) -> bool:
+            return read(name, lambda value: isinstance(value, bool), "true or false")
+
+        def channels(name: str) -> tuple[float, float, float]:
+            red, green, blue = read(name, _is_three_numbers, "a list of three numbers: red, green, blue")
+            return float(red), float(green), float(blue)
+
         settings = cls(
-            size=read.size("size", lambda side: {"shortest_edge": side}),
-            crop_size=read.size("crop_size", lambda side: {"height": side, "width": side}),
-            do_resize=read.switch("do_resize"),
-            do_center_crop=read.switch("do_center_crop"),
-            do_rescale=read.switch("do_rescale"),
-            do_normalize=read.switch("do_normalize"),
-            resample=read.filter("resample"),
-            rescale_factor=read.number("rescale_factor"),
-            image_mean=read.channels("image_mean"),
-            image_std=read.channels("image_std"),
+            size=read_size("size", ["shortest_edge"], {"shortest_edge"}, {"height", "width"}),
+            crop_size=read_size("crop_size", ["height", "width"], {"height", "width"}),
+            do_resize=switch("do_resize"),
+            do_center_crop=switch("do_center_crop"),
+            do_rescale=switch("do_rescale"),
+            do_normalize=switch("do_normalize"),
+            resample=int(read("resample", _is_filter, "the number of a Pillow filter, 0 to 5")),
+            rescale_factor=float(read("rescale_factor", _is_finite, "a number")),
+            image_mean=channels("image_mean"),
+            image_std=channels("image_std"),
         )
         if 0.0 in settings.image_std:
             raise UserError(f"{source}: image_std is {list(settings.image_std)}; no channel can have 0.")
@@ -166,61 +185,27 @@ def normalize_batch(batch: dict[str, Any], normalizer: PixelNormalizer | None) -
     return {**batch, "pixel_values": normalizer(pixels)}
 
 
-class _Reader:
-    """Reads single values of a preprocessor_config.json; a missing or null one is CLIP's default."""
-
-    def __init__(self, values: Mapping[str, Any], source: str):
-        self._values = {key: value for key, value in values.items() if value is not None}
-        self._defaults = ImageProcessorSettings()
-        self._source = source
-
-    def _get(self, name: str) -> Any:
-        return self._values.get(name, getattr(self._defaults, name))
-
-    def _refuse(self, name: str, expected: str) -> UserError:
-        return UserError(f"{self._source}: {name} is {self._get(name)!r}; it must be {expected}.")
-
-    def size(self, name: str, of_number: Callable[[int], dict[str, int]]) -> dict[str, int]:
-        value = self._get(name)
-        if isinstance(value, int) and not isinstance(value, bool):
-            value = of_number(value)
-        known = ({"shortest_edge"}, {"height", "width"}) if name == "size" else ({"height", "width"},)
-        sides = cast("dict[str, Any]", value if isinstance(value, dict) else {})
-        if set(sides) in known and all(map(_is_positive_int, sides.values())):
-            return dict(sides)
-        shapes = " or ".join(f"a mapping with {' and '.join(sorted(keys))}" for keys in known)
-        raise self._refuse(name, f"a number of pixels or {shapes}")
-
-    def switch(self, name: str) -> bool:
-        if isinstance(value := self._get(name), bool):
-            return value
-        raise self._refuse(name, "true or false")
-
-    def filter(self, name: str) -> int:
-        value = self._get(name)
-        if value in [int(known) for known in Image.Resampling] and not isinstance(value, bool):
-            return int(value)
-        raise self._refuse(name, "the number of a Pillow filter, 0 to 5")
-
-    def number(self, name: str) -> float:
-        if _is_finite(value := self._get(name)):
-            return float(value)
-        raise self._refuse(name, "a number")
-
-    def channels(self, name: str) -> tuple[float, float, float]:
-        value = self._get(name)
-        entries = cast("list[Any]", value if isinstance(value, (list, tuple)) else [])
-        if len(entries) == 3 and all(map(_is_finite, entries)):
-            return float(entries[0]), float(entries[1]), float(entries[2])
-        raise self._refuse(name, "a list of three numbers: red, green, blue")
+_DEFAULTS: Final = ImageProcessorSettings()
+"""What a missing value of a preprocessor_config.json means: CLIP's."""
 
 
-def _is_positive_int(value: object) -> bool:
+def _is_size(value: Any, known: Sequence[set[str]]) -> bool:
+    if isinstance(value, dict):
+        sides = cast("dict[str, Any]", value)
+        return set(sides) in known and all(_is_size(side, ()) for side in sides.values())
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _is_finite(value: object) -> bool:
+def _is_filter(value: Any) -> bool:
+    return value in [int(known) for known in Image.Resampling] and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_three_numbers(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(cast("list[Any]", value)) == 3 and all(map(_is_finite, value))
 
 
 def image_settings_file(directory: Path) -> Path | None:

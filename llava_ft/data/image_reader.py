@@ -79,14 +79,6 @@ class ImageReader:
         """
         return self.places[image.source].locate(image.image)
 
-    def content(self, image: ImageRef) -> str | bytes:
-        """Give what an image is decoded from: the path of its file, or its bytes.
-
-        Raises:
-            ImageError: It is not there, or its path may not be used.
-        """
-        return self.places[image.source].content(image.image)
-
     def load(self, image: ImageRef) -> Image.Image:
         """Decode an image as RGB, smaller than it is if that is allowed.
 
@@ -95,18 +87,23 @@ class ImageReader:
         """
         name = self.locate(image)
 
+        def check_size(size_wh: SizeWH) -> None:
+            if image.size_wh is not None and size_wh != image.size_wh:
+                now, then = (f"{width} x {height}" for width, height in (size_wh, image.size_wh))
+                raise ImageError(name, "image-changed", f"is {now} pixels, but was {then} before the run")
+
         def decode_size(size_wh: SizeWH) -> SizeWH:
-            _check_size(image, name, size_wh)
+            check_size(size_wh)  # the picture comes out smaller
             return self.transform.decode_size(size_wh)
 
         picture = load_image(
-            self.content(image),
+            self.places[image.source].content(image.image),
             exif_transpose=self.exif_transpose,
             fast_decode_to=decode_size if self.fast_decode else None,
             name=name,
         )
         if not self.fast_decode:
-            _check_size(image, name, picture.size)
+            check_size(picture.size)
         return picture
 
     def read(self, images: Sequence[ImageRef]) -> dict[str, Any]:
@@ -126,15 +123,6 @@ class ImageReader:
         """Give zeros in the shapes of `read`."""
         tiles = [self.transform.blank(1, image.size_wh) for image in images]
         return {"pixel_values": torch.cat(tiles), **size_entries(images)}
-
-
-def _check_size(image: ImageRef, name: str, size_wh: SizeWH) -> None:
-    if image.size_wh is not None and size_wh != image.size_wh:
-        raise ImageError(
-            name,
-            "image-changed",
-            f"is {size_wh[0]} x {size_wh[1]} pixels, but was {image.size_wh[0]} x {image.size_wh[1]} before the run",
-        )
 
 
 def size_entries(images: Sequence[ImageRef]) -> dict[str, Any]:

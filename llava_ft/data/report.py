@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Final, Literal
 
 from llava_ft.errors import BadSampleError, UserError
@@ -123,25 +123,13 @@ def name_of(sample_id: str, index: int) -> str:
 
 
 def total(path: str, sources: Sequence[DataReport]) -> DataReport:
-    """Put the reports of several sources together."""
-    return DataReport(
-        path=path,
-        num_records=sum(source.num_records for source in sources),
-        num_usable=sum(source.num_usable for source in sources),
-        errors=[error for source in sources for error in source.errors],
-        num_truncated=sum(source.num_truncated for source in sources),
-        num_too_long=sum(source.num_too_long for source in sources),
-        num_lost_tokens=sum(source.num_lost_tokens for source in sources),
-        longest=max(source.longest for source in sources),
-        num_tokens=sum(source.num_tokens for source in sources),
-        num_supervised=sum(source.num_supervised for source in sources),
-        num_images=sum(source.num_images for source in sources),
-        truncated_ids=[name for source in sources for name in source.truncated_ids],
-        too_long_ids=[name for source in sources for name in source.too_long_ids],
-        num_taken=sum(source.num_taken or 0 for source in sources),
-        num_held_out=sum(source.num_held_out or 0 for source in sources),
-        sources=list(sources),
-    )
+    """Put the reports of several sources together: numbers are added, lists joined."""
+    counts = [each.name for each in fields(DataReport) if each.name.startswith("num_")]
+    lists = ("errors", "truncated_ids", "too_long_ids")
+    added = {name: sum(getattr(source, name) or 0 for source in sources) for name in counts}
+    joined: dict[str, Any] = {name: [item for source in sources for item in getattr(source, name)] for name in lists}
+    longest = max(source.longest for source in sources)
+    return DataReport(path=path, longest=longest, sources=list(sources), **added, **joined)
 
 
 def check_policies(report: DataReport, on_bad_sample: BadSamplePolicy, *, max_length: int, refuses_long: bool) -> None:

@@ -77,9 +77,9 @@ def sorted_order(
 
     Args:
         lengths: Length in tokens of each sample.
-        batch_size: Samples of one rank in one step.
-        world_size: Batches of one step: ranks times gradient accumulation.
-        generator: Source of randomness; None is torch's global one.
+        batch_size: As in `balanced_order`.
+        world_size: As in `balanced_order`.
+        generator: As in `balanced_order`.
     """
     step_size = batch_size * world_size
     num_steps = max(1, min(len(lengths) // (step_size * 4), SORTED_BATCHES))
@@ -102,9 +102,9 @@ def modality_order(
     Args:
         signed_lengths: Length in tokens of each sample, negative for a sample without images. 0 counts as one
             without images (the original fails on it).
-        batch_size: Samples of one rank in one step.
-        world_size: Batches of one step: ranks times gradient accumulation.
-        generator: Source of randomness; None is torch's global one.
+        batch_size: As in `balanced_order`.
+        world_size: As in `balanced_order`.
+        generator: As in `balanced_order`.
     """
     kinds = [[i for i, n in enumerate(signed_lengths) if (n > 0) == has_images] for has_images in (True, False)]
     if not all(kinds):

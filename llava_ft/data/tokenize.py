@@ -143,8 +143,12 @@ class SampleTokenizer:
 
     def _turn_segments(self, sample: Sample) -> list[Segment]:
         self._check_placeholders(sample)
+        wraps_images, in_tokens = self.template.wraps_images, self.mm_use_im_start_end
         turns = [
-            (turn.role, turn.text if turn.role == "gpt" else self._place_images(turn.text)) for turn in sample.turns
+            (turn.role, turn.text)
+            if turn.role == "gpt"
+            else (turn.role, place_images(turn.text, wraps_images=wraps_images, mm_use_im_start_end=in_tokens))
+            for turn in sample.turns
         ]
         try:
             return self.template.render_turns(turns, system=sample.system)
@@ -175,39 +179,22 @@ class SampleTokenizer:
             return f"template {self.template.name!r} leaves its answers out"
         return "all its answers have weight 0"
 
-    def _place_images(self, text: str) -> str:
-        return place_images(
-            text,
-            wraps_images=self.template.wraps_images,
-            mm_use_im_start_end=self.mm_use_im_start_end,
-        )
-
     def _check_placeholders(self, sample: Sample) -> None:
+        only = "Images are only allowed in turns from 'human'."
         for position, turn in enumerate(sample.turns):
             if turn.role == "gpt" and IMAGE_TOKEN in turn.text:
-                raise BadSampleError(
-                    sample.index,
-                    sample.id,
-                    "image-in-answer",
-                    f"{IMAGE_TOKEN} stands in an assistant's turn (turn {position}). Images are only allowed "
-                    f"in turns from 'human'. {_SKIP_HINT}",
-                )
+                reason = f"{IMAGE_TOKEN} stands in an assistant's turn (turn {position}). {only} {_SKIP_HINT}"
+                raise BadSampleError(sample.index, sample.id, "image-in-answer", reason)
         if sample.system is not None and IMAGE_TOKEN in sample.system:
-            raise BadSampleError(
-                sample.index,
-                sample.id,
-                "image-in-system",
-                f"{IMAGE_TOKEN} stands in the system turn. Images are only allowed in turns from 'human'.",
-            )
+            reason = f"{IMAGE_TOKEN} stands in the system turn. {only}"
+            raise BadSampleError(sample.index, sample.id, "image-in-system", reason)
         num_placeholders = sum(turn.text.count(IMAGE_TOKEN) for turn in sample.turns)
         if num_placeholders != len(sample.images):
-            raise BadSampleError(
-                sample.index,
-                sample.id,
-                "placeholder-mismatch",
+            reason = (
                 f"{num_placeholders} {IMAGE_TOKEN} placeholder(s) but {len(sample.images)} image path(s). "
-                f"Each placeholder needs one image. {_SKIP_HINT}",
+                f"Each placeholder needs one image. {_SKIP_HINT}"
             )
+            raise BadSampleError(sample.index, sample.id, "placeholder-mismatch", reason)
 
 
 def tokenize_prompt(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
