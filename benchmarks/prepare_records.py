@@ -95,11 +95,13 @@ def high_water(pid: int) -> int:
     return 0
 
 
-def children() -> list[int]:
+def started_by(pid: int) -> list[int]:
+    """List the processes below one: the server of the pool, and what that has started."""
     found = []
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):  # a thread that has ended
-            found += [int(pid) for pid in (task / "children").read_text().split()]
+    with contextlib.suppress(OSError):  # one that has ended
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found += [int(child), *started_by(int(child))]
     return found
 
 
@@ -122,7 +124,7 @@ def start(folder: Path, workers: int, model_max_length: int) -> dict[str, object
 
     def watch() -> None:
         while not is_done.wait(0.2):
-            for pid in children():
+            for pid in started_by(os.getpid()):
                 peaks[pid] = max(peaks.get(pid, 0), high_water(pid))
 
     watcher = threading.Thread(target=watch)
