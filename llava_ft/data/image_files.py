@@ -197,15 +197,37 @@ def load_image(
 
 @contextmanager
 def _opened(source: ImageSource, name: str) -> Generator[Image.Image]:
-    """Open an image of a size that can be decoded, and tell what goes wrong as an `ImageError`."""
+    """Open an image of a size that can be decoded.
+
+    Whatever the file system or a Pillow decoder raises, then or in the block, becomes an `ImageError`.
+    """
     path = name if isinstance(source, bytes) else source
     if not isinstance(source, bytes):
         check_image_file(source)
     elif not source:
         raise ImageError(path, "image-empty", "is empty")
-    with _reading(path), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        _check_size(path, image)
-        yield image
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            width, height = image.size
+            if min(width, height) < 1:
+                raise ImageError(path, "image-corrupt", f"has a size of {width} x {height} pixels")
+            if max(width, height) > MAX_SIDE:
+                reason = f"is {width} x {height} pixels; a side can have {MAX_SIDE} at most"
+                raise ImageError(path, "image-too-large", reason)
+            yield image
+    except (ImageError, MemoryError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(path, "image-too-large", f"is too large to be decoded: {error}") from None
+    except UnidentifiedImageError:
+        raise ImageError(path, "image-corrupt", "is not an image in a format that Pillow can read") from None
+    # Decoders meet damaged files with whatever their parsing happens to raise: struct.error, SyntaxError ...
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise ImageError(path, "image-unreadable", f"cannot be read: {error.strerror}") from None
+        kind = "image-truncated" if "truncated" in str(error).lower() else "image-corrupt"
+        told = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise ImageError(path, kind, f"cannot be decoded: {told}") from None
 
 
 def _is_on_its_side(image: Image.Image) -> bool:
@@ -225,33 +247,3 @@ def to_rgb(image: Image.Image) -> Image.Image:
     # RGB has no transparency; Pillow would otherwise warn about some palettes for every single picture.
     image.info.pop("transparency", None)
     return image.convert("RGB")
-
-
-def _check_size(path: str | os.PathLike[str], image: Image.Image) -> None:
-    width, height = image.size
-    if min(width, height) < 1:
-        raise ImageError(path, "image-corrupt", f"has a size of {width} x {height} pixels")
-    if max(width, height) > MAX_SIDE:
-        raise ImageError(path, "image-too-large", f"is {width} x {height} pixels; a side can have {MAX_SIDE} at most")
-
-
-@contextmanager
-def _reading(path: str | os.PathLike[str]) -> Generator[None]:
-    """Turn whatever the file system or a Pillow decoder raises into an `ImageError`."""
-    try:
-        yield
-    except (ImageError, MemoryError):
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(path, "image-too-large", f"is too large to be decoded: {error}") from None
-    except UnidentifiedImageError:
-        raise ImageError(path, "image-corrupt", "is not an image in a format that Pillow can read") from None
-    except OSError as error:
-        if error.errno is not None:
-            raise ImageError(path, "image-unreadable", f"cannot be read: {error.strerror}") from None
-        kind = "image-truncated" if "truncated" in str(error) else "image-corrupt"
-        raise ImageError(path, kind, f"cannot be decoded: {error}") from None
-    # Decoders meet damaged files with whatever their parsing happens to raise: struct.error, SyntaxError ...
-    except Exception as error:
-        kind = "image-truncated" if "truncated" in str(error).lower() else "image-corrupt"
-        raise ImageError(path, kind, f"cannot be decoded: {type(error).__name__}: {error}") from None

@@ -227,8 +227,9 @@ class EpochSampler(Sampler[int]):
         """Give the positions of the current epoch in the order of the visit."""
         if self.strategy == "sequential":
             return list(range(self.num_samples))
-        generator = torch.Generator()
-        generator.manual_seed(_epoch_seed(self.seed, self.epoch))
+        # Both numbers mixed, so that epoch 1 of seed 0 is not epoch 0 of seed 1.
+        mixed = (self.seed * 0x9E3779B97F4A7C15 + self.epoch * 0xBF58476D1CE4E5B9 + 1) % 2**63
+        generator = torch.Generator().manual_seed(mixed)
         if self.strategy == "random":
             return _permutation(self.num_samples, generator)
         if self.strategy == "length":
@@ -240,8 +241,3 @@ class EpochSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return self.num_samples
-
-
-def _epoch_seed(seed: int, epoch: int) -> int:
-    """Mix both numbers, so that epoch 1 of seed 0 is not epoch 0 of seed 1."""
-    return (seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9 + 1) % 2**63

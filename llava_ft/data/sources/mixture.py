@@ -15,6 +15,7 @@
 import difflib
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -232,9 +233,8 @@ def _check_together(mixture: Mixture) -> None:
                 f"Mixture {path}: {entry.path!r} is there twice, and one of the two has 'held_out'. What one holds out "
                 "the other would train on; join the two entries."
             )
-    names = [entry.name for entry in entries if entry.name != entry.path]
-    for name in names:
-        if names.count(name) > 1:
+    for name, count in Counter(entry.name for entry in entries if entry.name != entry.path).items():
+        if count > 1:
             raise UserError(f"Mixture {path}: two sources are named {name!r}. Give each a name of its own.")
 
 
@@ -254,16 +254,8 @@ def _read_yaml(path: Path) -> object:
         raise UserError(f"Mixture {path}{line}: not valid YAML: {problem}. See docs/mixture.md for examples.") from None
 
 
-def _with_point_free_floats(rules: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    """Add `1e-2` to what YAML takes for a number; YAML 1.1 itself wants `1.0e-2`."""
-    rule = ("tag:yaml.org,2002:float", re.compile(r"^[0-9]+[eE][-+]?[0-9]+$"))
-    return {first: [rule, *some] if first in "0123456789" else some for first, some in rules.items()}
-
-
 class _Loader(yaml.SafeLoader):
     """Refuses a key that is given twice."""
-
-    yaml_implicit_resolvers = _with_point_free_floats(yaml.SafeLoader.yaml_implicit_resolvers)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping of which each key occurs once."""
@@ -273,3 +265,7 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 takes `1.0e-2` for a number, but not `1e-2`.
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[0-9]+[eE][-+]?[0-9]+$"), list("0123456789"))

@@ -123,10 +123,8 @@ def _open_folder(folder: Path, split: str | None, image_folder: str | None) -> R
         )
     splits = {found[1] if (found := _SHARD_NAME.fullmatch(file.name)) else "" for file in files}
     if (len(splits) > 1 and "" not in splits) or (split and splits != {""}):
-        wanted = split or choose_split(sorted(splits), str(folder))
-        if wanted not in splits:
-            raise UserError(f"Data set {folder} has no split {wanted!r}. There is: {', '.join(sorted(splits))}.")
-        files = [file for file in files if file.name.startswith(f"{wanted}-")]
+        chosen = choose_split(sorted(splits), split, str(folder))
+        files = [file for file in files if file.name.startswith(f"{chosen}-")]
         split = None
     return _open_files(str(folder), files, split, image_folder)
 

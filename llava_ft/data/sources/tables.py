@@ -123,10 +123,7 @@ class SavedSource(TableSource):
                 raise UserError(f"Data set {self.folder} has no splits, but {self.split!r} is asked for. Leave it out.")
             return self.folder
         splits = sorted(each.name for each in self.folder.iterdir() if (each / "dataset_info.json").is_file())
-        split = self.split or choose_split(splits, self.name)
-        if split not in splits:
-            raise UserError(f"Data set {self.folder} has no split {split!r}. There is: {', '.join(splits)}.")
-        return self.folder / split
+        return self.folder / choose_split(splits, self.split, str(self.folder))
 
     def _load(self, cache_dir: Path) -> _Dataset:
         return _hf.load_from_disk(str(self._split_folder()))
@@ -158,16 +155,17 @@ class HubSource(TableSource):
             ) from error
 
 
-def choose_split(splits: Sequence[str], name: str) -> str:
-    """Choose the split to be read when none is asked for: the only one, else `train`.
+def choose_split(splits: Sequence[str], wanted: str | None, name: str) -> str:
+    """Choose the split to be read: the wanted one; when none is asked for, the only one, else `train`.
 
     Raises:
-        UserError: There are several, and none is called `train`.
+        UserError: It is not there; none is asked for, and of several none is called `train`.
     """
-    if len(splits) == 1:
-        return splits[0]
-    if _DEFAULT_SPLIT in splits:
-        return _DEFAULT_SPLIT
+    split = wanted or (splits[0] if len(splits) == 1 else _DEFAULT_SPLIT)
+    if split in splits:
+        return split
+    if wanted:
+        raise UserError(f"Data set {name} has no split {split!r}. There is: {', '.join(splits)}.")
     raise UserError(f"Data set {name} has the splits {', '.join(splits)}. Name one, as in {name}:{splits[0]}.")
 
 
