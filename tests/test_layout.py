@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "llava_ft"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MODULES = [file for file in FILES if file.name != "__init__.py"]
 
-GROUND = {"constants", "errors", "version", "geometry"}
+GROUND = {"constants", "errors", "version", "geometry", "terminal"}
 CONTENT = {"conversation", "data", "models"}
 MIDDLE = {"tuning", "checkpoint"}
 USE = {"training", "inference", "planning", "inspection", "convert"}
@@ -23,9 +23,9 @@ MAY_IMPORT = {
     **dict.fromkeys(MIDDLE, GROUND | CONTENT | MIDDLE),
     "inference": GROUND | CONTENT | MIDDLE,
     "convert": GROUND | CONTENT | MIDDLE | {"inference"},
-    "training": GROUND | CONTENT | MIDDLE | {"args"},
     "planning": GROUND | CONTENT | MIDDLE | {"args"},
     "inspection": GROUND | CONTENT | MIDDLE | {"args"},
+    "training": GROUND | CONTENT | MIDDLE | {"args", "inspection"},
     "commands": GROUND | CONTENT | MIDDLE | USE | {"args"},
     "cli": GROUND | USE | {"commands"},
     "__main__": {"cli"},

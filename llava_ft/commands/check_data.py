@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_ft.commands.parser import DONE, FAILED, Parser
+from llava_ft.errors import UserError
 from llava_ft.training.log_setup import set_up_ranks
 
 
@@ -21,17 +22,21 @@ def check_data(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="write the report as JSON")
     parser.add_argument("--workers", type=int, help="processes; when absent, one for each core")
     options, flags = parser.parse_known_args(argv)
+    if options.workers is not None and options.workers < 1:
+        raise UserError(f"--workers is {options.workers}; it must be at least 1.")
     set_up_ranks(0)
     output = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # some libraries write to it when they are imported
         from llava_ft.args import parse_args
-        from llava_ft.training.check_data_command import CheckOptions, run_check_data
+        from llava_ft.data.preparation.processes import num_cores
+        from llava_ft.inspection.check_data import CheckOptions, run_check_data
+        from llava_ft.training.data_model import find_data_plan
 
+        args = parse_args(flags, required=("model_name_or_path", "data_path"))
         wishes = CheckOptions(
             fix=Path(options.fix) if options.fix else None,
             html=Path(options.html) if options.html else None,
             as_json=options.json,
-            num_workers=options.workers,
         )
-        passed = run_check_data(parse_args(flags, required=("model_name_or_path", "data_path")), output, wishes)
+        passed = run_check_data(args, find_data_plan(args, options.workers or num_cores()), output, wishes)
     return DONE if passed else FAILED

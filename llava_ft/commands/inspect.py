@@ -37,11 +37,13 @@ def _inspect_data(argv: Sequence[str]) -> int:
     if options.json and options.html:
         raise UserError("--json and --html exclude each other. Give one of them.")
     from llava_ft.args import parse_args
-    from llava_ft.data.inspection.records import Selection
-    from llava_ft.training.inspect_command import run_inspect_data
+    from llava_ft.inspection.records import Selection, run_inspect_data
+    from llava_ft.training.data_model import find_data_plan
 
+    args = parse_args(flags, required=("model_name_or_path", "data_path"))
     all_usable = run_inspect_data(
-        parse_args(flags, required=("model_name_or_path", "data_path")),
+        str(args.data.data_path),
+        find_data_plan(args),
         sys.stdout,
         as_json=options.json,
         html=Path(options.html) if options.html else None,

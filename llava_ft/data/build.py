@@ -1,24 +1,22 @@
 """From the paths of a run to its data sets: open, prepare, measure, check, split."""
 
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from os import PathLike
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from llava_ft.data.dataset import ConversationDataset, JoinedSamples
-from llava_ft.data.image_files import IMAGE_CHECKS, ImageCheck, ImagePlace
+from llava_ft.data.image_files import IMAGE_CHECKS, ImageCheck, ImagePlace, is_relative, refuse_unreadable_images
 from llava_ft.data.image_reader import ImageReader
 from llava_ft.data.images import ImageTransform
 from llava_ft.data.preparation.image_facts import ImageChecks, look_at_images
 from llava_ft.data.preparation.prepare import PreparationSettings, prepare_rows
-from llava_ft.data.preparation.samples import CountsTokens, Limits, Samples, find_samples
-from llava_ft.data.preparation.truncation import TruncationPolicy, check_policy
-from llava_ft.data.records import parse_embedded, parse_record
+from llava_ft.data.preparation.samples import Samples, find_samples
+from llava_ft.data.preparation.truncation import CountsTokens, Limits, TruncationPolicy, check_policy
+from llava_ft.data.records import parse_record
 from llava_ft.data.report import (
     BAD_SAMPLE_POLICIES,
     BadSamplePolicy,
@@ -238,7 +236,7 @@ class _Builder:
         if rows.counts("image_positions").any():
             # The same of all records, at the first one with a relative path.
             numbers, images = rows.numbered_images()
-            first = next((number for number, image in enumerate(images) if _is_relative(image)), 0)
+            first = next((number for number, image in enumerate(images) if is_relative(image)), 0)
             entry = int(np.argmax(numbers == first))
             record = int(np.searchsorted(np.cumsum(rows.counts("image_positions")), entry, side="right"))
             self._check_images_can_be_read(record, rows.sample_id(record), rows.images(record), place)
@@ -246,25 +244,8 @@ class _Builder:
         return find_samples(rows, self.limits, facts)
 
     def _check_images_can_be_read(self, index: int, sample_id: str, images: Sequence[str], place: ImagePlace) -> None:
-        if not images:
-            return
         name = f"Sample {index}" + (f" (id {sample_id!r})" if sample_id else "")
-        if self.image_transform is None:
-            raise UserError(
-                f"{name} has images, but the model has no vision tower. Pass --vision_tower, start from a "
-                "LLaVA checkpoint, or take the images out of the records."
-            )
-        relative = next(filter(_is_relative, images), None)
-        if relative is not None and place.folder is None:
-            raise UserError(
-                f"{name} has the image {relative!r}, a relative path, but there is no image folder. "
-                "Pass --image_folder."
-            )
-        if relative is not None and place.folder is not None and not Path(place.folder).is_dir():
-            raise UserError(
-                f"The image folder {str(place.folder)!r} is not a directory, but {name} has images in "
-                "it. Check --image_folder."
-            )
+        refuse_unreadable_images(name, images, place, has_tower=self.image_transform is not None)
 
     def _report(self, source: RecordSource, samples: Samples) -> DataReport:
         truncated: list[int] = samples.record_indices[samples.was_truncated].tolist()
@@ -286,7 +267,3 @@ class _Builder:
             truncated_ids=[name_of(samples.rows.sample_id(record), record) for record in truncated],
             too_long_ids=[name_of(samples.rows.sample_id(record), record) for record in too_long],
         )
-
-
-def _is_relative(image: str) -> bool:
-    return not os.path.isabs(image) and parse_embedded(image) is None

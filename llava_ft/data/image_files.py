@@ -6,16 +6,17 @@ Nothing here needs PyTorch, so processes that only look at images do without it.
 import io
 import os
 import stat
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Literal
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from llava_ft.data.records import parse_embedded
 from llava_ft.data.sources.base import RecordSource
-from llava_ft.errors import ImageError
+from llava_ft.errors import ImageError, UserError
 from llava_ft.geometry import SizeWH
 
 EMBEDDED_NAME: Final = "embedded in the data"
@@ -98,23 +99,38 @@ def resolve_image_path(image: str, image_folder: str | os.PathLike[str] | None) 
     return os.path.join(image_folder, image)
 
 
-def check_image(source: ImageSource, level: ImageCheck, *, name: str = EMBEDDED_NAME) -> None:
-    """Check one image: that its file "exists", that its "header" can be read, or that all of it can be decoded.
+def refuse_unreadable_images(owner: str, images: Sequence[str], place: ImagePlace, *, has_tower: bool) -> None:
+    """Refuse a request under which no image could be read at all.
 
     Args:
-        source: Path or content of the file.
-        level: How much of it is read; "none" reads nothing.
-        name: What content without a path is called in messages.
+        owner: The record or source that has the images, for messages.
+        images: As records name them.
+        place: Where they are.
+        has_tower: Whether the model can see images.
 
     Raises:
-        ImageError: It cannot be used.
+        UserError: There are images, but no vision tower, or no folder that their relative paths start from.
     """
-    if level == "exists" and not isinstance(source, bytes):
-        check_image_file(source)
-    elif level == "header":
-        check_image_header(source, name=name)
-    elif level == "decode":
-        load_image(source, name=name)
+    if images and not has_tower:
+        raise UserError(
+            f"{owner} has images, but the model has no vision tower. Pass --vision_tower, start from a LLaVA "
+            "checkpoint, or take the images out of the records."
+        )
+    relative = next((image for image in images if is_relative(image)), None)
+    if relative is not None and place.folder is None:
+        raise UserError(
+            f"{owner} has the image {relative!r}, a relative path, but there is no image folder. Pass --image_folder."
+        )
+    if relative is not None and place.folder is not None and not Path(place.folder).is_dir():
+        raise UserError(
+            f"The image folder {str(place.folder)!r} is not a directory, but {owner} has images in it. Check "
+            "--image_folder."
+        )
+
+
+def is_relative(image: str) -> bool:
+    """Whether an image of a record is a path that starts from the image folder."""
+    return not os.path.isabs(image) and parse_embedded(image) is None
 
 
 def check_image_file(path: str | os.PathLike[str]) -> os.stat_result:

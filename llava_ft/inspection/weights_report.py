@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from llava_ft.data.inspection.terminal import visible
 from llava_ft.inspection.weight_parts import fold, num_bytes_of
 from llava_ft.inspection.weights import Description, describe
 from llava_ft.inspection.weights_difference import Difference, TensorDifference, compare
+from llava_ft.terminal import visible
 
 _MOST_LINES = 8
 

@@ -20,8 +20,9 @@ from llava_ft.conversation import get_template
 from llava_ft.data.image_files import ImagePlace
 from llava_ft.data.preparation.image_facts import ImageChecks, ImageFacts, look_at_images
 from llava_ft.data.preparation.prepare import PreparationSettings, prepare_rows
-from llava_ft.data.preparation.samples import Limits, Samples, find_samples
+from llava_ft.data.preparation.samples import Samples, find_samples
 from llava_ft.data.preparation.tokenized_rows import TokenizedRows
+from llava_ft.data.preparation.truncation import Limits
 from llava_ft.data.sampler import steps_per_epoch
 from llava_ft.data.sources.selection import DataSources
 from llava_ft.data.tokenize import SampleTokenizer

@@ -1,10 +1,8 @@
 """What looking at data takes of a model: tokenizer, template and how many tokens an image has. No weights."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
-
-from transformers import PreTrainedTokenizerFast
 
 from llava_ft.args import ParsedArgs
 from llava_ft.checkpoint.directory import read_config, resolve_model_path
@@ -13,40 +11,26 @@ from llava_ft.checkpoint.start import Start
 from llava_ft.checkpoint.weights import read_json
 from llava_ft.constants import CHECKPOINT_FIELDS
 from llava_ft.conversation import get_template
-from llava_ft.data.preparation.samples import Limits
+from llava_ft.data.preparation.image_facts import ImageChecks
+from llava_ft.data.preparation.truncation import Limits
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
-from llava_ft.geometry import ImageGeometry
+from llava_ft.inspection.data_plan import DataPlan
 from llava_ft.models.builder import settle_config, vision_fields
 from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.training.data_setup import preparation_settings
 from llava_ft.training.start_from import settle_base, start_of
 
 _UNKNOWN_MODEL: Final[dict[str, Any]] = {"model_type": "llama"}
 """Stands in for the `config.json` of a directory that has a tokenizer alone."""
 
 
-@dataclass(frozen=True)
-class DataModel:
-    """A model as far as data is concerned.
-
-    Attributes:
-        tokenizer: Its tokenizer, with the tokens that the run adds.
-        tokenize: Makes ids and labels of a sample.
-        geometry: Tokens of an image; None without a vision tower.
-        limits: How long a sample may be.
-    """
-
-    tokenizer: PreTrainedTokenizerFast
-    tokenize: SampleTokenizer
-    geometry: ImageGeometry | None
-    limits: Limits
-
-
-def find_data_model(args: ParsedArgs) -> DataModel:
-    """Settle tokenizer, template and geometry as a run would, from small files alone.
+def find_data_plan(args: ParsedArgs, num_processes: int | None = None) -> DataPlan:
+    """Settle how a run reads its data - tokenizer, template, geometry - from small files alone.
 
     Args:
         args: The request; a directory with a tokenizer is enough of a model.
+        num_processes: Processes that read, tokenise and decode; None leaves it to the request.
 
     Raises:
         UserError: A file is missing or damaged, or the request contradicts it.
@@ -67,7 +51,17 @@ def find_data_model(args: ParsedArgs) -> DataModel:
         supervise=args.data.supervise,
     )
     geometry = config.image_geometry
-    return DataModel(tokenizer, tokenize, geometry, Limits(geometry, args.flags.model_max_length, args.data.truncation))
+    needs_sizes = geometry is not None and geometry.needs_image_sizes
+    preparation = preparation_settings(args)
+    if num_processes is not None:
+        preparation = replace(preparation, num_processes=num_processes)
+    return DataPlan(
+        tokenize,
+        Limits(geometry, args.flags.model_max_length, args.data.truncation),
+        ImageChecks(args.data.check_images, needs_sizes, args.data.image_exif_transpose),
+        args.data.image_folder,
+        preparation,
+    )
 
 
 def _find_config(args: ParsedArgs, directory: Path, start: Start | None) -> LlavaLlamaConfig:

@@ -55,7 +55,7 @@ MALFORMED = {
     "answer out of reach": (
         {"conversations": turns("word " * 3000, "yes")},
         "truncated-answer",
-        "model_max_length = 2048 leaves hold no part of an answer",
+        "model_max_length = 2048 leaves no part of an answer",
     ),
     "image is a number": (record(image=7), "bad-image", "'image' is the number 7"),
     "not an object": (["text"], "not-an-object", "the record is a list of 1"),

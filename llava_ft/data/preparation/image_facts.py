@@ -88,6 +88,31 @@ class ImageChecks:
         return max(IMAGE_CHECKS.index(self.level), IMAGE_CHECKS.index("header") if self.needs_sizes else 0)
 
 
+def look_at_image(image: str, place: ImagePlace, checks: ImageChecks) -> SizeWH | None:
+    """Find out what has to be known about one image.
+
+    Args:
+        image: As its record names it.
+        place: Where it is.
+        checks: What has to be known.
+
+    Returns:
+        Width and height in pixels; None if the file is not opened.
+
+    Raises:
+        ImageError: The image cannot be used.
+    """
+    content, name = place.content(image), place.locate(image)
+    if not checks.opens_files:
+        if checks.level == "exists" and not isinstance(content, bytes):
+            check_image_file(content)
+        return None
+    size_wh = check_image_header(content, exif_transpose=checks.exif_transpose, name=name)
+    if checks.level == "decode":
+        load_image(content, name=name)
+    return size_wh
+
+
 def look_at_images(
     rows: TokenizedRows, place: ImagePlace, checks: ImageChecks, settings: PreparationSettings
 ) -> ImageFacts:
@@ -207,12 +232,10 @@ class _Opening:
 
     def _open(self, image: str) -> SizeWH | ImageError:
         try:
-            content, name = self.place.content(image), self.place.locate(image)
-            size_wh = check_image_header(content, exif_transpose=self.checks.exif_transpose, name=name)
-            if self.checks.level == "decode":
-                load_image(content, name=name)
+            size_wh = look_at_image(image, self.place, self.checks)
         except ImageError as error:
             return error
+        assert size_wh is not None
         return size_wh
 
 

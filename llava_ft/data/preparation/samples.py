@@ -4,49 +4,19 @@ No token is looked at for that: 665,000 records take seconds, and another length
 new tokenisation. The tokens stay on disk, mapped into memory; what is held here is a few numbers for each sample.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Final, Protocol
 
 import numpy as np
 
 from llava_ft.constants import IGNORE_INDEX
 from llava_ft.data.preparation.image_facts import ImageFacts
-from llava_ft.data.preparation.tokenized_rows import Array, TokenizedRows, spans_of
-from llava_ft.data.preparation.truncation import TruncationPolicy, find_cut
+from llava_ft.data.preparation.tokenized_rows import Array, TokenizedRows, image_positions, spans_of, target_spans
+from llava_ft.data.preparation.truncation import Limits, TokenLayout
+from llava_ft.data.records import Sample
+from llava_ft.data.tokenize import TokenizedSample
 from llava_ft.errors import BadSampleError
 from llava_ft.geometry import SizeWH
-
-_NOTHING_SUPERVISED: Final = (
-    "no token of it is supervised, so there is nothing to learn. Fix the record or pass --on_bad_sample skip."
-)
-
-
-class CountsTokens(Protocol):
-    """Knows how many tokens an image takes; `ImageGeometry` is one."""
-
-    @property
-    def needs_image_sizes(self) -> bool:
-        """Whether that depends on the image's size."""
-        ...
-
-    def num_tokens(self, size_wh: SizeWH | None = None) -> int:
-        """Count the tokens of an image, by its width and height in pixels where they matter."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What decides how long a sample is, and what is done with one that is too long.
-
-    Attributes:
-        geometry: Counts the tokens of images; None for a model without vision tower.
-        max_length: Tokens that a sample may have.
-        truncation: What is done with one that has more.
-    """
-
-    geometry: CountsTokens | None
-    max_length: int
-    truncation: TruncationPolicy = "truncate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +38,9 @@ class Samples:
         too_long: `(L,)` int64, records that have more tokens than allowed, usable or not, ascending.
         longest: Tokens of the longest of them; 0 if there are none.
         num_lost_tokens: Tokens that were cut off usable samples, and all of those left out for their length.
+        full_lengths: `(R,)` int64, tokens of each record before truncation, with those of images; 0 for one that could
+            not be tokenised.
+        full_supervised: `(R,)` int64, how many of these have to be predicted.
     """
 
     rows: TokenizedRows
@@ -83,6 +56,8 @@ class Samples:
     too_long: Array
     longest: int
     num_lost_tokens: int
+    full_lengths: Array
+    full_supervised: Array
     _image_ends: Array = field(init=False)
 
     def __post_init__(self) -> None:
@@ -137,13 +112,13 @@ def find_samples(rows: TokenizedRows, limits: Limits, facts: ImageFacts | None =
         limits: What decides that.
         facts: What is known about their images; None if nothing was looked at.
     """
-    num_tokens = rows.counts("input_ids")  # an image counted as one, until it is said otherwise
+    num_ids = rows.counts("input_ids")  # an image counted as one
     image_bounds = _bounds(rows.counts("image_positions"))
     image_tokens = _count_image_tokens(int(image_bounds[-1]), limits, facts)
-    full_lengths = num_tokens - np.diff(image_bounds) + _sums(image_tokens, image_bounds)
+    full_lengths = num_ids - np.diff(image_bounds) + _sums(image_tokens, image_bounds)
     spans = rows.joined("target_spans")
     # The first token has nothing to be predicted from.
-    num_supervised = _sums(
+    full_supervised = _sums(
         np.maximum(spans[1::2], 1) - np.maximum(spans[::2], 1), _bounds(rows.counts("target_spans") // 2)
     )
 
@@ -159,56 +134,73 @@ def find_samples(rows: TokenizedRows, limits: Limits, facts: ImageFacts | None =
             errors.setdefault(record, error_of(record, error.kind, str(error)))
 
     good = _without(np.arange(len(rows)), list(errors))
-    too_long = good[full_lengths[good] > limits.max_length]
-    cuts = num_tokens.copy()
-    dropped: list[int] = [] if limits.truncation == "truncate" else too_long.tolist()
-    for record in too_long.tolist() if limits.truncation == "truncate" else ():
+    is_long = full_lengths > limits.max_length
+    cuts, lengths = num_ids.copy(), full_lengths.copy()
+    num_images, num_supervised = np.diff(image_bounds), full_supervised.copy()
+    dropped: list[int] = []
+    # A record that fits and has something to learn stays whole; the others are judged one by one.
+    for record in good[is_long[good] | (full_supervised[good] == 0)].tolist():
         positions: list[int] = rows.numbers("image_positions", record).tolist()
         tokens: list[int] = image_tokens[image_bounds[record] : image_bounds[record + 1]].tolist()
-        targets = spans_of(rows.numbers("target_spans", record))
-        ends: list[int] = rows.numbers("answer_ends", record).tolist()
-        images = list(zip(positions, tokens, strict=True))
-        cut = find_cut(int(num_tokens[record]), images, targets, ends, limits.max_length)
-        if cut is None:
-            errors[record] = error_of(
-                record,
-                "truncated-answer",
-                f"the {limits.max_length} tokens that model_max_length = {limits.max_length} leaves hold no part of an "
-                "answer. Raise model_max_length, shorten the record or pass --on_bad_sample skip.",
-            )
+        layout = TokenLayout(
+            index=record,
+            sample_id=rows.sample_id(record),
+            num_ids=int(num_ids[record]),
+            images=list(zip(positions, tokens, strict=True)),
+            target_spans=spans_of(rows.numbers("target_spans", record)),
+            answer_ends=rows.numbers("answer_ends", record).tolist(),
+        )
+        try:
+            kept = layout.judge(limits)
+        except BadSampleError as error:
+            if error.kind == "too-long":
+                dropped.append(record)
+            else:
+                errors[record] = error
             continue
-        cuts[record] = cut
-        num_supervised[record] = sum(max(0, min(end, cut) - max(start, 1)) for start, end in targets)
-    for record in good[num_supervised[good] == 0].tolist():
-        errors.setdefault(record, error_of(record, "no-supervised-token", _NOTHING_SUPERVISED))
+        cuts[record], lengths[record] = kept.ids, kept.tokens
+        num_images[record], num_supervised[record] = kept.images, kept.supervised
 
     usable = _without(_without(good, list(errors)), dropped)
-    num_images, lengths = np.diff(image_bounds)[usable], full_lengths[usable]
-    was_truncated = cuts[usable] < num_tokens[usable]
-    for sample in np.flatnonzero(was_truncated).tolist():
-        record = int(usable[sample])
-        kept = int(np.count_nonzero(rows.numbers("image_positions", record) < cuts[record]))
-        first = int(image_bounds[record])
-        num_images[sample] = kept
-        lengths[sample] = cuts[record] - kept + image_tokens[first : first + kept].sum()
+    too_long, images_kept = good[is_long[good]], num_images[usable]
     sizes_wh = None
     if limits.geometry is not None and limits.geometry.needs_image_sizes and facts is not None:
-        firsts = np.repeat(image_bounds[usable] - (np.cumsum(num_images) - num_images), num_images)
+        firsts = np.repeat(image_bounds[usable] - (np.cumsum(images_kept) - images_kept), images_kept)
         sizes_wh = facts.sizes_wh[facts.numbers[firsts + np.arange(len(firsts))]].astype(np.int32)
     return Samples(
         rows=rows,
         limits=limits,
         record_indices=usable,
         cuts=cuts[usable].astype(np.int32),
-        lengths=lengths.astype(np.int32),
+        lengths=lengths[usable].astype(np.int32),
         num_supervised=num_supervised[usable].astype(np.int32),
-        num_images=num_images.astype(np.int32),
-        was_truncated=was_truncated,
+        num_images=images_kept.astype(np.int32),
+        was_truncated=cuts[usable] < num_ids[usable],
         sizes_wh=sizes_wh,
         errors=[errors[record] for record in sorted(errors)],
         too_long=too_long,
         longest=int(full_lengths[too_long].max(initial=0)),
-        num_lost_tokens=int(full_lengths[usable].sum() - lengths.sum() + full_lengths[dropped].sum()),
+        num_lost_tokens=int((full_lengths - lengths)[usable].sum() + full_lengths[dropped].sum()),
+        full_lengths=full_lengths,
+        full_supervised=full_supervised,
+    )
+
+
+def lay_out(sample: Sample, tokens: TokenizedSample, image_tokens: Iterable[int]) -> TokenLayout:
+    """Lay out a record that is in no file.
+
+    Args:
+        sample: The record.
+        tokens: Its tokens.
+        image_tokens: Tokens that each of its images is expanded to.
+    """
+    return TokenLayout(
+        index=sample.index,
+        sample_id=sample.id,
+        num_ids=len(tokens.input_ids),
+        images=list(zip(image_positions(tokens.input_ids).tolist(), image_tokens, strict=True)),
+        target_spans=spans_of(target_spans(tokens.labels)),
+        answer_ends=tokens.answer_ends,
     )
 
 

@@ -71,14 +71,12 @@ class RowWriter:
 
     def add(self, sample: Sample, tokens: TokenizedSample) -> None:
         """Add a record that could be tokenised."""
-        is_target = np.asarray(tokens.labels) != IGNORE_INDEX
         self._add(
             id=_storable(sample.id),
             input_ids=tokens.input_ids,
-            # Start and end of each supervised stretch, one after the other.
-            target_spans=np.flatnonzero(np.diff(is_target, prepend=False, append=False)).astype(np.int32),
+            target_spans=target_spans(tokens.labels),
             answer_ends=tokens.answer_ends,
-            image_positions=np.flatnonzero(np.asarray(tokens.input_ids) == IMAGE_TOKEN_INDEX).astype(np.int32),
+            image_positions=image_positions(tokens.input_ids),
             images=sample.images,
         )
         self._num_tokens += len(tokens.input_ids)
@@ -98,6 +96,17 @@ class RowWriter:
             columns = [pa.array([row.get(field.name) for row in self._rows], field.type) for field in self._schema]
             self._writer.write_table(pa.Table.from_arrays(columns, schema=self._schema), _ROWS_PER_BATCH)
         self._rows, self._num_tokens = [], 0
+
+
+def target_spans(labels: list[int]) -> Array:
+    """List start and end of each supervised stretch, one after the other; `spans_of` pairs them."""
+    is_target = np.asarray(labels) != IGNORE_INDEX
+    return np.flatnonzero(np.diff(is_target, prepend=False, append=False)).astype(np.int32)
+
+
+def image_positions(input_ids: list[int]) -> Array:
+    """List the positions of images."""
+    return np.flatnonzero(np.asarray(input_ids) == IMAGE_TOKEN_INDEX).astype(np.int32)
 
 
 def _storable(text: str) -> str:

@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Final, Protocol, TextIO
 
-from llava_ft.data.inspection.terminal import has_color, visible
+from llava_ft.terminal import has_color, visible
 
 MIN_WIDTH_FOR_COLUMNS: Final = 100
 """Width of a terminal, in characters, from which two answers stand side by side."""

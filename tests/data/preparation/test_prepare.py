@@ -17,18 +17,18 @@ import numpy as np
 import pytest
 
 from llava_ft.conversation import get_template
-from llava_ft.data.inspection.judge import judge
 from llava_ft.data.preparation import prepare
 from llava_ft.data.preparation.build_once import NotUsableError
 from llava_ft.data.preparation.prepare import PreparationSettings, prepare_rows
-from llava_ft.data.preparation.samples import Limits, find_samples
+from llava_ft.data.preparation.samples import find_samples, lay_out
 from llava_ft.data.preparation.tokenized_rows import TokenizedRows, spans_of
+from llava_ft.data.preparation.truncation import Limits
 from llava_ft.data.records import parse_record
 from llava_ft.data.sources.open import open_source
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.errors import BadSampleError, RunError, UserError
-from tests.data.conftest import GEOMETRY, GOLDEN, record, turns
+from tests.data.conftest import GEOMETRY, GOLDEN, TOKENS_PER_IMAGE, record, turns
 
 REPOSITORY = GOLDEN.parents[1]
 RECORDS = [
@@ -82,11 +82,12 @@ def tokenize_record(tokenize, entry, number):
 def judge_record(tokenize, entry, number, limits):
     sample, tokens, error = tokenize_record(tokenize, entry, number)
     if error:
-        return None, error
+        return None, None, error
+    layout = lay_out(sample, tokens, [TOKENS_PER_IMAGE] * len(sample.images))
     try:
-        return judge(sample, tokens, [None] * len(sample.images), limits), None
+        return layout.extent(layout.num_ids), layout.judge(limits), None
     except BadSampleError as error:
-        return None, error
+        return None, None, error
 
 
 class TestRows:
@@ -158,17 +159,18 @@ class TestRows:
         found = {error.index: error.kind for error in samples.errors}
         rows = dict(zip(samples.record_indices.tolist(), range(len(samples)), strict=True))
         for number, entry in enumerate(records):
-            judged, error = judge_record(tokenize, entry, number, limits)
+            whole, kept, error = judge_record(tokenize, entry, number, limits)
             if error:
                 assert number not in rows
                 assert found.get(number, "too-long") == error.kind
                 continue
             row = rows[number]
-            assert samples.lengths[row] == judged.kept_tokens
-            assert samples.num_supervised[row] == judged.kept_supervised
-            assert samples.num_images[row] == judged.kept_images
-            assert samples.cuts[row] == judged.cut
-            assert samples.was_truncated[row] == (judged.kept_tokens < judged.num_tokens)
+            assert samples.lengths[row] == kept.tokens
+            assert samples.num_supervised[row] == kept.supervised
+            assert samples.num_images[row] == kept.images
+            assert samples.cuts[row] == kept.ids
+            assert samples.was_truncated[row] == (kept.tokens < whole.tokens)
+            assert (samples.full_lengths[number], samples.full_supervised[number]) == (whole.tokens, whole.supervised)
 
 
 class TestOnce:

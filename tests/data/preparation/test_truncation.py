@@ -130,7 +130,7 @@ class TestTruncate:
             item = build([entry], model_max_length=limit).train[0]
             assert item["input_ids"].tolist() == whole["input_ids"][:limit].tolist()
             assert item["labels"].tolist() == whole["labels"][:limit].tolist()
-        with pytest.raises(UserError, match=r"(?s)truncated-answer: 1\).*'r'\): the \d+ tokens"):
+        with pytest.raises(UserError, match=r"(?s)truncated-answer: 1\).*'r'\): of its \d+ tokens"):
             build([entry], model_max_length=supervised[0])
 
     @pytest.mark.parametrize("limit", range(58, 330, 9))

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from llava_ft import cli
-from llava_ft.data.inspection.terminal import visible
 from llava_ft.inference.chat.screen import ColumnScreen, display_width, wrap
 from llava_ft.inference.chat.voices import base_and_trained, single_voice
 from llava_ft.inference.generate import Sampling
 from llava_ft.inference.load import load_model
+from llava_ft.terminal import visible
 from tests.conftest import RECORDINGS
 from tests.inference.chat.terminal import PaintedScreen, Typist
 from tests.inference.chat.typed_chat import LANDSCAPE, LORA, Typed

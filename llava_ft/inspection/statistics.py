@@ -6,8 +6,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from llava_ft.data.doctor.check import Array, SourceCheck
 from llava_ft.data.packing import pack
+from llava_ft.data.preparation.tokenized_rows import Array
+from llava_ft.inspection.check_source import SourceCheck
 
 _MOST_BINS: Final = 16
 _NICE_STEPS: Final = (1, 2, 4, 5, 8, 10)
@@ -17,12 +18,7 @@ _SHARE_IN_BINS: Final = 0.995
 
 @dataclass(frozen=True)
 class Histogram:
-    """Numbers of records by length.
-
-    Attributes:
-        edges: Where each bin starts, ascending; the last one has no end.
-        counts: Records in each bin.
-    """
+    """Numbers of records by length: where each bin starts, ascending, the last one without end; and their counts."""
 
     edges: list[int]
     counts: list[int]
@@ -30,16 +26,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long records are, before truncation, with the tokens of images.
-
-    Attributes:
-        shortest: Tokens.
-        median: Tokens.
-        mean: Tokens.
-        p99: Tokens that 99% of the records do not exceed.
-        longest: Tokens.
-        histogram: Records by tokens.
-    """
+    """Tokens of records before truncation, with those of images; 99% of the records do not exceed `p99`."""
 
     shortest: int
     median: int
@@ -51,18 +38,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Truncation:
-    """What is lost at `model_max_length`.
-
-    Attributes:
-        max_length: The limit.
-        policy: What the run does with longer records.
-        records_cut: Records that lose something.
-        records_dropped: Records that are left out because they are too long.
-        tokens_lost: Tokens of the usable records.
-        supervised_lost: How many of these would have been learnt.
-        answers_lost: Answers that are not whole any more.
-        images_lost: Images.
-    """
+    """What is lost of the usable records at `model_max_length`, and how many are dropped for their length."""
 
     max_length: int
     policy: str
@@ -70,57 +46,23 @@ class Truncation:
     records_dropped: int
     tokens_lost: int
     supervised_lost: int
-    answers_lost: int
+    answers_lost: int  # those that are not whole any more
     images_lost: int
 
 
 @dataclass(frozen=True)
-class Packing:
-    """What `--packing true` would give.
-
-    Attributes:
-        rows: Rows of `max_length` tokens.
-        max_length: Length of a row.
-        records_per_row: On average.
-        efficiency: Share of the computed positions that hold a token.
-        padded_efficiency: The same without packing, one record after the other padded to the longest of its batch.
-        batch_size: Records in these batches.
-    """
-
-    rows: int
-    max_length: int
-    records_per_row: float
-    efficiency: float
-    padded_efficiency: float
-    batch_size: int
-
-
-@dataclass(frozen=True)
 class Statistics:
-    """Everything that is counted.
-
-    Attributes:
-        records: Records in the source.
-        usable: Records that a run trains on.
-        images: Images that the records name, each time they do.
-        image_files: Distinct ones.
-        image_bytes: Size of the distinct ones that can be used.
-        unusable_images: Distinct ones that cannot be used.
-        tokens: Tokens of the usable records, after truncation.
-        supervised: How many of these have to be predicted.
-        lengths: None without a usable record.
-        truncation: What is lost.
-    """
+    """Everything that is counted in one source; the keys of the JSON report in `docs/check_data.md`."""
 
     records: int
     usable: int
-    images: int
-    image_files: int
-    image_bytes: int
+    images: int  # each time that a record names one
+    image_files: int  # different ones
+    image_bytes: int  # of those that can be used
     unusable_images: int
-    tokens: int
+    tokens: int  # of the usable records, after truncation
     supervised: int
-    lengths: Lengths | None
+    lengths: Lengths | None  # None without a usable record
     truncation: Truncation
 
     @property
@@ -141,34 +83,32 @@ def count_all(check: SourceCheck, *, max_length: int, policy: str) -> Statistics
         max_length: `model_max_length`.
         policy: What the run does with longer records.
     """
-    columns = check.columns
-    lost = {name: int((columns[name] - columns[f"kept_{name}"]).sum()) for name in _KEPT}
-    decoded = check.images.decoded
-    kept: Array = columns["kept_tokens"]
+    columns, decoded = check.columns, check.images.decoded
+
+    def lost(name: str) -> int:
+        return int((columns[name] - columns[f"kept_{name}"]).sum())
+
     return Statistics(
-        records=check.num_records,
-        usable=len(kept),
+        records=len(check.source),
+        usable=len(columns["index"]),
         images=len(check.images.numbers),
         image_files=len(decoded),
         image_bytes=sum(image.num_bytes for image in decoded),
-        unusable_images=sum(image.problem is not None for image in decoded),
-        tokens=int(kept.sum()),
+        unusable_images=sum(image.error is not None for image in decoded),
+        tokens=int(columns["kept_tokens"].sum()),
         supervised=int(columns["kept_supervised"].sum()),
-        lengths=_lengths(columns["tokens"]) if len(kept) else None,
+        lengths=_lengths(columns["tokens"]) if len(columns["index"]) else None,
         truncation=Truncation(
             max_length=max_length,
             policy=policy,
-            records_cut=int((kept < columns["tokens"]).sum()),
-            records_dropped=sum(len(tally.indices) for tally in check.dropped.values()),
-            tokens_lost=lost["tokens"],
-            supervised_lost=lost["supervised"],
-            answers_lost=lost["answers"],
-            images_lost=lost["images"],
+            records_cut=int((columns["kept_tokens"] < columns["tokens"]).sum()),
+            records_dropped=len(check.dropped.indices),
+            tokens_lost=lost("tokens"),
+            supervised_lost=lost("supervised"),
+            answers_lost=lost("answers"),
+            images_lost=lost("images"),
         ),
     )
-
-
-_KEPT: Final = ("tokens", "supervised", "answers", "images")
 
 
 def _lengths(tokens: Array) -> Lengths:
@@ -187,28 +127,32 @@ def make_histogram(ordered: Array) -> Histogram:
     """Count lengths in bins of one round width; the last bin takes everything beyond."""
     most = int(ordered[math.ceil(_SHARE_IN_BINS * len(ordered)) - 1])
     first = int(ordered[0])
-    width = _nice((most + 1 - first) / _MOST_BINS)
+    step = (most + 1 - first) / _MOST_BINS
+    power = 10 ** max(0, math.floor(math.log10(max(step, 1))))
+    width = next(power * nice for nice in _NICE_STEPS if power * nice >= step)
     edges = list(range(first // width * width, most + 1, width))
     counts = np.histogram(ordered, bins=[*edges, max(edges[-1] + width, int(ordered[-1]) + 1)])[0]
     return Histogram(edges, counts.tolist())
 
 
-def _nice(step: float) -> int:
-    """Round up to a number that is easily read."""
-    size = 10 ** max(0, math.floor(math.log10(max(step, 1))))
-    return max(1, next(size * nice for nice in _NICE_STEPS if size * nice >= step))
+@dataclass(frozen=True)
+class Packing:
+    """What `--packing true` would give: efficiency is the share of computed positions that hold a token.
+
+    `padded_efficiency` is that without packing, records in random order padded to the longest of their batch.
+    """
+
+    rows: int
+    max_length: int
+    records_per_row: float
+    efficiency: float
+    padded_efficiency: float
+    batch_size: int
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What an epoch of the training data is made of.
-
-    Attributes:
-        records: Records, each as often as it is taken.
-        tokens: Their tokens after truncation.
-        supervised: How many of these have to be predicted.
-        packing: What packing would make of them.
-    """
+    """What an epoch of the training data is made of, each record as often as it is taken, after truncation."""
 
     records: int
     tokens: int

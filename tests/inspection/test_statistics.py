@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_ft.data.doctor.statistics import count_all, count_epoch, make_histogram
 from llava_ft.data.packing import pack
+from llava_ft.inspection.statistics import count_all, count_epoch, make_histogram
 from tests.data.conftest import TOKENS_PER_IMAGE, record, turns
 
 

@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import pytest
 
 from llava_ft.cli import main
-from llava_ft.data.doctor.report_text import as_text
-from llava_ft.training import check_data_command
+from llava_ft.inspection import check_data
+from llava_ft.inspection.check_report import as_text
 from tests.data.conftest import GOLDEN, record, turns
 
 TOP_KEYS = ["format", "passed", "data_sets", "epoch", "fix", "refused"]
@@ -116,16 +116,29 @@ class TestText:
         assert re.search(r"error +1  image-missing: an image file is not there\n +records 1 \(id '<b>gone</b>'\)", text)
         assert re.search(r"\d+ +#* *< model_max_length", text)
         assert text.endswith("Kinds found: 3 errors, 1 warning, 1 note.\n")
-        assert max(map(len, text.splitlines())) <= 120
         assert not {"\x1b", "\r"} & set(text)
 
-    def test_color(self, run, capsys, monkeypatch):
+    def test_nothing_is_cut_off_where_there_is_no_terminal(self, run, folder, tmp_path, capsys):
+        name = "far/" * 60 + "gone.jpg"
+        (tmp_path / "far.json").write_text(json.dumps([record("fine"), record("far", image=name)]))
+        run("--data_path", str(tmp_path / "far.json"))
+        assert f"first: Image '{folder / name}' does not exist.\n" in capsys.readouterr().out
+
+    def test_a_terminal_wraps_and_colours(self, run, capsys, monkeypatch):
         seen = []
-        monkeypatch.setattr(check_data_command, "as_text", lambda report, color: seen.append(report) or "")
+        monkeypatch.setattr(check_data, "as_text", lambda report, is_terminal: seen.append(report) or "")
         run()
-        colored, plain = as_text(seen[0], color=True), as_text(seen[0], color=False)
-        assert "\x1b[31merror" in colored
-        assert re.sub(r"\x1b\[\d+m", "", colored) == plain
+        for name, value in {"COLUMNS": "70", "TERM": "xterm"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("NO_COLOR", raising=False)
+        wrapped, plain = as_text(seen[0], is_terminal=True), as_text(seen[0], is_terminal=False)
+        assert "\x1b[31merror" in wrapped
+        without_codes = re.sub(r"\x1b\[[\d;]+m", "", wrapped)
+        assert "\x1b" not in without_codes
+        assert max(map(len, without_codes.splitlines())) <= 70 < max(map(len, plain.splitlines()))
+        assert re.sub(r"\s+", "", without_codes) == re.sub(r"\s+", "", plain)
+        monkeypatch.setenv("NO_COLOR", "1")
+        assert "[31m" not in as_text(seen[0], is_terminal=True)
 
     def test_nothing_wrong(self, run, capsys):
         assert run("--data_path", str(GOLDEN / "data" / "text.json"), "--model_max_length", "2048") == 0

@@ -13,16 +13,17 @@ from PIL import Image
 from llava_ft.cli import main
 from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ft.conversation import get_template
-from llava_ft.data.inspection.page import inspection_page
-from llava_ft.data.inspection.records import InspectionSummary, Inspector, Selection, render_colored
-from llava_ft.data.inspection.terminal import has_color
-from llava_ft.data.preparation.samples import Limits
+from llava_ft.data.preparation.image_facts import ImageChecks
+from llava_ft.data.preparation.truncation import Limits
 from llava_ft.data.sources.open import open_source
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.errors import UserError
 from llava_ft.geometry import ImageGeometry
+from llava_ft.inspection.data_plan import DataPlan
+from llava_ft.inspection.records import InspectionSummary, Selection, records_page, render_record, view_records
+from llava_ft.terminal import has_color
 
-GOLDEN = Path(__file__).parents[2] / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 MIX = GOLDEN / "data" / "mix.json"
 KEYS = [
     "source", "index", "id", "input_ids", "labels", "num_images", "num_image_tokens", "num_kept", "images", "error",
@@ -42,13 +43,19 @@ def opened(path, cache):
     return source
 
 
+def make_plan(tokenize, limits=None, image_folder=None, check_images="none"):
+    limits = limits or Limits(None, 10**6)
+    needs_sizes = limits.geometry is not None and limits.geometry.needs_image_sizes
+    return DataPlan(tokenize, limits, ImageChecks(check_images, needs_sizes), image_folder)
+
+
 @pytest.fixture
 def inspect(tokenize, tmp_path):
-    def run(records, *, summary=None, selection=None, tokenize=tokenize, limits=None, **options):
+    def run(records, *, summary=None, selection=None, **options):
         path = tmp_path / "records.json"
         path.write_text(json.dumps(records))
-        inspector = Inspector(tokenize, limits, **options)
-        return list(inspector.views(opened(path, tmp_path), summary or InspectionSummary(), selection))
+        plan = make_plan(tokenize, **options)
+        return list(view_records(opened(path, tmp_path), plan, summary or InspectionSummary(), selection))
 
     return run
 
@@ -61,78 +68,77 @@ def record(question="What?", answer="a car", **extra):
 class TestRecords:
     def test_views(self, tokenize, tmp_path):
         records = json.loads(MIX.read_text())
-        inspector = Inspector(tokenize, limits(16))
-        views = list(inspector.views(opened(MIX, tmp_path), InspectionSummary()))
-        assert [view["id"] for view in views] == [entry["id"] for entry in records]
+        views = list(view_records(opened(MIX, tmp_path), make_plan(tokenize, limits(16)), InspectionSummary()))
+        assert [view.id for view in views] == [entry["id"] for entry in records]
         for position, (view, entry) in enumerate(zip(views, records, strict=True)):
-            assert list(view) == KEYS
-            assert view["index"] == position
-            assert view["error"] is None
-            assert len(view["input_ids"]) == len(view["labels"])
+            assert list(vars(view)) == KEYS
+            assert view.index == position
+            assert view.error is None
+            assert len(view.input_ids) == len(view.labels)
             num_images = int("image" in entry)
-            assert view["num_images"] == num_images == view["input_ids"].count(IMAGE_TOKEN_INDEX)
-            assert view["num_image_tokens"] == 16 * num_images
-            assert view["num_kept"] == len(view["input_ids"])
-            assert view["images"] == ([entry["image"]] if "image" in entry else [])
-            for token, label in zip(view["input_ids"], view["labels"], strict=True):
+            assert view.num_images == num_images == view.input_ids.count(IMAGE_TOKEN_INDEX)
+            assert view.num_image_tokens == 16 * num_images
+            assert view.num_kept == len(view.input_ids)
+            assert view.images == ([entry["image"]] if "image" in entry else [])
+            for token, label in zip(view.input_ids, view.labels, strict=True):
                 assert label in (token, IGNORE_INDEX)
-            assert json.loads(json.dumps(view)) == view
+            assert json.loads(json.dumps(vars(view))) == vars(view)
 
     def test_tokens_of_images_are_null_without_a_tower(self, inspect):
         views = inspect([record("<image>", image="a.png"), record()])
-        assert [view["num_image_tokens"] for view in views] == [None, 0]
+        assert [view.num_image_tokens for view in views] == [None, 0]
 
     def test_several_images(self, inspect):
         (view,) = inspect([record("<image> and <image>?", image=["a.png", "b.png"])], limits=limits(4))
-        assert view["num_images"] == view["input_ids"].count(IMAGE_TOKEN_INDEX) == 2
-        assert view["num_image_tokens"] == 8
+        assert view.num_images == view.input_ids.count(IMAGE_TOKEN_INDEX) == 2
+        assert view.num_image_tokens == 8
 
     def test_unusable(self, inspect):
         views = inspect([record(), record("<image>", id="x"), "text", record(answer="ok")])
-        assert [view["error"] is None for view in views] == [True, False, False, True]
-        assert [view["index"] for view in views] == [0, 1, 2, 3]
+        assert [view.error is None for view in views] == [True, False, False, True]
+        assert [view.index for view in views] == [0, 1, 2, 3]
         bad = views[1]
-        assert list(bad) == KEYS
-        assert bad["id"] == "x"
-        assert bad["error"].startswith("placeholder-mismatch: 1 <image> placeholder(s) but 0 image path(s)")
-        assert (bad["input_ids"], bad["labels"], bad["num_images"], bad["num_image_tokens"]) == ([], [], 0, 0)
-        assert views[2]["error"].startswith("not-an-object: ")
+        assert list(vars(bad)) == KEYS
+        assert bad.id == "x"
+        assert bad.error.startswith("placeholder-mismatch: 1 <image> placeholder(s) but 0 image path(s)")
+        assert (bad.input_ids, bad.labels, bad.num_images, bad.num_image_tokens) == ([], [], 0, 0)
+        assert views[2].error.startswith("not-an-object: ")
 
     def test_images_are_checked_where_a_folder_is_known(self, inspect):
         records = [record("<image>", image="gone.png"), record("<image>", image="../x.png")]
-        assert [view["error"] for view in inspect(records)] == [None, None]
+        assert [view.error for view in inspect(records)] == [None, None]
         folder = GOLDEN / "images" / "src"
-        errors = [view["error"] for view in inspect(records, image_folder=folder)]
+        errors = [view.error for view in inspect(records, image_folder=folder)]
         assert errors[0] is None
         assert errors[1].startswith("image-outside-folder: ")
-        errors = [view["error"] for view in inspect(records, image_folder=folder, check_images="header")]
+        errors = [view.error for view in inspect(records, image_folder=folder, check_images="header")]
         assert errors[0].startswith("image-missing: ")
 
     def test_truncation_that_leaves_no_answer(self, inspect):
         long = record("word " * 100, "yes")
-        assert inspect([long])[0]["error"] is None
+        assert inspect([long])[0].error is None
         found = inspect([long], limits=limits(model_max_length=60))
-        assert found[0]["error"].startswith("truncated-answer: ")
+        assert found[0].error.startswith("truncated-answer: ")
         with_image = record("<image> What?", image="a.png")
-        assert inspect([with_image], limits=limits(model_max_length=100))[0]["error"] is None
+        assert inspect([with_image], limits=limits(model_max_length=100))[0].error is None
         found = inspect([with_image], limits=limits(576, 100))
-        assert found[0]["error"].startswith("truncated-answer: ")
+        assert found[0].error.startswith("truncated-answer: ")
 
     @pytest.mark.parametrize("policy", ["error", "drop"])
     def test_too_long(self, inspect, policy):
         found = inspect([record("word " * 100, "yes")], limits=limits(None, 60, policy))
-        assert found[0]["error"].startswith("too-long: it has ")
+        assert found[0].error.startswith("too-long: it has ")
 
     def test_what_is_cut_off(self, inspect):
         turns = [("human", "One?"), ("gpt", "red"), ("human", "<image>\nTwo?"), ("gpt", "blue")]
         entry = {"conversations": [{"from": role, "value": text} for role, text in turns], "image": "a.png"}
         summary = InspectionSummary()
         (view,) = inspect([entry], limits=limits(400, 300), summary=summary)
-        assert view["error"] is None
-        assert IMAGE_TOKEN_INDEX in view["input_ids"][view["num_kept"] :]
-        assert IMAGE_TOKEN_INDEX not in view["input_ids"][: view["num_kept"]]
+        assert view.error is None
+        assert IMAGE_TOKEN_INDEX in view.input_ids[view.num_kept :]
+        assert IMAGE_TOKEN_INDEX not in view.input_ids[: view.num_kept]
         assert summary.num_cut == 1
-        assert "1 cut off at model_max_length" in summary.describe()
+        assert "1 cut off at model_max_length" in "\n".join(summary.lines())
 
     def test_sizes_of_images_decide_with_anyres(self, inspect, tmp_path):
         Image.new("RGB", (40, 8)).save(tmp_path / "wide.png")
@@ -141,9 +147,9 @@ class TestRecords:
         geometry = ImageGeometry(8, 1, aspect_ratio="anyres", merge_type="flat", grid_pinpoints=grids)
         records = [record("<image>", image=name) for name in ("wide.png", "small.png")]
         views = inspect(records, limits=Limits(geometry, 2048), image_folder=tmp_path)
-        assert [view["num_image_tokens"] for view in views] == [64 * 4, 64 * 3]
+        assert [view.num_image_tokens for view in views] == [64 * 4, 64 * 3]
         views = inspect(records, limits=Limits(geometry, 2048))
-        assert [view["num_image_tokens"] for view in views] == [None, None]
+        assert [view.num_image_tokens for view in views] == [None, None]
 
     @pytest.mark.parametrize(
         ("selection", "wanted"),
@@ -160,7 +166,7 @@ class TestRecords:
         records = [record(id=name) for name in "abc"] + [record("<image>", id="d")]
         summary = InspectionSummary()
         views = inspect(records, selection=selection, summary=summary)
-        assert [view["index"] for view in views] == wanted
+        assert [view.index for view in views] == wanted
         assert summary.num_records == len(wanted)
 
     def test_position_that_is_not_there(self, inspect):
@@ -178,11 +184,11 @@ class TestRecords:
         ]
         views = inspect(records, limits=limits(16), summary=summary)
         assert (summary.num_records, summary.num_usable, summary.num_images) == (5, 2, 1)
-        assert summary.num_tokens == len(views[0]["input_ids"]) + 15 + len(views[1]["input_ids"])
-        supervised = sum(label != IGNORE_INDEX for view in views for label in view["labels"])
+        assert summary.num_tokens == len(views[0].input_ids) + 15 + len(views[1].input_ids)
+        supervised = sum(label != IGNORE_INDEX for view in views for label in view.labels)
         assert summary.num_supervised == supervised > 0
         assert summary.counts == {"placeholder-mismatch": 2, "not-an-object": 1}
-        assert summary.describe().splitlines() == [
+        assert summary.lines() == [
             "5 records, 2 usable",
             f"{summary.num_tokens} tokens, {supervised} supervised ({supervised / summary.num_tokens:.1%})",
             "1 images",
@@ -193,12 +199,12 @@ class TestRecords:
     def test_summary_of_nothing_usable(self, inspect):
         summary = InspectionSummary()
         inspect(["text"], summary=summary)
-        assert "0 tokens, 0 supervised (0.0%)" in summary.describe()
+        assert "0 tokens, 0 supervised (0.0%)" in "\n".join(summary.lines())
 
 
 class TestRendering:
     def text(self, views, tokenizer, color=False):
-        return render_colored(views[0], tokenizer, color=color)
+        return render_record(views[0], tokenizer, color=color)
 
     def test_marks(self, inspect, tokenizer):
         entry = record("<image>\nWhat is it?", "a red car", image="a.png", id="x")
@@ -224,7 +230,7 @@ class TestRendering:
         turns = [("human", "One?"), ("gpt", "red"), ("human", "Two?"), ("gpt", "blue " * 40)]
         entry = {"conversations": [{"from": role, "value": text} for role, text in turns]}
         (whole,) = inspect([entry])
-        views = inspect([entry], limits=limits(None, len(whole["input_ids"]) - 10))
+        views = inspect([entry], limits=limits(None, len(whole.input_ids) - 10))
         header, *lines = self.text(views, tokenizer).splitlines()
         assert "; model_max_length cuts off " in header
         body = "\n".join(lines)
@@ -251,24 +257,24 @@ class TestRendering:
         ]
         path = tmp_path / "records.json"
         path.write_text(json.dumps(records))
-        inspector = Inspector(SampleTokenizer(tokenizer, get_template(template)))
-        views = list(inspector.views(opened(path, tmp_path), InspectionSummary()))
+        plan = make_plan(SampleTokenizer(tokenizer, get_template(template)))
+        views = list(view_records(opened(path, tmp_path), plan, InspectionSummary()))
         assert len(views) == len(records)
         for view in views:
-            marked = render_colored(view, tokenizer, color=False)
-            colored = render_colored(view, tokenizer, color=True)
+            marked = render_record(view, tokenizer, color=False)
+            colored = render_record(view, tokenizer, color=True)
             assert colored.count(GREEN) == colored.count(PLAIN)
-            assert (GREEN in colored) == (view["error"] is None)
-            assert marked.startswith(f"Record {view['index']}")
+            assert (GREEN in colored) == (view.error is None)
+            assert marked.startswith(f"Record {view.index}")
 
     @settings(max_examples=40, deadline=None)
     @given(answer=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=30))
     def test_answer_stands_between_the_marks(self, tokenizer, tokenize, tmp_path_factory, answer):
         path = tmp_path_factory.getbasetemp() / "hypothesis.json"
         path.write_text(json.dumps([record(answer=answer)]))
-        (view,) = Inspector(tokenize).views(opened(path, path.parent), InspectionSummary())
-        if view["error"] is None and "<" not in answer:
-            text = render_colored(view, tokenizer, color=False)
+        (view,) = view_records(opened(path, path.parent), make_plan(tokenize), InspectionSummary())
+        if view.error is None and "<" not in answer:
+            text = render_record(view, tokenizer, color=False)
             inside = text.split("ASSISTANT:[[ ", 1)[1]
             expected = tokenizer.decode(tokenizer(f"x {answer}", add_special_tokens=False).input_ids)[2:]
             assert inside == f"{expected}</s>]]"
@@ -280,9 +286,9 @@ class TestPage:
         def make(records, **options):
             path = tmp_path / "records.json"
             path.write_text(json.dumps(records))
-            inspector, source, summary = Inspector(tokenize, **options), opened(path, tmp_path), InspectionSummary()
-            views = ((view, inspector.place_of(source)) for view in inspector.views(source, summary))
-            return "".join(inspection_page(views, tokenizer, "A <title>", summary))
+            plan, source, summary = make_plan(tokenize, **options), opened(path, tmp_path), InspectionSummary()
+            views = ((view, plan.place_of(source)) for view in view_records(source, plan, summary))
+            return "".join(records_page(views, tokenizer, "A <title>", summary))
 
         return make
 
@@ -291,7 +297,7 @@ class TestPage:
         assert "<script" not in html
         assert "&lt;script&gt;alert(1)&lt;/script&gt;\\x1b" in html
         assert "<mark> &lt;b&gt;bold&lt;/b&gt;&lt;/s&gt;</mark>" in html
-        assert "Record 0 (id &#x27;&lt;i&gt;&#x27;)" in html
+        assert "Record 0 (id &#39;&lt;i&gt;&#39;)" in html
         assert "<title>A &lt;title&gt;</title>" in html
         assert "1 records, 1 usable" in html
 
@@ -299,7 +305,7 @@ class TestPage:
         Image.new("RGB", (900, 30), "red").save(tmp_path / "a.png")
         html = page([record("<image>", image="a.png"), record("<image>", image="no.png")], image_folder=tmp_path)
         assert html.count('src="data:image/jpeg;base64,') == html.count("src=") == 1
-        assert "no.png&#x27; does not exist" in html
+        assert "no.png&#39; does not exist" in html
         assert "http" not in html.replace("http-equiv", "")
         assert "Content-Security-Policy" in html
 

@@ -14,16 +14,12 @@ from PIL import Image
 from pyarrow import parquet
 
 from llava_ft.conversation import TEMPLATES, get_template
-from llava_ft.data.doctor import check as check_module
-from llava_ft.data.doctor.check import Tally, check_source
-from llava_ft.data.doctor.findings import REMARKS, UNUSABLE, find_all
-from llava_ft.data.doctor.pictures import ImageTask
-from llava_ft.data.doctor.records import Remark
-from llava_ft.data.doctor.workers import Workers
-from llava_ft.data.preparation.progress import Progress
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.errors import UserError
 from llava_ft.geometry import ImageGeometry
+from llava_ft.inspection import check_source as check_module
+from llava_ft.inspection.check_source import Example, Tally, check_source
+from llava_ft.inspection.findings import REMARKS, UNUSABLE, find_all
 from tests.data.conftest import GOLDEN, SOURCES, record, turns
 from tests.data.test_bad_records import MALFORMED
 from tests.data.test_text_properties import json_values
@@ -59,7 +55,9 @@ def assert_agrees(check, build, records, **options):
     assert int(found.columns["kept_images"].sum()) == report.num_images
     assert int((found.columns["kept_tokens"] < found.columns["tokens"]).sum()) == report.num_truncated
     lost = int((found.columns["tokens"] - found.columns["kept_tokens"]).sum())
-    assert found.dropped or lost == report.num_lost_tokens
+    assert found.dropped.indices or lost == report.num_lost_tokens
+    if options.get("truncation") == "drop":
+        assert len(found.dropped.indices) == report.num_too_long
     return found
 
 
@@ -77,8 +75,10 @@ class TestAgreementWithTraining:
         records = [*json.loads((GOLDEN / "data" / "mix.json").read_text()), long | {"image": "landscape.jpg"}]
         assert_agrees(check, build, records, truncation=truncation, max_length=max_length)
 
-    @pytest.mark.parametrize("supervise", ["answers", "last_answer", "all"])
-    @pytest.mark.parametrize("template", sorted(TEMPLATES))
+    @pytest.mark.parametrize(
+        ("template", "supervise"),
+        [*((name, "answers") for name in sorted(TEMPLATES)), ("v1", "last_answer"), ("v1", "all")],
+    )
     def test_recorded_conversations(self, check, build, tokenizer, template, supervise):
         cases = json.loads(gzip.decompress((GOLDEN / "conversations_tiny512.json.gz").read_bytes()))["cases"][::3]
         records = [
@@ -107,9 +107,7 @@ class TestAgreementWithTraining:
         ]
         path = tmp_path / "rows.parquet"
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-        plan, source = make_plan(), write(None, path.name)
-        with Workers(1, plan) as workers:
-            found = check_source(source, plan, workers, Progress)
+        found = check_source(write(None, path.name), make_plan())
         report = build(path, on_bad_sample="skip", check_images="decode").report
         assert {kind: len(indices) for kind, indices in kinds_of(found).items()} == report.counts
         assert sorted(found.unusable()) == [error.index for error in report.errors] == [1, 2, 3]
@@ -126,36 +124,30 @@ class TestAgreementWithTraining:
         assert_agrees(check, build, json.loads(text))
 
 
-class TestWorkers:
-    def test_any_number_finds_the_same(self, check, folder, monkeypatch):
-        monkeypatch.setattr(check_module, "RECORDS_PER_TASK", 3)
-        monkeypatch.setattr(check_module, "IMAGES_PER_TASK", 2)
-        records = [bad for bad, _, _ in MALFORMED.values()]
-        records += [record(str(n), image="good.jpg", answer=f"answer {n % 7}") for n in range(30)]
-        one, two = (check(records, image_folder=folder, num_workers=number) for number in (1, 2))
-        assert kinds_of(one) == kinds_of(two)
-        assert find_all(one, "error") == find_all(two, "error")
-        for name, column in one.columns.items():
-            np.testing.assert_array_equal(column, two.columns[name])
+def test_any_number_of_processes_finds_the_same(check, folder, monkeypatch):
+    for name, value in {"RECORDS_PER_TASK": 3, "IMAGES_PER_TASK": 2, "RECORDS_FOR_PROCESSES": 10}.items():
+        monkeypatch.setattr(check_module, name, value)
+    records = [bad for bad, _, _ in MALFORMED.values()]
+    records += [record(str(n), image="good.jpg", answer=f"answer {n % 7}") for n in range(30)]
+    one, two = (check(records, image_folder=folder, num_processes=number) for number in (1, 2))
+    assert kinds_of(one) == kinds_of(two)
+    assert find_all(one, "error") == find_all(two, "error")
+    for name, column in one.columns.items():
+        np.testing.assert_array_equal(column, two.columns[name])
 
 
-class FatalImages:
-    """Stands in for workers: decoding an image called bad ends the process."""
-
-    def map(self, function, tasks, when_killed):
-        for task in tasks:
-            is_fatal = isinstance(task, ImageTask) and any("bad" in image for image in task.images)
-            yield when_killed(task) if is_fatal else function(task)
-
-    def run_alone(self, function, task, when_killed):
-        return next(self.map(function, [task], when_killed))
+def run_fatally(work, tasks, num_processes, when_killed=None):
+    """Stands in for a pool: decoding an image called bad ends the process."""
+    for task in tasks:
+        yield when_killed(task) if any("bad" in str(part) for part in task) else work(task)
 
 
-def test_an_image_that_kills_its_process_is_named(write, make_plan):
-    plan = make_plan()
-    source = write([record(name, image=f"{name}.png") for name in ("square", "bad", "palette")])
-    with Workers(1, plan):
-        found = check_source(source, plan, FatalImages(), Progress)
+def test_an_image_that_kills_its_process_is_named(check, monkeypatch):
+    monkeypatch.setattr(check_module, "run_tasks", run_fatally)
+    monkeypatch.setattr(
+        check_module, "run_alone", lambda work, task, when_killed: next(run_fatally(work, [task], 1, when_killed))
+    )
+    found = check([record(name, image=f"{name}.png") for name in ("square", "bad", "palette")])
     assert kinds_of(found) == {"image-crash": [1]}
     assert "'bad.png' ends the process that decodes it" in found.errors["image-crash"].examples[0].reason
     assert findings_of(found, on_bad_sample="skip")["image-crash"].severity == "error"
@@ -165,7 +157,7 @@ class TestFindings:
     def test_nothing(self, check):
         found = check([record("a"), record("b", image="landscape.jpg")])
         assert find_all(found, "error") == []
-        assert found.num_unusable == 0
+        assert found.unusable() == {}
 
     def test_every_kind_is_described(self):
         page = (GOLDEN.parents[1] / "docs" / "data_format.md").read_text()
@@ -191,9 +183,7 @@ class TestFindings:
         ]
         found = findings_of(check(records, image_folder=tmp_path))
         assert [each.index for each in found["duplicate-record"].examples] == [1, 4, 6, 7]
-        assert found["duplicate-record"].examples[0] == Remark(
-            "duplicate-record", 1, "2", "record 0 says the same of the same images."
-        )
+        assert found["duplicate-record"].examples[0] == Example(1, "2", "record 0 says the same of the same images.")
         assert found["duplicate-record"].severity == "warning"
         assert [each.index for each in found["repeated-id"].examples] == [3, 6]
         assert found["same-image"].severity == found["repeated-id"].severity == "note"
@@ -255,7 +245,7 @@ class TestFindings:
     def test_few_records_are_named_many_are_counted(self):
         tally = Tally()
         for index in range(1000):
-            tally.add(Remark("x", index, ""))
+            tally.add(index, str, "")
         assert len(tally.indices) == 1000
         assert len(tally.examples) == 20
 
@@ -268,6 +258,6 @@ class TestWrongRequests:
     def test_no_folder(self, check, tmp_path):
         with pytest.raises(UserError, match=r"a relative path, but there is no image folder. Pass --image_folder"):
             check([record(image="a.jpg")], image_folder=None)
-        with pytest.raises(UserError, match=r"is not a directory, but .* names images in it"):
+        with pytest.raises(UserError, match=r"is not a directory, but .* has images in it"):
             check([record(image="a.jpg")], image_folder=tmp_path / "no")
-        assert check([record()], image_folder=None).num_unusable == 0
+        assert check([record()], image_folder=None).unusable() == {}

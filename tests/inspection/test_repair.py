@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from llava_ft.data.doctor.check import check_source
-from llava_ft.data.doctor.findings import find_all
-from llava_ft.data.doctor.fix import REPAIRS, check_target, write_fixed
-from llava_ft.data.doctor.workers import Workers
-from llava_ft.data.preparation.progress import Progress
 from llava_ft.errors import UserError
+from llava_ft.inspection import check_source as check_module
+from llava_ft.inspection import repair as repair_module
+from llava_ft.inspection.check_source import check_source
+from llava_ft.inspection.findings import find_all
+from llava_ft.inspection.repair import REPAIRS, check_target, write_fixed
 from tests.data.conftest import SOURCES, record
 from tests.data.test_bad_records import MALFORMED
 from tests.data.test_text_properties import json_values
@@ -30,11 +30,8 @@ def fix(write, make_plan, tmp_path):
 
     def run(records, name="fixed.jsonl", **options):
         plan = make_plan(**options)
-        source = write(records)
         target = tmp_path / name
-        with Workers(1, plan) as workers:
-            check = check_source(source, plan, workers, Progress)
-            report = write_fixed(check, target, workers)
+        report = write_fixed(check_source(write(records), plan), target, plan)
         text = target.read_text(encoding="utf-8")
         written = (
             json.loads(text)
@@ -146,6 +143,15 @@ def bad(number):
 
 
 class TestWhatIsWritten:
+    def test_any_number_of_processes_writes_the_same(self, fix, monkeypatch):
+        records = [before for before, _, _ in REPAIRABLE.values()] + list(LEFT_ALONE.values()) + [record("r")] * 20
+        one = fix(records, "one.json")
+        monkeypatch.setattr(check_module, "RECORDS_PER_TASK", 3)
+        monkeypatch.setattr(repair_module, "RECORDS_FOR_PROCESSES", 1)
+        two = fix(records, "two.json", num_processes=2)
+        assert one[1] == two[1]
+        assert (one[0].left_out, one[0].repaired) == (two[0].left_out, two[0].repaired)
+
     @pytest.mark.parametrize("name", ["fixed.json", "fixed.jsonl"])
     def test_it_passes_the_check(self, fix, check, folder, name):
         records = [before for before, _, _ in copy.deepcopy(REPAIRABLE).values()] + list(
@@ -169,7 +175,7 @@ class TestWhatIsWritten:
             _, written = fix([record("fine"), *entries])
         except UnicodeEncodeError:
             return
-        assert check(written).num_unusable == 0
+        assert check(written).unusable() == {}
 
     def test_images_inside_the_text_stay(self, fix, check):
         content = base64.b64encode((SOURCES / "landscape.jpg").read_bytes()).decode()
@@ -208,17 +214,16 @@ class TestTargets:
         rows = [record("a", question="<image>What?") | {"image": {"bytes": content, "path": "a.jpg"}}]
         path = tmp_path / "rows.parquet"
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-        plan, source = make_plan(), write(None, path.name)
-        with Workers(1, plan) as workers:
-            check = check_source(source, plan, workers, Progress)
-            assert check.num_unusable == 0
-            assert check.images.decoded[0].num_bytes == len(content)
-            with pytest.raises(UserError, match=r"record 0 of .* holds more than text: the images in it would be lost"):
-                write_fixed(check, tmp_path / "out.json", workers)
+        plan = make_plan()
+        check = check_source(write(None, path.name), plan)
+        assert check.unusable() == {}
+        assert check.images.decoded[0].num_bytes == len(content)
+        with pytest.raises(UserError, match=r"record 0 of .* holds more than text: the images in it would be lost"):
+            write_fixed(check, tmp_path / "out.json", plan)
         assert not Path(tmp_path / "out.json").exists()
 
 
 def test_every_repair_is_documented():
-    page = (Path(__file__).parents[3] / "docs" / "check_data.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "check_data.md").read_text()
     for name in REPAIRS:
         assert re.search(rf"^\| `{re.escape(name)}` \|", page, re.M), name

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from llava_ft.data.doctor.check import NUM_EXAMPLES, SourceCheck, Tally, id_of
-from llava_ft.data.doctor.records import LONG_RATIO, TINY_SIDE, Remark
 from llava_ft.data.records import parse_embedded
 from llava_ft.data.report import BadSamplePolicy
+from llava_ft.inspection.check_source import LONG_RATIO, NUM_EXAMPLES, TINY_SIDE, Example, SourceCheck
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: Final = ("error", "warning", "note")
@@ -31,13 +30,12 @@ class Finding:
     title: str
     advice: str
     num_records: int
-    examples: list[Remark]
+    examples: list[Example]
 
     def to_dict(self) -> dict[str, Any]:
         """Give the finding as JSON values."""
-        examples = [{"record": each.index, "id": each.sample_id, "reason": each.reason} for each in self.examples]
-        values = {name: getattr(self, name) for name in ("severity", "kind", "title", "advice", "num_records")}
-        return {**values, "examples": examples}
+        examples = [{"record": index, "id": sample_id, "reason": reason} for index, sample_id, reason in self.examples]
+        return {**vars(self), "examples": examples}
 
 
 _RECORD: Final = "Correct the records; docs/data_format.md has the format."
@@ -122,40 +120,39 @@ def find_all(check: SourceCheck, on_bad_sample: BadSamplePolicy) -> list[Finding
         on_bad_sample: What the run does with records that it cannot use. "skip" makes warnings of errors that the run
             finds before training, as long as some records are left.
     """
-    findings = [_unusable(kind, tally, check, on_bad_sample) for kind, tally in check.errors.items()]
-    for kind, tally in check.remarks.items():
-        severity, title, advice = REMARKS[kind]
+    findings: list[Finding] = []
+    for kind, tally in check.errors.items():
+        title, advice = UNUSABLE.get(kind, (kind.replace("-", " "), _RECORD))
+        is_left_out = on_bad_sample == "skip" and not tally.num_late and len(check.columns["index"]) > 0
+        if tally.num_late:
+            advice += " A run notices it before training only with --check_images decode."
+        severity: Severity = "warning" if is_left_out else "error"
         findings.append(Finding(severity, kind, title, advice, len(tally.indices), tally.examples))
-    for tally in check.dropped.values():
-        findings.append(Finding("warning", "dropped", *_DROPPED, len(tally.indices), tally.examples))
+    for kind, tally in check.remarks.items():
+        findings.append(Finding(REMARKS[kind][0], kind, *REMARKS[kind][1:], len(tally.indices), tally.examples))
+    if check.dropped.indices:
+        count = len(check.dropped.indices)
+        findings.append(Finding("warning", "dropped", *_DROPPED, count, check.dropped.examples))
     findings += _cut_off(check)
     findings += _same_images(check)
     return sorted(findings, key=lambda each: (SEVERITIES.index(each.severity), -each.num_records, each.kind))
 
 
-def _unusable(kind: str, tally: Tally, check: SourceCheck, on_bad_sample: BadSamplePolicy) -> Finding:
-    title, advice = UNUSABLE.get(kind, (kind.replace("-", " "), _RECORD))
-    is_left_out = on_bad_sample == "skip" and not tally.num_late and len(check.columns["index"]) > 0
-    severity: Severity = "warning" if is_left_out else "error"
-    if tally.num_late:
-        advice += " A run notices it before training only with --check_images decode."
-    return Finding(severity, kind, title, advice, len(tally.indices), tally.examples)
-
-
 def _cut_off(check: SourceCheck) -> list[Finding]:
     columns = check.columns
-    cut = (columns["kept_tokens"] < columns["tokens"]).nonzero()[0]
+    lost = columns["tokens"] - columns["kept_tokens"]
+    cut = lost.nonzero()[0]
     if not len(cut):
         return []
-    examples: list[Remark] = []
-    worst = cut[(columns["tokens"] - columns["kept_tokens"])[cut].argsort(kind="stable")[::-1]]
+    examples: list[Example] = []
+    worst = cut[lost[cut].argsort(kind="stable")[::-1]]
     for place in worst[:NUM_EXAMPLES].tolist():
         values = {name: int(column[place]) for name, column in columns.items()}
         reason = (
             f"{values['kept_tokens']} of {values['tokens']} tokens, {values['kept_answers']} of {values['answers']} "
             f"answers and {values['kept_images']} of {values['images']} images stay."
         )
-        examples.append(Remark("cut-off", values["index"], id_of(check.source, values["index"]), reason))
+        examples.append(Example(values["index"], check.rows.sample_id(values["index"]), reason))
     return [Finding("warning", "cut-off", *_CUT, len(cut), examples)]
 
 
@@ -169,5 +166,5 @@ def _same_images(check: SourceCheck) -> list[Finding]:
         return []
     severity, title, advice = REMARKS["same-image"]
     count = sum(len(paths) - 1 for paths in several)
-    examples = [Remark("same-image", -1, "", " = ".join(paths[:4])) for paths in several[:5]]
+    examples = [Example(-1, "", " = ".join(paths[:4])) for paths in several[:5]]
     return [Finding(severity, "same-image", title, advice, count, examples)]

@@ -1,0 +1,107 @@
+"""`llava-ft check-data`: what a run will find in its data, before it starts."""
+
+import dataclasses
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from transformers import TrainingArguments
+
+from llava_ft.args import ParsedArgs
+from llava_ft.data.sources.selection import DataSources
+from llava_ft.errors import UserError
+from llava_ft.inspection.check_report import DataSetReport, Report, as_text, report_page
+from llava_ft.inspection.check_source import SourceCheck, check_source
+from llava_ft.inspection.data_plan import DataPlan
+from llava_ft.inspection.findings import find_all
+from llava_ft.inspection.pages import write_page
+from llava_ft.inspection.repair import check_target, write_fixed
+from llava_ft.inspection.statistics import Epoch, count_all, count_epoch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """What is asked for beside the flags of a run.
+
+    Attributes:
+        fix: Where the records that can be used are written; None writes nothing.
+        html: Where the report is written as a page; None writes none.
+        as_json: Whether the report is JSON instead of text to read.
+    """
+
+    fix: Path | None = None
+    html: Path | None = None
+    as_json: bool = False
+
+
+def run_check_data(args: ParsedArgs, plan: DataPlan, output: TextIO, options: CheckOptions) -> bool:
+    """Check the data of a run and write what was found.
+
+    Args:
+        args: The run's flags.
+        plan: How the run reads its data.
+        output: Where the report goes.
+        options: What else is asked for.
+
+    Returns:
+        Whether nothing was found that would stop or spoil the run.
+
+    Raises:
+        UserError: The request is wrong.
+        RunError: A file could not be written, or a process was killed.
+    """
+    assert args.data.data_path is not None
+    training = DataSources.open(args.data.data_path, plan.preparation.directory)
+    if options.fix is not None:
+        if training.mixture is not None:
+            raise UserError("--fix writes one file, and a mixture has several sources. Check each of them on its own.")
+        check_target(options.fix, [args.data.data_path, str(args.data.validation_data_path)])
+    opened = {"training": training}
+    if args.data.validation_data_path:
+        opened["validation"] = DataSources.open(args.data.validation_data_path, plan.preparation.directory)
+    reports: list[DataSetReport] = []
+    for use, data in opened.items():
+        for source, prefix in zip(data.sources, data.prompt_prefixes, strict=True):
+            check = check_source(source, plan, prompt_prefix=prefix)
+            numbers = count_all(check, max_length=plan.limits.max_length, policy=plan.limits.truncation)
+            reports.append(DataSetReport(source.name, use, check, find_all(check, args.data.on_bad_sample), numbers))
+    fix = write_fixed(reports[0].check, options.fix, plan) if options.fix is not None else None
+    epoch, refused = None, ""
+    try:
+        epoch = _epoch(args, plan, [each.check for each in reports if each.use == "training"], training)
+    except UserError as error:  # the mixture asks for more than the usable records give
+        refused = str(error)
+    report = Report(reports, epoch, fix, refused)
+    if options.html is not None:
+        write_page(options.html, report_page(report, [plan.place_of(each.check.source) for each in reports]))
+        logger.info("The report is in %s.", options.html)
+    if options.as_json:
+        output.write(json.dumps(report.to_dict(), indent=1) + "\n")
+    else:
+        output.write(as_text(report, is_terminal=output.isatty()))
+    return report.passed
+
+
+def _epoch(args: ParsedArgs, plan: DataPlan, checks: list[SourceCheck], data: DataSources) -> Epoch | None:
+    """Put together what an epoch takes of each source."""
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+
+    def setting(name: str) -> Any:
+        """Give a field of `TrainingArguments` without building one, which would look for devices."""
+        return args.inherited.get(name, defaults[name])
+
+    counts = [len(check.columns["index"]) for check in checks]
+    if not all(counts):
+        return None
+    seed = int(setting("seed") if setting("data_seed") is None else setting("data_seed"))
+    rows = np.concatenate(data.choose(counts, seed).train)
+    lengths, supervised = (
+        np.concatenate([check.columns[name] for check in checks])[rows] for name in ("kept_tokens", "kept_supervised")
+    )
+    batch_size = int(setting("per_device_train_batch_size"))
+    return count_epoch(lengths, supervised, max_length=plan.limits.max_length, batch_size=batch_size, seed=seed)
