@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -88,8 +88,8 @@ def read_shard(path: Path, owner: str, names: Sequence[str]) -> list[torch.Tenso
 @contextmanager
 def _open(path: Path, owner: str) -> Generator[tuple[Any, dict[str, str]]]:
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+        with cast("Any", safe_open)(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
             if metadata.get(_OWNER) != owner:
                 raise DamagedShardError(f"{path} does not belong to its folder, or is damaged")
             yield file, metadata
@@ -100,4 +100,4 @@ def _open(path: Path, owner: str) -> Generator[tuple[Any, dict[str, str]]]:
 def _checksum(name: str, tensor: torch.Tensor) -> str:
     """Return the CRC-32 of a tensor with its name, type and shape, which safetensors would read damaged as well."""
     described = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    return f"{zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), described):08x}"
+    return f"{zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, described):08x}"

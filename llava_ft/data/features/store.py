@@ -180,8 +180,8 @@ class FeatureStore:
         Raises:
             DamagedShardError: The file was truncated, damaged or removed.
         """
-        digest, file = self._found[position]
-        (kept,) = read_shard(self._files[file], self.settings.owner, [digest.tobytes().hex()])
+        found = self._found[position]
+        (kept,) = read_shard(self._files[int(found["file"])], self.settings.owner, [bytes(found["digest"]).hex()])
         return self.settings.tiles.decode(kept)
 
     def add(self, digests: Sequence[bytes], features: Sequence[torch.Tensor]) -> None:
