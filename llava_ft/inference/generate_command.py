@@ -3,13 +3,11 @@
 import argparse
 from typing import TextIO
 
-import torch
 from transformers import set_seed
 
-from llava_ft.checkpoint.overrides import force_from_flags
 from llava_ft.conversation import get_template
 from llava_ft.inference.generate import Sampling, build_prompt, generate_answer
-from llava_ft.inference.load import choose_quantization, load_model
+from llava_ft.inference.load import load_by_flags
 from llava_ft.inference.streaming import AnswerStreamer
 
 
@@ -21,16 +19,7 @@ def run_generate(options: argparse.Namespace, output: TextIO) -> str:
     """
     sampling = Sampling.from_flags(options)
     template = get_template(options.conv_mode) if options.conv_mode else None
-    quantization = choose_quantization(options.model_path, options.bits)
-    loaded = load_model(
-        options.model_path,
-        options.model_base,
-        vision_tower=options.vision_tower,
-        dtype=getattr(torch, options.dtype) if options.dtype else None,
-        device=options.device,
-        force=force_from_flags(options.force, options.allow_base_mismatch),
-        quantization=quantization,
-    )
+    loaded = load_by_flags(options, options.model_path, options.model_base)
     template = template or get_template(loaded.template)
     config = loaded.model.config
     prompt = build_prompt(

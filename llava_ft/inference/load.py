@@ -1,5 +1,6 @@
 """Loading any LLaVA model for use, by what its directory holds."""
 
+import argparse
 import logging
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +17,7 @@ from llava_ft.checkpoint.base_and_adapters import BaseAndAdapters, open_base_and
 from llava_ft.checkpoint.blend import Adapters
 from llava_ft.checkpoint.directory import identify, resolve_model_path
 from llava_ft.checkpoint.names import PEFT_PREFIX
-from llava_ft.checkpoint.overrides import Force
+from llava_ft.checkpoint.overrides import Force, force_from_flags
 from llava_ft.data.images import ImageTransform
 from llava_ft.errors import UserError
 from llava_ft.models.llava import LlavaLlamaForCausalLM
@@ -136,6 +137,22 @@ def load_model(
         attn_implementation=attn_implementation,
         adapter=adapter,
         quantization=quantization,
+    )
+
+
+def load_by_flags(
+    options: argparse.Namespace, path: str, base: str | None, *, adapter: Literal["added", "beside"] = "added"
+) -> LoadedModel:
+    """Load one of the models that a command line of `generate` or `chat` names, with the flags that hold for all."""
+    return load_model(
+        path,
+        base,
+        vision_tower=options.vision_tower,
+        dtype=getattr(torch, options.dtype) if options.dtype else None,
+        device=options.device,
+        force=force_from_flags(options.force, options.allow_base_mismatch),
+        adapter=adapter,
+        quantization=choose_quantization(path, options.bits),
     )
 
 

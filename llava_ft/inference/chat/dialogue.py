@@ -5,9 +5,11 @@ data, so a prompt is the beginning of the text that the finished conversation wo
 are the exception: LLaVA writes them without line breaks at inference, and so does this program.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
@@ -90,21 +92,17 @@ class Dialogue:
     system: str | None = None
     exchanges: list[tuple[Question, str]] = field(default_factory=list[tuple[Question, str]])
 
-    def turns(self, question: Question | None = None) -> list[ChatTurn]:
-        """Return all turns with images placed as in training; `question` is the last one, if given."""
-        turns: list[ChatTurn] = []
-        for asked, answer in self.exchanges:
-            # An answer that says `<image>` does not ask for a picture.
-            turns += [("human", self._placed(asked)), ("gpt", answer.replace(IMAGE_TOKEN, "< image>"))]
-        return turns if question is None else [*turns, ("human", self._placed(question))]
-
     def prompt(self, question: Question) -> str:
-        """Write the text to be continued by the answer to `question`.
+        """Write the text to be continued by the answer to `question`, with images placed as in training.
 
         Raises:
             TurnsError: The turns do not fit the template.
         """
-        return self.template.prompt(self.turns(question), system=self.system)
+        turns: list[ChatTurn] = []
+        for asked, answer in self.exchanges:
+            # An answer that says `<image>` does not ask for a picture.
+            turns += [("human", self._placed(asked)), ("gpt", answer.replace(IMAGE_TOKEN, "< image>"))]
+        return self.template.prompt([*turns, ("human", self._placed(question))], system=self.system)
 
     def pictures(self, question: Question | None = None) -> list[Picture]:
         """Return all pictures in the order of their placeholders."""
@@ -122,6 +120,14 @@ class Dialogue:
             record["image"] = paths[0] if len(paths) == 1 else paths
         return {**record, "conversations": conversations}
 
+    def text(self, name: str) -> str:
+        """Return the conversation to be read by people; `name` is who answered."""
+        lines = [] if self.system is None else [f"System: {self.system}", ""]
+        for asked, answer in self.exchanges:
+            lines += [f"Image: {picture.path}" for picture in asked.pictures]
+            lines += [f"User: {asked.text}", f"{name}: {answer}", ""]
+        return "\n".join(lines)
+
     def _placed(self, question: Question) -> str:
         return place_images(
             question.turn_text,
@@ -130,10 +136,27 @@ class Dialogue:
         )
 
 
-def ask_for_fewer(num_tokens: int, context_len: int, pictures: Sequence[Picture]) -> str:
-    """Say that a conversation has become longer than the model can read, and what helps."""
-    images = f", the tokens of {len(pictures)} image{'s' if len(pictures) > 1 else ''} among them" if pictures else ""
-    return (
-        f"With this question the conversation is {num_tokens:,} tokens long{images}, but the model's context is "
-        f"{context_len:,}. Ask in fewer words, take back earlier questions (/undo), or begin anew (/clear)."
-    )
+def save_conversation(path: Path, names: Sequence[str], dialogues: Sequence[Dialogue]) -> None:
+    """Write the conversations of a chat.
+
+    Args:
+        path: Where to; must not exist. `.json` gets records of LLaVA's data format with whole paths of the images.
+        names: Who answered, for each conversation.
+        dialogues: The conversations.
+
+    Raises:
+        UserError: The file exists or cannot be written.
+    """
+    if path.suffix == ".json":
+        ids = [path.stem if len(names) == 1 else f"{path.stem}-{name}" for name in names]
+        records = [dialogue.record(name) for name, dialogue in zip(ids, dialogues, strict=True)]
+        content = json.dumps(records, ensure_ascii=False, indent=2) + "\n"
+    else:
+        content = "\n".join(dialogue.text(name) for name, dialogue in zip(names, dialogues, strict=True))
+    try:
+        with path.open("x", encoding="utf-8") as opened:
+            opened.write(content)
+    except FileExistsError:
+        raise UserError(f"{path} exists. Choose another name.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}. Choose another place.") from None

@@ -5,10 +5,9 @@ error. Where nobody types the questions, the first that cannot be answered ends 
 """
 
 import signal
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -16,10 +15,9 @@ from transformers import set_seed
 
 from llava_ft.constants import IMAGE_TOKEN
 from llava_ft.errors import RunError, UserError
-from llava_ft.inference.chat.dialogue import Dialogue, Picture, Question
-from llava_ft.inference.chat.files import find_typed_path, save_conversation
+from llava_ft.inference.chat.dialogue import Dialogue, Picture, Question, save_conversation
 from llava_ft.inference.chat.responder import Interrupt, Reply
-from llava_ft.inference.chat.screen import Screen
+from llava_ft.inference.chat.terminal import Screen, find_typed_path
 from llava_ft.inference.chat.voices import Voice
 from llava_ft.inference.generate import Sampling
 
@@ -36,8 +34,6 @@ _HELP: Final = """\
 Ctrl-C stops an answer. A line that ends with \\ goes on in the next one. A question that begins with a slash is
 written with two."""
 
-_SECONDS_WITHOUT_CTRL_C: Final = 0.3
-
 
 @dataclass
 class Chat:
@@ -49,6 +45,7 @@ class Chat:
         sampling: How tokens are chosen.
         seed: Of the first answer; each further one takes the next.
         is_interactive: Whether somebody types the questions; then errors are shown and the chat goes on.
+        pending: Images for the next question.
     """
 
     voices: Sequence[Voice]
@@ -56,11 +53,10 @@ class Chat:
     sampling: Sampling
     seed: int = 0
     is_interactive: bool = False
+    pending: list[Picture] = field(default_factory=list[Picture])
     dialogues: list[Dialogue] = field(init=False)
-    pending: list[Picture] = field(default_factory=list[Picture], init=False)
     num_answers: int = field(default=0, init=False)
-    replies: list[Reply] = field(default_factory=list[Reply], init=False)
-    """The answers to the last question, by voice."""
+    _interrupt: Interrupt | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         """Begin with nothing said."""
@@ -73,14 +69,19 @@ class Chat:
             UserError: A line cannot be carried out and nobody is there to read why.
             RunError: An answer failed, likewise.
         """
-        for line in lines:
-            try:
-                if not self.take(line):
-                    return
-            except (UserError, RunError) as error:
-                if not self.is_interactive:
-                    raise
-                self.screen.notice(str(error))
+        previous = signal.signal(signal.SIGINT, self._stop_answer) if self.is_interactive else None
+        try:
+            for line in lines:
+                try:
+                    if not self.take(line):
+                        return
+                except (UserError, RunError) as error:
+                    if not self.is_interactive:
+                        raise
+                    self.screen.notice(str(error))
+        finally:
+            if previous is not None:
+                signal.signal(signal.SIGINT, previous)
 
     def take(self, line: str) -> bool:
         """Carry out one line; returns whether the chat goes on.
@@ -154,8 +155,9 @@ class Chat:
         self._last_question()
         if not path:
             raise UserError("/save needs the name of a file, such as /save chat.json.")
-        names = [voice.name for voice in self.voices]
-        self.screen.notice(f"Written to {save_conversation(Path(path).expanduser(), names, self.dialogues)}.")
+        target = Path(path).expanduser()
+        save_conversation(target, [voice.name for voice in self.voices], self.dialogues)
+        self.screen.notice(f"Written to {target}.")
 
     def _retry(self, _: str) -> None:
         question = self._last_question()
@@ -187,32 +189,46 @@ class Chat:
             voice.responder.check(prompt, pictures)
         self.screen.begin([voice.name for voice in self.voices])
         replies: list[Reply] = []
-        with self._interruptible() as interrupt:
+        interrupt = Interrupt()
+        try:
+            self._interrupt = interrupt
             for number, (voice, prompt) in enumerate(zip(self.voices, prompts, strict=True)):
-                if not interrupt.is_set:
-                    replies.append(self._answer(number, voice, prompt, pictures, interrupt))
-        self.screen.end()
+                if interrupt.is_set:
+                    break
+                set_seed(self.seed + self.num_answers)
+                with voice.speaking():
+                    reply = voice.responder.answer(
+                        prompt,
+                        pictures,
+                        voice.template,
+                        self.sampling,
+                        write=partial(self.screen.write, number),
+                        interrupt=interrupt,
+                    )
+                replies.append(reply)
+        except KeyboardInterrupt:
+            if not self.is_interactive:
+                raise
+        finally:
+            self._interrupt = None
+            self.screen.end()
         self.num_answers += 1
-        return self._keep(question, replies, bool(interrupt.is_set))
+        return self._keep(question, replies, interrupt.is_set)
 
-    def _answer(
-        self, number: int, voice: Voice, prompt: str, pictures: Sequence[Picture], interrupt: Interrupt
-    ) -> Reply:
-        def write(text: str) -> None:
-            self.screen.write(number, text)
-
-        set_seed(self.seed + self.num_answers)
-        with voice.speaking():
-            return voice.responder.answer(
-                prompt, pictures, voice.template, self.sampling, write=write, interrupt=interrupt
-            )
+    def _stop_answer(self, _signal: int, _frame: object) -> None:
+        """Have Ctrl-C end the answer; a second one ends it at once, whatever is computed. Elsewhere it does nothing."""
+        interrupt = self._interrupt
+        if interrupt is not None and interrupt.is_set:
+            self._interrupt = None
+            raise KeyboardInterrupt
+        if interrupt is not None:
+            interrupt.is_set = True
 
     def _keep(self, question: Question, replies: list[Reply], was_interrupted: bool) -> bool:
         """Take a question and its answers into the history; one that somebody has not answered is taken back."""
         if was_interrupted and (len(replies) < len(self.voices) or not all(reply.text for reply in replies)):
             self.screen.notice("Stopped. The question was taken back.")
             return False
-        self.replies = replies
         for dialogue, reply in zip(self.dialogues, replies, strict=True):
             dialogue.exchanges.append((question, reply.text))
         self.pending = [picture for picture in self.pending if picture not in question.pictures]
@@ -227,28 +243,3 @@ class Chat:
         if was_interrupted:
             self.screen.notice("Stopped. What was written stays in the conversation.")
         return True
-
-    @contextmanager
-    def _interruptible(self) -> Generator[Interrupt]:
-        """Have Ctrl-C end the answer; a second one ends it at once, whatever is being computed."""
-        interrupt = Interrupt()
-        if not self.is_interactive:
-            yield interrupt
-            return
-
-        def stop(_signal: int, _frame: object) -> None:
-            if interrupt.is_set:
-                raise KeyboardInterrupt
-            interrupt.is_set = True
-
-        previous = signal.signal(signal.SIGINT, stop)
-        try:
-            yield interrupt
-        except KeyboardInterrupt:
-            interrupt.is_set = True
-        finally:
-            if interrupt.is_set:
-                # One Ctrl-C too many would otherwise be noticed by the next prompt, and take a line away.
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-                time.sleep(_SECONDS_WITHOUT_CTRL_C)
-            signal.signal(signal.SIGINT, previous)

@@ -20,7 +20,7 @@ from llava_ft.constants import IMAGE_TOKEN_INDEX
 from llava_ft.conversation import Template
 from llava_ft.data.tokenize import tokenize_prompt
 from llava_ft.errors import RunError, UserError
-from llava_ft.inference.chat.dialogue import Picture, ask_for_fewer
+from llava_ft.inference.chat.dialogue import Picture
 from llava_ft.inference.generate import Sampling
 from llava_ft.inference.load import LoadedModel
 from llava_ft.inference.streaming import AnswerStreamer, finished_answer
@@ -136,24 +136,27 @@ class Responder:
         read, self._read = entries, []  # nothing counts as read if this ends in an error
         try:
             ids = self._generate(entries, num_reused, template, options)
-        except torch.OutOfMemoryError:
+        except BaseException as error:  # also Ctrl-C: the memory holds a part of the answer
             self.forget()
+            if not isinstance(error, torch.OutOfMemoryError):
+                raise
             raise RunError(
                 f"The memory of the GPU is too small for this conversation of {len(entries):,} tokens. Begin anew "
                 "(/clear), or load the model with --bits 8 or --bits 4."
             ) from None
-        except BaseException:
-            self.forget()
-            raise
         self._read = [*read, *ids][: self._cache.get_seq_length()]
-        text = self._text_of(ids)
+        text = self._loaded.tokenizer.decode(ids, skip_special_tokens=True)
+        assert isinstance(text, str)
         answer = finished_answer(text, template.stop_strings)
         if write is not None and sampling.num_beams > 1:
             write(answer)
+        settings = self._model.generation_config
+        ends = settings.eos_token_id if settings is not None else None
+        has_ended = ids[-1:] and ids[-1] in (ends if isinstance(ends, list) else [ends])
         ending: Ending = "finished"
         if interrupt is not None and interrupt.is_set:
             ending = "interrupted"
-        elif len(ids) == limit and not self._has_ended(ids, text, template):
+        elif len(ids) == limit and not has_ended and not any(stop in text for stop in template.stop_strings):
             ending = "context" if limit == room else "length"
         return Reply(answer, ids, ending, len(entries), num_reused)
 
@@ -192,7 +195,12 @@ class Responder:
             else:
                 entries.append(token)
         if len(entries) >= self._loaded.context_len:
-            raise UserError(ask_for_fewer(len(entries), self._loaded.context_len, pictures))
+            images = f", the tokens of {len(pictures)} image{'s'[: len(pictures) > 1]} among them" if pictures else ""
+            raise UserError(
+                f"With this question the conversation is {len(entries):,} tokens long{images}, but the model's context "
+                f"is {self._loaded.context_len:,}. Ask in fewer words, take back earlier questions (/undo), or begin "
+                "anew (/clear)."
+            )
         return entries
 
     def _recall(self, entries: Sequence[Entry]) -> int:
@@ -220,13 +228,3 @@ class Responder:
             pixels = transform.normalizer(tiles.to(device))
             sizes = [picture.image.size for picture in pictures]
         return self._model.embed_inputs(torch.tensor([ids], device=device), pixels, sizes)
-
-    def _text_of(self, ids: list[int]) -> str:
-        text = self._loaded.tokenizer.decode(ids, skip_special_tokens=True)
-        assert isinstance(text, str)
-        return text
-
-    def _has_ended(self, ids: list[int], text: str, template: Template) -> bool:
-        ends = self._model.generation_config.eos_token_id if self._model.generation_config is not None else None
-        end_ids = ends if isinstance(ends, list) else [ends]
-        return (bool(ids) and ids[-1] in end_ids) or any(stop in text for stop in template.stop_strings)

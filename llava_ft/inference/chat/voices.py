@@ -75,16 +75,22 @@ def base_and_trained(loaded: LoadedModel, template: Template | None) -> list[Voi
         UserError: Nothing was trained on another model, or the base has no projector of its own to compare with.
     """
     model = loaded.model.get_base_model() if isinstance(loaded.model, PeftModel) else loaded.model
+    is_adapter = isinstance(loaded.model, PeftModel)
     own = find_base(str(loaded.base.directory.path), vision_tower=loaded.base.config.mm_vision_tower)
-    replaced, missing = _replaced_names(loaded.base, own)
-    if not isinstance(loaded.model, PeftModel):
-        if not replaced or missing:
-            raise UserError(
-                f"--compare needs a base and an adapter trained on it. {loaded.base.directory.path} "
-                + ("has no projector of its own to compare with." if missing else "is a whole model.")
-                + " Give a second model with --compare-with."
-            )
-    elif missing:
+    ours, theirs = _origins(loaded.base), _origins(own)
+    trained = [
+        name
+        for name, (source, _) in ours.items()
+        if name not in theirs or theirs[name][0].files.path.resolve() != source.files.path.resolve()
+    ]
+    replaced, missing = [name for name in trained if name in theirs], [name for name in trained if name not in theirs]
+    if not is_adapter and (missing or not replaced):
+        raise UserError(
+            f"--compare needs a base and an adapter trained on it. {loaded.base.directory.path} "
+            + ("has no projector of its own to compare with." if missing else "is a whole model.")
+            + " Give a second model with --compare-with."
+        )
+    if missing:
         logger.warning(
             "The base %s has no %s of its own; it answers with what was trained beside the adapter.",
             own.directory.path,
@@ -94,17 +100,21 @@ def base_and_trained(loaded: LoadedModel, template: Template | None) -> list[Voi
 
     @contextmanager
     def as_base() -> Generator[None]:
-        off = loaded.model.disable_adapter() if isinstance(loaded.model, PeftModel) else nullcontext()
-        with off, _exchanged(exchanges):
-            yield
+        with loaded.model.disable_adapter() if isinstance(loaded.model, PeftModel) else nullcontext():
+            for exchange in exchanges:
+                exchange.swap()
+            try:
+                yield
+            finally:
+                for exchange in exchanges:
+                    exchange.swap()
 
     own_template = own.directory.config.get("conversation_template")
     base_template = template or (get_template(own_template) if own_template else get_template(loaded.template))
     wraps = bool(own.config.mm_use_im_start_end)
-    trained_name = "adapter" if isinstance(loaded.model, PeftModel) else "projector"
     return [
         Voice("base", Responder(_with_own_images(loaded, own)), base_template, wraps, as_base),
-        single_voice(loaded, trained_name, template),
+        single_voice(loaded, "adapter" if is_adapter else "projector", template),
     ]
 
 
@@ -130,40 +140,14 @@ class _Exchange:
         self.other.copy_(before)
 
 
-@contextmanager
-def _exchanged(exchanges: Sequence[_Exchange]) -> Generator[None]:
-    for exchange in exchanges:
-        exchange.swap()
-    try:
-        yield
-    finally:
-        for exchange in exchanges:
-            exchange.swap()
-
-
-def _winners(base: BaseModel) -> dict[str, tuple[WeightSource, str]]:
+def _origins(base: BaseModel) -> dict[str, tuple[WeightSource, str]]:
     """Return where each weight is read from, by its name in the model."""
     return {name: (source, key) for source in base.sources for key, name in source.names.items()}
 
 
-def _replaced_names(trained: BaseModel, own: BaseModel) -> tuple[list[str], list[str]]:
-    """Find what is read from other files than the base's own.
-
-    Returns:
-        Names of what the base has values of its own for, and of what it does not have at all.
-    """
-    ours, theirs = _winners(trained), _winners(own)
-    replaced = [
-        name
-        for name, (source, _) in ours.items()
-        if name not in theirs or theirs[name][0].files.path.resolve() != source.files.path.resolve()
-    ]
-    return [name for name in replaced if name in theirs], [name for name in replaced if name not in theirs]
-
-
 def _find_exchanges(model: nn.Module, replaced: Sequence[str], own: BaseModel) -> list[_Exchange]:
     """Read the base's own values of what was trained, rows of added tokens too, and keep those that differ."""
-    parameters, theirs = dict(model.named_parameters()), _winners(own)
+    parameters, theirs = dict(model.named_parameters()), _origins(own)
     exchanges: list[_Exchange] = []
     for name in dict.fromkeys([*replaced, *_WITH_ROWS]):
         if name not in parameters or name not in theirs:
@@ -177,17 +161,11 @@ def _find_exchanges(model: nn.Module, replaced: Sequence[str], own: BaseModel) -
                     "trained on it, so they cannot share one model. Give the base with --compare-with instead."
                 )
             value = fit_rows(tensor.to(device=parameter.device, dtype=parameter.dtype), shape)
-            exchanges += _difference(parameter, value)
+            differs = (parameter.data != value).reshape(value.shape[0], -1).any(dim=1)
+            if bool(differs.any()):  # added tokens come last, so what is kept begins with the first row that differs
+                num_rows = value.shape[0] - int(differs.int().argmax())
+                exchanges.append(_Exchange(parameter, num_rows, value[-num_rows:].clone()))
     return exchanges
-
-
-def _difference(parameter: nn.Parameter, value: torch.Tensor) -> list[_Exchange]:
-    """Keep of the base's value what begins with the first row that differs; nothing if none does."""
-    is_other = (parameter.data != value).reshape(value.shape[0], -1).any(dim=1)
-    if not bool(is_other.any()):
-        return []
-    num_rows = value.shape[0] - int(is_other.int().argmax())
-    return [_Exchange(parameter, num_rows, value[-num_rows:].clone())]
 
 
 def _with_own_images(loaded: LoadedModel, own: BaseModel) -> LoadedModel:

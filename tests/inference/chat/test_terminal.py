@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llava_ft import cli
-from llava_ft.inference.chat.screen import ColumnScreen, display_width, wrap
+from llava_ft.inference.chat.terminal import ColumnScreen, choose_screen
 from llava_ft.inference.chat.voices import base_and_trained, single_voice
 from llava_ft.inference.generate import Sampling
 from llava_ft.inference.load import load_model
@@ -20,69 +20,95 @@ from tests.inference.chat.typed_chat import LANDSCAPE, LORA, Typed
 
 pytestmark = pytest.mark.usefixtures("in_recordings")
 
-
-def painted(write: Callable[[ColumnScreen], None], columns: int = 44, rows: int = 10) -> list[str]:
-    output = io.StringIO()
-    write(ColumnScreen(output, io.StringIO(), (columns, rows)))
-    screen = PaintedScreen(columns, rows)
-    screen.feed(output.getvalue())
-    return screen.text()
+PROMPT = "\x1b[?2004h"
+"""What prompt_toolkit begins each prompt with: pasted text is to be marked as such."""
 
 
-def test_two_answers_stand_side_by_side():
+@pytest.fixture
+def painted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[ColumnScreen], None]], list[str]]:
+    """Shows what a screen of 44 columns and 10 rows shows in the end."""
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "44", "LINES": "10"}.items():
+        monkeypatch.setenv(name, value)
+
+    def paint(write: Callable[[ColumnScreen], None]) -> list[str]:
+        output = io.StringIO()
+        write(ColumnScreen(output, io.StringIO()))
+        screen = PaintedScreen(44, 10)
+        screen.feed(output.getvalue())
+        return screen.text()
+
+    return paint
+
+
+def test_two_answers_stand_side_by_side(painted):
     def write(screen: ColumnScreen) -> None:
         screen.begin(["base", "adapter"])
         for piece in ("It is a small", " red", " hou", "se by the sea.\nYes."):
             screen.write(0, piece)
-        for piece in ("A", " house", "."):
+            screen._live.refresh()
+        for piece in ("A", " house.\x1b[2J"):
             screen.write(1, piece)
+        screen.end()
+        screen.begin(["base", "adapter"])
+        screen.write(1, "漢字かな" * 6)
         screen.end()
 
     assert painted(write) == [
-        "base                 | adapter",
-        "It is a small red    | A house.",
+        "base                  adapter",
+        "It is a small red     A house.\\x1b[2J",
         "house by the sea.",
         "Yes.",
+        "base                  adapter",
+        "                      漢字かな漢字かな漢字か",  # a wide character takes two columns
+        "                      な漢字かな漢字かな漢字",
+        "                      かな",
         "",
     ]
 
 
-def test_the_right_answer_may_be_longer_than_the_left():
-    def write(screen: ColumnScreen) -> None:
-        screen.begin(["base", "adapter"])
-        screen.write(0, "Yes.")
-        screen.write(1, "one two three four five six seven eight nine")
-        screen.end()
-        screen.begin(["base", "adapter"])
-
-    lines = painted(write)
-    assert lines[1:4] == [
-        "Yes.                 | one two three four",
-        "                     | five six seven eight",
-        "                     | nine",
-    ]
-    assert lines[4] == "base                 | adapter"
-
-
-def test_rows_that_left_the_screen_stay_as_they_are():
+def test_answers_longer_than_the_screen_show_their_ends_and_then_all(painted):
     def write(screen: ColumnScreen) -> None:
         screen.begin(["base", "adapter"])
         screen.write(0, "\n".join(f"left {number}" for number in range(20)))
+        screen._live.refresh()
+        before_end.append(screen._console.file.getvalue())
         screen.write(1, "\n".join(f"right {number}" for number in range(22)))
         screen.end()
 
+    before_end: list[str] = []
     lines = painted(write)
-    assert lines[1] == "left 0"
-    assert lines[20] == "left 19              | right 19"
-    assert lines[22] == "                     | right 21"
+    assert lines[:2] == ["base                  adapter", "left 0                right 0"]
+    assert lines[20] == "left 19               right 19"
+    assert lines[22] == "                      right 21"
+    unfinished = PaintedScreen(44, 10)
+    unfinished.feed(before_end[0])
+    assert unfinished.text()[-1] == "left 19"
 
 
-def test_lines_are_broken_between_words():
-    assert wrap("a bb ccc", 4) == ["a bb", "ccc"]
-    assert wrap("abcdefgh ij", 4) == ["abcd", "efgh", "ij"]
-    assert wrap("  indented\n\nx", 20) == ["  indented", "", "x"]
-    assert wrap("漢字かな", 4) == ["漢字", "かな"]
-    assert all(display_width(line) <= 7 for line in wrap("wide 漢字 and é or e\u0301 " * 9, 7))
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("is_interactive", [True, False])
+def test_nothing_in_an_answer_steers_a_terminal(is_interactive: bool):
+    output, messages = _Terminal(), _Terminal()
+    screen = choose_screen(output, messages, num_voices=1, is_interactive=is_interactive)
+    screen.begin(["model"])
+    screen.write(0, "a\x1b[2Jb\x07\x9b")
+    screen.end()
+    screen.notice("name\x1b]0;title\x07")
+    assert output.getvalue() == "a\\x1b[2Jb\\x07\\x9b\n"
+    assert "name\\x1b]0;title\\x07" in messages.getvalue()
+
+
+def test_a_pipe_gets_an_answer_as_it_is():
+    output = io.StringIO()
+    screen = choose_screen(output, io.StringIO(), num_voices=1, is_interactive=True)
+    screen.begin(["model"])
+    screen.write(0, "a [bold]b[/bold]\x1b " + "long " * 40)
+    screen.end()
+    assert output.getvalue() == "a [bold]b[/bold]\x1b " + "long " * 40 + "\n"
 
 
 def run(lines: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
@@ -137,29 +163,31 @@ def test_somebody_types(tmp_path: Path):
     shutil.copy(LANDSCAPE, tmp_path / "two words.jpg")
     with Typist(arguments, RECORDINGS, NO_COLOR="1") as terminal:
         terminal.wait_for("/help lists the commands")
-        terminal.wait_for("> ")
+        terminal.wait_for(PROMPT)
         terminal.type("\n/image nowhere.png\n")
         terminal.wait_for("does not exist")
         terminal.type("/image README.md\n")
         terminal.wait_for("is not an image")
         terminal.type(f"/image '{tmp_path}/two words.jpg'\n")
         terminal.wait_for(f"Images: {tmp_path}/two words.jpg.")
-        terminal.wait_for("> ")
+        terminal.wait_for(PROMPT)
         terminal.type("half a line")
         terminal.wait_for("half a line")
-        terminal.press_ctrl_c_until("Ctrl-D or /exit ends.")
+        terminal.press_ctrl_c()
+        terminal.wait_for("Ctrl-D or /exit ends.")
+        terminal.wait_for(PROMPT)
         terminal.type("What is this?\n")
-        terminal.wait_for("What is this?\r\n")
+        terminal.wait_for("\x1b[?2004l")  # the prompt has ended, and Ctrl-C is no key any more
         terminal.wait_for_more()
         terminal.press_ctrl_c()
         terminal.press_ctrl_c()
         terminal.wait_for("Stopped. ")
-        terminal.wait_for("> ")
+        terminal.wait_for(PROMPT)
         terminal.type("/clear\n")
-        terminal.wait_for("> ")
+        terminal.wait_for(PROMPT)
         terminal.type("/undo\n/retry\n")
         terminal.wait_for("Nothing has been asked yet")
-        terminal.wait_for("> ")
+        terminal.wait_for(PROMPT)
         terminal.type("\x04")
         assert terminal.end() == 0
 
@@ -167,17 +195,18 @@ def test_somebody_types(tmp_path: Path):
 def test_answers_stand_in_columns_on_a_wide_terminal():
     arguments = ["chat", "--model-path", LORA, "--compare", "--max-new-tokens", "24"]
     with Typist(arguments, RECORDINGS, NO_COLOR="1", COLUMNS="120", LINES="30") as terminal:
-        terminal.wait_for("> ")
+        terminal.wait_for(PROMPT)
         terminal.type("Hello\n")
-        terminal.wait_for("Hello\r\n")
-        written = terminal.wait_for("The answer of")
+        terminal.wait_for("Hello")
+        terminal.wait_for("\x1b[?25l")  # where rich begins
+        written = terminal.wait_for("\x1b[?25h")
         terminal.type("/exit\n")
         assert terminal.end() == 0
     screen = PaintedScreen(120, 30)
     screen.feed(written)
     lines = screen.text()
-    assert lines[0].split() == ["base", "|", "adapter"]
+    assert lines[0].split() == ["base", "adapter"]
     pipe = Typed(base_and_trained(load_model(LORA, adapter="beside"), None), Sampling(max_new_tokens=24)).take("Hello")
-    for column, answer in zip((slice(0, 58), slice(61, 120)), pipe, strict=True):
+    for column, answer in zip((slice(0, 59), slice(60, 120)), pipe, strict=True):
         shown = "".join(line[column] for line in lines[1:-1])
         assert shown.replace(" ", "") == visible(answer.split(": ", 1)[1]).replace(" ", "")

@@ -4,7 +4,7 @@ import io
 
 from llava_ft.conversation import get_template
 from llava_ft.inference.chat.loop import Chat
-from llava_ft.inference.chat.screen import PipeScreen
+from llava_ft.inference.chat.terminal import Screen
 from llava_ft.inference.chat.voices import Voice
 from llava_ft.inference.generate import Sampling
 
@@ -19,7 +19,7 @@ class Typed:
 
     def __init__(self, voices: list[Voice], sampling: Sampling = SHORT, *, is_interactive: bool = False):
         self.output, self.messages = io.StringIO(), io.StringIO()
-        self.chat = Chat(voices, PipeScreen(self.output, self.messages), sampling, is_interactive=is_interactive)
+        self.chat = Chat(voices, Screen(self.output, self.messages), sampling, is_interactive=is_interactive)
 
     def take(self, *lines: str) -> list[str]:
         """Carry out lines and return what was written by them on standard output."""
