@@ -205,7 +205,7 @@ def command_line(case: Case, folder: Path, device: str, *, model: str | None = N
 def predict(case: Case, argv: list[str]) -> dict:
     """What `llava-ft plan` says."""
     from llava_ft.args import parse_args
-    from llava_ft.planning.plan_command import make_plan
+    from llava_ft.planning.plan import make_plan
     from llava_ft.planning.request import plan_machine
 
     args = parse_args(argv)

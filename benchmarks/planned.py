@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compares what `llava-ft plan` says of runs on this GPU, memory and time, with the runs themselves.
+"""Compares the memory that `llava-ft plan` says runs take on this GPU with the runs themselves, and times their steps.
 
     python benchmarks/planned.py [NAME ...] [--output FOLDER] [--list] [--dry-run]
 
@@ -90,13 +90,12 @@ def make_data(folder: Path, preset: Preset) -> None:
 def predict(argv: list[str]) -> dict[str, Any]:
     """What `llava-ft plan` says."""
     from llava_ft.args import parse_args
-    from llava_ft.planning.plan_command import make_plan
+    from llava_ft.planning.plan import make_plan
     from llava_ft.planning.request import plan_machine
 
     args = parse_args(argv)
     plan = make_plan(args, plan_machine(args.inherited, gpus=1, nodes=1, gpu_memory="1000GiB"))
-    seconds = plan.time[0].seconds if plan.time else None
-    return {"bytes": plan.memory.tensors, "peak_in": plan.memory.peak_phase, "seconds": seconds}
+    return {"bytes": plan.memory.tensors, "peak_in": plan.memory.peak_phase}
 
 
 def child(argv: list[str]) -> None:
@@ -170,7 +169,7 @@ def compare(name: str, folder: Path, *, dry_run: bool) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
-    names = ["run", "planned GB", "measured GB", "ratio", "planned s/step", "measured s/step", "samples/s"]
+    names = ["run", "planned GB", "measured GB", "ratio", "s/step", "samples/s"]
     lines = []
     for row in rows:
         planned, measured = row["planned"], row["measured"]
@@ -178,8 +177,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             lines.append([row["name"], f"{planned['bytes'] / 1e9:.2f}", "failed"])
             continue
         peak = "" if measured["bytes"] is None else f"{measured['bytes'] / 1e9:.2f}"
-        seconds = "" if planned["seconds"] is None else f"{planned['seconds']:.3f}"
-        figures = [f"{planned['bytes'] / 1e9:.2f}", peak, str(row.get("ratio", "")), seconds]
+        figures = [f"{planned['bytes'] / 1e9:.2f}", peak, str(row.get("ratio", ""))]
         lines.append([row["name"], *figures, f"{row['step_seconds']:.3f}", f"{row['samples_per_second']:.2f}"])
     return markdown_table(names, lines)
 

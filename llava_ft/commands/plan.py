@@ -1,6 +1,7 @@
 """`llava-ft plan`."""
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -23,12 +24,6 @@ def plan(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--nodes", type=int, default=1, help="machines")
     parser.add_argument("--gpu-memory", "--gpu_memory", help="of each GPU, such as 24GiB; this machine's when absent")
-    parser.add_argument("--gpu", help="kind of GPU: H200, H100, A100-80GB or RTX-4090; this machine's, else H100")
-    parser.add_argument("--network", type=float, help="GB/s of each GPU's share of the network, in each direction")
-    parser.add_argument("--mfu", type=float, help="share of the peak at which matrix products run; 0.4 when absent")
-    parser.add_argument(
-        "--tokens-per-sample", "--tokens_per_sample", type=int, help="their mean, for times, if the records are absent"
-    )
     parser.add_argument(
         "--fit",
         action="store_true",
@@ -44,17 +39,12 @@ def plan(argv: Sequence[str]) -> int:
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that there is no GPU
         from llava_ft.args import parse_args
-        from llava_ft.planning.plan_command import run_plan
-        from llava_ft.planning.run_time import TimeWishes
+        from llava_ft.planning.plan import make_plan
+        from llava_ft.planning.report import as_dict, as_text
+        from llava_ft.planning.request import plan_machine
 
-        fits = run_plan(
-            parse_args(flags, required=("model_name_or_path",)),
-            output,
-            gpus=options.gpus,
-            nodes=options.nodes,
-            gpu_memory=options.gpu_memory,
-            as_json=options.json,
-            time=TimeWishes(options.gpu, options.network, options.mfu, options.tokens_per_sample),
-            fit=options.fit,
-        )
-    return DONE if fits else FAILED
+        args = parse_args(flags, required=("model_name_or_path",))
+        machine = plan_machine(args.inherited, gpus=options.gpus, nodes=options.nodes, gpu_memory=options.gpu_memory)
+        made = make_plan(args, machine, fit=options.fit)
+    output.write((json.dumps(as_dict(made), indent=1) if options.json else as_text(made)) + "\n")
+    return FAILED if made.fits is False else DONE

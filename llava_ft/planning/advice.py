@@ -1,27 +1,54 @@
-"""What to change if a run does not fit: each change planned like the run itself, in order of what it costs.
+"""What to change if a run does not fit, and which recomputation is the cheapest that fits (`--fit`).
 
-The order is by what is given up: some time (recomputation, a smaller micro-batch with more accumulation, ZeRO), the
-precision of frozen weights (4 bits), more time (offload), and what the run can learn (a smaller rank, LoRA instead of
-the whole model).
+Each change is planned like the run itself. The order is by what is given up: some time (recomputation, a smaller
+micro-batch with more accumulation, ZeRO), the precision of frozen weights (4 bits), more time (offload), and what the
+run can learn (a smaller rank, LoRA instead of the whole model).
 """
 
-import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from llava_ft.args.deepspeed_file import find_deepspeed_config, read_deepspeed_config
-from llava_ft.planning.flops import keeps_little
+from llava_ft.models.flops import Counts, Flops, decoder_forward, model_flops
 from llava_ft.planning.memory import MemoryPlanner, RankMemory
-from llava_ft.planning.request import LoraSettings, PlanRequest
+from llava_ft.planning.model import ModelOutline, ParameterShape
+from llava_ft.planning.request import LoraSettings, PlanRequest, ZeroSettings
+from llava_ft.planning.step import Batch
 from llava_ft.planning.workload import Workload
-from llava_ft.planning.zero import ZeroSettings
 from llava_ft.tuning.freeze import TuningPlan
 from llava_ft.tuning.quant import Quantization
-from llava_ft.tuning.recompute import Recomputation
+from llava_ft.tuning.recompute import Recomputation, is_cheap
 
 _SMALLEST_RANK = 16
 _RANK_OF_ADVICE = 64
+
+WAYS: Final = (
+    Recomputation("none"),
+    Recomputation("selective"),
+    Recomputation("full", 4),
+    Recomputation("full", 2),
+    Recomputation("full"),
+    Recomputation("full", offload=True),
+)
+"""What `--fit` tries. The inputs of layers go to the host's memory last: that costs time that is not counted in
+FLOPs."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to recompute.
+
+    Attributes:
+        recomputation: What is computed again.
+        share: FLOPs that are computed again, as a share of those that training needs.
+        memory: What a rank takes.
+    """
+
+    recomputation: Recomputation
+    share: float
+    memory: RankMemory
 
 
 @dataclass(frozen=True)
@@ -42,12 +69,57 @@ class Change:
     together: RankMemory | None
 
 
-@dataclass(frozen=True)
-class _Kind:
-    flags: Callable[[PlanRequest], str]
-    cost: str
-    apply: Callable[[PlanRequest], PlanRequest | None]
-    """The request with the change; None if it makes no difference there."""
+def find_ways(planner: MemoryPlanner, request: PlanRequest, batch: Batch, capacity: int) -> list[Way]:
+    """Plan one way to recompute after the other until one fits.
+
+    Args:
+        planner: Plans memory.
+        request: The run; what it says of recomputation is not looked at.
+        batch: The micro-batch that takes most.
+        capacity: Bytes that a rank has.
+
+    Returns:
+        What was tried, by FLOPs and in the order of `WAYS` where these are equal. If any fits it is the last one.
+    """
+    geometry, length = planner.outline.config.image_geometry, batch.length
+    counts = Counts(
+        positions=batch.size * length,
+        supervised=batch.num_supervised,
+        pairs=batch.size * length * (length + 1) / 2,
+        tiles=batch.num_images * geometry.num_tiles(batch.image_size_wh) if geometry and batch.num_images else 0,
+    )
+    shapes = planner.shapes(request)
+    forward, backward = model_flops(planner.outline.config, shapes, runs_tower=request.tower == "runs")
+    needed = (forward + backward).of(counts)
+    shares = {
+        way: float(recomputed_flops(planner.outline, shapes, request.changed(recomputation=way)).of(counts) / needed)
+        for way in WAYS
+        if not (way.offload and not request.on_gpu) and not (way.mode == "selective" and request.keeps_little)
+    }
+    tried: list[Way] = []
+    for way in sorted(shares, key=lambda way: (way.offload, shares[way])):
+        memory = planner.plan(request.changed(recomputation=way), batch)
+        tried.append(Way(way, shares[way], memory))
+        if memory.total <= capacity:
+            break
+    return tried
+
+
+def recomputed_flops(outline: ModelOutline, shapes: Sequence[ParameterShape], request: PlanRequest) -> Flops:
+    """Count what a run computes again: all of a layer, or the products that `selective` does not keep.
+
+    torch stops computing a layer again at the last tensor that its backward pass needs, which may be before its last
+    product; that is not taken off.
+    """
+    wanted, config = request.recomputation, outline.config
+    layers = [index for index in range(int(config.num_hidden_layers)) if wanted.includes(index)]
+    if wanted.mode != "selective":
+        return decoder_forward(config, shapes, layers)
+    if request.keeps_little:
+        return Flops()
+    cheap = [s for s in shapes if s.part == "LoRA" and len(s.shape) == 2 and is_cheap(s.shape[1], s.shape[0])]
+    again = decoder_forward(config, cheap, layers)
+    return replace(again, per_pair=again.per_pair / 2 if request.attention == "eager" else 0.0)  # of the scores
 
 
 def advise(planner: MemoryPlanner, request: PlanRequest, workload: Workload, capacity: int) -> list[Change]:
@@ -59,129 +131,129 @@ def advise(planner: MemoryPlanner, request: PlanRequest, workload: Workload, cap
         workload: Its data.
         capacity: Bytes that a rank has.
     """
+
+    def memory(changed: PlanRequest) -> RankMemory:
+        return planner.plan(changed, workload.largest_batch(changed.batch_size))
+
     changes: list[Change] = []
-    as_it_is = planner.plan(request, workload.largest_batch(request.batch_size)).total
-    so_far, least = request, as_it_is
-    for kind in _KINDS:
-        changed = kind.apply(request)
-        if changed is None:
+    so_far, least = request, memory(request).total
+    as_it_is = least
+    for apply, cost in _KINDS:
+        found = apply(request)
+        if found is None:
             continue
-        alone = planner.plan(changed, workload.largest_batch(changed.batch_size))
+        flags, alone = found[0], memory(found[1])
         together = None
-        following = kind.apply(so_far) if least > capacity else None
+        following = apply(so_far) if least > capacity else None
         if following is not None:
-            together = planner.plan(following, workload.largest_batch(following.batch_size))
+            together = memory(following[1])
             if together.total <= least:  # one that saves nothing yet may do so on top of a later one
-                so_far, least = following, together.total
+                so_far, least = following[1], together.total
             else:
                 together = None
         if alone.total < as_it_is or together is not None:
-            changes.append(Change(kind.flags(changed), kind.cost, alone, together))
+            changes.append(Change(flags, cost, alone, together))
     return changes
 
 
-def _selective(request: PlanRequest) -> PlanRequest | None:
-    if request.recomputation.mode != "none" or keeps_little(request):
+_Change = tuple[str, PlanRequest]
+"""The flags of a change, and the request with it."""
+
+
+def _selective(request: PlanRequest) -> _Change | None:
+    if request.recomputation.mode != "none" or request.keeps_little:
         return None
-    return request.changed(recomputation=Recomputation("selective"))
+    return _recompute(request, Recomputation("selective"))
 
 
-def _full(request: PlanRequest) -> PlanRequest | None:
+def _full(request: PlanRequest) -> _Change | None:
     recomputation = request.recomputation
-    is_there = recomputation.mode == "full" and recomputation.every == 1
-    return None if is_there else request.changed(recomputation=Recomputation("full", offload=recomputation.offload))
-
-
-def _layer_inputs_on_host(request: PlanRequest) -> PlanRequest | None:
-    if request.machine.device == "cpu" or request.recomputation.offload:
+    if recomputation.mode == "full" and recomputation.every == 1:
         return None
-    return request.changed(recomputation=Recomputation("full", offload=True))
+    _, changed = _recompute(request, Recomputation("full", offload=recomputation.offload))
+    return "--gradient_checkpointing full", changed
 
 
-def _batch_of_one(request: PlanRequest) -> PlanRequest | None:
+def _layer_inputs_on_host(request: PlanRequest) -> _Change | None:
+    if not request.on_gpu or request.recomputation.offload:
+        return None
+    return _recompute(request, Recomputation("full", offload=True))
+
+
+def _recompute(request: PlanRequest, recomputation: Recomputation) -> _Change:
+    return recomputation.flags, request.changed(recomputation=recomputation)
+
+
+def _batch_of_one(request: PlanRequest) -> _Change | None:
     if request.batch_size == 1:
         return None
-    return request.changed(batch_size=1, accumulation=request.accumulation * request.batch_size)
+    accumulation = request.accumulation * request.batch_size
+    flags = f"--per_device_train_batch_size 1 --gradient_accumulation_steps {accumulation}"
+    return flags, request.changed(batch_size=1, accumulation=accumulation)
 
 
-def _stage(stage: int) -> Callable[[PlanRequest], PlanRequest | None]:
-    def apply(request: PlanRequest) -> PlanRequest | None:
+def _stage(stage: int) -> Callable[[PlanRequest], _Change | None]:
+    def apply(request: PlanRequest) -> _Change | None:
         current = request.zero.stage if request.zero else 0
         if current >= stage or request.machine.world_size == 1 or (stage == 3 and request.quantization is not None):
             return None
-        return request.changed(zero=_settings(f"zero{stage}.json"))
+        return _deepspeed(request, f"zero{stage}.json")
 
     return apply
 
 
-def _four_bits(request: PlanRequest) -> PlanRequest | None:
+def _offload(stage: int) -> Callable[[PlanRequest], _Change | None]:
+    def apply(request: PlanRequest) -> _Change | None:
+        flags, changed = _deepspeed(request, f"zero{stage}_offload.json")
+        if not request.on_gpu or request.zero == changed.zero or (stage == 3 and request.quantization is not None):
+            return None
+        return flags, changed
+
+    return apply
+
+
+def _deepspeed(request: PlanRequest, file: str) -> _Change:
+    """Use one of the configurations in configs/."""
+    config = read_deepspeed_config(Path(find_deepspeed_config(file, [])))
+    return f"--deepspeed {file}", request.changed(zero=ZeroSettings.from_config(config, hidden_size=0))
+
+
+def _four_bits(request: PlanRequest) -> _Change | None:
     if request.quantization == Quantization(4) or request.tuning.train_language_model:
         return None
-    is_divided = request.zero is not None and request.zero.stage == 3
-    zero = _settings("zero2.json") if is_divided or request.machine.world_size > 1 else request.zero
-    return request.changed(quantization=Quantization(4), zero=zero)
+    zero2, changed = _deepspeed(request.changed(quantization=Quantization(4)), "zero2.json")
+    if request.machine.world_size == 1 and (request.zero is None or request.zero.stage != 3):
+        changed = changed.changed(zero=request.zero)
+        zero2 = zero2 if request.zero == _deepspeed(request, "zero2.json")[1].zero else ""
+    return f"--bits 4 {zero2}".strip(), changed
 
 
-def _offload(stage: int) -> Callable[[PlanRequest], PlanRequest | None]:
-    def apply(request: PlanRequest) -> PlanRequest | None:
-        settings = _settings(f"zero{stage}_offload.json")
-        if request.machine.device == "cpu" or request.zero == settings:
-            return None
-        if stage == 3 and request.quantization is not None:
-            return None
-        return request.changed(zero=settings)
-
-    return apply
-
-
-def _smaller_rank(request: PlanRequest) -> PlanRequest | None:
+def _smaller_rank(request: PlanRequest) -> _Change | None:
     if request.lora is None or request.lora.r <= _SMALLEST_RANK:
         return None
-    return request.changed(lora=dataclasses.replace(request.lora, r=_SMALLEST_RANK))
+    return f"--lora_r {_SMALLEST_RANK}", request.changed(lora=replace(request.lora, r=_SMALLEST_RANK))
 
 
-def _lora_instead(request: PlanRequest) -> PlanRequest | None:
+def _lora_instead(request: PlanRequest) -> _Change | None:
     if not request.tuning.train_language_model:
         return None
     tuning = TuningPlan("lora", request.tuning.train_projector, train_language_model=False)
-    return request.changed(tuning=tuning, lora=LoraSettings(_RANK_OF_ADVICE, 2 * _RANK_OF_ADVICE, 0.05, "none", None))
+    lora = LoraSettings(_RANK_OF_ADVICE, 2 * _RANK_OF_ADVICE, 0.05, "none", None)
+    flags = f"--lora_enable True --lora_r {lora.r} --lora_alpha {lora.alpha}"
+    return flags, request.changed(tuning=tuning, lora=lora)
 
 
-def _settings(file: str) -> ZeroSettings:
-    """Read one of the configurations in configs/."""
-    return ZeroSettings.from_config(read_deepspeed_config(Path(find_deepspeed_config(file, []))), hidden_size=0)
-
-
-def _fixed(flags: str) -> Callable[[PlanRequest], str]:
-    return lambda _: flags
-
-
-_KINDS = (
-    _Kind(_fixed("--gradient_checkpointing selective"), "norms and activations computed twice", _selective),
-    _Kind(_fixed("--gradient_checkpointing full"), "a third to a half more computation", _full),
-    _Kind(
-        lambda r: f"--per_device_train_batch_size 1 --gradient_accumulation_steps {r.accumulation}",
-        "speed; the steps stay the same",
-        _batch_of_one,
-    ),
-    _Kind(_fixed("--deepspeed zero2.json"), "communication", _stage(2)),
-    _Kind(_fixed("--deepspeed zero3.json"), "more communication", _stage(3)),
-    _Kind(
-        lambda r: "--bits 4" + (" --deepspeed zero2.json" if r.zero == _settings("zero2.json") else ""),
-        "speed, and the precision of frozen weights",
-        _four_bits,
-    ),
-    _Kind(
-        lambda r: r.recomputation.flags,
-        "layers computed again, and copies to the host's memory and back",
-        _layer_inputs_on_host,
-    ),
-    _Kind(_fixed("--deepspeed zero2_offload.json"), "much speed", _offload(2)),
-    _Kind(_fixed("--deepspeed zero3_offload.json"), "much speed", _offload(3)),
-    _Kind(_fixed(f"--lora_r {_SMALLEST_RANK}"), "what the adapter can learn", _smaller_rank),
-    _Kind(
-        _fixed(f"--lora_enable True --lora_r {_RANK_OF_ADVICE} --lora_alpha {2 * _RANK_OF_ADVICE}"),
-        "the language model itself stays fixed",
-        _lora_instead,
-    ),
+_KINDS: Final[tuple[tuple[Callable[[PlanRequest], _Change | None], str], ...]] = (
+    (_selective, "norms and activations computed twice"),
+    (_full, "a third to a half more computation"),
+    (_batch_of_one, "speed; the steps stay the same"),
+    (_stage(2), "communication"),
+    (_stage(3), "more communication"),
+    (_four_bits, "speed, and the precision of frozen weights"),
+    (_layer_inputs_on_host, "layers computed again, and copies to the host's memory and back"),
+    (_offload(2), "much speed"),
+    (_offload(3), "much speed"),
+    (_smaller_rank, "what the adapter can learn"),
+    (_lora_instead, "the language model itself stays fixed"),
 )
+"""Each change gives None where it makes no difference; and what it costs."""

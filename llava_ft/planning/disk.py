@@ -22,9 +22,9 @@ from llava_ft.checkpoint.names import (
 )
 from llava_ft.checkpoint.weights import WeightFiles, has_model_weights
 from llava_ft.data.features.store import FeatureFormat
+from llava_ft.planning.model import ModelOutline, ParameterShape
 from llava_ft.planning.optimizers import optimizer_kind
 from llava_ft.planning.request import PlanRequest
-from llava_ft.planning.shapes import ParameterShape, PlannedModel
 
 KeptAs = Literal["compute", "int8"]
 WeightsFormat = Literal["auto", "bin", "safetensors", "both"]
@@ -51,51 +51,49 @@ def checkpoint_files(
         save_vision_tower: Whether a whole model is written with its tower.
         is_final: Whether it is the result of the run, which has no optimizer state.
     """
-    copies = 2 if weights_format == "both" else 1
-    files = {
-        name: size * copies for name, size in _weights(shapes, request, save_vision_tower, is_final).items() if size
-    }
+    copies, weights = 2 if weights_format == "both" else 1, _weights(shapes, request, save_vision_tower, is_final)
+    files = {name: size * copies for name, size in weights.items() if size}
     return files if is_final else files | _optimizer(shapes, request)
 
 
-def merged_base_bytes(shapes: Sequence[ParameterShape], planned: PlannedModel) -> int | None:
+def merged_base_bytes(shapes: Sequence[ParameterShape], outline: ModelOutline) -> int | None:
     """Return the bytes of the model that `adapter_mode=merge_first` writes before the first step; None without it.
 
     Its weights have the type of the base's files; where these are not here, that which `config.json` names, else
     bfloat16. A vision tower is in it only where it is in the base's files.
     """
-    if not planned.merges_first:
+    if not outline.merges_first:
         return None
-    dtype = _base_dtype(planned)
+    dtype = _base_dtype(outline)
     native = {native_name(shape.name).replace(".base_layer.", "."): shape for shape in shapes}
     return dtype.itemsize * sum(
         shape.numel
         for name, shape in native.items()
         if "lora_" not in name
         and not name.endswith(NEW_ROWS_SUFFIX)
-        and (planned.holds_vision_tower or not is_vision(name))
+        and (outline.holds_vision_tower or not is_vision(name))
     )
 
 
-def _base_dtype(planned: PlannedModel) -> torch.dtype:
-    if planned.directory is not None and has_model_weights(planned.directory):
+def _base_dtype(outline: ModelOutline) -> torch.dtype:
+    if outline.directory is not None and has_model_weights(outline.directory):
         by_dtype: dict[torch.dtype, int] = {}
-        for info in WeightFiles.open(planned.directory).tensors.values():
+        for info in WeightFiles.open(outline.directory).tensors.values():
             by_dtype[info.dtype] = by_dtype.get(info.dtype, 0) + info.num_bytes
         return max(by_dtype, key=lambda dtype: by_dtype[dtype])
-    return planned.config.dtype if isinstance(planned.config.dtype, torch.dtype) else torch.bfloat16
+    return outline.config.dtype if isinstance(outline.config.dtype, torch.dtype) else torch.bfloat16
 
 
-def vision_cache_bytes(num_tiles: int, planned: PlannedModel, dtype: torch.dtype, kept_as: KeptAs) -> int:
+def vision_cache_bytes(num_tiles: int, outline: ModelOutline, dtype: torch.dtype, kept_as: KeptAs) -> int:
     """Return the most that `vision_cache` takes.
 
     Args:
         num_tiles: Tiles of all images.
-        planned: The model; it has a vision tower.
+        outline: The model; it has a vision tower.
         dtype: The run's compute dtype.
         kept_as: Value of `vision_cache_dtype`.
     """
-    geometry, width = planned.config.image_geometry, planned.config.mm_hidden_size
+    geometry, width = outline.config.image_geometry, outline.config.mm_hidden_size
     assert geometry is not None
     assert width is not None
     return num_tiles * FeatureFormat.of_tower(geometry, width, dtype, kept_as).bytes_per_tile

@@ -4,11 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
-import torch
-
+from llava_ft.planning.model import ModelOutline, ParameterShape, build_model, parameter_shapes
 from llava_ft.planning.placement import TEMPORARIES, Placement, place
-from llava_ft.planning.request import PlanRequest
-from llava_ft.planning.shapes import ParameterShape, PlannedModel, build_model, parameter_shapes
+from llava_ft.planning.request import Machine, PlanRequest, ZeroSettings
 from llava_ft.planning.step import (
     ACTIVATIONS,
     BACKWARD,
@@ -18,8 +16,7 @@ from llava_ft.planning.step import (
     PHASES,
     VISION,
     Batch,
-    StepSettings,
-    Traced,
+    StepTrace,
     trace_step,
 )
 
@@ -91,19 +88,19 @@ class MemoryPlanner:
     """Plans the memory of runs of one model; what was traced once is kept.
 
     Args:
-        planned: The model.
+        outline: The model.
     """
 
-    def __init__(self, planned: PlannedModel):
-        self._planned = planned
-        self._traces: dict[tuple[object, ...], Traced] = {}
+    def __init__(self, outline: ModelOutline):
+        self.outline = outline
+        self._traces: dict[tuple[object, ...], StepTrace] = {}
         self._shapes: dict[tuple[object, ...], list[ParameterShape]] = {}
 
     def shapes(self, request: PlanRequest) -> list[ParameterShape]:
         """List the parameters of the run's model."""
         key = (request.tuning, request.lora, request.quantization, request.compute_dtype, request.tower)
         if key not in self._shapes:
-            self._shapes[key] = parameter_shapes(build_model(self._planned, request), request)
+            self._shapes[key] = parameter_shapes(build_model(self.outline, request), request)
         return self._shapes[key]
 
     def plan(self, request: PlanRequest, batch: Batch) -> RankMemory:
@@ -114,39 +111,26 @@ class MemoryPlanner:
             batch: The micro-batch that takes most.
         """
         placement = place(self.shapes(request), request)
-        trace = self._trace(request, batch, placement)
-        return _put_together(placement, trace, request)
-
-    def _trace(self, request: PlanRequest, batch: Batch, placement: Placement) -> Traced:
-        on_gpu = request.machine.device == "cuda"
         needs_mask = batch.is_padded and request.attention == "eager"  # others are told where samples are
         batch = replace(batch, is_padded=needs_mask)
-        settings = StepSettings(
-            batch=batch,
-            autocast_dtype=request.compute_dtype
-            if request.zero is None and request.compute_dtype != torch.float32
-            else None,
-            recomputation=request.recomputation,
-            gradients=placement.gradients,
-            on_gpu=on_gpu,
-            quantization=request.quantization,
-            compute_dtype=request.compute_dtype,
+        # Runs that differ in what a trace does not see share it.
+        seen = request.changed(
+            machine=Machine(request.machine.device),
+            batch_size=1,
+            accumulation=1,
+            optimizer="",
+            projector_has_own_rate=False,
+            max_steps=-1,
+            num_epochs=1.0,
+            zero=None if request.zero is None else ZeroSettings(),
         )
-        run = (request.tuning, request.lora, request.compute_dtype, request.zero is None, request.attention)
-        key = (settings, request.tower, *run)
+        key = (seen, batch, placement.gradients)
         if key not in self._traces:
-            model = build_model(self._planned, request)
-            dtypes = {
-                name: request.tuning.dtype_of(name, request.compute_dtype)
-                if request.zero is None
-                else request.compute_dtype
-                for name, _ in model.named_parameters(remove_duplicate=False)
-            }
-            self._traces[key] = trace_step(model, dtypes, settings)
-        return self._traces[key]
+            self._traces[key] = trace_step(build_model(self.outline, request), request, batch, placement.gradients)
+        return _put_together(placement, self._traces[key], request)
 
 
-def _put_together(placement: Placement, trace: Traced, request: PlanRequest) -> RankMemory:
+def _put_together(placement: Placement, trace: StepTrace, request: PlanRequest) -> RankMemory:
     always = {"weights": placement.weights, "optimizer state": placement.optimizer, "buckets": placement.buckets}
     components: dict[str, dict[str, int]] = {START: {"weights": placement.start}}
     for phase in PHASES:

@@ -20,11 +20,10 @@ pass and copy what is in one to reduce it; stage 3 keeps one. Stage 3 also holds
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from llava_ft.planning.model import ParameterShape, largest
 from llava_ft.planning.optimizers import OptimizerKind, optimizer_kind
-from llava_ft.planning.request import PlanRequest
-from llava_ft.planning.shapes import ParameterShape, largest
+from llava_ft.planning.request import PlanRequest, ZeroSettings
 from llava_ft.planning.step import Gradients
-from llava_ft.planning.zero import ZeroSettings
 
 TEMPORARIES = "optimizer temporaries"
 
@@ -62,108 +61,89 @@ class Placement:
 
 def place(shapes: Sequence[ParameterShape], request: PlanRequest) -> Placement:
     """Settle what a rank holds and where."""
-    if request.zero is None:
-        return _without_zero(shapes, request)
-    if request.zero.stage == 0:
-        return _stage_0(shapes, request)
-    return _stage_1_and_2(shapes, request) if request.zero.stage < 3 else _stage_3(shapes, request)
-
-
-def module_dtype_bytes(request: PlanRequest) -> int:
-    """Bytes of a value of the module's weights under DeepSpeed, which converts all of them."""
-    return request.compute_dtype.itemsize
+    if request.zero is None or request.zero.stage == 0:
+        return _whole(shapes, request)
+    return (_stage_1_and_2 if request.zero.stage < 3 else _stage_3)(shapes, request, request.zero)
 
 
 def weight_bytes(shape: ParameterShape, request: PlanRequest) -> int:
     """Bytes of one parameter on a rank that holds it whole."""
     if shape.packed_bytes is not None:
         return shape.packed_bytes
-    return shape.numel * (shape.dtype.itemsize if request.zero is None else module_dtype_bytes(request))
+    return shape.numel * (shape.dtype if request.zero is None else request.compute_dtype).itemsize
 
 
-def _without_zero(shapes: Sequence[ParameterShape], request: PlanRequest) -> Placement:
+def _whole(shapes: Sequence[ParameterShape], request: PlanRequest) -> Placement:
+    """Without DeepSpeed, and at its stage 0: every rank holds everything."""
     trained = [shape for shape in shapes if shape.is_trained]
     kind, _ = optimizer_kind(request.optimizer)
-    weights = sum(weight_bytes(shape, request) for shape in shapes)
-    gradients = 4 * _count(trained)
-    return Placement(
+    count, weights = _count(trained), sum(weight_bytes(shape, request) for shape in shapes)
+    placement = Placement(
         weights=weights,
         optimizer=kind.state_bytes(shape.shape for shape in trained),
-        buckets=gradients if request.machine.world_size > 1 else 0,
-        step_gradients=gradients,
-        step_temporaries=kind.step_bytes(_largest_group(trained, request), on_gpu=_on_gpu(request)),
+        step_gradients=4 * count,
+        step_temporaries=kind.step_bytes(_largest_group(trained, request), on_gpu=request.on_gpu),
         start=weights,
         gradients=_kept_gradients(request),
     )
-
-
-def _stage_0(shapes: Sequence[ParameterShape], request: PlanRequest) -> Placement:
-    assert request.zero is not None
-    trained = [shape for shape in shapes if shape.is_trained]
-    kind, _ = optimizer_kind(request.optimizer)
-    count, size = _count(trained), module_dtype_bytes(request)
+    is_divided = request.machine.world_size > 1
+    if request.zero is None:
+        placement.buckets = 4 * count * is_divided
+        return placement
+    size = request.compute_dtype.itemsize
     masters = 0 if size == 4 else 4 * count
-    weights = sum(weight_bytes(shape, request) for shape in shapes)
-    reduced = min(request.zero.reduce_bucket_size, count) * size if request.machine.world_size > 1 else 0
-    return Placement(
-        weights=weights,
-        optimizer=masters + kind.state_bytes(shape.shape for shape in trained),
-        backward_buckets=reduced,
-        step_gradients=size * count + masters,
-        step_temporaries=kind.step_bytes(_largest_group(trained, request), on_gpu=_on_gpu(request)),
-        start=max(_as_loaded(shapes, request), weights + masters),
-        gradients=_kept_gradients(request),
-    )
+    placement.optimizer += masters
+    placement.backward_buckets = min(request.zero.reduce_bucket_size, count) * size * is_divided
+    placement.step_gradients = size * count + masters
+    placement.start = max(_as_loaded(shapes), weights + masters)
+    return placement
 
 
-def _stage_1_and_2(shapes: Sequence[ParameterShape], request: PlanRequest) -> Placement:
-    zero = request.zero
-    assert zero is not None
+def _stage_1_and_2(shapes: Sequence[ParameterShape], request: PlanRequest, zero: ZeroSettings) -> Placement:
     trained = [shape for shape in shapes if shape.is_trained]
     kind, _ = optimizer_kind(request.optimizer)
-    count, size, ranks = _count(trained), module_dtype_bytes(request), request.machine.world_size
+    count, size, ranks = _count(trained), request.compute_dtype.itemsize, request.machine.world_size
     share = -(-count // ranks)
     group = -(-sum(_largest_group(trained, request)) // ranks)
     weights = sum(weight_bytes(shape, request) for shape in shapes)
-    masters, state = 4 * share, kind.state_bytes([(share,)])
-    partition = size * share
-    copied_flat = size * group if size == 2 else 0
+    masters, state, partition = 4 * share, kind.state_bytes([(share,)]), size * share
+    accumulates = request.accumulation > 1
     placement = Placement(
         weights=weights,
         optimizer=masters + state,
-        backward_gradients=partition * (2 if zero.stage == 2 and request.accumulation > 1 else 1),
+        backward_gradients=partition * (2 if zero.stage == 2 and accumulates else 1),
         backward_buckets=zero.reduce_bucket_size * size * (2 if zero.overlap_comm else 1)
         + min(zero.reduce_bucket_size, count) * size,
         step_gradients=partition + 4 * group,
-        step_temporaries=max(copied_flat, kind.step_bytes([group], on_gpu=_on_gpu(request))),
-        start=max(_as_loaded(shapes, request), weights + size * group + masters),
+        step_temporaries=_flat_step(kind, group, request),
+        start=max(_as_loaded(shapes), weights + size * group + masters),
         gradients="handed over" if zero.stage == 2 else _kept_gradients(request),
     )
     if zero.offload_optimizer:
-        half = size * share
-        placement.host = {"master weights": masters, "optimizer state": state, "gradients": 4 * share, "buffers": half}
-        if request.accumulation > 1:
-            placement.host["gradients"] += half
+        gradients = 4 * share + partition * accumulates
+        placement.host = {
+            "master weights": masters,
+            "optimizer state": state,
+            "gradients": gradients,
+            "buffers": partition,
+        }
         placement.host |= _host_step(kind, share, request)
         placement.optimizer = placement.backward_gradients = placement.step_temporaries = 0
         placement.buckets = size * largest(trained)
         placement.step_gradients = 0
-        placement.start = max(_as_loaded(shapes, request), weights + size * group)
+        placement.start = max(_as_loaded(shapes), weights + size * group)
     return placement
 
 
-def _stage_3(shapes: Sequence[ParameterShape], request: PlanRequest) -> Placement:
-    zero = request.zero
-    assert zero is not None
-    trained = [shape for shape in shapes if shape.is_trained]
+def _stage_3(shapes: Sequence[ParameterShape], request: PlanRequest, zero: ZeroSettings) -> Placement:
     kind, _ = optimizer_kind(request.optimizer)
-    count, size, ranks = _count(trained), module_dtype_bytes(request), request.machine.world_size
+    size, ranks = request.compute_dtype.itemsize, request.machine.world_size
+    count = _count([shape for shape in shapes if shape.is_trained])
     share = -(-count // ranks)
     divided = sum(-(-shape.numel // ranks) for shape in shapes) * size
     whole = sum(shape.numel for shape in shapes if _stays_whole(shape, zero)) * size
     masters, state = 4 * share, kind.state_bytes([(share,)])
     group = min(share, zero.sub_group_size)
-    copied_flat = size * group if size == 2 else 0
     placement = Placement(
         weights=divided + whole,
         gathered=_gathered(shapes, request, zero) * size,
@@ -171,7 +151,7 @@ def _stage_3(shapes: Sequence[ParameterShape], request: PlanRequest) -> Placemen
         buckets=zero.reduce_bucket_size * size + size * share,
         backward_buckets=min(zero.reduce_bucket_size, count) * size,
         step_gradients=4 * group,
-        step_temporaries=max(copied_flat, kind.step_bytes([group], on_gpu=_on_gpu(request))),
+        step_temporaries=_flat_step(kind, group, request),
         start=divided + size * largest(shapes) + masters,
         gradients="handed over",
     )
@@ -188,9 +168,15 @@ def _stage_3(shapes: Sequence[ParameterShape], request: PlanRequest) -> Placemen
     return placement
 
 
+def _flat_step(kind: OptimizerKind, count: int, request: PlanRequest) -> int:
+    """What the step of a flat share takes: its own temporaries, or the copy of the new weights in 16 bits."""
+    size = request.compute_dtype.itemsize
+    return max(size * count if size == 2 else 0, kind.step_bytes([count], on_gpu=request.on_gpu))
+
+
 def _host_step(kind: OptimizerKind, count: int, request: PlanRequest) -> dict[str, int]:
     """What the step of an offloaded optimizer takes: nothing with DeepSpeed's, which is used where there is a GPU."""
-    return {} if _on_gpu(request) else {TEMPORARIES: kind.step_bytes([count], on_gpu=False)}
+    return {} if request.on_gpu else {TEMPORARIES: kind.step_bytes([count], on_gpu=False)}
 
 
 def _gathered(shapes: Sequence[ParameterShape], request: PlanRequest, zero: ZeroSettings) -> int:
@@ -212,10 +198,10 @@ def _stays_whole(shape: ParameterShape, zero: ZeroSettings) -> bool:
     return shape.numel < zero.param_persistence_threshold
 
 
-def _as_loaded(shapes: Sequence[ParameterShape], request: PlanRequest) -> int:
+def _as_loaded(shapes: Sequence[ParameterShape]) -> int:
     """Bytes of the model before DeepSpeed converts it: what is trained is read as float32."""
     return sum(
-        shape.packed_bytes if shape.packed_bytes is not None else shape.numel * shape.dtype.itemsize for shape in shapes
+        shape.numel * shape.dtype.itemsize if shape.packed_bytes is None else shape.packed_bytes for shape in shapes
     )
 
 
@@ -234,7 +220,3 @@ def _kept_gradients(request: PlanRequest) -> Gradients:
 
 def _count(shapes: Sequence[ParameterShape]) -> int:
     return sum(shape.numel for shape in shapes)
-
-
-def _on_gpu(request: PlanRequest) -> bool:
-    return request.machine.device == "cuda"

@@ -4,29 +4,60 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from llava_ft.planning.advice import Change
-from llava_ft.planning.fit import Way
 from llava_ft.planning.memory import COMPONENTS, RankMemory
-from llava_ft.planning.plan_command import Plan
-from llava_ft.planning.scaling import StepTime, efficiency, time_as_dict
+from llava_ft.planning.plan import Plan
 
 _GIB = 2**30
 _SMALLEST_SHOWN = _GIB // 200
 _INDENT = "  "
+_EPOCH = {
+    "usable_records": "records",
+    "training_records": "of which trained on",
+    "packed_rows": "packed rows",
+    "tokens_per_epoch": "tokens per epoch",
+    "supervised_tokens_per_epoch": "supervised tokens per epoch",
+    "images_per_epoch": "images per epoch",
+    "steps_per_epoch": "steps per epoch",
+    "steps": "steps of the run",
+}
 
 
 def as_text(plan: Plan) -> str:
     """Return the plan for a terminal, its verdict first."""
+    machine = plan.request.machine
+
+    def verdict_of(memory: RankMemory | None) -> str:
+        if memory is None:
+            return ""
+        return gib(memory.total) + (" fits" if memory.total <= (machine.memory or 0) else "     ")
+
+    def host(memory: RankMemory) -> int:
+        return sum(memory.host.values()) * machine.gpus_per_node
+
+    on_host = {name: size * machine.gpus_per_node for name, size in plan.memory.host.items()}
+    disk = plan.checkpoint | {"total": sum(plan.checkpoint.values()), "the run's result": sum(plan.result.values())}
+    once = {"the vision cache, at most": plan.vision_cache, "merged_base, once": plan.merged_base}
+    ways = [
+        (way.recomputation.flags, f"{way.share:.1%}", verdict_of(way.memory), gib(size) if size else "")
+        for way in plan.ways
+        for size in [host(way.memory)]
+    ]
+    changes = [
+        (change.flags, verdict_of(change.alone), verdict_of(change.together), change.cost + needs)
+        for change in plan.changes
+        for size in [host(change.alone)]
+        for needs in [f"; {gib(size)} of host memory per machine" if size else ""]
+    ]
+    tried = ("Tried, the cheapest first", "computed again", f"per {machine.rank_name}     ", "of the host")
     sections = [
         [*_verdict(plan), _describe_run(plan)],
-        _ways(plan),
+        _table(tried, ways),
         _parameters(plan),
-        _memory(plan),
-        _host(plan),
-        _time(plan),
-        _data(plan),
-        _disk(plan),
-        _changes(plan),
+        *_memory(plan),
+        _sizes("Host memory per machine, for what is offloaded", on_host, total=True),
+        _table(("Data", ""), [(text, f"{plan.epoch[key]:,}") for key, text in _EPOCH.items() if key in plan.epoch]),
+        _sizes("Disk per checkpoint", disk | {name: size for name, size in once.items() if size is not None}),
+        _table(("What to change", "alone", "with those above", "costs"), changes, left=(0, 3)),
         ["Notes", *(f"{_INDENT}{note}" for note in plan.notes)] if plan.notes else [],
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
@@ -62,7 +93,6 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "parameters": [asdict(part) for part in plan.parts],
         "batch": asdict(plan.batch),
         "memory": _memory_as_dict(plan.memory) | {"total_if_all_text_is_supervised": plan.most_if_supervised},
-        "time": None if plan.time is None else time_as_dict(*plan.time, plan.epoch),
         "epoch": plan.epoch,
         "disk": {
             "checkpoint": {"files": plan.checkpoint, "total": sum(plan.checkpoint.values())},
@@ -71,21 +101,13 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "merged_base": plan.merged_base,
         },
         "ways": [
-            {
-                "flags": way.recomputation.flags,
-                "computed_again": way.share,
-                "total": way.memory.total,
-                "host": sum(way.memory.host.values()),
-            }
+            {"flags": way.recomputation.flags, "computed_again": way.share}
+            | {"total": way.memory.total, "host": sum(way.memory.host.values())}
             for way in plan.ways
         ],
         "changes": [
-            {
-                "flags": change.flags,
-                "cost": change.cost,
-                "alone": _memory_as_dict(change.alone),
-                "with_those_before": _memory_as_dict(change.together) if change.together else None,
-            }
+            {"flags": change.flags, "cost": change.cost, "alone": _memory_as_dict(change.alone)}
+            | {"with_those_before": _memory_as_dict(change.together) if change.together else None}
             for change in plan.changes
         ],
         "notes": plan.notes,
@@ -102,21 +124,18 @@ def _verdict(plan: Plan) -> list[str]:
     each = f"per {machine.rank_name}"
     if machine.memory is None:
         return [f"Needs {gib(total)} {each}. Give --gpu-memory, such as 24GiB, to see whether it fits."]
-    there = f"{gib(machine.memory)} ({machine.memory_source})"
-    if plan.fits and plan.ways:
-        spare = gib(machine.memory - total)
-        return [f"Fits with {plan.request.recomputation.flags}: {gib(total)} {each} of {there}, {spare} to spare."]
+    there = f"{gib(total)} {each} of {gib(machine.memory)} ({machine.memory_source})"
     if plan.fits:
-        return [f"Fits: {gib(total)} {each} of {there}, {gib(machine.memory - total)} to spare."]
-    lines = [f"Does not fit: {gib(total)} {each} of {there}, {gib(total - machine.memory)} too much."]
+        how = f" with {plan.request.recomputation.flags}" if plan.ways else ""
+        return [f"Fits{how}: {there}, {gib(machine.memory - total)} to spare."]
+    lines = [f"Does not fit: {there}, {gib(total - machine.memory)} too much."]
     for change in plan.changes:
         if change.alone.total <= machine.memory:
             return [*lines, f"It fits with {change.flags} ({gib(change.alone.total)})."]
         if change.together is not None and change.together.total <= machine.memory:
             total = gib(change.together.total)
             return [*lines, f"It fits with all changes down to {change.flags} ({total}); they are listed below."]
-    lines.append("None of the changes below makes it fit, alone or together.")
-    return lines
+    return [*lines, "None of the changes below makes it fit, alone or together."]
 
 
 def _describe_run(plan: Plan) -> str:
@@ -152,171 +171,58 @@ def _parameters(plan: Plan) -> list[str]:
     return _table(("Parameters", "all", "trained", "held as", "size"), rows, left=(0, 3))
 
 
-def _memory(plan: Plan) -> list[str]:
+def _memory(plan: Plan) -> Iterable[list[str]]:
     memory, machine, batch = plan.memory, plan.request.machine, plan.batch
     phases = list(memory.components)
-    rows = [
-        (name, *(_two_digits(memory.components[phase].get(name, 0)) for phase in phases))
-        for name in COMPONENTS
-        if any(memory.components[phase].get(name, 0) >= _SMALLEST_SHOWN for phase in phases)
-    ]
-    rows.append(("total", *(_two_digits(memory.phases[phase]) or "0.00" for phase in phases)))
-    needed = [(f"tensors, most in: {memory.peak_phase}", gib(memory.tensors))]
-    needed += [(f"{name} (allowance)", gib(size)) for name, size in memory.allowances.items()]
-    needed.append(("total", gib(memory.total)))
+
+    def cells(name: str) -> list[str]:
+        sizes = [memory.components[phase].get(name, 0) for phase in phases]
+        return [f"{size / _GIB:,.2f}" if size >= _SMALLEST_SHOWN else "" for size in sizes]
+
+    rows = [(name, *cells(name)) for name in COMPONENTS if any(cells(name))]
+    rows.append(("total", *(f"{size / _GIB:,.2f}" for size in memory.phases.values())))
+    yield _table((f"Memory per {machine.rank_name} in GiB", *phases), rows)
+    allowances = {f"{name} (allowance)": size for name, size in memory.allowances.items()}
+    needed = {f"tensors, most in: {memory.peak_phase}": memory.tensors} | allowances
+    yield _sizes(f"Needed per {machine.rank_name}", needed, total=True)
     lines = [
-        *_table((f"Memory per {machine.rank_name} in GiB", *phases), rows),
-        "",
-        *_table((f"Needed per {machine.rank_name}", ""), needed),
-        "",
         f"Micro-batch: {batch.size} x {batch.length} positions, {batch.num_images} images, "
-        f"{batch.num_supervised:,} supervised positions.",
+        f"{batch.num_supervised:,} supervised positions."
     ]
     if plan.most_if_supervised is not None:
         fits = machine.memory is None or plan.most_if_supervised <= machine.memory or not plan.fits
         warning = "" if fits else ", which does not fit"
         lines.append(f"If all text is supervised the total is {gib(plan.most_if_supervised)}{warning}.")
-    return lines
+    yield lines
 
 
-def _two_digits(num_bytes: int) -> str:
-    return f"{num_bytes / _GIB:,.2f}" if num_bytes >= _SMALLEST_SHOWN else ""
+def _sizes(heading: str, sizes: Mapping[str, int], *, total: bool = False) -> list[str]:
+    if total and sizes:
+        sizes = {**sizes, "total": sum(sizes.values())}
+    return _table((heading, ""), [(name, gib(size)) for name, size in sizes.items()])
 
 
-def _time(plan: Plan) -> list[str]:
-    if plan.time is None:
-        return []
-    time, one_node = plan.time
-    rows = [(name, f"{1000 * seconds:,.1f} ms") for name, seconds in time.parts.items()]
-    rows.append(("total", f"{1000 * time.seconds:,.1f} ms"))
-    steps = plan.epoch.get("steps_per_epoch")
-    facts = [
-        ("samples per second", f"{time.samples_per_second:,.1f}"),
-        ("positions per second, without padding", f"{time.tokens / time.seconds:,.0f}"),
-        ("model FLOPs per sample", f"{time.model_flops / time.samples / 1e12:,.2f} TFLOP"),
-        ("model FLOPs, share of the peak", f"{time.mfu:.1%}"),
-        ("sent by each GPU", gib(round(time.sent_bytes))),
-        ("communication hidden", f"{1000 * time.hidden_seconds:,.1f} ms"),
-        ("work of the slowest rank, over the mean", f"{time.waiting:.2f}"),
-        ("efficiency against one machine", f"{efficiency(time, one_node):.1%}"),
-        ("cores of each machine for decoding 640 x 480 JPEGs", f"{time.loading_cores:,.1f}"),
-    ]
-    if steps is not None:
-        facts += _epoch_facts(time, steps)
-    settings = time.settings
-    network = f", {time.machine.network / 1e9:g} GB/s of network each" if time.machine.num_nodes > 1 else ""
-    stated = f"{settings.gpu.name}, {settings.share:.0%} of {settings.gpu.flops / 1e12:g} TFLOP/s{network}"
-    return [
-        *_table((f"Time of a step, computed and not measured ({stated})", ""), rows),
-        "",
-        *_table(("Per step, computed", ""), facts),
-        *(f"{_INDENT}{note}" for note in settings.notes),
-    ]
-
-
-def _epoch_facts(time: StepTime, steps: int) -> list[tuple[str, str]]:
-    hours = steps * time.seconds / 3600
-    return [
-        ("an epoch", f"{hours:,.2f} h"),
-        ("an epoch, of all GPUs", f"{hours * time.machine.world_size:,.1f} GPU-hours"),
-    ]
-
-
-def _host(plan: Plan) -> list[str]:
-    if not plan.memory.host:
-        return []
-    ranks = plan.request.machine.gpus_per_node
-    rows = [(name, gib(size * ranks)) for name, size in plan.memory.host.items()]
-    rows.append(("total", gib(sum(plan.memory.host.values()) * ranks)))
-    return _table(("Host memory per machine, for what is offloaded", ""), rows)
-
-
-def _data(plan: Plan) -> list[str]:
-    if not plan.epoch:
-        return []
-    names = {
-        "usable_records": "records",
-        "training_records": "of which trained on",
-        "packed_rows": "packed rows",
-        "tokens_per_epoch": "tokens per epoch",
-        "supervised_tokens_per_epoch": "supervised tokens per epoch",
-        "images_per_epoch": "images per epoch",
-        "steps_per_epoch": "steps per epoch",
-        "steps": "steps of the run",
-    }
-    return _table(("Data", ""), [(text, f"{plan.epoch[key]:,}") for key, text in names.items() if key in plan.epoch])
-
-
-def _disk(plan: Plan) -> list[str]:
-    rows = [(name, gib(size)) for name, size in plan.checkpoint.items()]
-    rows.append(("total", gib(sum(plan.checkpoint.values()))))
-    rows.append(("the run's result", gib(sum(plan.result.values()))))
-    if plan.vision_cache is not None:
-        rows.append(("the vision cache, at most", gib(plan.vision_cache)))
-    if plan.merged_base is not None:
-        rows.append(("merged_base, once", gib(plan.merged_base)))
-    return _table(("Disk per checkpoint", ""), rows)
-
-
-def _ways(plan: Plan) -> list[str]:
-    if not plan.ways:
-        return []
-    capacity, ranks = plan.request.machine.memory, plan.request.machine.gpus_per_node
-    assert capacity is not None
-
-    def row(way: Way) -> tuple[str, ...]:
-        fits = " fits" if way.memory.total <= capacity else "     "
-        host = sum(way.memory.host.values()) * ranks
-        return way.recomputation.flags, f"{way.share:.1%}", gib(way.memory.total) + fits, gib(host) if host else ""
-
-    heading = (
-        "Tried, the cheapest first",
-        "computed again",
-        f"per {plan.request.machine.rank_name}     ",
-        "of the host",
-    )
-    return _table(heading, [row(way) for way in plan.ways])
-
-
-def _changes(plan: Plan) -> list[str]:
-    if not plan.changes:
-        return []
-    capacity = plan.request.machine.memory
-    assert capacity is not None
-
-    def cell(memory: RankMemory | None) -> str:
-        return "" if memory is None else gib(memory.total) + (" fits" if memory.total <= capacity else "     ")
-
-    def row(change: Change) -> tuple[str, ...]:
-        host = sum(change.alone.host.values()) * plan.request.machine.gpus_per_node
-        needs = f"; {gib(host)} of host memory per machine" if host else ""
-        return change.flags, cell(change.alone), cell(change.together), change.cost + needs
-
-    heading = ("What to change", "alone", "with those above", "costs")
-    return _table(heading, [row(change) for change in plan.changes], left=(0, 3))
-
-
-def _table(heading: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
-    """Align columns; those not in `left` are aligned on the right."""
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
+    """Align columns; those not in `left` are aligned on the right. Without rows there is no table."""
     cells = [list(heading), *([f"{_INDENT}{row[0]}", *row[1:]] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(heading))]
-    return [
+    lines = [
         "  ".join(
             text.ljust(width) if column in left else text.rjust(width)
             for column, (text, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in cells
     ]
+    return lines if rows else []
 
 
 def _memory_as_dict(memory: RankMemory) -> dict[str, Any]:
-    values: Mapping[str, Any] = {
+    return {
         "total": memory.total,
         "tensors": memory.tensors,
         "peak_phase": memory.peak_phase,
         "components": {phase: dict(parts) for phase, parts in memory.components.items()},
-        "phases": dict(memory.phases),
+        "phases": memory.phases,
         "allowances": dict(memory.allowances),
         "host": dict(memory.host),
     }
-    return dict(values)

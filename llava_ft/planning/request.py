@@ -1,4 +1,4 @@
-"""What is to be planned, in plain values: the run as its flags describe it and the machine it is to run on."""
+"""What is to be planned, in plain values: the run as its flags describe it, and the machine it is to run on."""
 
 import dataclasses
 import re
@@ -15,7 +15,6 @@ from llava_ft.args.attention import AttentionMachine, choose_kernel, installed_k
 from llava_ft.args.build import adapt_to_device
 from llava_ft.args.deepspeed_file import check_deepspeed_config, find_deepspeed_config, read_deepspeed_config
 from llava_ft.errors import UserError
-from llava_ft.planning.zero import ZeroSettings
 from llava_ft.tuning.freeze import TuningPlan
 from llava_ft.tuning.quant import Quantization, check_quantization
 from llava_ft.tuning.recompute import Recomputation
@@ -23,9 +22,9 @@ from llava_ft.tuning.recompute import Recomputation
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(GiB|GB|G|MiB|MB|M)", re.IGNORECASE)
 _BYTES = {"GIB": 2**30, "G": 2**30, "GB": 10**9, "MIB": 2**20, "M": 2**20, "MB": 10**6}
 
-
 Tower = Literal["runs", "held", "absent"]
-"""What a run does with its vision tower."""
+"""What a run does with its vision tower: encodes images with it, only holds it because it is to be saved, or does not
+load it because a vision cache stands in its place."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Adapters of the run; see `tuning/lora.py`."""
+    """Adapters of the run: the arguments of `add_lora`."""
 
     r: int
     alpha: int
@@ -67,6 +66,84 @@ class LoraSettings:
     bias: Literal["none", "all", "lora_only"]
     leaf_names: tuple[str, ...] | None
     fast: bool = True
+
+
+@dataclass(frozen=True)
+class ZeroSettings:
+    """DeepSpeed's settings as far as they decide memory; the defaults are DeepSpeed's own.
+
+    Attributes:
+        stage: What is divided among the ranks: nothing (0), optimizer state (1), gradients too (2), weights too (3).
+        offload_optimizer: Whether master weights, optimizer state and gradients are in the host's memory.
+        offload_param: Whether weights wait in the host's memory (stage 3).
+        reduce_bucket_size: Values that are reduced at a time; such a buffer is there during the backward pass.
+        overlap_comm: Whether reducing overlaps with the backward pass, which takes a second buffer (stages 1 and 2).
+        prefetch_bucket_size: Values that are gathered ahead of their use (stage 3).
+        param_persistence_threshold: Parameters with fewer values stay whole on every rank (stage 3).
+        max_live_parameters: No more is gathered ahead when so many values are whole (stage 3).
+        max_reuse_distance: A weight stays whole if it is used again within so many values (stage 3).
+        sub_group_size: Values that the optimizer updates at a time (stage 3).
+    """
+
+    stage: int = 0
+    offload_optimizer: bool = False
+    offload_param: bool = False
+    reduce_bucket_size: int = 500_000_000
+    overlap_comm: bool = False
+    prefetch_bucket_size: int = 50_000_000
+    param_persistence_threshold: int = 100_000
+    max_live_parameters: int = 1_000_000_000
+    max_reuse_distance: int = 1_000_000_000
+    sub_group_size: int = 1_000_000_000
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], hidden_size: int) -> "ZeroSettings":
+        """Read DeepSpeed's configuration.
+
+        Args:
+            config: The whole configuration.
+            hidden_size: Width of the language model, by which transformers fills in "auto".
+
+        Raises:
+            UserError: A size is no number.
+        """
+        zero = config.get("zero_optimization") or {}
+        automatic = {
+            "reduce_bucket_size": hidden_size * hidden_size,
+            "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+            "stage3_param_persistence_threshold": 10 * hidden_size,
+        }
+
+        def is_offloaded(section: str) -> bool:
+            return (zero.get(section) or {}).get("device", "none") not in (None, "none")
+
+        def number(key: str) -> int:
+            value = zero.get(key, getattr(cls, key.removeprefix("stage3_")))
+            try:
+                return automatic[key] if value == "auto" else int(value)
+            except (KeyError, TypeError, ValueError):
+                raise UserError(
+                    f"zero_optimization.{key} of the DeepSpeed configuration is {value!r}. Allowed is a whole number "
+                    f"of values{', or auto' if key in automatic else ''}."
+                ) from None
+
+        stage, overlap = int(zero.get("stage", 0)), zero.get("overlap_comm")
+        return cls(
+            stage=stage,
+            offload_optimizer=is_offloaded("offload_optimizer"),
+            offload_param=stage == 3 and is_offloaded("offload_param"),
+            reduce_bucket_size=number("reduce_bucket_size"),
+            overlap_comm=stage == 3 if overlap is None else bool(overlap),
+            prefetch_bucket_size=number("stage3_prefetch_bucket_size"),
+            param_persistence_threshold=number("stage3_param_persistence_threshold"),
+            max_live_parameters=number("stage3_max_live_parameters"),
+            max_reuse_distance=number("stage3_max_reuse_distance"),
+            sub_group_size=number("sub_group_size"),
+        )
+
+    def __str__(self) -> str:
+        """Return the name that people use, such as `ZeRO-3 with offload`."""
+        return f"ZeRO-{self.stage}{' with offload' if self.offload_optimizer or self.offload_param else ''}"
 
 
 @dataclass(frozen=True)
@@ -86,8 +163,9 @@ class PlanRequest:
         optimizer: transformers' name.
         projector_has_own_rate: Whether the projector is a parameter group of its own.
         zero: DeepSpeed's settings; None without DeepSpeed.
-        tower: Whether the vision tower encodes images, is only held because it is to be saved, or is not loaded because
-            a vision cache stands in its place.
+        tower: What becomes of the vision tower.
+        max_steps: Optimizer steps of the run; with a number below 1 `num_epochs` counts.
+        num_epochs: Times that each sample is trained on.
     """
 
     machine: Machine
@@ -103,11 +181,28 @@ class PlanRequest:
     projector_has_own_rate: bool
     zero: ZeroSettings | None
     tower: Tower = "runs"
+    max_steps: int = -1
+    num_epochs: float = 1.0
 
     @property
     def samples_per_step(self) -> int:
         """Samples of one optimizer step on all ranks."""
         return self.batch_size * self.accumulation * self.machine.world_size
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the kernels are those of a GPU."""
+        return self.machine.device == "cuda"
+
+    @property
+    def keeps_little(self) -> bool:
+        """Whether decoder layers compute by `lora_layer.py`, which recomputes by itself what costs little."""
+        lora, bits = self.lora, self.quantization.bits if self.quantization else 16
+        return lora is not None and lora.fast and lora.bias == "none" and bits != 8
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Type of a parameter in memory: DeepSpeed converts all, and keeps master weights in its optimizer."""
+        return self.tuning.dtype_of(name, self.compute_dtype) if self.zero is None else self.compute_dtype
 
     def changed(self, **changes: Any) -> "PlanRequest":
         """Return the request with some values replaced."""
@@ -126,12 +221,10 @@ def plan_request(args: ParsedArgs, machine: Machine, *, hidden_size: int, has_vi
     Raises:
         UserError: Such a run would be refused.
     """
-    values = training_values(args, machine)
-    flags = args.flags
+    values, flags = _training_values(args, machine), args.flags
     zero = _zero_settings(values, hidden_size, args.notes)
     quantization = Quantization.from_flags(flags.bits, flags.quant_type, flags.double_quant)
     check_quantization(quantization, zero_stage=zero.stage if zero else 0)
-    leaf_names = tuple(flags.lora_target_modules) if flags.lora_target_modules else None
     tuning = TuningPlan.from_flags(
         lora_enable=flags.lora_enable,
         tune_mm_mlp_adapter=args.model.tune_mm_mlp_adapter,
@@ -139,41 +232,46 @@ def plan_request(args: ParsedArgs, machine: Machine, *, hidden_size: int, has_vi
         freeze_backbone=args.model.freeze_backbone,
         has_vision=has_vision,
     )
-    tower_with_cache: Tower = "held" if tuning.method == "full" and flags.save_vision_tower else "absent"
+    lora = None
+    if flags.lora_enable:
+        leaf_names = tuple(flags.lora_target_modules) if flags.lora_target_modules else None
+        lora = LoraSettings(
+            flags.lora_r, flags.lora_alpha, flags.lora_dropout, flags.lora_bias, leaf_names, flags.fast_lora
+        )
+    is_compiled = bool(values["torch_compile"])
+    if is_compiled:
+        args.notes.append("Memory is planned as without torch_compile, which keeps less of a compiled layer.")
+    # A kernel that is named counts as installed on that machine, others if they are here.
+    wish, is_half = args.model.attn_implementation, bool(values["bf16"] or values["fp16"])
+    kernels = AttentionMachine(machine.device == "cuda", is_half, installed=installed_kernels() | {wish})
+    tower: Tower = "runs"
+    if args.data.vision_cache is not None:
+        tower = "held" if tuning.method == "full" and flags.save_vision_tower else "absent"
     return PlanRequest(
         machine=machine,
         tuning=tuning,
-        lora=LoraSettings(
-            flags.lora_r, flags.lora_alpha, flags.lora_dropout, flags.lora_bias, leaf_names, flags.fast_lora
-        )
-        if flags.lora_enable
-        else None,
+        lora=lora,
         quantization=quantization,
         compute_dtype=torch.bfloat16 if values["bf16"] else torch.float16 if values["fp16"] else torch.float32,
-        attention=_attention(args.model.attn_implementation, values, machine),
-        recomputation=_recomputation(args, values),
+        attention=choose_kernel(wish, kernels, []),
+        recomputation=Recomputation.of_run(
+            flags.gradient_checkpointing,
+            flags.gradient_checkpointing_every,
+            offload=flags.activation_offload,
+            is_compiled=is_compiled,
+        ),
         batch_size=int(values["per_device_train_batch_size"]),
         accumulation=int(values["gradient_accumulation_steps"]),
         optimizer=str(values["optim"]),
         projector_has_own_rate=flags.mm_projector_lr is not None,
         zero=zero,
-        tower="runs" if args.data.vision_cache is None else tower_with_cache,
+        tower=tower,
+        max_steps=int(values["max_steps"]),
+        num_epochs=float(values["num_train_epochs"]),
     )
 
 
-def _recomputation(args: ParsedArgs, values: Mapping[str, Any]) -> Recomputation:
-    flags = args.flags
-    if values["torch_compile"]:
-        args.notes.append("Memory is planned as without torch_compile, which keeps less of a compiled layer.")
-    return Recomputation.of_run(
-        flags.gradient_checkpointing,
-        flags.gradient_checkpointing_every,
-        offload=flags.activation_offload,
-        is_compiled=bool(values["torch_compile"]),
-    )
-
-
-def training_values(args: ParsedArgs, machine: Machine) -> dict[str, Any]:
+def _training_values(args: ParsedArgs, machine: Machine) -> dict[str, Any]:
     """Return every training flag with its value or default, as the run would use it on that machine."""
     fields = dataclasses.fields(transformers.TrainingArguments)
     values: dict[str, Any] = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
@@ -199,14 +297,12 @@ def plan_machine(inherited: Mapping[str, object], *, gpus: int | None, nodes: in
     for name, value in (("gpus", gpus), ("nodes", nodes)):
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}. Allowed are whole numbers from 1.")
-    uses_cpu = bool(inherited.get("use_cpu"))
     memory, source = (parse_memory(gpu_memory), "--gpu-memory") if gpu_memory else (None, "")
-    if uses_cpu:
+    if inherited.get("use_cpu"):
         if memory is None:
             import psutil
 
-            count = gpus or 1
-            memory, source = psutil.virtual_memory().total // count, "this machine's memory"
+            memory, source = psutil.virtual_memory().total // (gpus or 1), "this machine's memory"
         return Machine("cpu", gpus or 1, nodes, memory, source)
     visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if memory is None and visible:
@@ -231,20 +327,10 @@ def _zero_settings(values: Mapping[str, Any], hidden_size: int, notes: list[str]
     given: str | dict[str, Any] | None = values["deepspeed"]
     if not given:
         return None
+    config, source = given, "the mapping"
     if isinstance(given, str):
-        path = find_deepspeed_config(given, notes)
-        config, source = read_deepspeed_config(Path(path)), path
-    else:
-        config, source = given, "the mapping"
+        source = find_deepspeed_config(given, notes)
+        config = read_deepspeed_config(Path(source))
+    assert isinstance(config, dict)
     notes.extend(check_deepspeed_config(config, source, values))
     return ZeroSettings.from_config(config, hidden_size)
-
-
-def _attention(wish: str, values: Mapping[str, Any], machine: Machine) -> str:
-    """Choose as the run would; a kernel that is named counts as installed on that machine, others if they are here."""
-    there = AttentionMachine(
-        has_gpu=machine.device == "cuda",
-        is_half=bool(values["bf16"] or values["fp16"]),
-        installed=installed_kernels() | {wish},
-    )
-    return choose_kernel(wish, there, [])

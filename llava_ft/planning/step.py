@@ -2,29 +2,35 @@
 
 The model is built from shapes, its weights are fake tensors, and forward and backward pass run as in training with a
 `MemoryTracker` around them. So the memory of activations is that of the code that will run, checkpointing, adapters,
-autocast and attention kernels included, and nothing is estimated by formula. Two things that a step reads off its data
-are answered from the workload: how many positions are images and how many are supervised.
+autocast and attention kernels included, and nothing is estimated by formula.
+
+Whatever is no floating-point number keeps its values: ids, labels and masks are those of a batch that is made up, and
+what is computed from them alone (where the images are, which positions are supervised, where samples end) is computed.
 
 The trace runs on fake CPU tensors whatever the target is, because a torch without CUDA has no CUDA autograd. Both run
 the same operations; where their kernels keep different tensors (dropout's mask) the GPU's are put in.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._pytree import tree_leaves
 
+from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ft.geometry import SizeWH
+from llava_ft.models.config import LlavaLlamaConfig
 from llava_ft.models.llava import LlavaLlamaForCausalLM
 from llava_ft.planning.quantized import replace_kernel
+from llava_ft.planning.request import PlanRequest
 from llava_ft.planning.tracker import MemoryTracker, Peak
-from llava_ft.tuning.quant import Quantization, is_quantized
-from llava_ft.tuning.recompute import Recomputation, recompute_activations
+from llava_ft.tuning.quant import is_quantized
+from llava_ft.tuning.recompute import recompute_activations
 
 VISION, FORWARD, LOSS, BACKWARD = "vision tower", "forward", "loss", "backward"
 PHASES = (VISION, FORWARD, LOSS, BACKWARD)
@@ -56,32 +62,38 @@ class Batch:
     is_padded: bool
     image_size_wh: SizeWH | None = None
 
+    def inputs(self, config: LlavaLlamaConfig, *, feature_dtype: torch.dtype | None = None) -> dict[str, Any]:
+        """Make a batch up for the model's `forward`: images come first, what is supervised last.
+
+        Args:
+            config: The model's configuration.
+            feature_dtype: Type of the features that stand in for pixels; None gives pixels.
+        """
+        geometry, (num_rows, length) = config.image_geometry, (self.size, self.length)
+        ids = torch.zeros(num_rows * length, dtype=torch.int64)
+        labels = torch.full((num_rows, length), IGNORE_INDEX)
+        for row in range(num_rows):
+            count = self.num_supervised // num_rows + (row < self.num_supervised % num_rows)
+            labels[row, length - count :] = 0
+        mask = None
+        if self.is_padded:
+            mask = torch.ones(num_rows, length, dtype=torch.bool)
+            mask[-1, -1] = False
+        inputs: dict[str, Any] = {"input_ids": ids.view(num_rows, length), "labels": labels, "attention_mask": mask}
+        if not self.num_images or geometry is None:
+            return inputs
+        ids[: self.num_images * geometry.num_tokens(self.image_size_wh)] = IMAGE_TOKEN_INDEX
+        num_tiles = self.num_images * geometry.num_tiles(self.image_size_wh)
+        inputs["image_sizes"] = [self.image_size_wh] * self.num_images
+        if feature_dtype is None:
+            return inputs | {"pixel_values": torch.empty(num_tiles, 3, geometry.input_size, geometry.input_size)}
+        assert config.mm_hidden_size is not None
+        shape = (num_tiles, geometry.tokens_per_tile, config.mm_hidden_size)
+        return inputs | {"image_features": torch.empty(shape, dtype=feature_dtype)}
+
 
 @dataclass(frozen=True)
-class StepSettings:
-    """How a step is run.
-
-    Attributes:
-        batch: The micro-batch.
-        autocast_dtype: Type of matrix products under autocast; None without.
-        recomputation: What the backward pass computes again.
-        gradients: What becomes of gradients.
-        on_gpu: Whether the kernels are those of a GPU.
-        quantization: How the language model's linear layers are held.
-        compute_dtype: Type of the vision tower's features.
-    """
-
-    batch: Batch
-    autocast_dtype: torch.dtype | None
-    recomputation: Recomputation
-    gradients: Gradients
-    on_gpu: bool
-    quantization: Quantization | None = None
-    compute_dtype: torch.dtype = torch.float32
-
-
-@dataclass(frozen=True)
-class Traced:
+class StepTrace:
     """What a step takes.
 
     Attributes:
@@ -98,51 +110,59 @@ class Traced:
         return max(peak.total for peak in self.peaks.values())
 
 
-def trace_step(model: nn.Module, dtypes: Mapping[str, torch.dtype], settings: StepSettings) -> Traced:
+def trace_step(model: nn.Module, request: PlanRequest, batch: Batch, gradients: Gradients) -> StepTrace:
     """Run forward and backward pass without memory.
 
     Args:
-        model: The run's model on the meta device, what is trained marked by `requires_grad`. It is used up.
-        dtypes: Type of each parameter by name. Those of quantised weights are not looked at.
-        settings: How the step is run.
+        model: The run's model as `build_model` makes it. It is used up.
+        request: The run.
+        batch: The micro-batch.
+        gradients: What becomes of gradients.
     """
     native = next(module for module in model.modules() if isinstance(module, LlavaLlamaForCausalLM))
-    tracker = _StepTracker(native, settings)
-    fake = FakeTensorMode()
+    tracker = _StepTracker(on_gpu=request.on_gpu, logits_shape=(batch.num_supervised, native.config.vocab_size))
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
-        _give_fake_values(model, dtypes, settings)
-    tracker.ignore([*model.parameters(), *model.buffers()])
+        _give_fake_values(model, request)
+    tracker.ignore_weights([*model.parameters(), *model.buffers()])
     _watch_phases(native, tracker)
     with fake, tracker:
-        _watch_gradients(model, tracker, settings.gradients)
+        _watch_gradients(model, tracker, gradients)
         recompute_activations(
-            model, settings.recomputation, options={"preserve_rng_state": False}, offloading=tracker.offloading
+            model, request.recomputation, options={"preserve_rng_state": False}, offloading=tracker.offloading
         )
-        tracker.label = ACTIVATIONS
         model.train()
-        inputs = _inputs(settings, native)  # alive to the end of the step, as in the training loop
-        with _autocast(settings.autocast_dtype):
+        # Alive to the end of the step, as in the training loop.
+        inputs = batch.inputs(native.config, feature_dtype=None if native.runs_tower else request.compute_dtype)
+        with autocast(request):
             loss = model(**inputs, num_items_in_batch=1).loss
         tracker.phase, tracker.label = BACKWARD, ACTIVATIONS
         loss.backward()
-    return Traced({phase: tracker.peaks.get(phase, Peak()) for phase in PHASES}, tracker.on_host)
+    return StepTrace({phase: tracker.peaks.get(phase, Peak()) for phase in PHASES}, tracker.on_host)
+
+
+def autocast(request: PlanRequest) -> AbstractContextManager[Any]:
+    """The context in which a run computes its forward pass, on a CPU. DeepSpeed converts the model instead."""
+    if request.zero is not None or request.compute_dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast("cpu", request.compute_dtype)
 
 
 class _StepTracker(MemoryTracker):
-    """Answers what a step reads off its data, and tells logits and copies of weights from activations."""
+    """Computes what has values, and tells logits and copies of weights from activations."""
 
-    def __init__(self, model: LlavaLlamaForCausalLM, settings: StepSettings):
-        super().__init__(_CUDA_GRANULARITY if settings.on_gpu else 1)
-        self._batch = settings.batch
-        geometry = model.config.image_geometry
-        num_images = settings.batch.num_images
-        self._num_image_positions = 0
-        if num_images and geometry is not None:
-            self._num_image_positions = num_images * geometry.num_tokens(settings.batch.image_size_wh)
-        self._logits_shape = (settings.batch.num_supervised, model.config.vocab_size)
-        self._weight_shapes: set[torch.Size] = set()
-        self._has_host = settings.on_gpu
+    def __init__(self, *, on_gpu: bool, logits_shape: tuple[int, int]):
+        super().__init__(_CUDA_GRANULARITY if on_gpu else 1)
+        self.label = ACTIVATIONS
         self.on_host = 0
+        self._logits_shape = logits_shape
+        self._weight_shapes: set[torch.Size] = set()
+        self._has_host = on_gpu
+
+    def ignore_weights(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Count the model's weights as nothing, and know copies of them by their shape."""
+        self._weight_shapes = {tensor.shape for tensor in tensors if tensor.dim() == 2}
+        self.ignore(tensors)
 
     def offloading(self) -> AbstractContextManager[Any]:
         """The context in which what is saved leaves the device; on a CPU there is nowhere to go."""
@@ -158,20 +178,17 @@ class _StepTracker(MemoryTracker):
 
         return torch.autograd.graph.saved_tensors_hooks(leave, come_back)
 
-    def ignore(self, tensors: Any) -> None:
-        tensors = list(tensors)
-        self._weight_shapes = {tensor.shape for tensor in tensors if tensor.dim() == 2}
-        super().ignore(tensors)
-
     def run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return False if args[0].dtype == torch.bool else self._num_image_positions
-        if func is torch.ops.aten.nonzero.default:
-            assert args[0].shape == (self._batch.size * self._batch.length,)
-            return args[0].new_empty((self._batch.num_supervised, 1), dtype=torch.int64)
-        return func(*args, **kwargs)
+        given = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)]
+        if given and any(isinstance(tensor, FakeTensor) for tensor in given):
+            return func(*args, **kwargs)
+        result = None if given else func(*args, **kwargs)
+        if isinstance(result, torch.Tensor) and result.is_floating_point():
+            return result
+        with unset_fake_temporarily():  # whole numbers and truth values, or what is computed from them alone
+            return func(*args, **kwargs)
 
-    def label_of(self, func: Callable[..., Any], args: Sequence[Any], result: torch.Tensor) -> str:
+    def label_of(self, func: Callable[..., Any], result: torch.Tensor) -> str:
         if tuple(result.shape) == self._logits_shape:
             return LOGITS
         is_weight_like = result.shape in self._weight_shapes
@@ -182,26 +199,26 @@ class _StepTracker(MemoryTracker):
         return self.label
 
 
-def _give_fake_values(model: nn.Module, dtypes: Mapping[str, torch.dtype], settings: StepSettings) -> None:
+def _give_fake_values(model: nn.Module, request: PlanRequest) -> None:
     """Replace every parameter and buffer by a fake one; dropout and quantised layers by what the target runs."""
     made: dict[int, nn.Parameter] = {}
     for module_name, module in model.named_modules():
-        if settings.on_gpu and type(module) is nn.Dropout:
+        if request.on_gpu and type(module) is nn.Dropout:
             module.__class__ = _FusedDropout
         if is_quantized(module):
-            assert settings.quantization is not None
-            replace_kernel(module, settings.quantization, on_gpu=settings.on_gpu)
+            assert request.quantization is not None
+            replace_kernel(module, request.quantization, on_gpu=request.on_gpu)
             continue
         prefix = f"{module_name}." if module_name else ""
         for leaf, parameter in module._parameters.items():
             if parameter is None:
                 continue
             if id(parameter) not in made:
-                values = torch.empty(parameter.shape, dtype=dtypes[prefix + leaf])
+                values = torch.empty(parameter.shape, dtype=request.dtype_of(prefix + leaf))
                 made[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
             module._parameters[leaf] = made[id(parameter)]
         for leaf, buffer in module._buffers.items():
-            if buffer is not None:
+            if buffer is not None and buffer.is_floating_point():
                 module._buffers[leaf] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
@@ -234,35 +251,6 @@ def _watch_gradients(model: nn.Module, tracker: MemoryTracker, gradients: Gradie
             parameter.grad = torch.empty_like(parameter)
             tracker.relabel(parameter.grad, GRADIENTS)
         parameter.register_post_accumulate_grad_hook(hook)
-
-
-def _inputs(settings: StepSettings, model: LlavaLlamaForCausalLM) -> dict[str, Any]:
-    batch = settings.batch
-    inputs: dict[str, Any] = {
-        "input_ids": torch.empty(batch.size, batch.length, dtype=torch.int64),
-        "labels": torch.empty(batch.size, batch.length, dtype=torch.int64),
-        "attention_mask": torch.empty(batch.size, batch.length, dtype=torch.bool) if batch.is_padded else None,
-    }
-    geometry = model.config.image_geometry
-    if batch.num_images and geometry is not None:
-        num_tiles, side = batch.num_images * geometry.num_tiles(batch.image_size_wh), geometry.input_size
-        if model.runs_tower:
-            inputs["pixel_values"] = torch.empty(num_tiles, 3, side, side)
-        else:
-            assert model.config.mm_hidden_size is not None
-            shape = (num_tiles, geometry.tokens_per_tile, model.config.mm_hidden_size)
-            inputs["image_features"] = torch.empty(shape, dtype=settings.compute_dtype)
-        inputs["image_sizes"] = [batch.image_size_wh] * batch.num_images
-    return inputs
-
-
-@contextlib.contextmanager
-def _autocast(dtype: torch.dtype | None) -> Iterator[None]:
-    if dtype is None:
-        yield
-        return
-    with torch.autocast("cpu", dtype):
-        yield
 
 
 class _FusedDropout(nn.Dropout):

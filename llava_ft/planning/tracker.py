@@ -4,6 +4,9 @@ A `MemoryTracker` sees each operation that torch runs inside it, forward and bac
 When a storage dies its bytes are taken off again. That works alike for real tensors and for fake ones, which have
 shapes but no memory, so a training step that was never run can be measured. What it does not see is memory that
 kernels take and give back within one operation, and what an allocator loses to fragmentation.
+
+torch's own `torch.distributed._tools.mem_tracker` counts in the same way, by module and by what a tensor is to the
+optimizer. It is not used, because it cannot tell the phases of a step, logits and copies of weights, and is private.
 """
 
 import weakref
@@ -31,9 +34,7 @@ class Peak:
 
 
 @dataclass
-class _Living:
-    """A storage that is alive, with the bytes and the label it is counted under."""
-
+class _Storage:
     reference: Any
     num_bytes: int
     label: str
@@ -49,6 +50,7 @@ class MemoryTracker(TorchDispatchMode):
         label: What new storage is counted as, until it is changed.
         phase: Part of the step, for `peaks`.
         peaks: The peak of each phase.
+        now: Bytes that are alive.
     """
 
     def __init__(self, granularity: int = 1):
@@ -56,25 +58,15 @@ class MemoryTracker(TorchDispatchMode):
         self.label = "activations"
         self.phase = "forward"
         self.peaks: dict[str, Peak] = {}
+        self.now = 0
         self._granularity = granularity
-        self._living: dict[int, _Living] = {}
-        self._now = 0
+        self._living: dict[int, _Storage] = {}
         self._by_label: Counter[str] = Counter()
-
-    @property
-    def now(self) -> int:
-        """Bytes that are alive."""
-        return self._now
 
     def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
         """Count the storage of these tensors as nothing: the model's weights, which are known."""
         for tensor in tensors:
-            self._living[tensor.untyped_storage()._cdata] = _Living(tensor.untyped_storage(), 0, "")
-
-    def hold(self, tensors: Iterable[torch.Tensor], label: str) -> None:
-        """Count tensors that were made outside."""
-        for tensor in tensors:
-            self._see(tensor, label)
+            self._living[tensor.untyped_storage()._cdata] = _Storage(tensor.untyped_storage(), 0, "")
 
     def relabel(self, tensor: torch.Tensor, label: str) -> None:
         """Count a tensor's storage under another label from now on."""
@@ -84,12 +76,12 @@ class MemoryTracker(TorchDispatchMode):
             self._by_label[label] += entry.num_bytes
             entry.label = label
 
-    def label_of(self, func: Callable[..., Any], args: Sequence[Any], result: torch.Tensor) -> str:
+    def label_of(self, func: Callable[..., Any], result: torch.Tensor) -> str:
         """Return what a new tensor is counted as; a subclass may look at the operation that made it."""
         return self.label
 
     def run(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Run an operation; a subclass may answer for it."""
+        """Run one operation."""
         return func(*args, **kwargs)
 
     def __torch_dispatch__(
@@ -98,27 +90,19 @@ class MemoryTracker(TorchDispatchMode):
         """Run one operation and count what it made."""
         result = self.run(func, args, kwargs or {})
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._see(tensor, None if self._is_known(tensor) else self.label_of(func, args, tensor))
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._living:
+                self._add(tensor.untyped_storage(), self.label_of(func, tensor))
         return result
 
-    def _is_known(self, tensor: torch.Tensor) -> bool:
-        return tensor.untyped_storage()._cdata in self._living
-
-    def _see(self, tensor: torch.Tensor, label: str | None) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if label is None or key in self._living:
-            return
-        num_bytes = -(-storage.nbytes() // self._granularity) * self._granularity
-        self._living[key] = _Living(weakref.ref(storage, lambda _: self._forget(key)), num_bytes, label)
-        self._now += num_bytes
+    def _add(self, storage: torch.UntypedStorage, label: str) -> None:
+        key, num_bytes = storage._cdata, -(-storage.nbytes() // self._granularity) * self._granularity
+        self._living[key] = _Storage(weakref.ref(storage, lambda _: self._forget(key)), num_bytes, label)
+        self.now += num_bytes
         self._by_label[label] += num_bytes
-        peak = self.peaks.setdefault(self.phase, Peak())
-        if self._now > peak.total:
-            self.peaks[self.phase] = Peak(self._now, {name: size for name, size in self._by_label.items() if size})
+        if self.now > self.peaks.setdefault(self.phase, Peak()).total:
+            self.peaks[self.phase] = Peak(self.now, {name: size for name, size in self._by_label.items() if size})
 
     def _forget(self, key: int) -> None:
         entry = self._living.pop(key)
-        self._now -= entry.num_bytes
+        self.now -= entry.num_bytes
         self._by_label[entry.label] -= entry.num_bytes

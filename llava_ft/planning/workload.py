@@ -6,10 +6,8 @@ supervised tokens and those with most images, as if they came together; no batch
 every sample is taken to be as long as `model_max_length` allows, with one image, and half of its text supervised.
 """
 
-import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -18,6 +16,7 @@ import numpy as np
 from llava_ft.args import ParsedArgs
 from llava_ft.conversation import get_template
 from llava_ft.data.image_files import ImagePlace
+from llava_ft.data.packing import pack
 from llava_ft.data.preparation.image_facts import ImageChecks, ImageFacts, look_at_images
 from llava_ft.data.preparation.prepare import PreparationSettings, prepare_rows
 from llava_ft.data.preparation.samples import Samples, find_samples
@@ -29,12 +28,9 @@ from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.errors import UserError
 from llava_ft.geometry import ImageGeometry, SizeWH
-from llava_ft.planning.packed import PackedRows, plan_rows
+from llava_ft.planning.model import ModelOutline
 from llava_ft.planning.request import PlanRequest
-from llava_ft.planning.shapes import PlannedModel
 from llava_ft.planning.step import Batch
-
-logger = logging.getLogger(__name__)
 
 SUPERVISED_SHARE: Final = 0.5
 """Share of the text positions that is taken to be supervised where the records are not here."""
@@ -44,34 +40,29 @@ _DEFAULT_SEED: Final = 42
 
 _TOKENIZER_FILES: Final = ("tokenizer.model", "tokenizer.json")
 
+Array = np.ndarray[Any, np.dtype[Any]]
+
 
 @dataclass(frozen=True)
 class Records:
-    """The run's records, measured.
+    """The run's records, as the rows that batches are made of: samples, or with packing what is packed of them.
 
     Attributes:
-        path: Their file.
         num_records: Records in the file.
         num_usable: Samples that can be tokenised, of a mixture those that it takes; what is planned for. Images were
             not looked at.
-        lengths: Positions of each sample after truncation, longest first; empty without a tokenizer.
-        num_supervised: Tokens of each sample that have to be predicted, most first.
-        num_images: Images of each sample, most first.
+        lengths: Positions of each row after truncation, longest first; empty without a tokenizer.
+        num_supervised: Tokens of each row that have to be predicted, most first.
+        num_images: Images of each row, most first.
         num_tiles: Tiles of all images that the records name, each name counted once.
-        packed: The rows that a run with packing makes of the samples; None without packing.
-        samples: Positions, tokens to predict and images of each sample in the order of the records, which belong
-            together, unlike those above; None without a tokenizer.
     """
 
-    path: str
     num_records: int
     num_usable: int
-    lengths: np.ndarray[Any, Any]
-    num_supervised: np.ndarray[Any, Any]
-    num_images: np.ndarray[Any, Any]
+    lengths: Array
+    num_supervised: Array
+    num_images: Array
     num_tiles: int = 0
-    packed: PackedRows | None = None
-    samples: tuple[np.ndarray[Any, Any], ...] | None = None
 
     @property
     def are_measured(self) -> bool:
@@ -102,77 +93,68 @@ class Workload:
     notes: tuple[str, ...]
     rows: Literal["padded", "packed", "joined"] = "padded"
 
+    @property
+    def measured(self) -> Records | None:
+        """The records if they were tokenised."""
+        return self.records if self.records is not None and self.records.are_measured else None
+
     def largest_batch(self, size: int, *, supervise_all: bool = False) -> Batch:
         """Return the micro-batch that takes most memory.
 
         Args:
             size: Samples in it, or packed rows.
-            supervise_all: Whether every text position is to be supervised, which is the most that can be.
+            supervise_all: Whether every text position is to be supervised, which is the most that can be; for records
+                that are not here.
         """
-        batch = self._largest_batch(size, supervise_all)
-        if self.rows == "padded":
-            return batch
+        records, length = self.measured, self.max_length
+        if records is None:
+            num_images = size if 0 < self.tokens_per_image < length else 0
+            text = size * (length - 1) - num_images * self.tokens_per_image
+            supervised = round(text * (1.0 if supervise_all else SUPERVISED_SHARE))
+            is_padded = size > 1
+        else:
+            if self.rows != "packed":
+                length = int(records.lengths[0])
+            num_images = int(records.num_images[:size].sum())
+            supervised = min(int(records.num_supervised[:size].sum()), size * (length - 1))
+            is_padded = size > 1 and int(records.lengths[-1]) != length
+        num_rows = size
         if self.rows == "packed":  # samples are kept apart by a mask, also in a batch of one row
-            return replace(batch, length=self.max_length, is_padded=True)
-        lengths = self.records.lengths[:size] if self.records is not None and self.records.are_measured else None
-        length = size * batch.length if lengths is None else int(lengths.sum())
-        return replace(batch, size=1, length=length, is_padded=size > 1)
+            is_padded = True
+        elif self.rows == "joined":
+            length = size * length if records is None else int(records.lengths[:size].sum())
+            num_rows, is_padded = 1, size > 1
+        # Images that are smaller than all are taken to be may be more than there would be room for.
+        room = num_rows * length // max(1, self.tokens_per_image)
+        return Batch(num_rows, length, min(num_images, room), max(1, supervised), is_padded, self.image_size_wh)
 
-    def _largest_batch(self, size: int, supervise_all: bool) -> Batch:
+    def epoch(self, request: PlanRequest) -> dict[str, Any]:
+        """Count what an epoch and the run hold; empty without records."""
         records = self.records
-        if records is None or not records.are_measured:
-            num_images = size if self.tokens_per_image and self.max_length > self.tokens_per_image else 0
-            text = size * (self.max_length - 1) - num_images * self.tokens_per_image
-            share = 1.0 if supervise_all else SUPERVISED_SHARE
-            supervised = max(1, round(text * share))
-            return Batch(size, self.max_length, num_images, supervised, size > 1, self.image_size_wh)
-        counts = records.packed or records
-        length = int(records.lengths[0]) if records.packed is None else self.max_length
-        num_images = int(counts.num_images[:size].sum())
-        text = max(1, size * (length - 1) - num_images * self.tokens_per_image)
-        supervised = text if supervise_all else int(counts.num_supervised[:size].sum())
-        return Batch(
-            size=size,
-            length=length,
-            num_images=num_images,
-            num_supervised=max(1, min(supervised, size * (length - 1))),
-            is_padded=size > 1 and int(records.lengths[-1]) != length,
-            image_size_wh=self.image_size_wh,
-        )
-
-    def epoch(self, request: PlanRequest, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Count what an epoch and the run hold; empty without records.
-
-        Args:
-            request: The run.
-            values: Its training flags.
-        """
-        if self.records is None:
+        if records is None:
             return {}
-        num_train = self.records.num_usable
+        num_train = records.num_usable
         if self.validation_fraction and num_train > 1:
             num_train -= min(max(1, round(num_train * self.validation_fraction)), num_train - 1)
-        packed = self.records.packed
-        num_rows = num_train if packed is None else math.ceil(packed.num_rows * num_train / self.records.num_usable)
+        is_packed, share = self.rows == "packed" and records.are_measured, num_train / records.num_usable
+        num_rows = math.ceil(len(records.lengths) * num_train / records.num_usable) if is_packed else num_train
         steps = steps_per_epoch(num_rows, request.batch_size, request.machine.world_size, request.accumulation)
-        max_steps = int(values["max_steps"])
         counted = {
-            "records": self.records.num_records,
-            "usable_records": self.records.num_usable,
+            "records": records.num_records,
+            "usable_records": records.num_usable,
             "training_records": num_train,
-            **({} if packed is None else {"packed_rows": num_rows}),
+            **({"packed_rows": num_rows} if is_packed else {}),
             "steps_per_epoch": steps,
-            "steps": max_steps if max_steps > 0 else math.ceil(float(values["num_train_epochs"]) * steps),
+            "steps": request.max_steps if request.max_steps > 0 else math.ceil(request.num_epochs * steps),
         }
-        if self.records.are_measured:
-            share = num_train / self.records.num_usable
-            counted["tokens_per_epoch"] = round(int(self.records.lengths.sum()) * share)
-            counted["supervised_tokens_per_epoch"] = round(int(self.records.num_supervised.sum()) * share)
-            counted["images_per_epoch"] = round(int(self.records.num_images.sum()) * share)
+        if records.are_measured:
+            counted["tokens_per_epoch"] = round(int(records.lengths.sum()) * share)
+            counted["supervised_tokens_per_epoch"] = round(int(records.num_supervised.sum()) * share)
+            counted["images_per_epoch"] = round(int(records.num_images.sum()) * share)
         return counted
 
 
-def find_workload(args: ParsedArgs, planned: PlannedModel) -> Workload:
+def find_workload(args: ParsedArgs, outline: ModelOutline) -> Workload:
     """Measure the records if they are here; say what is assumed if not.
 
     Raises:
@@ -185,14 +167,14 @@ def find_workload(args: ParsedArgs, planned: PlannedModel) -> Workload:
     elif not Path(args.data.data_path).exists():
         notes.append(f"{args.data.data_path} is not on this machine, so steps and tokens per epoch are left out.")
     else:
-        records = _measure(args, planned, notes)
+        records = _measure(args, outline, notes)
     if records is None or not records.are_measured:
-        images = "one image, " if planned.has_vision else ""
+        images = "one image, " if outline.has_vision else ""
         notes.append(
             f"Samples are taken to be {args.flags.model_max_length} positions long (model_max_length), with {images}"
             f"{SUPERVISED_SHARE:.0%} of their text supervised. Shorter ones take less."
         )
-    tokens_per_image, image_size_wh = _largest_image(planned, args.flags.model_max_length, notes)
+    tokens_per_image, image_size_wh = _largest_image(outline, args.flags.model_max_length, notes)
     return Workload(
         records=records,
         max_length=args.flags.model_max_length,
@@ -204,11 +186,11 @@ def find_workload(args: ParsedArgs, planned: PlannedModel) -> Workload:
     )
 
 
-def _largest_image(planned: PlannedModel, max_length: int, notes: list[str]) -> tuple[int, SizeWH | None]:
+def _largest_image(outline: ModelOutline, max_length: int, notes: list[str]) -> tuple[int, SizeWH | None]:
     """Find the image that takes the most positions of those that fit into a sample: what is planned for with anyres."""
-    geometry = planned.config.image_geometry
+    geometry = outline.config.image_geometry
     if geometry is None or not geometry.needs_image_sizes:
-        return planned.config.tokens_per_image, None
+        return outline.config.tokens_per_image, None
     size_wh = geometry.largest_size_within(max_length - 1)
     if size_wh is None:
         notes.append(
@@ -227,29 +209,43 @@ def _largest_image(planned: PlannedModel, max_length: int, notes: list[str]) -> 
     return tokens, size_wh
 
 
-def _measure(args: ParsedArgs, planned: PlannedModel, notes: list[str]) -> Records:
+def _measure(args: ParsedArgs, outline: ModelOutline, notes: list[str]) -> Records:
     assert args.data.data_path is not None
-    path, settings = args.data.data_path, _preparation(args)
+    cache_dir = Path(args.data.data_cache_dir) if args.data.data_cache_dir else None
+    settings = PreparationSettings(cache_dir, args.data.preprocessing_num_workers)
+    path, config, directory = args.data.data_path, outline.config, outline.directory
     data = DataSources.open(path, settings.directory)
     num_records = sum(map(len, data.sources))
-    directory = planned.directory
     given = (args.inherited.get("data_seed"), args.inherited.get("seed"), _DEFAULT_SEED)
     seed = next(value for value in given if isinstance(value, int))
     if directory is None or not any((directory / name).is_file() for name in _TOKENIZER_FILES):
-        notes.append(f"{planned.name} has no tokenizer on this machine, so the records are counted but not tokenised.")
+        notes.append(f"{outline.name} has no tokenizer on this machine, so the records are counted but not tokenised.")
         nothing = np.empty(0, dtype=np.int64)
         num_taken = sum(map(len, data.choose([len(source) for source in data.sources], seed).train))
-        return Records(path, num_records, num_taken, nothing, nothing, nothing)
-    limits = Limits(planned.config.image_geometry, args.flags.model_max_length, args.data.truncation)
-    tokenize = _sample_tokenizer(args, planned, directory)
+        return Records(num_records, num_taken, nothing, nothing, nothing)
+    tokenizer = load_tokenizer(directory, model_max_length=args.flags.model_max_length)
+    add_image_tokens(
+        tokenizer,
+        mm_use_im_start_end=config.mm_use_im_start_end,
+        mm_use_im_patch_token=config.mm_use_im_patch_token,
+    )
+    tokenize = SampleTokenizer(
+        tokenizer,
+        get_template(args.model.version),
+        mm_use_im_start_end=config.mm_use_im_start_end,
+        supervise=args.data.supervise,
+    )
+    limits = Limits(config.image_geometry, args.flags.model_max_length, args.data.truncation)
     parts: list[Samples] = []
     num_tiles = 0
     for source, prefix in zip(data.sources, data.prompt_prefixes, strict=True):
         rows = prepare_rows(source, tokenize, settings, prompt_prefix=prefix)
-        place = ImagePlace(source.image_folder or args.data.image_folder, source)
-        facts = _known_sizes(args, planned, rows, place, notes)
+        facts = None
+        if config.image_geometry is not None and config.image_geometry.needs_image_sizes:
+            place = ImagePlace(source.image_folder or args.data.image_folder, source)
+            facts = _image_sizes(args, config.image_geometry, rows, place, settings, notes)
         parts.append(find_samples(rows, limits, facts))
-        num_tiles += _count_tiles(rows, facts, limits)
+        num_tiles += _count_tiles(rows, facts, config.image_geometry)
     num_usable = [len(part) for part in parts]
     if not any(num_usable):
         raise UserError(
@@ -259,26 +255,41 @@ def _measure(args: ParsedArgs, planned: PlannedModel, notes: list[str]) -> Recor
     _note_losses(parts, num_records, limits, notes)
     taken = np.concatenate(data.choose(num_usable, seed).train)
     counts = [
-        np.concatenate([getattr(part, name) for part in parts])[taken]
+        np.concatenate([getattr(part, name) for part in parts])[taken].astype(np.int64)
         for name in ("lengths", "num_supervised", "num_images")
     ]
-    return Records(
-        path,
-        num_records,
-        len(taken),
-        *map(_descending, counts),
-        num_tiles=num_tiles,
-        packed=plan_rows(*counts, max_length=limits.max_length, seed=seed) if args.data.packing else None,
-        samples=tuple(count.astype(np.int64) for count in counts),
-    )
+    if args.data.packing:
+        packed = pack(counts[0], limits.max_length, seed)
+        counts = [packed.totals(values) for values in counts]
+    most_first = [np.sort(values)[::-1] for values in counts]
+    return Records(num_records, len(taken), *most_first, num_tiles=num_tiles)
 
 
-def _count_tiles(rows: TokenizedRows, facts: ImageFacts | None, limits: Limits) -> int:
+def _image_sizes(
+    args: ParsedArgs,
+    geometry: ImageGeometry,
+    rows: TokenizedRows,
+    place: ImagePlace,
+    settings: PreparationSettings,
+    notes: list[str],
+) -> ImageFacts:
+    """Read how large the images are, on which lengths depend; one that is not here is taken to be as long as any."""
+    checks = ImageChecks("none", needs_sizes=True, exif_transpose=args.data.image_exif_transpose)
+    facts = look_at_images(rows, place, checks, settings)
+    if facts.errors:
+        facts.sizes_wh[list(facts.errors)] = geometry.largest_size_within(args.flags.model_max_length - 1) or (1, 1)
+        notes.append(
+            f"{len(facts.errors)} of {len(facts.sizes_wh)} images cannot be read on this machine; they are taken to be "
+            "as long as any."
+        )
+    return ImageFacts(facts.numbers, facts.sizes_wh, {})
+
+
+def _count_tiles(rows: TokenizedRows, facts: ImageFacts | None, geometry: ImageGeometry | None) -> int:
     """Count the tiles of the different images of a source."""
-    geometry = limits.geometry
-    if not rows.counts("image_positions").any():
+    if geometry is None or not rows.counts("image_positions").any():
         return 0
-    if facts is None or not isinstance(geometry, ImageGeometry):
+    if facts is None:
         return len(rows.numbered_images()[1])
     return sum(geometry.num_tiles((int(width), int(height))) for width, height in facts.sizes_wh.tolist())
 
@@ -294,46 +305,3 @@ def _note_losses(parts: list[Samples], num_records: int, limits: Limits, notes: 
             f"{num_long} of {num_records} records are longer than model_max_length = {limits.max_length} (the longest "
             f"has {max(part.longest for part in parts)} tokens); with truncation {limits.truncation} {outcome}."
         )
-
-
-def _preparation(args: ParsedArgs) -> PreparationSettings:
-    cache_dir = Path(args.data.data_cache_dir) if args.data.data_cache_dir else None
-    return PreparationSettings(cache_dir, args.data.preprocessing_num_workers)
-
-
-def _sample_tokenizer(args: ParsedArgs, planned: PlannedModel, directory: Path) -> SampleTokenizer:
-    config = planned.config
-    tokenizer = load_tokenizer(directory, model_max_length=args.flags.model_max_length)
-    add_image_tokens(
-        tokenizer,
-        mm_use_im_start_end=config.mm_use_im_start_end,
-        mm_use_im_patch_token=config.mm_use_im_patch_token,
-    )
-    return SampleTokenizer(
-        tokenizer,
-        get_template(args.model.version),
-        mm_use_im_start_end=config.mm_use_im_start_end,
-        supervise=args.data.supervise,
-    )
-
-
-def _known_sizes(
-    args: ParsedArgs, planned: PlannedModel, rows: TokenizedRows, place: ImagePlace, notes: list[str]
-) -> ImageFacts | None:
-    """Read how large the images are, if lengths depend on it; one that is not here is taken to be as long as any."""
-    geometry = planned.config.image_geometry
-    if geometry is None or not geometry.needs_image_sizes:
-        return None
-    checks = ImageChecks("none", needs_sizes=True, exif_transpose=args.data.image_exif_transpose)
-    facts = look_at_images(rows, place, checks, _preparation(args))
-    if facts.errors:
-        facts.sizes_wh[list(facts.errors)] = geometry.largest_size_within(args.flags.model_max_length - 1) or (1, 1)
-        notes.append(
-            f"{len(facts.errors)} of {len(facts.sizes_wh)} images cannot be read on this machine; they are taken to be "
-            "as long as any."
-        )
-    return ImageFacts(facts.numbers, facts.sizes_wh, {})
-
-
-def _descending(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return np.sort(values.astype(np.int64))[::-1]

@@ -9,17 +9,15 @@ from llava_ft.checkpoint.directory import read_config, resolve_model_path
 from llava_ft.checkpoint.names import CONFIG
 from llava_ft.checkpoint.start import Start
 from llava_ft.checkpoint.weights import read_json
-from llava_ft.constants import CHECKPOINT_FIELDS
 from llava_ft.conversation import get_template
 from llava_ft.data.preparation.image_facts import ImageChecks
 from llava_ft.data.preparation.truncation import Limits
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.inspection.data_plan import DataPlan
-from llava_ft.models.builder import settle_config, vision_fields
 from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.resolve import config_from_files, settle_base, start_of
 from llava_ft.training.data_setup import preparation_settings
-from llava_ft.training.start_from import settle_base, start_of
 
 _UNKNOWN_MODEL: Final[dict[str, Any]] = {"model_type": "llama"}
 """Stands in for the `config.json` of a directory that has a tokenizer alone."""
@@ -65,23 +63,14 @@ def find_data_plan(args: ParsedArgs, num_processes: int | None = None) -> DataPl
 
 
 def _find_config(args: ParsedArgs, directory: Path, start: Start | None) -> LlavaLlamaConfig:
-    base: dict[str, Any] = read_config(directory)[0] if (directory / CONFIG).is_file() else _UNKNOWN_MODEL
-    wishes: dict[str, Any] = {key: getattr(args.model, key, None) for key in CHECKPOINT_FIELDS}
-    wishes |= {key: getattr(args.data, key) for key in ("image_aspect_ratio", "image_grid_pinpoints")}
-    tower_name = args.model.vision_tower
-    if start is not None:
-        wishes = start.wishes() | {key: wish for key, wish in wishes.items() if wish is not None}
-        tower_name = tower_name or start.vision_tower
-    fields = None if args.model.vision_tower else base.get("mm_vision_config")
-    tower_name = tower_name or base.get("mm_vision_tower")
-    if fields is None and tower_name is not None:
-        tower = resolve_model_path(tower_name, cache_dir=args.flags.cache_dir, relative_to=directory)
-        fields = read_json(tower / CONFIG)
-    return settle_config(
-        base,
-        str(directory),
-        wishes=wishes,
-        vision_tower=tower_name,
-        vision=None if fields is None else vision_fields(fields, str(tower_name)),
+    def read_tower(name: str) -> dict[str, Any]:
+        tower = resolve_model_path(name, cache_dir=args.flags.cache_dir, relative_to=directory)
+        return read_json(tower / CONFIG)
+
+    return config_from_files(
+        args,
+        start,
+        read_config(directory)[0] if (directory / CONFIG).is_file() else _UNKNOWN_MODEL,
+        read_tower=read_tower,
         projector_is_replaced=True,  # no weights are read, so none can contradict the type
     )

@@ -26,6 +26,7 @@ from llava_ft.data.image_processor import ImageProcessorSettings, PixelNormalize
 from llava_ft.data.sampler import EpochSampler
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.errors import UserError
+from llava_ft.resolve import settle_base, start_of
 from llava_ft.training.artifacts import RunArtifacts
 from llava_ft.training.attention import settle_attention
 from llava_ft.training.callbacks import LogLines, Progress, SetSamplerEpoch, StopOnSignal
@@ -51,8 +52,6 @@ from llava_ft.training.start_from import (
     force_of,
     merged_base,
     put_start,
-    settle_base,
-    start_of,
 )
 from llava_ft.training.trainer import LlavaTrainer
 from llava_ft.training.vision_cache import use_vision_cache

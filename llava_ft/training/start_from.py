@@ -7,7 +7,7 @@ import logging
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import nn
 from transformers import TrainingArguments
@@ -20,9 +20,9 @@ from llava_ft.checkpoint.manifest import MERGED_BASE, what_is_incomplete
 from llava_ft.checkpoint.names import NEW_ROWS_SUFFIX, NON_LORA_BIN, is_language_model
 from llava_ft.checkpoint.overrides import Force, force_from_flags, refuse_unless
 from llava_ft.checkpoint.restore import check_base, plain_name, restore_trained
-from llava_ft.checkpoint.start import Start, find_start
-from llava_ft.constants import CHECKPOINT_FIELDS
+from llava_ft.checkpoint.start import Start
 from llava_ft.errors import UserError
+from llava_ft.resolve import config_wishes
 from llava_ft.training.fragments import gathered, value_setter
 from llava_ft.training.shared_output import wait_for_first
 
@@ -42,42 +42,13 @@ def force_of(args: ParsedArgs) -> Force:
     return force_from_flags(args.flags.force, args.flags.allow_base_mismatch)
 
 
-def start_of(args: ParsedArgs) -> Start | None:
-    """Find what a run starts from; None if it starts from its base alone.
-
-    Raises:
-        UserError: It cannot start from that.
-    """
-    path, flag = args.flags.start
-    if not path:
-        return None
-    flags = args.flags
-    return find_start(path, flags.adapter_mode, trains_adapter=flags.lora_enable, flag=flag, cache_dir=flags.cache_dir)
-
-
-def settle_base(args: ParsedArgs) -> ParsedArgs:
-    """Fill in the base model that an earlier run names, where the request leaves it out.
-
-    Raises:
-        UserError: Nothing names it, or two different ones are named.
-    """
-    start = start_of(args)
-    if start is None:
-        return args
-    name = start.base_name(args.model.model_name_or_path)
-    if not args.model.model_name_or_path:
-        logger.info("The base model is %s, as %s says.", name, start.path)
-    return args.with_model(name)
-
-
 def find_model(args: ParsedArgs, start: Start | None) -> BaseModel:
     """Find the model's files and settle its configuration, from the request and what the run starts from.
 
     Raises:
         UserError: Something is missing, damaged or does not fit together.
     """
-    wishes: dict[str, Any] = {key: getattr(args.model, key, None) for key in CHECKPOINT_FIELDS}
-    wishes |= {key: getattr(args.data, key) for key in ("image_aspect_ratio", "image_grid_pinpoints")}
+    wishes = config_wishes(args, start)
     if start is None:
         return find_base(
             args.model.model_name_or_path,
@@ -91,7 +62,7 @@ def find_model(args: ParsedArgs, start: Start | None) -> BaseModel:
         args.model.model_name_or_path,
         vision_tower=args.model.vision_tower or start.vision_tower,
         projector_file=args.model.pretrain_mm_mlp_adapter or start.projector_file,
-        wishes=start.wishes() | {key: wish for key, wish in wishes.items() if wish is not None},
+        wishes=wishes,
         extra_sources=start.sources(force=force_of(args)),
         cache_dir=args.flags.cache_dir,
     )

@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+from torch import nn
+
 from llava_ft.args import parse_args
-from llava_ft.planning.plan_command import Plan, make_plan
+from llava_ft.models.llava import LlavaLlamaForCausalLM
+from llava_ft.planning.model import ModelOutline, find_outline
+from llava_ft.planning.plan import Plan, make_plan
 from llava_ft.planning.request import PlanRequest, plan_machine, plan_request
-from llava_ft.planning.shapes import PlannedModel, find_planned_model
 
 GPU_7B = ["--model_name_or_path", "liuhaotian/llava-v1.5-7b", "--bf16", "True"]
 LORA = ["--lora_enable", "True", "--lora_r", "128", "--lora_alpha", "256"]
@@ -41,16 +44,21 @@ def write_configs(folder: Path) -> list[str]:
     ]
 
 
-def request_of(argv: list[str], *, gpus: int = 1, nodes: int = 1) -> tuple[PlannedModel, PlanRequest]:
+def request_of(argv: list[str], *, gpus: int = 1, nodes: int = 1) -> tuple[ModelOutline, PlanRequest]:
     """Read a request from flags."""
     args = parse_args(argv, required=("model_name_or_path",))
-    planned = find_planned_model(args)
+    outline = find_outline(args)
     machine = plan_machine(args.inherited, gpus=gpus, nodes=nodes, gpu_memory="24GiB")
-    request = plan_request(args, machine, hidden_size=planned.config.hidden_size, has_vision=planned.has_vision)
-    return planned, request
+    request = plan_request(args, machine, hidden_size=outline.config.hidden_size, has_vision=outline.has_vision)
+    return outline, request
 
 
 def plan_of(argv: list[str], *, gpus: int = 1, nodes: int = 1, gpu_memory: str = "24GiB") -> Plan:
     """Plan a run from flags."""
     args = parse_args(argv, required=("model_name_or_path",))
     return make_plan(args, plan_machine(args.inherited, gpus=gpus, nodes=nodes, gpu_memory=gpu_memory))
+
+
+def native_model(model: nn.Module) -> LlavaLlamaForCausalLM:
+    """Return the LLaVA model inside what PEFT wraps around it."""
+    return next(module for module in model.modules() if isinstance(module, LlavaLlamaForCausalLM))

@@ -7,8 +7,8 @@ import pytest
 from llava_ft.args import parse_args
 from llava_ft.convert.merge_first import merge_first
 from llava_ft.planning.disk import WHOLE_MODEL, checkpoint_files
+from llava_ft.planning.model import build_model, parameter_shapes
 from llava_ft.planning.report import as_dict, as_text
-from llava_ft.planning.shapes import build_model, parameter_shapes
 from llava_ft.training.setup import prepare_run
 from tests.planning.helpers import GPU_7B, LORA, plan_of, request_of, write_configs
 from tests.training.helpers import METHODS, flags, prepare, train
@@ -18,8 +18,8 @@ SMALL = 40_000
 
 
 def files_of(argv: list[str], gpus: int = 1, **options: bool) -> dict[str, int]:
-    planned, request = request_of(argv, gpus=gpus)
-    return checkpoint_files(parameter_shapes(build_model(planned, request), request), request, **options)
+    outline, request = request_of(argv, gpus=gpus)
+    return checkpoint_files(parameter_shapes(build_model(outline, request), request), request, **options)
 
 
 def size_of(directory: Path, name: str) -> int:

@@ -3,8 +3,7 @@
 import pytest
 
 from llava_ft.args import parse_args
-from llava_ft.planning.request import training_values
-from llava_ft.planning.shapes import find_planned_model
+from llava_ft.planning.model import find_outline
 from llava_ft.planning.workload import find_workload
 from tests.planning.helpers import plan_of, request_of, write_configs
 from tests.training.helpers import flags, prepare
@@ -18,7 +17,7 @@ def changes_for(flag, **more):
 
 def workload_of(argv):
     args = parse_args(argv, required=("model_name_or_path",))
-    return find_workload(args, find_planned_model(args))
+    return find_workload(args, find_outline(args))
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -27,9 +26,7 @@ def test_steps_are_those_of_the_run(in_recordings, tmp_path, flag, accumulation)
     changes = changes_for(flag, max_steps=None, num_train_epochs=2, gradient_accumulation_steps=accumulation)
     run = prepare(tmp_path, "lora", **changes)
     argv = flags(tmp_path, "lora", **changes)
-    args = parse_args(argv)
-    _, request = request_of(argv)
-    epoch = workload_of(argv).epoch(request, training_values(args, request.machine))
+    epoch = workload_of(argv).epoch(request_of(argv)[1])
     _, per_epoch, *_, steps = run.trainer.set_initial_training_values(
         run.trainer.args, run.trainer.get_train_dataloader()
     )

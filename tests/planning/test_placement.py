@@ -3,11 +3,10 @@
 import pytest
 import torch
 
+from llava_ft.planning.model import ParameterShape
 from llava_ft.planning.optimizers import KINDS, optimizer_kind
 from llava_ft.planning.placement import Placement, place
-from llava_ft.planning.request import Machine, PlanRequest
-from llava_ft.planning.shapes import ParameterShape
-from llava_ft.planning.zero import ZeroSettings
+from llava_ft.planning.request import Machine, PlanRequest, ZeroSettings
 from llava_ft.tuning.freeze import TuningPlan
 from llava_ft.tuning.recompute import Recomputation
 

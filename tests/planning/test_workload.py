@@ -7,8 +7,7 @@ import pytest
 
 from llava_ft.args import parse_args
 from llava_ft.errors import UserError
-from llava_ft.planning.request import training_values
-from llava_ft.planning.shapes import find_planned_model
+from llava_ft.planning.model import find_outline
 from llava_ft.planning.workload import Workload, find_workload
 from tests.conftest import RECORDINGS
 from tests.planning.helpers import request_of, write_configs
@@ -17,13 +16,11 @@ from tests.training.helpers import METHODS, flags, prepare
 
 def workload_of(argv: list[str]) -> Workload:
     args = parse_args(argv, required=("model_name_or_path",))
-    return find_workload(args, find_planned_model(args))
+    return find_workload(args, find_outline(args))
 
 
 def epoch_of(argv: list[str], **machine: int) -> dict[str, int]:
-    args = parse_args(argv, required=("model_name_or_path",))
-    _, request = request_of(argv, **machine)
-    return workload_of(argv).epoch(request, training_values(args, request.machine))
+    return workload_of(argv).epoch(request_of(argv, **machine)[1])
 
 
 class TestRecordsAreHere:

@@ -11,7 +11,7 @@ from llava_ft.constants import IGNORE_INDEX
 from llava_ft.models.flops import Counts, Flops
 from llava_ft.training import speed
 from llava_ft.training.speed import SpeedMeter, flops_of_run, measure_product_rate
-from tests.planning.test_scaling import NOT_COUNTED_BY_TORCH
+from tests.models.test_flops import NOT_COUNTED_BY_TORCH
 from tests.training.helpers import METHODS, prepare, train
 
 CPU = torch.device("cpu")

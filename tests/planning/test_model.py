@@ -6,8 +6,8 @@ import logging
 import pytest
 
 from llava_ft.errors import CheckpointError, UserError
-from llava_ft.planning.plan_command import summarise
-from llava_ft.planning.shapes import build_model, parameter_shapes
+from llava_ft.planning.model import build_model, parameter_shapes
+from llava_ft.planning.plan import summarise
 from tests.planning.helpers import GPU_7B, LORA, TINY_CLIP, TINY_LLAMA, plan_of, request_of, write_configs
 from tests.training.helpers import METHODS, flags, prepare
 
@@ -21,14 +21,14 @@ class TestAgainstRuns:
             name: (tuple(parameter.shape), parameter.requires_grad, parameter.dtype)
             for name, parameter in run.trainer.model.named_parameters()
         }
-        planned, request = request_of(flags(tmp_path, method, **extra))
-        shapes = parameter_shapes(build_model(planned, request), request)
+        outline, request = request_of(flags(tmp_path, method, **extra))
+        shapes = parameter_shapes(build_model(outline, request), request)
         assert {shape.name: (shape.shape, shape.is_trained, shape.dtype) for shape in shapes} == real
 
     def test_is_found_with_nothing_but_its_configuration(self, tmp_path):
-        planned, request = request_of(write_configs(tmp_path))
-        shapes = parameter_shapes(build_model(planned, request), request)
-        assert all(parameter.is_meta for parameter in build_model(planned, request).parameters())
+        outline, request = request_of(write_configs(tmp_path))
+        shapes = parameter_shapes(build_model(outline, request), request)
+        assert all(parameter.is_meta for parameter in build_model(outline, request).parameters())
         assert {shape.part for shape in shapes} == {
             "embeddings",
             "head",
@@ -36,7 +36,7 @@ class TestAgainstRuns:
             "projector",
             "vision tower",
         }
-        assert planned.config.tokens_per_image == 16
+        assert outline.config.tokens_per_image == 16
 
     def test_an_adapter_to_start_from_says_what_the_model_is(self, tmp_path):
         argv = write_configs(tmp_path)
@@ -45,15 +45,15 @@ class TestAgainstRuns:
         (adapter / "config.json").write_text(json.dumps({"mm_vision_tower": str(tmp_path / "clip")}))
         (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": argv[1]}))
         del argv[2:4]
-        planned, _ = request_of([*argv, "--lora_enable", "True", "--lora_weight_path", str(adapter)])
-        assert planned.has_vision
+        outline, _ = request_of([*argv, "--lora_enable", "True", "--lora_weight_path", str(adapter)])
+        assert outline.has_vision
 
 
 class TestPublished:
     def test_7b_has_the_published_numbers_of_parameters(self):
-        planned, request = request_of([*GPU_7B, *LORA])
+        outline, request = request_of([*GPU_7B, *LORA])
         parts = {
-            part.part: part for part in summarise(parameter_shapes(build_model(planned, request), request), request)
+            part.part: part for part in summarise(parameter_shapes(build_model(outline, request), request), request)
         }
         language = sum(parts[name].parameters for name in ("embeddings", "language model", "head"))
         assert language == 6_738_415_616
@@ -64,22 +64,22 @@ class TestPublished:
         assert parts["head"].dtype == "bfloat16"
 
     def test_llava_1_6_keeps_its_own_tower(self):
-        planned, request = request_of(["--model_name_or_path", "liuhaotian/llava-v1.6-vicuna-7b"])
-        shapes = parameter_shapes(build_model(planned, request), request)
+        outline, request = request_of(["--model_name_or_path", "liuhaotian/llava-v1.6-vicuna-7b"])
+        shapes = parameter_shapes(build_model(outline, request), request)
         assert [shape.numel for shape in shapes if shape.part == "image newline"] == [4096]
-        assert planned.holds_vision_tower
+        assert outline.holds_vision_tower
         assert not request_of(GPU_7B)[0].holds_vision_tower
-        assert planned.config.image_geometry.max_tokens == 2928
+        assert outline.config.image_geometry.max_tokens == 2928
 
     def test_13b(self):
-        planned, request = request_of(["--model_name_or_path", "lmsys/vicuna-13b-v1.5"])
-        shapes = parameter_shapes(build_model(planned, request), request)
+        outline, request = request_of(["--model_name_or_path", "lmsys/vicuna-13b-v1.5"])
+        shapes = parameter_shapes(build_model(outline, request), request)
         assert sum(shape.numel for shape in shapes) == 13_015_864_320
-        assert not planned.has_vision
+        assert not outline.has_vision
 
     def test_says_that_it_is_used(self):
-        planned, _ = request_of(GPU_7B)
-        assert planned.notes == (
+        outline, _ = request_of(GPU_7B)
+        assert outline.notes == (
             "liuhaotian/llava-v1.5-7b is not on this machine; its published architecture is used.",
             "openai/clip-vit-large-patch14-336 is not on this machine; its published architecture is used.",
         )
@@ -92,12 +92,15 @@ class TestTiles:
 
     def test_the_largest_image_is_planned_for(self, tmp_path):
         plan = self.plan(tmp_path, 100)
-        assert (plan.batch.image_size_wh, plan.workload.tokens_per_image) == ((56, 56), 16 + 8 * 9)
+        assert (plan.batch.image_size_wh, plan.model.config.image_geometry.num_tokens(plan.batch.image_size_wh)) == (
+            (56, 56),
+            16 + 8 * 9,
+        )
         assert any("taken to be 56 x 56 pixels" in note and "88, from 5 tiles" in note for note in plan.notes)
 
     def test_of_those_that_fit(self, tmp_path):
         plan = self.plan(tmp_path, 60)
-        assert 40 < plan.workload.tokens_per_image < 60
+        assert 40 < plan.model.config.image_geometry.num_tokens(plan.batch.image_size_wh) < 60
         assert any("An image can take 88 positions, which model_max_length=60 has no room for" in n for n in plan.notes)
 
     def test_if_none_fits(self, tmp_path):
@@ -145,6 +148,6 @@ class TestRefused:
 
 def test_nothing_is_logged_about_weights(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
-        planned, request = request_of(write_configs(tmp_path))
-        build_model(planned, request)
+        outline, request = request_of(write_configs(tmp_path))
+        build_model(outline, request)
     assert caplog.records == []

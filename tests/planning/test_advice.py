@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from llava_ft.planning.fit import WAYS, Way, find_ways
+from llava_ft.planning.advice import WAYS, Way, find_ways
 from llava_ft.planning.memory import RankMemory
+from llava_ft.planning.model import ModelOutline, build_model, parameter_shapes
 from llava_ft.planning.request import PlanRequest
-from llava_ft.planning.shapes import PlannedModel, build_model, parameter_shapes
 from llava_ft.planning.step import Batch
 from llava_ft.tuning.recompute import Recomputation
 from tests.planning.helpers import request_of, write_configs
@@ -23,12 +23,12 @@ FAST = ["--lora_enable", "True", "--lora_r", "4"]
 class Planner:
     """Stands in for `MemoryPlanner`."""
 
-    def __init__(self, planned: PlannedModel):
-        self.planned = planned
+    def __init__(self, outline: ModelOutline):
+        self.outline = outline
         self.planned_ways: list[Recomputation] = []
 
     def shapes(self, request: PlanRequest):
-        return parameter_shapes(build_model(self.planned, request), request)
+        return parameter_shapes(build_model(self.outline, request), request)
 
     def plan(self, request: PlanRequest, batch: Batch) -> RankMemory:
         assert batch == BATCH
@@ -45,11 +45,11 @@ def configs(tmp_path) -> list[str]:
 
 
 def ways(argv: list[str], capacity: int, *, on_cpu: bool = False) -> list[Way]:
-    planned, request = request_of(argv)
+    outline, request = request_of(argv)
     if on_cpu:
         request = request.changed(machine=replace(request.machine, device="cpu"))
-    planner = Planner(planned)
-    found = find_ways(planner, planned, request, BATCH, capacity)  # type: ignore[arg-type]
+    planner = Planner(outline)
+    found = find_ways(planner, request, BATCH, capacity)  # type: ignore[arg-type]
     assert planner.planned_ways == [way.recomputation for way in found]
     return found
 

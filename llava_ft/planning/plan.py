@@ -1,0 +1,166 @@
+"""What a run will take, before any weight is loaded."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any, Final
+
+from llava_ft.args import ParsedArgs
+from llava_ft.errors import UserError
+from llava_ft.planning.advice import Change, Way, advise, find_ways
+from llava_ft.planning.disk import checkpoint_files, merged_base_bytes, vision_cache_bytes
+from llava_ft.planning.memory import MemoryPlanner, RankMemory
+from llava_ft.planning.model import ModelOutline, ParameterShape, find_outline
+from llava_ft.planning.optimizers import optimizer_kind
+from llava_ft.planning.placement import weight_bytes
+from llava_ft.planning.request import Machine, PlanRequest, plan_request
+from llava_ft.planning.step import Batch
+from llava_ft.planning.workload import find_workload
+
+logger = logging.getLogger(__name__)
+
+PARTS: Final = (
+    *("embeddings", "language model", "head", "projector"),
+    *("image newline", "vision tower", "LoRA", "new token rows"),
+)
+"""Parts of the model in the order of the report; see `part_of`."""
+
+
+@dataclass(frozen=True)
+class PartSummary:
+    """One part of the model.
+
+    Attributes:
+        part: Its name.
+        parameters: Number of values.
+        trained: How many of them are trained.
+        dtype: Type in memory, several joined by a plus sign.
+        num_bytes: Memory of a rank that holds it whole.
+    """
+
+    part: str
+    parameters: int
+    trained: int
+    dtype: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a run before it starts.
+
+    Attributes:
+        model: Its model.
+        request: How it is trained, and where.
+        batch: The micro-batch that takes most.
+        parts: The model by part.
+        memory: What a rank takes.
+        most_if_supervised: What a rank takes if every text position is supervised; None if the records are known.
+        epoch: Counts of records, tokens and steps; empty without records.
+        checkpoint: Bytes by file of one checkpoint.
+        result: Bytes by file of the result.
+        vision_cache: Most bytes that the features of all images take; None without a vision cache or the records.
+        merged_base: Bytes of the base that the run merges first; None if it merges none.
+        changes: What to change; empty if the run fits or it is not known whether it does.
+        ways: Ways to recompute that were tried, if one was to be chosen; the last one is the run's if it fits.
+        notes: What was assumed or left out.
+    """
+
+    model: ModelOutline
+    request: PlanRequest
+    batch: Batch
+    parts: list[PartSummary]
+    memory: RankMemory
+    most_if_supervised: int | None
+    epoch: dict[str, Any]
+    checkpoint: dict[str, int]
+    result: dict[str, int]
+    vision_cache: int | None
+    merged_base: int | None
+    changes: list[Change]
+    ways: list[Way]
+    notes: list[str]
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether a rank's memory is enough; None if it is not known."""
+        capacity = self.request.machine.memory
+        return None if capacity is None else self.memory.total <= capacity
+
+
+def make_plan(args: ParsedArgs, machine: Machine, *, fit: bool = False) -> Plan:
+    """Plan a run.
+
+    Args:
+        args: The run's flags.
+        machine: Where it is to take place.
+        fit: Whether to choose the recomputation that costs least among those that fit, instead of taking the run's.
+
+    Raises:
+        UserError: Such a run would be refused, or there is no memory to fit into.
+    """
+    outline = find_outline(args)
+    request = plan_request(args, machine, hidden_size=outline.config.hidden_size, has_vision=outline.has_vision)
+    workload, planner = find_workload(args, outline), MemoryPlanner(outline)
+    batch, capacity = workload.largest_batch(request.batch_size), machine.memory
+    ways: list[Way] = []
+    if fit:
+        if capacity is None:
+            raise UserError(
+                "--fit chooses by the memory of a GPU, and this machine has no GPU. Give --gpu-memory, such as 24GiB."
+            )
+        ways = find_ways(planner, request, batch, capacity)
+        if ways[-1].memory.total <= capacity:
+            request = request.changed(recomputation=ways[-1].recomputation)
+    memory = planner.plan(request, batch)
+    records, most = workload.measured, None
+    if records is None:
+        most = planner.plan(request, workload.largest_batch(request.batch_size, supervise_all=True)).total
+    changes: list[Change] = []
+    if capacity is not None and memory.total > capacity:
+        logger.info("The run does not fit; looking for what to change.")
+        changes = advise(planner, request, workload, capacity)
+    cache = None
+    if args.data.vision_cache is not None and outline.has_vision and records is not None:
+        kept_as = args.data.vision_cache_dtype
+        cache = vision_cache_bytes(records.num_tiles, outline, request.compute_dtype, kept_as)
+    shapes, (_, optimizer_note) = planner.shapes(request), optimizer_kind(request.optimizer)
+    saves_tower = args.flags.save_vision_tower or outline.holds_vision_tower
+    files = {"weights_format": args.flags.weights_format, "save_vision_tower": saves_tower}
+    return Plan(
+        model=outline,
+        request=request,
+        batch=batch,
+        parts=summarise(shapes, request),
+        memory=memory,
+        most_if_supervised=most,
+        epoch=workload.epoch(request),
+        checkpoint=checkpoint_files(shapes, request, **files),
+        result=checkpoint_files(shapes, request, **files, is_final=True),
+        vision_cache=cache,
+        merged_base=merged_base_bytes(shapes, outline),
+        changes=changes,
+        ways=ways,
+        notes=[*args.notes, *outline.notes, *workload.notes, *([optimizer_note] if optimizer_note else [])],
+    )
+
+
+def summarise(shapes: list[ParameterShape], request: PlanRequest) -> list[PartSummary]:
+    """Add up parameters by part of the model."""
+
+    def dtype_name(shape: ParameterShape) -> str:
+        if shape.packed_bytes is not None:
+            return str(request.quantization)
+        return str(shape.dtype if request.zero is None else request.compute_dtype).removeprefix("torch.")
+
+    by_part = {part: [shape for shape in shapes if shape.part == part] for part in PARTS}
+    return [
+        PartSummary(
+            part=part,
+            parameters=sum(shape.numel for shape in members),
+            trained=sum(shape.numel for shape in members if shape.is_trained),
+            dtype=" + ".join(sorted(set(map(dtype_name, members)), reverse=True)),
+            num_bytes=sum(weight_bytes(shape, request) for shape in members),
+        )
+        for part, members in by_part.items()
+        if members
+    ]
