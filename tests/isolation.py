@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _SECONDS_TO_END = 5.0
 """For processes and threads that were told to end."""
 
@@ -53,7 +53,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None]:
         torch.compiler.reset()
     if left := _left_behind(before):
         _put_back(before)
-        item.warn(pytest.PytestWarning("This test leaves behind:\n" + "\n".join(left)))
+        pytest.fail("This test leaves behind:\n" + "\n".join(left), pytrace=False)
     return result
 
 
@@ -109,15 +109,16 @@ def _wandb_console() -> Any:
 
 
 def _children() -> set[str]:
-    """Processes that were started here, but for helpers that last."""
+    """Processes that were started here and run, but for helpers that last."""
     found = set()
     for number in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
         try:
-            command = Path(f"/proc/{number}/cmdline").read_text().replace("\0", " ").strip()
+            state = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+            command = Path(f"/proc/{number}/cmdline").read_text()
         except OSError:  # it has ended meanwhile
             continue
-        if command and not any(name in command for name in _LASTING):
-            found.add(f"{number} {command[:200]}")
+        if state != "Z" and not any(name in command for name in _LASTING):
+            found.add(number)
     return found
 
 
