@@ -8,9 +8,9 @@ import transformers
 from llava_ft.checkpoint.directory import identify, resolve_model_path
 from llava_ft.conversation import get_template
 from llava_ft.errors import UserError
+from llava_ft.inference.chat.console import choose_screen, piped_lines, typed_lines
 from llava_ft.inference.chat.dialogue import Picture
 from llava_ft.inference.chat.loop import Chat
-from llava_ft.inference.chat.terminal import choose_screen, piped_lines, typed_lines
 from llava_ft.inference.chat.voices import base_and_trained, single_voice
 from llava_ft.inference.generate import Sampling
 from llava_ft.inference.load import load_by_flags

@@ -20,8 +20,8 @@ from typing import Final
 import numpy as np
 import torch
 
-from llava_ft.data.features.shards import DamagedShardError, list_shards, read_shard, write_shard
 from llava_ft.data.features.store import DIGEST, Array, find_digests
+from llava_ft.data.features.tensor_files import DamagedShardError, list_shards, read_shard, write_shard
 from llava_ft.data.image_files import ImagePlace
 from llava_ft.data.image_reader import ImageReader, ImageRef
 from llava_ft.data.records import parse_embedded

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from llava_ft.data.features.contents import RunImage, as_array
-from llava_ft.data.features.shards import DamagedShardError
 from llava_ft.data.features.store import Array, FeatureStore, find_digests
+from llava_ft.data.features.tensor_files import DamagedShardError
 from llava_ft.data.image_reader import ImageReader, ImageRef, size_entries
 from llava_ft.errors import ImageError
 

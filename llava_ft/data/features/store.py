@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import torch
 
-from llava_ft.data.features.shards import DamagedShardError, list_shards, read_shard, shard_names, write_shard
+from llava_ft.data.features.tensor_files import DamagedShardError, list_shards, read_shard, shard_names, write_shard
 from llava_ft.errors import RunError
 from llava_ft.geometry import ImageGeometry
 

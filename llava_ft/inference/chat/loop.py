@@ -15,9 +15,9 @@ from transformers import set_seed
 
 from llava_ft.constants import IMAGE_TOKEN
 from llava_ft.errors import RunError, UserError
+from llava_ft.inference.chat.console import Screen, find_typed_path
 from llava_ft.inference.chat.dialogue import Dialogue, Picture, Question, save_conversation
 from llava_ft.inference.chat.responder import Interrupt, Reply
-from llava_ft.inference.chat.terminal import Screen, find_typed_path
 from llava_ft.inference.chat.voices import Voice
 from llava_ft.inference.generate import Sampling
 

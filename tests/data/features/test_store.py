@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from llava_ft.data.features.contents import as_array, digest_of
-from llava_ft.data.features.shards import DamagedShardError
 from llava_ft.data.features.store import (
     DIGEST,
     FeatureFormat,
@@ -26,6 +25,7 @@ from llava_ft.data.features.store import (
     FeatureStore,
     find_digests,
 )
+from llava_ft.data.features.tensor_files import DamagedShardError
 from llava_ft.errors import RunError
 
 FORK = multiprocessing.get_context("fork")

@@ -13,9 +13,9 @@ from llava_ft.conversation import TEMPLATES, TemplateStyle, get_template
 from llava_ft.data.records import parse_record
 from llava_ft.data.tokenize import SampleTokenizer, tokenize_prompt
 from llava_ft.errors import RunError, UserError
+from llava_ft.inference.chat.console import find_typed_path, piped_lines
 from llava_ft.inference.chat.dialogue import Dialogue, Picture, Question
 from llava_ft.inference.chat.responder import Interrupt, Responder
-from llava_ft.inference.chat.terminal import find_typed_path, piped_lines
 from llava_ft.inference.chat.voices import single_voice
 from llava_ft.inference.generate import Sampling, build_prompt, generate_answer
 from llava_ft.inference.load import LoadedModel, load_model

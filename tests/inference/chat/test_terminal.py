@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llava_ft import cli
-from llava_ft.inference.chat.terminal import ColumnScreen, choose_screen
+from llava_ft.inference.chat.console import ColumnScreen, choose_screen
 from llava_ft.inference.chat.voices import base_and_trained, single_voice
 from llava_ft.inference.generate import Sampling
 from llava_ft.inference.load import load_model

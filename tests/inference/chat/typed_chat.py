@@ -3,8 +3,8 @@
 import io
 
 from llava_ft.conversation import get_template
+from llava_ft.inference.chat.console import Screen
 from llava_ft.inference.chat.loop import Chat
-from llava_ft.inference.chat.terminal import Screen
 from llava_ft.inference.chat.voices import Voice
 from llava_ft.inference.generate import Sampling
 
