@@ -10,11 +10,13 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich import filesize
 
 from llava_ft.args import ParsedArgs
 from llava_ft.checkpoint.base import BaseModel, load_tower
@@ -44,6 +46,7 @@ _MOST_WORKERS = 16
 _MOST_NAMED = 5
 _SECONDS_TILL_SEEN = 120.0
 _SECONDS_BETWEEN_LOOKS = 1.0
+_size = partial(filesize.decimal, precision=2)
 
 
 def use_vision_cache(
@@ -119,14 +122,6 @@ def use_vision_cache(
         if dataset is not None and isinstance(dataset.image_reader, ImageReader):
             dataset.image_reader = FeatureReader(dataset.image_reader, store, names[order], positions)
     return True
-
-
-def size_text(num_bytes: int) -> str:
-    """Return a size as people read it, with the exact number where a unit rounds it."""
-    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.2f} {unit}"
-    return f"{num_bytes} bytes"
 
 
 def _images_by_name(datasets: BuiltDatasets) -> dict[bytes, RunImage]:
@@ -214,19 +209,19 @@ def _announce(store: FeatureStore, num_images: int, missing: Mapping[bytes, RunI
         store.folder,
         num_images - len(missing),
         num_images,
-        size_text(needed),
+        _size(needed),
         num_tiles,
         tiles.num_tokens,
         tiles.width,
         f"8 bits and a scale a token, for {tiles.dtype}" if tiles.is_8bit else str(tiles.dtype),
         tiles.bytes_per_tile,
-        size_text(free),
+        _size(free),
     )
     if needed > free:
         smaller = "" if tiles.is_8bit else ", or take less with --vision_cache_dtype int8"
         raise UserError(
-            f"The vision cache needs {size_text(needed)} more, and {size_text(free)} is free on the disk with "
-            f"{store.folder}: {size_text(needed - free)} is missing. Free some space, give a --vision_cache on another "
+            f"The vision cache needs {_size(needed)} more, and {_size(free)} is free on the disk with "
+            f"{store.folder}: {_size(needed - free)} is missing. Free some space, give a --vision_cache on another "
             f"disk{smaller}."
         )
 
