@@ -68,7 +68,7 @@ class RunImage:
     def content_digest(self) -> bytes:
         """Return the digest of what its file holds now; `NO_CONTENT` if it cannot be read."""
         try:
-            content = self.reader.content(self.ref)
+            content = self.place.content(self.ref.image)
             return digest_of(content if isinstance(content, bytes) else Path(content).read_bytes())
         except (ImageError, OSError, ValueError):
             return NO_CONTENT
