@@ -32,7 +32,8 @@ RECORDS_FOR_PROCESSES: Final = 2_000
 """Fewer records are tokenised in the process itself: starting others takes longer."""
 
 _MIN_SHARD: Final = 500
-_MAX_SHARD: Final = 5_000
+_MAX_SHARD: Final = 2_000
+"""Records of a part at most: progress is counted by parts, and a run that is stopped waits for those under way."""
 _SHARDS_PER_PROCESS: Final = 4
 
 _PACKAGE: Final = Path(__file__).parents[2]

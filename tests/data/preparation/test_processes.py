@@ -65,8 +65,8 @@ class TestRunTasks:
     def test_the_callers_script_is_not_run_again(self, tmp_path):
         script = tmp_path / "script.py"
         script.write_text(
-            "from operator import neg\nfrom llava_ft.data.preparation.processes import run_tasks\n"
-            "print(list(run_tasks(neg, [1, 2, 3], 2)))\n"
+            "from operator import neg\nfrom llava_ft.data.preparation import processes\n"
+            "processes._PRELOADED = ()\nprint(list(processes.run_tasks(neg, [1, 2, 3], 2)))\n"
         )
         found = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
         assert found.stdout == "[-1, -2, -3]\n"
