@@ -71,15 +71,16 @@ class RowWriter:
 
     def add(self, sample: Sample, tokens: TokenizedSample) -> None:
         """Add a record that could be tokenised."""
+        input_ids = np.asarray(tokens.input_ids, dtype=np.int32)
         self._add(
             id=_storable(sample.id),
-            input_ids=tokens.input_ids,
+            input_ids=input_ids,
             target_spans=target_spans(tokens.labels),
             answer_ends=tokens.answer_ends,
-            image_positions=image_positions(tokens.input_ids),
+            image_positions=image_positions(input_ids),
             images=sample.images,
         )
-        self._num_tokens += len(tokens.input_ids)
+        self._num_tokens += len(input_ids)
 
     def add_error(self, error: BadSampleError) -> None:
         """Add a record that cannot be used."""
@@ -104,7 +105,7 @@ def target_spans(labels: list[int]) -> Array:
     return np.flatnonzero(np.diff(is_target, prepend=False, append=False)).astype(np.int32)
 
 
-def image_positions(input_ids: list[int]) -> Array:
+def image_positions(input_ids: list[int] | Array) -> Array:
     """List the positions of images."""
     return np.flatnonzero(np.asarray(input_ids) == IMAGE_TOKEN_INDEX).astype(np.int32)
 
