@@ -112,6 +112,14 @@ def read_config(path: Path) -> tuple[dict[str, Any], Layout]:
     return native, "hf"
 
 
+def absolute_or_hub_name(name: str) -> str:
+    """Return the name by which another directory or run finds something: an absolute path, or a name on the hub.
+
+    A relative path would depend on where the program was started; the name of a model on the hub stays as it is.
+    """
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
 def resolve_model_path(name: str, *, cache_dir: str | None = None, relative_to: Path | None = None) -> Path:
     """Find the directory of a model given by path or by its name on the Hugging Face hub.
 

@@ -7,7 +7,6 @@ parents are gone or have moved; each ancestor is described once, however many wa
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,10 +16,10 @@ from typing import Any, Final, cast
 
 import yaml
 
-from llava_ft.checkpoint.directory import ModelDirectory, identify
+from llava_ft.checkpoint.directory import absolute_or_hub_name, identify
 from llava_ft.checkpoint.fingerprint import language_model_fingerprint, weights_fingerprint
 from llava_ft.checkpoint.load import WeightSource
-from llava_ft.checkpoint.manifest import Manifest, installed_versions, read_manifest, sync_file
+from llava_ft.checkpoint.manifest import installed_versions, read_manifest, write_in_place
 from llava_ft.checkpoint.names import ADAPTER_CONFIG, RUN_CONFIG, native_name
 from llava_ft.checkpoint.provenance import git_state
 from llava_ft.checkpoint.weights import WeightFiles, read_json
@@ -91,22 +90,25 @@ def record_lineage(
         CheckpointError: A parent is no model directory.
     """
     described = [parent if isinstance(parent, Mapping) else describe_parent(parent) for parent in parents]
-    ancestors = _each_once([*([] if base is None else [describe_base(*base)]), *described])
+    ancestors = _each_once([*([] if base is None else [_describe_base(*base)]), *described])
+    config = {
+        "file": RUN_CONFIG,
+        "sha256": hashlib.sha256(run_config.encode()).hexdigest(),
+        "working_directory": str(Path.cwd()),
+        "values": _without_secrets(yaml.safe_load(run_config)),
+    }
     lineage = Lineage(
         action=action,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         base=None if base is None else ancestors[0],
         data=list(data),
-        run_config=_describe_config(run_config),
+        run_config=config if run_config else {},
         parents=ancestors if base is None else ancestors[1:],
         details=dict(details or {}),
         git_commit=str(git_state(Path.cwd()) or ""),
         versions=installed_versions(),
     )
-    staged = directory / f".{LINEAGE}.incomplete"
-    staged.write_text(json.dumps(asdict(lineage), indent=1, default=str) + "\n", encoding="utf-8")
-    sync_file(staged)
-    os.replace(staged, directory / LINEAGE)
+    write_in_place(directory / LINEAGE, json.dumps(asdict(lineage), indent=1, default=str) + "\n")
 
 
 def read_lineage(directory: Path) -> Lineage | None:
@@ -136,70 +138,45 @@ def describe_parent(path: Path) -> dict[str, Any]:
         path: A directory or a weight file. One that holds no weights that can be fingerprinted, such as DeepSpeed's
             shards alone, is named without a fingerprint.
     """
+    described: dict[str, Any] = {"path": str(path.resolve())}
     if path.is_file():
-        files = WeightFiles.open(path)
-        described: dict[str, Any] = {"path": str(path.resolve()), "kind": "file"}
-        described["fingerprint"] = weights_fingerprint([files])
+        described |= {"kind": "file", "fingerprint": weights_fingerprint([WeightFiles.open(path)])}
         manifest = read_manifest(path.parent)
         record = read_lineage(path.parent) if manifest is not None and path.name in manifest.files else None
         return described | {"lineage": None if record is None else asdict(record)}
-    kind, fingerprint = _kind_and_fingerprint(path)
+    described |= _kind_and_fingerprint(path)
     record = read_lineage(path)
-    described = {"path": str(path.resolve()), "kind": kind, "fingerprint": fingerprint}
-    base = _base_of(path)
-    if base is not None and record is None:
-        described["base"] = base
+    if record is None:  # then its other files say what they know of its base
+        manifest = read_manifest(path)
+        if manifest is not None and manifest.base:
+            described["base"] = {"path": manifest.base, "fingerprint": manifest.base_fingerprint}
+        elif (path / ADAPTER_CONFIG).is_file() and (
+            name := read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
+        ):
+            described["base"] = {"path": str(name), "fingerprint": ""}
     return described | {"lineage": None if record is None else asdict(record)}
 
 
-def describe_base(path: str, fingerprint: str) -> dict[str, Any]:
+def _describe_base(path: str, fingerprint: str) -> dict[str, Any]:
     """Describe a base model, with its own record if a merge or a run of this program wrote it."""
-    described: dict[str, Any] = {"path": lasting_path(path), "fingerprint": fingerprint}
+    described: dict[str, Any] = {"path": absolute_or_hub_name(path), "fingerprint": fingerprint}
     record = read_lineage(Path(path)) if Path(path).is_dir() else None
     return described if record is None else described | {"lineage": asdict(record)}
 
 
-def lasting_path(name: str) -> str:
-    """Return the absolute path of what lies here; the name of a model on the hub stays as it is."""
-    return str(Path(name).resolve()) if Path(name).exists() else name
-
-
-def _kind_and_fingerprint(path: Path) -> tuple[str, str]:
+def _kind_and_fingerprint(path: Path) -> dict[str, str]:
     try:
         directory = identify(path)
     except CheckpointError:
-        return "files", ""
+        return {"kind": "files", "fingerprint": ""}
     if directory.kind in ("llava", "language model"):
         source = WeightSource.of("model", WeightFiles.open(path), native_name)
-        return directory.kind, language_model_fingerprint([source])
-    places = _trained_places(directory)
-    return directory.kind, weights_fingerprint([WeightFiles.open(place) for place in places])
-
-
-def _trained_places(directory: ModelDirectory) -> list[Path]:
-    if directory.kind not in ("lora", "projector"):
-        return [directory.path]
-    files = (directory.adapter_file, directory.non_lora_file) if directory.kind == "lora" else ()
-    return [file for file in (*files, directory.projector_file) if file is not None]
-
-
-def _base_of(path: Path) -> dict[str, str] | None:
-    """What a directory without a record of its own says of its base."""
-    manifest: Manifest | None = read_manifest(path)
-    if manifest is not None and manifest.base:
-        return {"path": manifest.base, "fingerprint": manifest.base_fingerprint}
-    if (path / ADAPTER_CONFIG).is_file():
-        name = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
-        return {"path": str(name), "fingerprint": ""} if name else None
-    return None
-
-
-def _describe_config(text: str) -> dict[str, Any]:
-    if not text:
-        return {}
-    values = _without_secrets(yaml.safe_load(text))
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return {"file": RUN_CONFIG, "sha256": digest, "working_directory": str(Path.cwd()), "values": values}
+        return {"kind": directory.kind, "fingerprint": language_model_fingerprint([source])}
+    adapter = (directory.adapter_file, directory.non_lora_file) if directory.kind == "lora" else ()
+    files = [file for file in (*adapter, directory.projector_file) if file is not None]
+    places = files if directory.kind in ("lora", "projector") else [path]
+    fingerprint = weights_fingerprint([WeightFiles.open(place) for place in places])
+    return {"kind": directory.kind, "fingerprint": fingerprint}
 
 
 def _without_secrets(value: Any) -> Any:

@@ -86,10 +86,7 @@ class Manifest:
             if path.name != MANIFEST
         }
         self.versions = installed_versions()
-        staged = directory / f".{MANIFEST}.incomplete"
-        staged.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-        sync_file(staged)
-        os.replace(staged, directory / MANIFEST)
+        write_in_place(directory / MANIFEST, json.dumps(asdict(self), indent=1))
 
 
 def read_manifest(directory: Path) -> Manifest | None:
@@ -182,6 +179,14 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file as hexadecimal digits."""
     with path.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def write_in_place(path: Path, text: str) -> None:
+    """Write a file that is there whole and on disk, or not at all."""
+    staged = path.with_name(f".{path.name}.incomplete")
+    staged.write_text(text, encoding="utf-8")
+    sync_file(staged)
+    os.replace(staged, path)
 
 
 def sync_file(path: Path) -> None:

@@ -80,7 +80,7 @@ def _inspect_lineage(argv: Sequence[str]) -> int:
     parser.add_argument("path", metavar="PATH", help="a checkpoint, or the result of a run, a merge or an export")
     parser.add_argument("--json", action="store_true", help="write JSON")
     options = parser.parse_args(argv)
-    from llava_ft.inference.inspect_lineage_command import run_inspect_lineage
+    from llava_ft.inspection.lineage_report import run_inspect_lineage
 
     run_inspect_lineage(Path(options.path), sys.stdout, as_json=options.json)
     return DONE

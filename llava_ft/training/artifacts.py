@@ -10,7 +10,7 @@ Beside them: `config.json`, the tokenizer, `preprocessor_config.json`, `run_conf
 `--config`), `trainable_parameters.json`, `lineage.json` and, last, `llava_ft.json` (see `checkpoint/manifest.py`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -46,7 +46,6 @@ from llava_ft.data.image_processor import copy_image_settings
 from llava_ft.data.tokenizer import save_tokenizer
 from llava_ft.models.config import LlavaLlamaConfig
 from llava_ft.training.fragments import whole_value
-from llava_ft.training.run_lineage import RunLineage
 from llava_ft.tuning.freeze import Method
 
 _MAX_SHARD_BYTES = 5 * 10**9
@@ -67,7 +66,7 @@ class RunArtifacts:
         template: Name of the conversation template.
         weights_format: Kind of weight files; `auto` is .bin, and .safetensors for a whole model.
         compute_dtype: Type of the weights of a finished full run. Its checkpoints keep the float32 master weights.
-        lineage: What the run was made from.
+        write_lineage: Writes what the run was made from into a directory, given the number of steps done.
         save_vision_tower: Whether a whole model is written with its vision tower although that was not trained.
         lora_config: Configuration of the adapter, for LoRA.
         table: What is trained, for `trainable_parameters.json`.
@@ -83,7 +82,7 @@ class RunArtifacts:
     template: str
     weights_format: Literal["auto", "bin", "safetensors", "both"]
     compute_dtype: torch.dtype
-    lineage: RunLineage
+    write_lineage: Callable[[Path, int], None]
     save_vision_tower: bool = False
     lora_config: LoraConfig | None = None
     table: list[dict[str, Any]] = field(default_factory=list)
@@ -112,7 +111,7 @@ class RunArtifacts:
 
     def write_manifest(self, directory: Path, step: int) -> None:
         """Write `lineage.json` and then `llava_ft.json`, after which the directory counts as complete."""
-        self.lineage.write(directory, step)
+        self.write_lineage(directory, step)
         commit = str(git_state(Path.cwd()) or "")
         Manifest(self.method, self.base, self.base_fingerprint, step, self.template, commit).write(directory)
 

@@ -1,13 +1,13 @@
 """The model of a run: weights loaded once, in the dtype they are held in; adapters added; what is trained marked."""
 
 import logging
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from llava_ft.args import ParsedArgs
 from llava_ft.checkpoint.base import BaseModel, load_base
+from llava_ft.checkpoint.directory import absolute_or_hub_name
 from llava_ft.checkpoint.names import EMBEDDINGS, HEAD
 from llava_ft.training.distributed import zero_division
 from llava_ft.training.fragments import gathered
@@ -53,7 +53,7 @@ def load_model_to_train(
             bias=args.flags.lora_bias,
             leaf_names=args.flags.lora_target_modules,
             fast=args.flags.fast_lora,
-            base_model_name=lasting_name(args.model.model_name_or_path),
+            base_model_name=absolute_or_hub_name(args.model.model_name_or_path),
         )
     plan.apply(result)
     for parameter in result.parameters():
@@ -84,11 +84,6 @@ def recomputation_of(args: ParsedArgs) -> Recomputation:
 def saves_tower(args: ParsedArgs, base: BaseModel) -> bool:
     """Whether a whole model is written with its tower: if asked for, and if nothing else has the base's."""
     return args.flags.save_vision_tower or base.holds_vision_tower
-
-
-def lasting_name(name: str) -> str:
-    """Return the name of a model as it is written beside what was trained on it: hub names as they are, paths whole."""
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def compute_dtype(args: ParsedArgs) -> torch.dtype:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback, ProgressCallb
 from llava_ft.args import ParsedArgs, to_yaml
 from llava_ft.checkpoint.base import BaseModel, check_added_tokens
 from llava_ft.checkpoint.base_and_adapters import quantization_in_training
+from llava_ft.checkpoint.directory import absolute_or_hub_name
 from llava_ft.checkpoint.fingerprint import language_model_fingerprint
 from llava_ft.checkpoint.overrides import collect_ignored
 from llava_ft.checkpoint.restore import check_base
@@ -32,16 +33,10 @@ from llava_ft.training.attention import settle_attention
 from llava_ft.training.callbacks import LogLines, Progress, SetSamplerEpoch, StopOnSignal
 from llava_ft.training.compile import compile_layers
 from llava_ft.training.data_setup import prepare_datasets
-from llava_ft.training.model_setup import (
-    compute_dtype,
-    lasting_name,
-    load_model_to_train,
-    quantization_of,
-    saves_tower,
-)
+from llava_ft.training.model_setup import compute_dtype, load_model_to_train, quantization_of, saves_tower
 from llava_ft.training.reporting import attach_reporters
 from llava_ft.training.rows import arrange_rows
-from llava_ft.training.run_lineage import lineage_of_run
+from llava_ft.training.run_lineage import lineage_writer
 from llava_ft.training.shared_output import check_same_checkpoint, check_shared_output
 from llava_ft.training.speed import SpeedMeter, flops_of_run
 from llava_ft.training.start_from import (
@@ -130,7 +125,7 @@ def _prepare_run(args: ParsedArgs, merge: MergesAdapter | None, ignored: Sequenc
     if args.training.torch_compile:
         _compile(args, model)
     peft_config = getattr(model, "peft_config", None)
-    base_name = lasting_name(args.model.model_name_or_path)
+    base_name = absolute_or_hub_name(args.model.model_name_or_path)
     artifacts = RunArtifacts(
         method=plan.method,
         config=base.config,
@@ -142,7 +137,7 @@ def _prepare_run(args: ParsedArgs, merge: MergesAdapter | None, ignored: Sequenc
         template=args.model.version,
         weights_format=args.flags.weights_format,
         compute_dtype=compute_dtype(args),
-        lineage=lineage_of_run(
+        write_lineage=lineage_writer(
             request, (base_name, fingerprint), datasets, start=start, checkpoint=checkpoint, ignored=ignored
         ),
         save_vision_tower=saves_tower(args, base),
@@ -256,7 +251,7 @@ def _complete_config(args: ParsedArgs, base: BaseModel) -> None:
     config.tokenizer_padding_side = "right"
     config.conversation_template = args.model.version
     if config.mm_vision_tower is not None:
-        config.mm_vision_tower = lasting_name(config.mm_vision_tower)
+        config.mm_vision_tower = absolute_or_hub_name(config.mm_vision_tower)
     if args.flags.model_max_length > config.max_position_embeddings:
         logger.warning(
             "model_max_length is %d, but the model was trained with at most %d positions.",

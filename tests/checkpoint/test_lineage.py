@@ -19,7 +19,6 @@ from llava_ft.checkpoint.lineage import (
     read_lineage,
     record_lineage,
 )
-from llava_ft.checkpoint.lineage_text import lineage_lines
 from llava_ft.checkpoint.manifest import what_is_incomplete
 from llava_ft.cli import main
 from llava_ft.errors import CheckpointError
@@ -207,18 +206,23 @@ class TestCommand:
         data = [
             {"path": "/d.json", "num_records": 3, "num_usable": 2, "use": "train", "fingerprint": "f", "weight": 2.0}
         ]
-        second = make(tmp_path / "second", parents=[first], data=data, details={"ignored": ["another base"], "step": 5})
+        second = make(
+            tmp_path / "second",
+            parents=[first],
+            data=data,
+            details={"ignored": ["another base\x1b[2J [red]"], "step": 5},
+        )
         shutil.rmtree(first)
         assert main(["inspect", "lineage", str(second)]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[0] == str(second)
-        assert lines[1].startswith("  merge, step 5, ")
-        assert lines[2:4] == ["    ignored: another base", "    data /d.json (2 of 3 records used, train, weight 2, f)"]
-        assert lines[4].startswith(f"    from {first} (lora, sha256:")
+        assert lines[1].startswith("└── merge, step 5, ")
+        assert lines[2] == "    ├── ignored: another base\\x1b[2J [red]"
+        assert lines[3] == "    ├── data /d.json (2 of 3 records used, train, weight 2, f)"
+        assert lines[4].startswith(f"    └── from {first} (lora, sha256:")
         assert lines[4].endswith(", not there any more)")
-        assert lines[5].startswith("      train, ")
-        assert lines[6] == "        base lmsys/vicuna-7b-v1.5 (sha256:0123456789ab)"
-        assert lines == lineage_lines(second, asdict(lineage_of(second)))
+        assert lines[5].startswith("        └── train, ")
+        assert lines[6] == "            └── base lmsys/vicuna-7b-v1.5 (sha256:0123456789ab)"
 
     def test_json_is_the_file(self, tmp_path, capsys):
         make(tmp_path, base=("hub/name", "sha256:1"))
