@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from llava_ft.checkpoint.directory import ModelDirectory
-from llava_ft.checkpoint.names import ADAPTER_CONFIG, EMBEDDINGS, HEAD, NEW_ROWS_SUFFIX, is_derived
+from llava_ft.checkpoint.names import ADAPTER_CONFIG, EMBEDDINGS, HEAD, NEW_ROWS_SUFFIX, is_derived, plain_name
 from llava_ft.checkpoint.overrides import Force
-from llava_ft.checkpoint.restore import plain_name, trained_files
+from llava_ft.checkpoint.restore import trained_files
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.errors import CheckpointError
 

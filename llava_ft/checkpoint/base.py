@@ -38,6 +38,16 @@ from llava_ft.tuning.quant import Quantization, check_quantized, quantize_linear
 
 logger = logging.getLogger(__name__)
 
+_NO_BASES = {
+    "lora": (
+        "a LoRA adapter",
+        "Give its base model, and the adapter with --lora_weight_path (training) or as the model path (use).",
+    ),
+    "projector": ("a projector", "Give its language model, and the projector with --pretrain_mm_mlp_adapter."),
+    "vision tower": ("a vision tower", "Give it with --vision_tower, and a language model here."),
+}
+"""What can be given by mistake: its name, and where it belongs."""
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -92,11 +102,12 @@ def find_base(
     """
     directory = identify(resolve_model_path(model_name_or_path, cache_dir=cache_dir))
     if directory.kind not in ("llava", "language model"):
-        raise CheckpointError(_not_a_base(directory))
+        is_what, advice = _NO_BASES[directory.kind]
+        raise CheckpointError(f"{directory.path} holds {is_what} and no language model. {advice}")
     refuse_quantized(str(directory.path))
     files = WeightFiles.open(directory.path)
     base_source = WeightSource.of("base model", files, native_name)
-    has_tower = any(is_vision(name) for name in base_source.names.values())
+    has_tower = any(map(is_vision, base_source.names.values()))
     tower_name = vision_tower or directory.config.get("mm_vision_tower")
     # An adapter's config.json repeats the tower's name of its base; that asks for no other tower.
     asks_for_another = vision_tower is not None and vision_tower != directory.config.get("mm_vision_tower")
@@ -114,17 +125,37 @@ def find_base(
         assert tower_directory is not None
         tower_files = WeightFiles.open(tower_directory)
         sources.append(WeightSource.of("vision tower", tower_files, clip_to_native_name))
-    sources, token_rows = _with_projector(sources, projector_file or _projector_beside(directory, base_source), config)
+
+    beside = directory.projector_file if directory.kind == "llava" and not projector_file else None
+    if beside is not None and any(map(is_projector, base_source.names.values())):
+        logger.info("%s is not used: the model's own weights hold the projector.", beside)
+    elif beside is not None:
+        logger.info("The projector is taken from %s: the model's own weights lack it.", beside)
+        projector_file = str(beside)
+    token_rows = None
+    if projector_file:
+        projector, token_rows = _open_projector(Path(projector_file), config)
+        sources = [*(_only(source, lambda name: not is_projector(name)) for source in sources), projector]
     sources += extra_sources
     check_config(config, sources, str(directory.path))
+
+    places = [path for path in (directory.path, tower_directory) if path is not None]
+    vision_directory = next((path for path in places if image_settings_file(path) is not None), None)
+    if vision is not None and vision_directory is None:
+        raise CheckpointError(
+            f"{PREPROCESSOR_CONFIG}, which says how images are prepared, is missing from "
+            f"{' and '.join(map(str, places))}. Copy it from the vision tower's repository."
+        )
+    names = {name for source in sources for name in source.names.values()}
+    had_newline = "unpad" in (directory.config.get("mm_patch_merge_type") or "")
     is_untrained = vision is not None and directory.kind != "llava"  # a LLaVA checkpoint has its projector in a file
     return BaseModel(
         directory=directory,
         config=config,
         sources=tuple(sources),
-        projector_is_new=is_untrained and not any(map(is_projector, _names(sources))),
-        newline_is_new=config.has_image_newline and not _has_newline(directory, sources),
-        vision_directory=_image_settings_directory(directory, tower_directory) if vision is not None else None,
+        projector_is_new=is_untrained and not any(map(is_projector, names)),
+        newline_is_new=config.has_image_newline and not had_newline and IMAGE_NEWLINE not in names,
+        vision_directory=vision_directory if vision is not None else None,
         token_rows=token_rows,
     )
 
@@ -257,25 +288,6 @@ def _find_vision(
     return vision, tower
 
 
-def _names(sources: Sequence[WeightSource]) -> set[str]:
-    return {name for source in sources for name in source.names.values()}
-
-
-def _has_newline(directory: ModelDirectory, sources: Sequence[WeightSource]) -> bool:
-    """Whether `image_newline` is in a file, or ought to be because the base was trained with it."""
-    return "unpad" in (directory.config.get("mm_patch_merge_type") or "") or IMAGE_NEWLINE in _names(sources)
-
-
-def _with_projector(
-    sources: list[WeightSource], file: str | None, config: LlavaLlamaConfig
-) -> tuple[list[WeightSource], WeightFiles | None]:
-    """Put a projector file in the place of the projector that other sources may hold; returns its token rows too."""
-    if file is None:
-        return sources, None
-    projector, token_rows = _open_projector(Path(file), config)
-    return [_only(source, lambda name: not is_projector(name)) for source in sources] + [projector], token_rows
-
-
 def _open_projector(path: Path, config: LlavaLlamaConfig) -> tuple[WeightSource, WeightFiles | None]:
     if not path.is_file():
         raise CheckpointError(f"The projector file {path} does not exist.")
@@ -298,18 +310,6 @@ def _open_projector(path: Path, config: LlavaLlamaConfig) -> tuple[WeightSource,
     return WeightSource("projector", files, projector, must_fit=True), files if has_rows else None
 
 
-def _projector_beside(directory: ModelDirectory, base: WeightSource) -> str | None:
-    """Return the projector file beside a whole model if the model's own files lack the projector."""
-    beside = directory.projector_file
-    if directory.kind != "llava" or beside is None:
-        return None
-    if any(map(is_projector, base.names.values())):
-        logger.info("%s is not used: the model's own weights hold the projector.", beside)
-        return None
-    logger.info("The projector is taken from %s: the model's own weights lack it.", beside)
-    return str(beside)
-
-
 def _only(source: WeightSource, is_wanted: Callable[[str], bool]) -> WeightSource:
     names = {key: name for key, name in source.names.items() if is_wanted(name)}
     return WeightSource(source.label, source.files, names, source.must_fit)
@@ -326,24 +326,3 @@ def _load_token_rows(weight: torch.Tensor, files: WeightFiles, num_new_rows: int
         )
     if num_new_rows:
         weight.data[-num_new_rows:] = rows[-num_new_rows:].to(weight.dtype)
-
-
-def _image_settings_directory(directory: ModelDirectory, tower: Path | None) -> Path:
-    candidates = [path for path in (directory.path, tower) if path is not None]
-    for path in candidates:
-        if image_settings_file(path) is not None:
-            return path
-    raise CheckpointError(
-        f"{PREPROCESSOR_CONFIG}, which says how images are prepared, is missing from "
-        f"{' and '.join(map(str, candidates))}. Copy it from the vision tower's repository."
-    )
-
-
-def _not_a_base(directory: ModelDirectory) -> str:
-    advice = {
-        "lora": "Give its base model, and the adapter with --lora_weight_path (training) or as the model path (use).",
-        "projector": "Give its language model, and the projector with --pretrain_mm_mlp_adapter.",
-        "vision tower": "Give it with --vision_tower, and a language model here.",
-    }[directory.kind]
-    names = {"lora": "a LoRA adapter", "projector": "a projector", "vision tower": "a vision tower"}
-    return f"{directory.path} holds {names[directory.kind]} and no language model. {advice}"

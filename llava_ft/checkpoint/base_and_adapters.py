@@ -168,9 +168,19 @@ def _base_of(
     refuse_quantized(name, directory)
     tower = vision_tower or directory.config.get("mm_vision_tower")
     base = find_base(name, vision_tower=tower, wishes=wishes, **more)
-    if is_whole:
-        _check_projector(directory, base)
-        _check_newline(directory, base)
+    # A projector or `image_newline` that is nowhere would start from random values and give wrong answers.
+    if is_whole and base.projector_is_new:
+        raise CheckpointError(
+            f"{directory.path} asks for the vision tower {base.config.mm_vision_tower}, but neither its files nor "
+            f"{base.directory.path} hold a projector, so every image would be noise. Give the LLaVA model that it was "
+            "trained on with --model-base, or put the run's non_lora_trainables.bin beside it."
+        )
+    if is_whole and base.newline_is_new:
+        raise CheckpointError(
+            f"The configuration of {directory.path} says mm_patch_merge_type={base.config.mm_patch_merge_type}, which "
+            f"needs {IMAGE_NEWLINE}, but neither its files nor {base.directory.path} hold it. Use the directory of a "
+            "run that saved it; original LLaVA leaves it out of mm_projector.bin."
+        )
     template = directory.config.get("conversation_template")
     base.config.conversation_template = template or base.config.conversation_template
     return base
@@ -242,23 +252,3 @@ def quantization_in_training(path: Path) -> Quantization | None:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise CheckpointError(f"{file} cannot be read as a run's configuration ({error}). Copy it again.") from None
     return Quantization.from_flags(bits, quant_type, bool(settings.get("double_quant", True)))
-
-
-def _check_projector(directory: ModelDirectory, base: BaseModel) -> None:
-    """Refuse a directory whose projector is nowhere: a random one would give wrong answers."""
-    if base.projector_is_new:
-        raise CheckpointError(
-            f"{directory.path} asks for the vision tower {base.config.mm_vision_tower}, but neither its files nor "
-            f"{base.directory.path} hold a projector, so every image would be noise. Give the LLaVA model that it was "
-            "trained on with --model-base, or put the run's non_lora_trainables.bin beside it."
-        )
-
-
-def _check_newline(directory: ModelDirectory, base: BaseModel) -> None:
-    """Refuse a directory whose `image_newline` is nowhere: a random one would give wrong answers."""
-    if base.newline_is_new:
-        raise CheckpointError(
-            f"The configuration of {directory.path} says mm_patch_merge_type={base.config.mm_patch_merge_type}, which "
-            f"needs {IMAGE_NEWLINE}, but neither its files nor {base.directory.path} hold it. Use the directory of a "
-            "run that saved it; original LLaVA leaves it out of mm_projector.bin."
-        )

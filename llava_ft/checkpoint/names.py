@@ -78,6 +78,11 @@ def native_name(key: str) -> str:
     return name
 
 
+def plain_name(name: str) -> str:
+    """Return a parameter's native name without the adapter's name: the name it has in every kind of file."""
+    return native_name(name).replace(".default.", ".").replace(".base_layer.", ".")
+
+
 def is_transformers_spelling(key: str) -> bool:
     """Whether a key is spelled as in transformers' own layout, so that no program of LLaVA's native layout wrote it."""
     return _TRANSFORMERS_SPELLING.search(_WRAPPERS.sub("", key)) is not None

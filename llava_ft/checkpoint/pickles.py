@@ -60,9 +60,14 @@ def load_pickle(path: Path, *, stand_ins: Mapping[str, Any] | None = None) -> An
             warnings.simplefilter("ignore")  # about pickle's protocol, in a file that is refused in the next line
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except Exception as error:  # as in `check_pickle`
-        raise CheckpointError(_damaged(path, error)) from None
+        raise CheckpointError(damaged_file_message(path, error)) from None
     _check_sizes(path, content)
     return content
+
+
+def dict_or_empty(value: Any) -> dict[str, Any]:
+    """Return a dictionary that was read from a file, or an empty one for anything else."""
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
 def check_pickle(path: Path, *, further: frozenset[str] = frozenset(), with_numpy: bool = False) -> None:
@@ -83,7 +88,7 @@ def check_pickle(path: Path, *, further: frozenset[str] = frozenset(), with_nump
     try:
         names = set(_names(path))
     except Exception as error:  # what a damaged pickle raises has no bounds
-        raise CheckpointError(_damaged(path, error)) from None
+        raise CheckpointError(damaged_file_message(path, error)) from None
     strange = sorted(
         name for name in names - further if not _TENSORS.fullmatch(name) and not (with_numpy and _NUMPY.fullmatch(name))
     )
@@ -173,7 +178,8 @@ def _is_zip(path: Path) -> bool:
         return file.read(len(_ZIP)) == _ZIP
 
 
-def _damaged(path: Path, error: Exception) -> str:
+def damaged_file_message(path: Path, error: Exception) -> str:
+    """Say that a weight file cannot be read, with the first line of what a library says of it."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return (
         f"{path} cannot be read: it is damaged or incomplete ({path.stat().st_size} bytes; {reason}). "

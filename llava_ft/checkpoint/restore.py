@@ -28,7 +28,7 @@ from llava_ft.checkpoint.names import (
     is_derived,
     is_projector,
     is_transformers_spelling,
-    native_name,
+    plain_name,
 )
 from llava_ft.checkpoint.overrides import Force, refuse_unless
 from llava_ft.checkpoint.weights import WeightFiles, read_json
@@ -111,10 +111,6 @@ def put_value(name: str, parameter: nn.Parameter, value: torch.Tensor) -> None:
         parameter.copy_(value)
 
 
-def _is_needed(name: str) -> bool:
-    return True
-
-
 def restore_trained(
     model: nn.Module,
     path: Path,
@@ -122,7 +118,7 @@ def restore_trained(
     as_start: bool = False,
     put: PutValue = put_value,
     force: Force = False,
-    is_needed: Callable[[str], bool] = _is_needed,
+    is_needed: Callable[[str], bool] = lambda _: True,
 ) -> None:
     """Copy the trained weights of a directory into a model with the same trainable parameters.
 
@@ -163,11 +159,6 @@ def restore_trained(
             + (f"In it but not trained here: {some_of(unexpected)}. " if unexpected else "")
             + "Was it made with another model, another adapter or other flags for what is trained?"
         )
-
-
-def plain_name(name: str) -> str:
-    """Return a parameter's native name without the adapter's name: the name it has in every kind of file."""
-    return native_name(name).replace(".default.", ".").replace(".base_layer.", ".")
 
 
 def check_base(path: Path, fingerprint: str, base: str, *, force: Force = False) -> str | None:

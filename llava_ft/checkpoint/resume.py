@@ -52,12 +52,19 @@ def read_ranks(checkpoint: Path) -> RankLayout | None:
     return RankLayout(int(content["world_size"]), int(content["batch"]), content.get("epoch"))
 
 
+def checkpoints_by_step(output_dir: Path) -> list[Path]:
+    """Return the checkpoint-N directories of a run, the newest first."""
+    found = {path: _CHECKPOINT.fullmatch(path.name) for path in output_dir.glob("checkpoint-*")}
+    steps = [(int(match[1]), path) for path, match in found.items() if match]
+    return [path for _, path in sorted(steps, reverse=True)]
+
+
 def newest_complete_checkpoint(output_dir: Path) -> Path | None:
     """Return the newest complete checkpoint in an output directory, or None if there is none.
 
     Incomplete ones are named in the log and left alone.
     """
-    for path in _by_step(output_dir):
+    for path in checkpoints_by_step(output_dir):
         reason = what_is_incomplete(path)
         if reason is None:
             return path
@@ -105,12 +112,3 @@ def remove_staging(output_dir: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     for path in output_dir.glob(".checkpoint-*.outdated"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _by_step(output_dir: Path) -> list[Path]:
-    found = [
-        (int(match.group(1)), path)
-        for path in output_dir.glob("checkpoint-*")
-        if (match := _CHECKPOINT.fullmatch(path.name))
-    ]
-    return [path for _, path in sorted(found, reverse=True)]

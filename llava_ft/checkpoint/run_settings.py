@@ -25,23 +25,16 @@ from llava_ft.checkpoint.names import (
     RUN_CONFIG,
     TRAINABLE_TABLE,
 )
+from llava_ft.checkpoint.resume import checkpoints_by_step
 from llava_ft.checkpoint.save import adapter_config_fields
 from llava_ft.checkpoint.weights import read_json
 from llava_ft.constants import ORIGINAL_DEFAULTS
 from llava_ft.errors import CheckpointError, UserError
 from llava_ft.models.builder import is_llava_config
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_DECODER = "model.layers."
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    _TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
 _OTHER_FILES = (PREPROCESSOR_CONFIG, RUN_CONFIG, TRAINABLE_TABLE, "generation_config.json")
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -80,7 +73,7 @@ class RunSettings:
         extra = (tokenizer_from,) if tokenizer_from is not None else ()
         home = _first((*self.places, *extra), _TOKENIZER_CONFIG)
         if home is not None:
-            for name in _TOKENIZER_FILES:
+            for name in (_TOKENIZER_CONFIG, *_TOKENIZER_FILES):
                 if (home.parent / name).is_file():
                     shutil.copyfile(home.parent / name, target / name)
         for name in _OTHER_FILES:
@@ -134,12 +127,25 @@ def settle_adapter_config(
         UserError: `lora_alpha` is known nowhere, or what was found contradicts the tensors.
     """
     ranks = {shape[0] for name, shape in shapes.items() if ".lora_A." in name}
+    listed = ", ".join(map(str, sorted(ranks)))
     if settings.adapter_config:
-        return _check_found(settings, ranks, lora_alpha, base), []
+        fields = dict(settings.adapter_config)
+        patterns: dict[str, int] = fields.get("rank_pattern") or {}
+        if not ranks <= {fields.get("r"), *patterns.values()}:
+            raise CheckpointError(
+                f"{settings.sources[0]} describes an adapter of rank {fields.get('r')}, but the one in the shards has "
+                f"{listed}. It is of another run; move it away, and give --lora-alpha or --config instead."
+            )
+        if lora_alpha is not None and lora_alpha != fields.get("lora_alpha"):
+            raise UserError(
+                f"--lora-alpha is {lora_alpha}, but {settings.sources[0]} says {fields.get('lora_alpha')}. Leave the "
+                "flag out, or move the file away if it is of another run."
+            )
+        return fields | ({"base_model_name_or_path": base} if base else {}), []
     if len(ranks) != 1:
         raise CheckpointError(
-            f"The adapter's matrices have the ranks {_listed(ranks)}; without {ADAPTER_CONFIG} it is unknown "
-            "which has which scale. Put the file beside the shards."
+            f"The adapter's matrices have the ranks {listed}; without {ADAPTER_CONFIG} it is unknown which has which "
+            "scale. Put the file beside the shards."
         )
     (rank,) = ranks
     flags = settings.flags
@@ -155,14 +161,20 @@ def settle_adapter_config(
             f"left that says it. The adapter's rank is {rank}. Give what the run used with --lora-alpha N, or a "
             "configuration that names it with --config FILE.yaml."
         )
-    modules = {name.split(".lora_A.")[0] for name in shapes if ".lora_A." in name}
-    trains_bias = any(name.endswith(".bias") and name.startswith(_DECODER) for name in shapes)
+    modules = sorted({name.split(".lora_A.")[0] for name in shapes if ".lora_A." in name})
+    matches = [match for name in modules if (match := _LAYER.fullmatch(name))]
+    leaves = sorted({match[2] for match in matches})
+    target_modules: str | list[str] = modules
+    if len(matches) == len(modules) == len({match[1] for match in matches}) * len(leaves):
+        # Every layer of the decoder has the same ones: one regular expression says it.
+        target_modules = r"model\.layers\.\d+\.(?:" + "|".join(map(re.escape, leaves)) + ")"
+    trains_bias = any(name.endswith(".bias") and name.startswith("model.layers.") for name in shapes)
     config = LoraConfig(
         r=rank,
         lora_alpha=int(alpha),
         lora_dropout=float(flags.get("lora_dropout") or 0.0),
         bias=flags.get("lora_bias") or ("all" if trains_bias else "none"),
-        target_modules=_target_modules(modules),
+        target_modules=target_modules,
         use_dora=any("lora_magnitude_vector" in name for name in shapes),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base or None,
@@ -206,48 +218,12 @@ def settle_model_config(settings: RunSettings, shapes: Shapes, base_config: Mapp
     return fields
 
 
-def _check_found(settings: RunSettings, ranks: set[int], lora_alpha: int | None, base: str) -> dict[str, Any]:
-    fields = dict(settings.adapter_config)
-    patterns: dict[str, int] = fields.get("rank_pattern") or {}
-    if not ranks <= {fields.get("r"), *patterns.values()}:
-        raise CheckpointError(
-            f"{settings.sources[0]} describes an adapter of rank {fields.get('r')}, but the one in the shards has "
-            f"{_listed(ranks)}. It is of another run; move it away, and give --lora-alpha or --config instead."
-        )
-    if lora_alpha is not None and lora_alpha != fields.get("lora_alpha"):
-        raise UserError(
-            f"--lora-alpha is {lora_alpha}, but {settings.sources[0]} says {fields.get('lora_alpha')}. Leave the flag "
-            "out, or move the file away if it is of another run."
-        )
-    if base:
-        fields["base_model_name_or_path"] = base
-    return fields
-
-
-def _listed(ranks: Iterable[int]) -> str:
-    return ", ".join(map(str, sorted(ranks)))
-
-
-def _target_modules(modules: Iterable[str]) -> str | list[str]:
-    """One regular expression if every layer of the decoder has the same ones; else all names."""
-    names = sorted(modules)
-    matches = [_LAYER.fullmatch(name) for name in names]
-    layers = {match[1] for match in matches if match}
-    leaves = {match[2] for match in matches if match}
-    if all(matches) and len(names) == len(layers) * len(leaves):
-        return r"model\.layers\.\d+\.(?:" + "|".join(re.escape(leaf) for leaf in sorted(leaves)) + ")"
-    return names
-
-
 def _places(checkpoint: Path) -> tuple[Path, ...]:
     """The checkpoint and, if its name says that it is one, what else its run wrote, the newest first."""
-    if not _CHECKPOINT.fullmatch(checkpoint.name):
+    siblings = checkpoints_by_step(checkpoint.parent)
+    if checkpoint not in siblings:
         return (checkpoint,)
-    output = checkpoint.parent
-    siblings = [
-        (int(match[1]), path) for path in output.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))
-    ]
-    return (checkpoint, output, *(path for _, path in sorted(siblings, reverse=True) if path != checkpoint))
+    return (checkpoint, checkpoint.parent, *(path for path in siblings if path != checkpoint))
 
 
 def _first(places: Iterable[Path], name: str) -> Path | None:

@@ -21,9 +21,17 @@ from llava_ft.checkpoint.base import BaseModel
 from llava_ft.checkpoint.directory import ModelDirectory, identify, resolve_model_path
 from llava_ft.checkpoint.load import WeightSource
 from llava_ft.checkpoint.manifest import read_manifest
-from llava_ft.checkpoint.names import ADAPTER_CONFIG, EMBEDDINGS, HEAD, IMAGE_NEWLINE, NEW_ROWS_SUFFIX, is_derived
+from llava_ft.checkpoint.names import (
+    ADAPTER_CONFIG,
+    EMBEDDINGS,
+    HEAD,
+    IMAGE_NEWLINE,
+    NEW_ROWS_SUFFIX,
+    is_derived,
+    plain_name,
+)
 from llava_ft.checkpoint.overrides import Force
-from llava_ft.checkpoint.restore import check_adapter_settings, plain_name, trained_files
+from llava_ft.checkpoint.restore import check_adapter_settings, trained_files
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import checkpoint_wishes

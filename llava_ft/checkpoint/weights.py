@@ -9,6 +9,7 @@ Pickle files are read by `pickles.py`: nothing in them is executed. Indexes name
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,8 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llava_ft.checkpoint.pickles import load_pickle
-from llava_ft.errors import CheckpointError
+from llava_ft.checkpoint.pickles import damaged_file_message, load_pickle
+from llava_ft.errors import CheckpointError, some_of
 
 _MODEL_FILES = (
     "model.safetensors.index.json",
@@ -62,10 +63,7 @@ class TensorInfo:
     @property
     def num_bytes(self) -> int:
         """Size on disk in bytes."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class WeightFiles:
@@ -87,7 +85,16 @@ class WeightFiles:
         Raises:
             CheckpointError: There are no weights, a shard is missing, or a file is damaged.
         """
-        source = _find_model_file(path) if path.is_dir() else path
+        source = path
+        if path.is_dir():
+            files = [path / name for name in _MODEL_FILES if (path / name).is_file()]
+            if not files:
+                names = sorted(entry.name for entry in path.iterdir())
+                raise CheckpointError(
+                    f"{path} holds no model weights. Looked for {', '.join(_MODEL_FILES)}; it holds "
+                    f"{some_of(names, 12) or 'nothing'}."
+                )
+            source = files[0]
         if source.name.endswith(".index.json"):
             return cls(path, _open_shards(source))
         return cls(path, _inspect_file(source))
@@ -146,20 +153,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", content)
 
 
-def _find_model_file(directory: Path) -> Path:
-    for name in _MODEL_FILES:
-        if (directory / name).is_file():
-            return directory / name
-    raise CheckpointError(
-        f"{directory} holds no model weights. Looked for {', '.join(_MODEL_FILES)}; it holds {_listing(directory)}."
-    )
-
-
-def _listing(directory: Path) -> str:
-    names = sorted(entry.name for entry in directory.iterdir())
-    return (", ".join(names[:12]) + (", ..." if len(names) > 12 else "")) or "nothing"
-
-
 def _open_shards(index: Path) -> dict[str, TensorInfo]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -206,7 +199,7 @@ def _inspect_safetensors(file: Path) -> dict[str, TensorInfo]:
                     raise CheckpointError(f"{file}: {name} has the type {view.get_dtype()}, which is not supported.")
                 tensors[name] = TensorInfo(file, tuple(view.get_shape()), dtype)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(_damaged(file, error)) from None
+        raise CheckpointError(damaged_file_message(file, error)) from None
     return tensors
 
 
@@ -217,14 +210,6 @@ def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
         if all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in tensors.items()):
             return tensors
     raise CheckpointError(f"{file} is not a dictionary of tensors, so it is not a weight file.")
-
-
-def _damaged(file: Path, error: Exception) -> str:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return (
-        f"{file} cannot be read: it is damaged or incomplete ({file.stat().st_size} bytes; {reason}). "
-        "Copy or download it again."
-    )
 
 
 def _read(file: Path, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,8 +1,13 @@
 """`llava-ft consolidate`."""
 
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from llava_ft.commands.parser import DONE, DTYPES, Parser
+from llava_ft.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def consolidate(argv: Sequence[str]) -> int:
@@ -25,10 +30,44 @@ def consolidate(argv: Sequence[str]) -> int:
         help="where optimizer files of stage 1 or 2 are lost: take the weights in the precision the run computed in",
     )
     options = parser.parse_args(argv)
-    from llava_ft.args.sources import find_config
-    from llava_ft.inference.consolidate_command import run_consolidate
+    import torch
 
-    if options.config is not None:
-        options.config = str(find_config(options.config) or options.config)
-    run_consolidate(options)
+    from llava_ft.args.sources import find_config
+    from llava_ft.checkpoint.save import parse_size
+    from llava_ft.checkpoint.zero.consolidate import ConsolidateOptions, next_commands
+    from llava_ft.checkpoint.zero.consolidate import consolidate as write_weights
+
+    config = None if options.config is None else Path(find_config(options.config) or options.config)
+    if config is not None and not config.is_file():
+        raise UserError(f"--config {config} does not exist. Give the YAML file the run was started with.")
+    try:
+        max_shard_bytes = parse_size(options.max_shard_size)
+    except ValueError as error:
+        raise UserError(f"--max-shard-size: {error}") from None
+    result = write_weights(
+        ConsolidateOptions(
+            checkpoint=Path(options.checkpoint),
+            output=None if options.output is None else Path(options.output),
+            tag=options.tag,
+            model_base=options.model_base,
+            config_file=config,
+            lora_alpha=options.lora_alpha,
+            weights_format=options.format,
+            dtype=getattr(torch, options.dtype),
+            max_shard_bytes=max_shard_bytes,
+            from_model_states=options.from_model_states,
+        )
+    )
+    for note in result.notes:
+        logger.info("%s", note)
+    logger.info(
+        "The %s of step %d: %d tensors, %s values. Written to %s.",
+        {"lora": "adapter and what was trained beside it", "projector": "projector", "full": "model"}[result.kind],
+        result.step,
+        result.num_trained,
+        f"{result.num_values:,}",
+        result.output,
+    )
+    if commands := next_commands(result):
+        logger.info("Next, one of:\n%s", "\n".join(f"    {command}" for command in commands))
     return DONE

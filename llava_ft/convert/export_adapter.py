@@ -36,8 +36,8 @@ from llava_ft.checkpoint.names import (
     is_derived,
     is_projector,
     is_vision,
+    plain_name,
 )
-from llava_ft.checkpoint.restore import plain_name
 from llava_ft.checkpoint.save import adapter_config_fields, config_fields, save_tensors, write_json
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.convert.export_hf import hf_config, image_settings

@@ -24,9 +24,9 @@ from llava_ft.checkpoint.names import (
     is_derived,
     is_projector,
     is_vision,
+    plain_name,
 )
 from llava_ft.checkpoint.pickles import load_pickle
-from llava_ft.checkpoint.restore import plain_name
 from llava_ft.errors import CheckpointError
 
 _WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")

@@ -77,8 +77,6 @@ class Difference:
     """The difference of two paths.
 
     Attributes:
-        first: The first.
-        second: The second.
         only_first: Tensors that only the first has.
         only_second: Tensors that only the second has.
         different: Tensors of both that differ.
@@ -103,8 +101,8 @@ class Difference:
         """Return the difference for JSON; what is infinite becomes null."""
 
         def fields(of: TensorDifference | PartDifference) -> dict[str, Any]:
-            values = asdict(of)
-            return {key: None if value in (math.inf, -math.inf) else value for key, value in values.items()}
+            items = asdict(of).items()
+            return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in items}
 
         return {
             "first": str(self.first.path),

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava_ft.checkpoint.restore import PutValue, plain_name
+from llava_ft.checkpoint.names import plain_name
+from llava_ft.checkpoint.restore import PutValue
 from llava_ft.tuning.quant import return_freed_memory
 
 

@@ -17,9 +17,9 @@ from llava_ft.args import ParsedArgs
 from llava_ft.checkpoint.base import BaseModel, find_base
 from llava_ft.checkpoint.lineage import describe_parent, read_lineage
 from llava_ft.checkpoint.manifest import MERGED_BASE, what_is_incomplete
-from llava_ft.checkpoint.names import NEW_ROWS_SUFFIX, NON_LORA_BIN, is_language_model
+from llava_ft.checkpoint.names import NEW_ROWS_SUFFIX, NON_LORA_BIN, is_language_model, plain_name
 from llava_ft.checkpoint.overrides import Force, force_from_flags, refuse_unless
-from llava_ft.checkpoint.restore import check_base, plain_name, restore_trained
+from llava_ft.checkpoint.restore import check_base, restore_trained
 from llava_ft.checkpoint.start import Start
 from llava_ft.errors import UserError
 from llava_ft.resolve import config_wishes

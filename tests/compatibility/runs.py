@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from llava_ft.checkpoint.restore import plain_name
+from llava_ft.checkpoint.names import plain_name
 from tests.layouts.hf import Files, Model, Target, load_hf, write_hf, write_hf_adapter, write_native_peft_adapter
 from tests.layouts.native import LANGUAGE_MODEL, VISION, Checkpoint, Tensors, llava_state, v15
 from tests.training.helpers import prepare

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig
 
+from llava_ft.checkpoint.directory import absolute_or_hub_name
 from llava_ft.checkpoint.lineage import LINEAGE, record_lineage
 from llava_ft.checkpoint.manifest import Manifest
 from llava_ft.checkpoint.names import (
@@ -30,12 +31,7 @@ from llava_ft.checkpoint.names import (
     is_projector,
     native_name,
 )
-from llava_ft.checkpoint.run_settings import (
-    RunSettings,
-    find_settings,
-    settle_adapter_config,
-    settle_model_config,
-)
+from llava_ft.checkpoint.run_settings import find_settings, settle_adapter_config, settle_model_config
 from llava_ft.checkpoint.save import (
     ShardWriter,
     staged_directory,
@@ -119,28 +115,55 @@ def consolidate(options: ConsolidateOptions) -> Consolidation:
         UserError: A file is missing, damaged or of another run, or the user has to say something.
     """
     step_directory = find_step_directory(options.checkpoint, options.tag)
-    output = options.output or options.checkpoint.resolve().with_name(
-        f"{options.checkpoint.resolve().name}-consolidated"
-    )
+    checkpoint = options.checkpoint.resolve()
+    output = options.output or checkpoint.with_name(f"{checkpoint.name}-consolidated")
     _check_output(output, step_directory)
     shards = ZeroShards.open(step_directory, from_model_states=options.from_model_states)
     kind, names = _what_was_trained(shards)
-    settings = find_settings(options.checkpoint, step_directory, options.config_file)
-    base = _lasting_name(options.model_base) if options.model_base else _base_name(settings)
-    base_config, base_directory = _base_config(base)
     tensors = shards.trained | shards.others
     shapes = {native_name(name): tensors[name].shape for name in names}
+
+    settings = find_settings(options.checkpoint, step_directory, options.config_file)
+    named = settings.adapter_config.get("base_model_name_or_path") or settings.flags.get("model_name_or_path")
+    manifest = settings.manifest or Manifest(kind, template=str(settings.flags.get("version") or ""))
+    base = absolute_or_hub_name(options.model_base) if options.model_base else str(named or manifest.base)
+    base_config = read_json(Path(base) / CONFIG) if base and (Path(base) / CONFIG).is_file() else {}
+    config: dict[str, Any] = {}
     # Beside an adapter LLaVA's own fields are enough; a whole model needs those of its language model too.
-    config = (
-        settle_model_config(settings, shapes, base_config) if kind != "full" or base_config or settings.config else {}
-    )
+    if kind != "full" or base_config or settings.config:
+        config = settle_model_config(settings, shapes, base_config)
     notes = [*shards.notes]
     adapter: dict[str, Any] = {}
     if kind == "lora":
         adapter, inferred = settle_adapter_config(settings, shapes, lora_alpha=options.lora_alpha, base=base)
         base = base or str(adapter.get("base_model_name_or_path") or "")
         notes += inferred
-    notes += _notes_on_config(kind, settings, config)
+    if not config:
+        advice = "the directory of its base with --model-base" if kind == "full" else "a LLaVA model as --model-base"
+        notes.append(
+            f"{CONFIG} is left out: nothing says how images are read (vision tower, layer, padding). To have it "
+            f"written, give the run's configuration with --config {'and' if kind == 'full' else 'or'} {advice}."
+        )
+    elif not settings.config:
+        shown = ("mm_vision_tower", "mm_hidden_size", *ORIGINAL_DEFAULTS)
+        notes.append(
+            f"{CONFIG}: from the run's configuration and base, projector from the tensors: "
+            + ", ".join(f"{key} {config.get(key)}" for key in shown)
+        )
+
+    num_values = sum(torch.Size(shape).numel() for shape in shapes.values())
+    result = Consolidation(kind, output, shards.step, len(names), num_values, base, bool(config), notes)
+    record = {
+        "shards": str(step_directory.resolve()),
+        "zero_stage": shards.stage,
+        "ranks": shards.num_ranks,
+        "deepspeed": shards.version,
+        "step": result.step,
+        "kind": kind,
+        "tensors": result.num_trained,
+        "values": result.num_values,
+        "notes": notes,
+    }
     with staged_directory(output) as staging:
         if kind == "lora":
             _write_lora(staging, shards, names, adapter, options)
@@ -151,25 +174,22 @@ def consolidate(options: ConsolidateOptions) -> Consolidation:
             _write_model(staging, shards, names, options)
             if config:
                 config |= dict.fromkeys(("dtype", "torch_dtype"), str(options.dtype).removeprefix("torch."))
-        settings.copy_files(staging, tokenizer_from=base_directory if kind == "full" else None)
+        settings.copy_files(staging, tokenizer_from=Path(base) if kind == "full" and base_config else None)
         if config:
             write_json(staging / CONFIG, config)
-        result = Consolidation(
-            kind=kind,
-            output=output,
-            step=shards.step,
-            num_trained=len(names),
-            num_values=sum(torch.Size(tensors[name].shape).numel() for name in names),
-            base=base,
-            is_usable=bool(config),
-            notes=notes,
-        )
-        record = _record(step_directory, shards, result)
         write_json(staging / RECORD, record)
-        manifest = _manifest(settings, result)
-        checkpoint = step_directory.parent if (step_directory.parent / LINEAGE).is_file() else options.checkpoint
-        _record_lineage(staging, checkpoint, manifest, record)
-        manifest.write(staging)
+        run_config = staging / RUN_CONFIG
+        fingerprint = manifest.base_fingerprint if manifest.base == base else ""
+        # The checkpoint is the parent: what it was made from goes on to the result with its own record.
+        record_lineage(
+            staging,
+            "consolidate",
+            parents=[step_directory.parent if (step_directory.parent / LINEAGE).is_file() else options.checkpoint],
+            base=(base, fingerprint) if base else None,
+            run_config=run_config.read_text(encoding="utf-8") if run_config.is_file() else "",
+            details=record,
+        )
+        Manifest(kind, base, fingerprint, shards.step, manifest.template).write(staging)
     return result
 
 
@@ -212,7 +232,13 @@ def _what_was_trained(shards: ZeroShards) -> tuple[Kind, list[str]]:
     every = [*trained, *shards.others]
     small = [name for name in every if _is_small_part(name)]
     if any("lora_" in name for name in every):
-        return "lora", trained or _counted(shards, small)
+        if not trained and shards.num_optimized not in (0, len(small)):
+            raise CheckpointError(
+                f"{shards.directory} is of ZeRO stage 0, whose files do not say what was trained. By their names "
+                f"{len(small)} parameters are LoRA matrices or belong to the projector, but the optimizer had "
+                f"{shards.num_optimized}. Resume the run instead, and let it write its checkpoint."
+            )
+        return "lora", trained or small
     if trained:
         # Pretraining with added tokens trains the input embeddings beside the projector.
         if small and all(name in small or native_name(name) == EMBEDDINGS for name in trained):
@@ -220,16 +246,6 @@ def _what_was_trained(shards: ZeroShards) -> tuple[Kind, list[str]]:
     elif shards.num_optimized and len(small) == shards.num_optimized:
         return "projector", small
     return "full", [name for name in every if not is_derived(native_name(name))]
-
-
-def _counted(shards: ZeroShards, names: list[str]) -> list[str]:
-    if shards.num_optimized not in (0, len(names)):
-        raise CheckpointError(
-            f"{shards.directory} is of ZeRO stage 0, whose files do not say what was trained. By their names "
-            f"{len(names)} parameters are LoRA matrices or belong to the projector, but the optimizer had "
-            f"{shards.num_optimized}. Resume the run instead, and let it write its checkpoint."
-        )
-    return names
 
 
 def _is_small_part(name: str) -> bool:
@@ -263,72 +279,3 @@ def _write_model(staging: Path, shards: ZeroShards, names: list[str], options: C
     for name, value in shards.stream(names):
         writer.add(native_name(name), value.to(options.dtype) if value.is_floating_point() else value)
     writer.finish()
-
-
-def _base_name(settings: RunSettings) -> str:
-    from_manifest = settings.manifest.base if settings.manifest is not None else ""
-    found = settings.adapter_config.get("base_model_name_or_path") or settings.flags.get("model_name_or_path")
-    return str(found or from_manifest)
-
-
-def _lasting_name(base: str) -> str:
-    """Return the whole path of a directory, so that the result can be moved; a name on the hub stays as it is."""
-    return str(Path(base).resolve()) if Path(base).is_dir() else base
-
-
-def _base_config(base: str) -> tuple[dict[str, Any], Path | None]:
-    """Read the base's `config.json` if it lies here; nothing is fetched."""
-    directory = Path(base)
-    if not base or not (directory / CONFIG).is_file():
-        return {}, None
-    return read_json(directory / CONFIG), directory
-
-
-def _notes_on_config(kind: Kind, settings: RunSettings, config: Mapping[str, Any]) -> list[str]:
-    if settings.config:
-        return []
-    if not config:
-        base = "the directory of its base with --model-base" if kind == "full" else "a LLaVA model as --model-base"
-        return [
-            f"{CONFIG} is left out: nothing says how images are read (vision tower, layer, padding). To have it "
-            f"written, give the run's configuration with --config {'and' if kind == 'full' else 'or'} {base}."
-        ]
-    return [
-        f"{CONFIG}: from the run's configuration and base, projector from the tensors: "
-        + ", ".join(f"{key} {config.get(key)}" for key in ("mm_vision_tower", "mm_hidden_size", *ORIGINAL_DEFAULTS))
-    ]
-
-
-def _record(step_directory: Path, shards: ZeroShards, result: Consolidation) -> dict[str, Any]:
-    return {
-        "shards": str(step_directory.resolve()),
-        "zero_stage": shards.stage,
-        "ranks": shards.num_ranks,
-        "deepspeed": shards.version,
-        "step": result.step,
-        "kind": result.kind,
-        "tensors": result.num_trained,
-        "values": result.num_values,
-        "notes": result.notes,
-    }
-
-
-def _record_lineage(staging: Path, checkpoint: Path, manifest: Manifest, record: Mapping[str, Any]) -> None:
-    """Record the checkpoint as the parent; what it was made from goes on to the result with its own record."""
-    config = staging / RUN_CONFIG
-    record_lineage(
-        staging,
-        "consolidate",
-        parents=[checkpoint],
-        base=(manifest.base, manifest.base_fingerprint) if manifest.base else None,
-        run_config=config.read_text(encoding="utf-8") if config.is_file() else "",
-        details=record,
-    )
-
-
-def _manifest(settings: RunSettings, result: Consolidation) -> Manifest:
-    found = settings.manifest
-    is_same_base = found is not None and found.base == result.base
-    fingerprint = found.base_fingerprint if found is not None and is_same_base else ""
-    template = found.template if found is not None else str(settings.flags.get("version") or "")
-    return Manifest(result.kind, result.base, fingerprint, result.step, template)

@@ -11,7 +11,7 @@ The order of the parameters is that of `param_shapes` in the model file. A rank'
 `param_slice_mappings`, serves as a check; with `round_robin_gradients` it follows another order and is wrong.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 from llava_ft.checkpoint.zero.files import Fragment, StepFiles
 from llava_ft.errors import CheckpointError
 
-OPTIMIZER = "optimizer_state_dict"
+OPTIMIZER_STATE = "optimizer_state_dict"
 FLAT_1_2 = "single_partition_of_fp32_groups"
 FLAT_3 = "fp32_flat_groups"
 FROZEN_SHAPES = "frozen_param_shapes"
@@ -69,7 +69,6 @@ def plan_stages_1_2(
     Raises:
         CheckpointError: The sizes do not fit together.
     """
-    ranks = len(states)
     planned: dict[str, ShardedTensor] = {}
     paddings = states[0].get("param_alignment_paddings") or [[0] * len(group) for group in groups]
     for rank, state in states.items():
@@ -79,29 +78,28 @@ def plan_stages_1_2(
                 f"{len(groups)}. They are of different runs."
             )
     for index, group in enumerate(groups):
-        lengths = [states[rank][FLAT_1_2][index].numel() for rank in range(ranks)]
-        starts = [sum(lengths[:rank]) for rank in range(ranks)]
+        keys = (OPTIMIZER_STATE, FLAT_1_2, index)
+        partitions = [
+            Part(files.optimizer[rank], keys, 0, states[rank][FLAT_1_2][index].numel()) for rank in sorted(states)
+        ]
+        num_held = sum(partition.length for partition in partitions)
         placed, needed, offset = dict[str, tuple[int, int]](), 0, 0
         for (name, shape), padding in zip(group.items(), paddings[index], strict=True):
             placed[name] = (offset, prod(shape))
             needed = offset + prod(shape)
             offset = needed + padding
-        if not needed <= sum(lengths) <= -(-offset // (2 * ranks)) * 2 * ranks:
+        alignment = 2 * len(states)
+        if not needed <= num_held <= -(-offset // alignment) * alignment:
             raise CheckpointError(
-                f"The optimizer files in {files.directory} hold {sum(lengths)} values for group {index}, but its "
+                f"The optimizer files in {files.directory} hold {num_held} values for group {index}, but its "
                 f"{len(group)} parameters have {needed}. The files are of different runs, or one is damaged."
             )
-        for name, (start, length) in placed.items():
-            parts = [
-                Part(files.optimizer[rank], (OPTIMIZER, FLAT_1_2, index), *overlap)
-                for rank in range(ranks)
-                if (overlap := _overlap(start, length, starts[rank], lengths[rank])) is not None
-            ]
-            planned[name] = ShardedTensor(group[name], tuple(parts))
+        planned |= {name: ShardedTensor(group[name], tuple(_cut(partitions, *at))) for name, at in placed.items()}
         for rank, state in states.items():
             records: Sequence[Mapping[str, Fragment]] = state.get("param_slice_mappings") or ()
             if records:
-                _check_fragments(files.optimizer[rank], records[index], placed, starts[rank])
+                first = sum(partition.length for partition in partitions[:rank])
+                _check_fragments(files.optimizer[rank], records[index], placed, first)
     return planned
 
 
@@ -133,17 +131,17 @@ def plan_stage_3(
             f"divided among {ranks} ranks have {needed}. The files are of different runs, or the optimizer was "
             "offloaded to NVMe, where its values are not in these files."
         )
-    starts = [sum(lengths[:index]) for index in range(len(lengths))]
+    vectors = {
+        rank: [
+            Part(files.optimizer[rank], (OPTIMIZER_STATE, FLAT_3, index), 0, length)
+            for index, length in enumerate(lengths)
+        ]
+        for rank in range(ranks)
+    }
     planned: dict[str, ShardedTensor] = {}
     offset = 0
     for name, shape in shapes.items():
-        parts: list[Part] = []
-        for rank in range(ranks):
-            own = _own(shape, rank, ranks)
-            for index, length in enumerate(lengths):
-                overlap = _overlap(offset, own, starts[index], length)
-                if overlap is not None:
-                    parts.append(Part(files.optimizer[rank], (OPTIMIZER, FLAT_3, index), *overlap))
+        parts = [part for rank in range(ranks) for part in _cut(vectors[rank], offset, _own(shape, rank, ranks))]
         planned[name] = ShardedTensor(shape, tuple(parts))
         offset += _share(shape, ranks)
     return planned
@@ -197,10 +195,14 @@ def _own(shape: Shape, rank: int, ranks: int) -> int:
     return max(0, min(share, prod(shape) - rank * share))
 
 
-def _overlap(start: int, length: int, first: int, available: int) -> tuple[int, int] | None:
-    """Where `length` values from `start` on lie within `available` ones from `first` on; None if they do not."""
-    begin, end = max(start, first), min(start + length, first + available)
-    return (begin - first, end - begin) if end > begin else None
+def _cut(vectors: Sequence[Part], start: int, length: int) -> Iterator[Part]:
+    """Yield the parts in which `length` values from `start` on lie, in vectors that are laid end to end."""
+    first = 0
+    for vector in vectors:
+        begin, end = max(start, first), min(start + length, first + vector.length)
+        if end > begin:
+            yield Part(vector.file, vector.keys, begin - first, end - begin)
+        first += vector.length
 
 
 def _check_fragments(

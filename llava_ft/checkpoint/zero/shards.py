@@ -12,12 +12,13 @@ from typing import Any, cast
 
 import torch
 
+from llava_ft.checkpoint.pickles import dict_or_empty
 from llava_ft.checkpoint.zero.files import StepFiles, find_step_files, read_states
 from llava_ft.checkpoint.zero.layout import (
     FLAT_1_2,
     FLAT_3,
     FROZEN_SHAPES,
-    OPTIMIZER,
+    OPTIMIZER_STATE,
     Shape,
     ShardedTensor,
     plan_frozen_of_stage_3,
@@ -29,6 +30,10 @@ from llava_ft.checkpoint.zero.layout import (
 from llava_ft.errors import CheckpointError
 
 _BYTES_PER_MAPPING = 2**30
+_TAKE_MODEL_FILE = (
+    " If it is lost, --from-model-states takes the trained weights from the model file, in the precision the run "
+    "computed in."
+)
 _COMPUTED = "The trained weights are those of the model file, in the precision the run computed in."
 
 
@@ -97,8 +102,10 @@ class ZeroShards:
             for part in every[name].parts:
                 if part.file not in contents:
                     contents[part.file] = read_states(part.file)
-                flat = _look_up(contents[part.file], part.keys).detach().reshape(-1)
-                values.append(flat[part.start : part.start + part.length])
+                found: Any = contents[part.file]
+                for key in part.keys:
+                    found = found[key]
+                values.append(found.detach().reshape(-1)[part.start : part.start + part.length])
             whole = (torch.cat(values) if values else torch.empty(0)).reshape(every[name].shape)
             yield name, whole.float() if whole.is_floating_point() else whole
             num_bytes += whole.nbytes
@@ -137,7 +144,7 @@ def _open_undivided(files: StepFiles, model: Mapping[str, Any]) -> ZeroShards:
         shards.notes.append(_COMPUTED)
     optimizer: dict[str, Any] = model.get("optimizer") or {}
     if "fp32_groups_flat" not in optimizer:  # there each group is one parameter to the optimizer
-        groups: list[dict[str, Any]] = optimizer.get(OPTIMIZER, optimizer).get("param_groups", [])
+        groups: list[dict[str, Any]] = optimizer.get(OPTIMIZER_STATE, optimizer).get("param_groups", [])
         shards.num_optimized = sum(len(group["params"]) for group in groups)
     return shards
 
@@ -193,7 +200,13 @@ def _read_optimizers(files: StepFiles, models: Mapping[int, Mapping[str, Any]]) 
     ranks = ranks or max((_partition_count(state) for state in states.values()), default=1)
     for rank in range(ranks):
         if rank not in states:
-            raise CheckpointError(_missing_rank(files, rank, ranks))
+            prefix = "bf16_" if any(path.name.startswith("bf16_") for path in files.optimizer.values()) else ""
+            name = f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+            raise CheckpointError(
+                f"{files.directory / name} is missing: of {ranks} optimizer files, one for each rank, "
+                f"{len(files.optimizer)} are there. Each holds a part of the trained weights; copy it from that rank's "
+                f"machine.{'' if files.is_divided else _TAKE_MODEL_FILE}"
+            )
     for rank, state in states.items():
         if rank >= ranks or _partition_count(state) != ranks:
             raise CheckpointError(
@@ -213,10 +226,10 @@ def _read_optimizers(files: StepFiles, models: Mapping[int, Mapping[str, Any]]) 
 def _optimizer_state(path: Path) -> dict[str, Any]:
     """Read a rank's optimizer state, without its record of where parameters lie where that is wrong."""
     content = read_states(path)
-    state = _mapping(content.get(OPTIMIZER))
+    state = dict_or_empty(content.get(OPTIMIZER_STATE))
     if FLAT_3 not in state and FLAT_1_2 not in state:
         raise CheckpointError(f"{path} is no optimizer file of a run with ZeRO.")
-    if _mapping(_mapping(content.get("ds_config")).get("zero_optimization")).get("round_robin_gradients"):
+    if dict_or_empty(dict_or_empty(content.get("ds_config")).get("zero_optimization")).get("round_robin_gradients"):
         state.pop("param_slice_mappings", None)
     return state
 
@@ -240,24 +253,9 @@ def _partition_count(state: Mapping[str, Any]) -> int:
 
 def _optimizer_step(state: Mapping[str, Any]) -> float | None:
     """The optimizer's own count of steps, or None if it keeps none."""
-    inner = _mapping(state.get("base_optimizer_state") or state.get(OPTIMIZER))
+    inner = dict_or_empty(state.get("base_optimizer_state") or state.get(OPTIMIZER_STATE))
     entries: list[dict[str, Any]] = [*inner.get("state", {}).values(), *inner.get("param_groups", [])]
     return next((float(entry["step"]) for entry in entries if "step" in entry), None)
-
-
-def _missing_rank(files: StepFiles, rank: int, ranks: int) -> str:
-    prefix = "bf16_" if any(path.name.startswith("bf16_") for path in files.optimizer.values()) else ""
-    name = f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-    advice = (
-        ""
-        if files.is_divided
-        else " If it is lost, --from-model-states takes the trained weights from the model file, in the precision the "
-        "run computed in."
-    )
-    return (
-        f"{files.directory / name} is missing: of {ranks} optimizer files, one for each rank, {len(files.optimizer)} "
-        f"are there. Each holds a part of the trained weights; copy it from that rank's machine.{advice}"
-    )
 
 
 def _shapes(model: Mapping[str, Any]) -> dict[str, Shape]:
@@ -266,14 +264,3 @@ def _shapes(model: Mapping[str, Any]) -> dict[str, Shape]:
 
 def _origin(model: Mapping[str, Any]) -> dict[str, Any]:
     return {"step": int(model.get("global_steps") or 0), "version": str(model.get("ds_version") or "")}
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    """Return a dictionary, or an empty one for anything else."""
-    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
-
-
-def _look_up(content: Any, keys: tuple[str | int, ...]) -> torch.Tensor:
-    for key in keys:
-        content = content[key]
-    return content

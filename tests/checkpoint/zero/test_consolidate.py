@@ -204,8 +204,7 @@ def test_a_projector_with_the_embeddings_that_the_original_trains_beside_it(tmp_
     assert set(torch.load(result.output / "mm_projector.bin", weights_only=True)) == set(trained)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("weights_format", ["bin", "safetensors"])
+@pytest.mark.parametrize(("stage", "weights_format"), [(0, "bin"), (1, "safetensors"), (2, "safetensors"), (3, "bin")])
 def test_a_whole_model(tmp_path: Path, stage: int, weights_format: str):
     step = full_step(stage=stage, dtype=torch.float32)
     checkpoint = tmp_path / "checkpoint-7"
@@ -217,7 +216,7 @@ def test_a_whole_model(tmp_path: Path, stage: int, weights_format: str):
     written = WeightFiles.open(result.output).read()
     assert set(written) == {native_name(name) for name in (*step.trained, *step.frozen)}
     assert all(torch.equal(written[native_name(n)], v.float()) for n, v in (step.trained | step.frozen).items())
-    if stage == 2 and weights_format == "safetensors":
+    if stage == 2:
         loaded = load_model(str(result.output)).model
         assert torch.equal(loaded.lm_head.weight, step.trained["lm_head.weight"])
         reduced = run(checkpoint, dtype=torch.bfloat16)
