@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import resource
+import signal
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from llava_ft.data.features import tensor_files
 from llava_ft.data.features.contents import as_array, digest_of
 from llava_ft.data.features.store import (
     DIGEST,
@@ -276,6 +278,25 @@ class TestWriting:
             for number in range(len(store)):
                 assert torch.equal(read(store, number), tiles(number, 3))
         assert len(store) > 3
+
+    def test_killed_with_half_a_batch_written(self, tmp_path, monkeypatch):
+        save, num_saved = tensor_files.save, []
+
+        def half_and_die(*args):
+            num_saved.append(args)
+            if len(num_saved) < 3:
+                return save(*args)
+            (staged,) = [path for path in tmp_path.iterdir() if not path.stat().st_size]
+            staged.write_bytes(save(*args)[:300])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        monkeypatch.setattr(tensor_files, "save", half_and_die)  # called when the file is open
+        process = FORK.Process(target=fill, args=(tmp_path, range(12), 3), kwargs={"batch": 4})
+        process.start()
+        process.join(20)
+        assert process.exitcode == -signal.SIGKILL
+        store = FeatureStore(tmp_path, SETTINGS)
+        assert (len(store), store.num_damaged) == (8, 0)
 
     def test_several_write_at_once_and_one_reads(self, tmp_path):
         processes = [FORK.Process(target=fill, args=(tmp_path, numbers)) for numbers in (range(60), range(40, 100))]
