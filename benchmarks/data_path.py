@@ -78,7 +78,7 @@ def make_inputs(folder: Path, num_records: int) -> dict[str, float]:
 def prepare(folder: Path, size: str, **changes):
     """Prepare a run on the pictures of one size."""
     from llava_ft.args import parse_args
-    from llava_ft.training.setup import prepare_run
+    from llava_ft.training.run import prepare_run
 
     values = {
         "model_name_or_path": folder / "model",

@@ -107,7 +107,7 @@ def child(argv: list[str]) -> None:
 
     from llava_ft.args import parse_args
     from llava_ft.training.distributed import join_ranks, leave_ranks
-    from llava_ft.training.setup import prepare_run
+    from llava_ft.training.run import prepare_run
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:

@@ -23,7 +23,7 @@ from llava_ft.args import ParsedArgs, parse_args
 from llava_ft.data.collator import PackedCollator, PaddingCollator
 from llava_ft.errors import UserError
 from llava_ft.training.compile import compile_layers
-from llava_ft.training.rows import length_multiple
+from llava_ft.training.data_setup import length_multiple
 from llava_ft.tuning.lora import add_lora
 from llava_ft.tuning.recompute import Recomputation, recompute_activations
 

@@ -104,7 +104,7 @@ def child(argv: list[str]) -> None:
 
     from llava_ft.args import parse_args
     from llava_ft.training import vision_fill
-    from llava_ft.training.setup import prepare_run
+    from llava_ft.training.run import prepare_run
 
     encoded, fill = [0.0], vision_fill.Encoder.__call__
 

@@ -25,7 +25,6 @@ from llava_ft.checkpoint.names import (
     CONFIG,
     EMBEDDINGS,
     HEAD,
-    MANIFEST,
     NEW_ROWS_SUFFIX,
     RUN_CONFIG,
     TRAINABLE_TABLE,
@@ -106,8 +105,14 @@ class RunArtifacts:
             if directory is not None:
                 self._write_trained(directory, values)
             dtype = self.compute_dtype
-        if directory is not None:
-            self._write_surroundings(directory, dtype)
+        if directory is None:
+            return
+        write_json(directory / CONFIG, config_fields(self.config, dtype))
+        save_tokenizer(self.tokenizer, directory)
+        if self.vision_directory is not None:
+            copy_image_settings(self.vision_directory, directory)
+        (directory / RUN_CONFIG).write_text(self.run_config, encoding="utf-8")
+        write_json(directory / TRAINABLE_TABLE, self.table)
 
     def write_manifest(self, directory: Path, step: int) -> None:
         """Write `lineage.json` and then `llava_ft.json`, after which the directory counts as complete."""
@@ -156,16 +161,3 @@ class RunArtifacts:
                     writer.add(name, value.cpu() if dtype is None else value.cpu().to(dtype))
             if writer is not None:
                 writer.finish()
-
-    def _write_surroundings(self, directory: Path, dtype: torch.dtype) -> None:
-        write_json(directory / CONFIG, config_fields(self.config, dtype))
-        save_tokenizer(self.tokenizer, directory)
-        if self.vision_directory is not None:
-            copy_image_settings(self.vision_directory, directory)
-        (directory / RUN_CONFIG).write_text(self.run_config, encoding="utf-8")
-        write_json(directory / TRAINABLE_TABLE, self.table)
-
-
-def forget_manifest(directory: Path) -> None:
-    """Remove a manifest, so that a directory whose files are being replaced does not count as complete."""
-    (directory / MANIFEST).unlink(missing_ok=True)

@@ -37,7 +37,12 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Ask for a save and the end of the run."""
-        if self._is_wished(args):
+        is_wished = self.received is not None
+        if args.world_size > 1:  # a signal may reach one rank alone, and all have to stop at the same step
+            wish = torch.tensor(int(is_wished), device=args.device)
+            torch.distributed.all_reduce(wish, op=torch.distributed.ReduceOp.MAX)
+            is_wished = bool(wish)
+        if is_wished:
             self.received = self.received or "a signal to another rank"
             control.should_save = True
             control.should_training_stop = True
@@ -63,13 +68,6 @@ class StopOnSignal(TrainerCallback):
         logger.warning("%s received: finishing this step, then saving. A second signal stops at once.", self.received)
         self.release()
 
-    def _is_wished(self, args: TrainingArguments) -> bool:
-        if args.world_size == 1:
-            return self.received is not None
-        wish = torch.tensor(int(self.received is not None), device=args.device)
-        torch.distributed.all_reduce(wish, op=torch.distributed.ReduceOp.MAX)
-        return bool(wish)
-
 
 class SetSamplerEpoch(TrainerCallback):
     """Tells the sampler which epoch begins.
@@ -88,14 +86,7 @@ class SetSamplerEpoch(TrainerCallback):
 class Progress(ProgressCallback):
     """The progress bar, with each log entry above it as one line."""
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ):
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any):
         """Write the entry; rates keep four significant digits."""
         if state.is_world_process_zero and logs and self.training_bar is not None:
             self.training_bar.write(_log_line(state, logs), file=sys.stderr)
@@ -104,25 +95,17 @@ class Progress(ProgressCallback):
 class LogLines(TrainerCallback):
     """Each log entry as one line, where there is no terminal for a bar."""
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ):
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any):
         """Write the entry."""
         if state.is_world_process_zero and logs:
             logger.info("%s", _log_line(state, logs))
 
 
 def _log_line(state: TrainerState, logs: dict[str, Any]) -> str:
-    values = "  ".join(f"{key} {_shown(value)}" for key, value in logs.items())
+    def shown(value: Any) -> str:
+        if not isinstance(value, float):
+            return str(value)
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+    values = "  ".join(f"{key} {shown(value)}" for key, value in logs.items())
     return f"step {state.global_step}/{state.max_steps}  {values}"
-
-
-def _shown(value: Any) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -43,7 +43,7 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor", mode: str | N
         Number of layers.
     """
     torch._dynamo.config.recompile_limit = max(_GRAPHS_OF_A_LAYER, torch._dynamo.config.recompile_limit)
-    native = _native_model(model)
+    native: Any = next(module for module in model.modules() if isinstance(module, LlavaMixin))
     _keep_attention_outside(native.config._attn_implementation)
     stacks: list[list[Any]] = [list(native.model.layers)]
     tower = getattr(native.model, "vision_tower", None)
@@ -71,10 +71,6 @@ def _run_compiled(layer: Any, compiled: Callable[..., Any], is_last: bool, *args
     if layer.gradient_checkpointing and layer.training:
         return layer._gradient_checkpointing_func(partial(compiled, layer, **kwargs), *args)
     return compiled(layer, *args, **kwargs)
-
-
-def _native_model(model: nn.Module) -> Any:
-    return next(module for module in model.modules() if isinstance(module, LlavaMixin))
 
 
 def _keep_attention_outside(name: str) -> None:

@@ -1,4 +1,4 @@
-"""The data sets of a run, as its flags ask for them."""
+"""The data of a run, as its flags ask for it: records read and checked, and rows of batches made of them."""
 
 import json
 import logging
@@ -11,14 +11,20 @@ from llava_ft.args import ParsedArgs
 from llava_ft.checkpoint.base import BaseModel
 from llava_ft.conversation import get_template
 from llava_ft.data.build import BuiltDatasets, build_datasets
+from llava_ft.data.collator import PackedCollator, PaddingCollator
+from llava_ft.data.dataset import ConversationDataset
 from llava_ft.data.images import ImageTransform
+from llava_ft.data.packing import PackedDataset, RowDataset, one_each
 from llava_ft.data.preparation.prepare import PreparationSettings
+from llava_ft.data.sampler import steps_per_epoch
 from llava_ft.data.sources.mixture import check_holds_out
 from llava_ft.data.tokenize import SampleTokenizer
 
 logger = logging.getLogger(__name__)
 
 DATA_REPORT: Final = "data_report.json"
+COMPILED_LENGTH_MULTIPLE: Final = 128
+"""Lengths of rows under `torch_compile`: tiles of matrix products on a GPU divide it."""
 
 
 def prepare_datasets(args: ParsedArgs, base: BaseModel, tokenizer: PreTrainedTokenizerFast) -> BuiltDatasets:
@@ -56,7 +62,7 @@ def prepare_datasets(args: ParsedArgs, base: BaseModel, tokenizer: PreTrainedTok
         fast_decode=args.data.image_fast_decode,
         validation_path=args.data.validation_data_path,
         validation_fraction=args.data.validation_fraction,
-        seed=args.training.data_seed if args.training.data_seed is not None else args.training.seed,
+        seed=data_seed(args),
         preparation=preparation_settings(args, goes_first=args.training.local_process_index == 0),
     )
 
@@ -70,6 +76,58 @@ def preparation_settings(args: ParsedArgs, *, goes_first: bool = True) -> Prepar
     """
     cache_dir = Path(args.data.data_cache_dir) if args.data.data_cache_dir else None
     return PreparationSettings(cache_dir, args.data.preprocessing_num_workers, goes_first)
+
+
+def arrange_rows(
+    args: ParsedArgs, samples: ConversationDataset, pad_token_id: int
+) -> tuple[ConversationDataset | RowDataset, PaddingCollator | PackedCollator]:
+    """Decide what a row of a batch is.
+
+    Args:
+        args: The request.
+        samples: What is trained on.
+        pad_token_id: Vocabulary entry in what no sample fills.
+
+    Returns:
+        Rows, and what makes a batch of several.
+    """
+    training, multiple = args.training, length_multiple(args)
+    if args.data.padding_free:
+        collator = PackedCollator(pad_token_id, flatten=True, length_multiple=multiple)
+        return RowDataset(samples, one_each(len(samples))), collator
+    if not args.data.packing:
+        return samples, PaddingCollator(pad_token_id, length_multiple=multiple)
+    max_length = args.flags.model_max_length
+    packed = PackedDataset(samples, max_length, data_seed(args))
+    logger.info(
+        "Packing: %d samples in %d rows of %d tokens, %.1f%% of which hold a token; %d steps an epoch.",
+        len(samples),
+        len(packed),
+        max_length,
+        100 * packed.efficiency,
+        steps_per_epoch(
+            len(packed),
+            training.per_device_train_batch_size,
+            training.world_size,
+            training.gradient_accumulation_steps,
+            drop_last=training.dataloader_drop_last,
+        ),
+    )
+    # Eager attention computes whole rows and masks them; every other kernel is told where samples begin.
+    flatten = args.attn_implementation != "eager"
+    return packed, PackedCollator(pad_token_id, row_length=max_length, flatten=flatten, length_multiple=multiple)
+
+
+def length_multiple(args: ParsedArgs) -> int:
+    """Return the number of which lengths of rows are multiples, 0 for none; each length may need a graph of its own."""
+    if args.data.length_multiple is not None:
+        return args.data.length_multiple
+    return COMPILED_LENGTH_MULTIPLE if args.training.torch_compile else 0
+
+
+def data_seed(args: ParsedArgs) -> int:
+    """Return the seed of everything that orders or chooses records."""
+    return args.training.seed if args.training.data_seed is None else args.training.data_seed
 
 
 def write_data_report(datasets: BuiltDatasets, output_dir: Path) -> Path:

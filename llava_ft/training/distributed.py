@@ -9,7 +9,6 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -65,7 +64,10 @@ def join_ranks(args: ParsedArgs) -> tuple[Ranks, RankWatch | None]:
         if torch.cuda.device_count() > 1 and not uses_cpu:
             count = torch.cuda.device_count()
             logger.info("%d GPUs are visible and one is used. `torchrun --nproc-per-node %d` uses all.", count, count)
-        os.environ.update(_alone())
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(zip(_LAUNCHER_VARIABLES, ("0", "0", "1", "127.0.0.1", str(port)), strict=True))
     elif given and set(given) != set(_LAUNCHER_VARIABLES):
         missing = ", ".join(sorted(set(_LAUNCHER_VARIABLES) - set(given)))
         raise UserError(
@@ -73,7 +75,7 @@ def join_ranks(args: ParsedArgs) -> tuple[Ranks, RankWatch | None]:
             "its own needs none: start with deepspeed or torchrun, or remove them from the environment."
         )
     if uses_deepspeed and uses_cpu:
-        _start_deepspeed_on_cpu(timedelta(seconds=_seconds(args.inherited.get("ddp_timeout", 1800))))
+        _start_deepspeed_on_cpu(timedelta(seconds=int(str(args.inherited.get("ddp_timeout", 1800)))))
     _ = args.training  # joins the process group
     ranks = Ranks(args.training.process_index, args.training.local_process_index, args.training.world_size)
     if ranks.world_size == 1:
@@ -106,19 +108,6 @@ def is_communication_error(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in marks)
 
 
-def _alone() -> dict[str, str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-
-
 def _start_deepspeed_on_cpu(timeout: timedelta) -> None:
     """Open the process group through DeepSpeed, which divides models only in a group it opened itself.
 
@@ -131,7 +120,3 @@ def _start_deepspeed_on_cpu(timeout: timedelta) -> None:
 
     setattr(deepspeed.ops, "__compatible_ops__", {ShareMemCommBuilder.NAME: False})  # noqa: B010 - it has no such name yet
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, timeout=timeout, verbose=False)
-
-
-def _seconds(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else 1800.0

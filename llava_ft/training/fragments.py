@@ -74,7 +74,10 @@ def fragments_of(model: nn.Module, zero_optimizer: Any = None) -> list[Fragment]
             mapping = parameter._hp_mapping
             if mapping is None:  # wholly on other ranks
                 continue
-            flat = _master_vectors(zero_optimizer)[mapping.param_group_index]
+            # Stage 1 in bfloat16 with float32 gradients has an optimizer of its own, with another name for them.
+            vectors = getattr(zero_optimizer, "single_partition_of_fp32_groups", None)
+            vectors = zero_optimizer.fp32_groups_flat_partition if vectors is None else vectors
+            flat = vectors[mapping.param_group_index]
             offset = mapping.hp_fragment_address.start
             start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
         else:
@@ -82,13 +85,6 @@ def fragments_of(model: nn.Module, zero_optimizer: Any = None) -> list[Fragment]
         if length:
             fragments.append(Fragment(name, start, length, flat, offset))
     return fragments
-
-
-def _master_vectors(zero_optimizer: Any) -> list[torch.Tensor]:
-    """This rank's parts of the float32 vectors of stages 1 and 2, and of stage 1 with float32 gradients in bfloat16."""
-    if hasattr(zero_optimizer, "single_partition_of_fp32_groups"):
-        return zero_optimizer.single_partition_of_fp32_groups
-    return zero_optimizer.fp32_groups_flat_partition
 
 
 def whole_value(given: nn.Parameter) -> torch.Tensor:

@@ -16,14 +16,6 @@ LIBRARIES = ("DeepSpeed", "accelerate", "datasets", "huggingface_hub", "transfor
 _IDLE_WARNINGS = ("bitsandbytes",)
 """Libraries whose warnings nobody can act upon: of dtypes in each product, of optional kernels."""
 
-_LEVELS = {
-    "debug": logging.DEBUG,
-    "info": logging.INFO,
-    "warning": logging.WARNING,
-    "error": logging.ERROR,
-    "critical": logging.CRITICAL,
-}
-
 
 def set_up_ranks(rank: int, log_level: str | None = None, log_level_replica: str | None = None) -> None:
     """Settle what this rank says, before libraries are imported.
@@ -35,7 +27,8 @@ def set_up_ranks(rank: int, log_level: str | None = None, log_level_replica: str
             on, because they say the same on every rank.
     """
     is_first = rank == 0
-    wish = _LEVELS.get(log_level or "") if is_first else _LEVELS.get(log_level_replica or "")
+    given = log_level if is_first else log_level_replica
+    wish = logging.getLevelNamesMapping().get((given or "passive").upper())
     own = wish or (logging.INFO if is_first else logging.WARNING)
     libraries = wish or (logging.WARNING if is_first else logging.ERROR)
     logging.getLogger(_OWN).setLevel(own)

@@ -1,6 +1,7 @@
 """The model of a run: weights loaded once, in the dtype they are held in; adapters added; what is trained marked."""
 
 import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,6 +10,8 @@ from llava_ft.args import ParsedArgs
 from llava_ft.checkpoint.base import BaseModel, load_base
 from llava_ft.checkpoint.directory import absolute_or_hub_name
 from llava_ft.checkpoint.names import EMBEDDINGS, HEAD
+from llava_ft.errors import UserError
+from llava_ft.models.attention.limits import limit
 from llava_ft.training.distributed import zero_division
 from llava_ft.training.fragments import gathered
 from llava_ft.tuning.freeze import TuningPlan
@@ -62,6 +65,32 @@ def load_model_to_train(
     model.config.use_cache = False
     recompute_activations(result, recomputation_of(args), options=args.flags.gradient_checkpointing_kwargs)
     return result
+
+
+def settle_attention(args: ParsedArgs, config: Any) -> ParsedArgs:
+    """Check that the kernel goes with the model; where `auto` took one that does not, use sdpa.
+
+    Args:
+        args: The request.
+        config: The model's configuration.
+
+    Returns:
+        The request, with a kernel that goes with the model.
+
+    Raises:
+        UserError: A kernel was named that does not.
+    """
+    kernel = args.attn_implementation
+    reason = limit(kernel, config)
+    if reason is None:
+        return args
+    if args.model.attn_implementation != "auto":
+        raise UserError(
+            f"attn_implementation={kernel} does not go with this model: {reason}. sdpa and eager go with every model. "
+            "Use auto, which takes sdpa here."
+        )
+    logger.info("attn_implementation=auto takes sdpa instead of %s for this model: %s.", kernel, reason)
+    return args.with_attention("sdpa")
 
 
 def recomputation_of(args: ParsedArgs) -> Recomputation:

@@ -6,7 +6,7 @@ the projector trains at the rate of the language model.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -75,42 +75,36 @@ def parameter_groups(
     return [group for group in groups.values() if group["params"]]
 
 
-def trainable_table(groups: Sequence[dict[str, Any]]) -> list[TrainableRow]:
-    """Summarise parameter groups by part of the model, rate and decay."""
+def parameter_table(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[TrainableRow]:
+    """Summarise what is trained by part of the model, rate and decay; and what is frozen, if some of it is quantised.
+
+    Args:
+        model: The model.
+        groups: Of `parameter_groups`.
+    """
     rows: dict[tuple[Any, ...], list[int]] = {}
+
+    def count(key: tuple[Any, ...], parameter: nn.Parameter) -> None:
+        counts = rows.setdefault(key, [0, 0, 0])
+        values, num_bytes = size_in_memory(parameter)
+        counts[:] = counts[0] + 1, counts[1] + values, counts[2] + num_bytes
+
     for group in groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
-            key = (part_of(name), dtype_name(parameter), group["lr"], group["weight_decay"])
-            _count(rows, key, parameter)
+            count((True, part_of(name), dtype_name(parameter), group["lr"], group["weight_decay"]), parameter)
+    if any(is_quantized(module) for module in model.modules()):
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                count((False, part_of(name), dtype_name(parameter), 0.0, 0.0), parameter)
     return [
-        TrainableRow(part, tensors, values, dtype, rate, decay, num_bytes)
-        for (part, dtype, rate, decay), (tensors, values, num_bytes) in rows.items()
-    ]
-
-
-def frozen_table(model: nn.Module) -> list[TrainableRow]:
-    """Summarise what is frozen by part of the model and type, if some of it is quantised; else return no rows."""
-    rows: dict[tuple[Any, ...], list[int]] = {}
-    if not any(is_quantized(module) for module in model.modules()):
-        return []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            _count(rows, (part_of(name), dtype_name(parameter)), parameter)
-    return [
-        TrainableRow(part, tensors, values, dtype, 0.0, 0.0, num_bytes, trained=False)
-        for (part, dtype), (tensors, values, num_bytes) in rows.items()
+        TrainableRow(part, tensors, values, dtype, rate, decay, num_bytes, is_trained)
+        for (is_trained, part, dtype, rate, decay), (tensors, values, num_bytes) in rows.items()
     ]
 
 
 def num_values(model: nn.Module) -> int:
     """Number of values of a model; a packed byte stands for two."""
     return sum(size_in_memory(parameter)[0] for parameter in model.parameters())
-
-
-def _count(rows: dict[tuple[Any, ...], list[int]], key: tuple[Any, ...], parameter: nn.Parameter) -> None:
-    counts = rows.setdefault(key, [0, 0, 0])
-    values, num_bytes = size_in_memory(parameter)
-    counts[:] = counts[0] + 1, counts[1] + values, counts[2] + num_bytes
 
 
 def format_table(rows: Sequence[TrainableRow], num_parameters: int) -> str:
@@ -141,8 +135,3 @@ def format_table(rows: Sequence[TrainableRow], num_parameters: int) -> str:
     trained = sum(row.parameters for row in rows if row.trained)
     share = 100 * trained / max(num_parameters, 1)
     return "\n".join([*lines, f"trained: {trained:,} of {num_parameters:,} parameters ({share:.2f}%)"])
-
-
-def table_as_json(rows: Sequence[TrainableRow]) -> list[dict[str, Any]]:
-    """Return the table for `trainable_parameters.json`."""
-    return [asdict(row) for row in rows]

@@ -31,7 +31,7 @@ from transformers.integrations.integration_utils import (
 
 from llava_ft.args import ParsedArgs, resolved_config, to_yaml
 from llava_ft.checkpoint.names import RUN_CONFIG, TRAINABLE_TABLE
-from llava_ft.checkpoint.provenance import GitState, git_state
+from llava_ft.checkpoint.provenance import git_state
 from llava_ft.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -50,27 +50,14 @@ class RunDescription:
     Attributes:
         config: The resolved configuration, flat.
         config_yaml: The same as a file for `--config`.
-        git: The repository around the working directory, if there is one.
+        code: Version of this program, and state of the repository around the working directory if there is one.
         table: Rows of the table of what is trained.
     """
 
     config: dict[str, Any]
     config_yaml: str
-    git: GitState | None
+    code: dict[str, Any]
     table: Table
-
-    @property
-    def code(self) -> dict[str, Any]:
-        """Version of this program and state of the repository."""
-        known = {"llava_ft_version": __version__}
-        if self.git is None:
-            return known
-        return known | {"git_commit": self.git.commit, "git_modified": self.git.is_modified}
-
-    @property
-    def trained_parameters(self) -> int:
-        """Number of values that are trained."""
-        return sum(row["parameters"] for row in self.table if row["trained"])
 
 
 def attach_reporters(trainer: Trainer, args: ParsedArgs, table: Callable[[], Table]) -> None:
@@ -86,7 +73,10 @@ def attach_reporters(trainer: Trainer, args: ParsedArgs, table: Callable[[], Tab
         training.run_name = os.environ.get("WANDB_NAME") or Path(training.output_dir or ".").resolve().name
 
     def describe() -> RunDescription:
-        return RunDescription(resolved_config(args), to_yaml(args), git_state(Path.cwd()), table())
+        code: dict[str, Any] = {"llava_ft_version": __version__}
+        if git := git_state(Path.cwd()):
+            code |= {"git_commit": git.commit, "git_modified": git.is_modified}
+        return RunDescription(resolved_config(args), to_yaml(args), code, table())
 
     names = {callback: name for name, callback in INTEGRATION_TO_CALLBACK.items()}
     callbacks = trainer.callback_handler.callbacks
@@ -201,7 +191,7 @@ class WandbReporter(GuardedReporter):
         assert run is not None
         table = {"trainable_parameters": list(description.table)}
         run.config.update({"run_config": description.config, **table, **description.code}, allow_val_change=True)
-        run.summary["trained_parameters"] = description.trained_parameters
+        run.summary["trained_parameters"] = sum(row["parameters"] for row in description.table if row["trained"])
         files = {RUN_CONFIG: description.config_yaml, TRAINABLE_TABLE: json.dumps(description.table, indent=1)}
         for name, text in files.items():
             path = Path(run.dir, name)

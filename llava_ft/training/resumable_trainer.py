@@ -16,14 +16,14 @@ from transformers import Trainer, set_seed
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
-from llava_ft.checkpoint.names import OPTIMIZER, RANKS, SCHEDULER
+from llava_ft.checkpoint.names import MANIFEST, OPTIMIZER, RANKS, SCHEDULER
 from llava_ft.checkpoint.optimizer import open_saved_optimizer
-from llava_ft.checkpoint.restore import PutValue, restore_trained
+from llava_ft.checkpoint.restore import restore_trained
 from llava_ft.checkpoint.resume import RankLayout, read_ranks
 from llava_ft.checkpoint.save import move_files, publish_directory, write_json
 from llava_ft.data.sampler import EpochSampler
 from llava_ft.errors import CheckpointError, RunError
-from llava_ft.training.artifacts import RunArtifacts, forget_manifest
+from llava_ft.training.artifacts import RunArtifacts
 from llava_ft.training.fragments import value_setter
 from llava_ft.training.optimizer_state import load_optimizer, restore_schedule, save_optimizer
 
@@ -143,13 +143,10 @@ class ResumableTrainer(Trainer):
     def _save_trainer_state(self, directory: Path) -> None:
         states = cast(dict[str, Any], self.state.stateful_callbacks)
         for callback in [*self.callback_handler.callbacks, self.control]:
-            if not isinstance(callback, ExportableState):
-                continue
-            name = callback.__class__.__name__
-            if isinstance(states.get(name), list):
-                states[name].append(callback.state())
-            else:
-                states[name] = callback.state()
+            if isinstance(callback, ExportableState):
+                name = callback.__class__.__name__
+                several = states.get(name)
+                states[name] = [*several, callback.state()] if isinstance(several, list) else callback.state()
         self.state.save_to_json(str(directory / "trainer_state.json"))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -164,7 +161,7 @@ class ResumableTrainer(Trainer):
                 staging.mkdir(parents=True)
                 self.artifacts.write(staging, self._trained_model, is_final=True)
                 self.state.save_to_json(str(staging / "trainer_state.json"))
-                forget_manifest(target)
+                (target / MANIFEST).unlink(missing_ok=True)  # not complete while its files are replaced
                 move_files(staging, target)
                 staging.rmdir()
                 self.artifacts.write_manifest(target, self.state.global_step)
@@ -192,20 +189,19 @@ class ResumableTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any):
         """Build the optimizer and wrap the model as usual, then restore in one way whatever wraps them."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        if resume_from_checkpoint is not None:
-            self._resume(Path(resume_from_checkpoint))
-        return prepared
-
-    def _resume(self, checkpoint: Path) -> None:
-        """Restore weights, optimizer and scheduler."""
-        if self.is_deepspeed_enabled:
-            restore_trained(self._trained_model, checkpoint, put=self._put_value())
+        if resume_from_checkpoint is None:
+            return prepared
+        checkpoint = Path(resume_from_checkpoint)
+        if self.is_deepspeed_enabled:  # its master weights are made of the model's, and have to be replaced after that
+            put = value_setter(self._trained_model, self._zero_optimizer)
+            restore_trained(self._trained_model, checkpoint, put=put)
             self._engine.global_steps = self.state.global_step
         saved = open_saved_optimizer(checkpoint)
         load_optimizer(saved, self._torch_optimizer, self._trained_model, self._zero_optimizer)
         optimizer: Any = self.optimizer
         restore_schedule(self._scheduler, optimizer, checkpoint / SCHEDULER)
         self._load_scaler(str(checkpoint))
+        return prepared
 
     @property
     def _zero_optimizer(self) -> Any:
@@ -233,9 +229,6 @@ class ResumableTrainer(Trainer):
         assert isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
         return self.lr_scheduler
 
-    def _put_value(self) -> PutValue:
-        return value_setter(self._trained_model, self._zero_optimizer)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Restore everything trained; what is missing or left over is an error."""
         restore_trained(self._trained_model if model is None else model, Path(resume_from_checkpoint))
@@ -245,4 +238,5 @@ class ResumableTrainer(Trainer):
         best = self.state.best_model_checkpoint
         assert best is not None
         logger.info("The best checkpoint is %s (%s); its weights are the result.", best, self.state.best_metric)
-        restore_trained(self._trained_model, Path(best), put=self._put_value())
+        put = value_setter(self._trained_model, self._zero_optimizer)
+        restore_trained(self._trained_model, Path(best), put=put)

@@ -34,7 +34,7 @@ def check_shared_output(training: TrainingArguments) -> None:
         return
     directory = Path(training.output_dir or ".")
     blind = blind_ranks(directory, training)
-    machines = len(set(_from_all_ranks(training.process_index - training.local_process_index)))
+    machines = len(set(from_all_ranks(training.process_index - training.local_process_index, training.world_size)))
     if blind and not training.save_on_each_node:
         raise UserError(
             f"output_dir={directory} on the machine of rank 0 is another folder than on that of {_named(blind)}. "
@@ -62,7 +62,7 @@ def blind_ranks(directory: Path, training: TrainingArguments) -> list[int]:
         directory.mkdir(parents=True, exist_ok=True)
         mark.touch()
     torch.distributed.barrier()
-    blind = [rank for rank, sees in enumerate(_from_all_ranks(mark.exists())) if not sees]
+    blind = [rank for rank, sees in enumerate(from_all_ranks(mark.exists(), training.world_size)) if not sees]
     if training.process_index == 0:
         mark.unlink(missing_ok=True)
     return blind
@@ -80,7 +80,7 @@ def check_same_checkpoint(checkpoint: Path | None, world_size: int) -> None:
     """
     if world_size == 1:
         return
-    found = _from_all_ranks(checkpoint.name if checkpoint else "none")
+    found = from_all_ranks(checkpoint.name if checkpoint else "none", world_size)
     if len(set(found)) > 1:
         listed = "; ".join(
             f"{_named([rank for rank, name in enumerate(found) if name == other])}: {other}"
@@ -102,7 +102,11 @@ def from_first_rank(value: _Value, world_size: int) -> _Value:
 
 def from_all_ranks(value: _Value, world_size: int) -> list[_Value]:
     """Return what each rank calls this with, which is not None. All ranks call it together."""
-    return _from_all_ranks(value) if world_size > 1 else [value]
+    if world_size == 1:
+        return [value]
+    values: list[_Value | None] = [None] * world_size
+    torch.distributed.all_gather_object(values, value)
+    return [value for value in values if value is not None]
 
 
 def wait_for_first(is_done: Callable[[], bool], training: TrainingArguments) -> None:
@@ -120,12 +124,6 @@ def wait_for_first(is_done: Callable[[], bool], training: TrainingArguments) -> 
     while not is_done():
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     torch.distributed.barrier()
-
-
-def _from_all_ranks(value: _Value) -> list[_Value]:
-    values: list[_Value | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return [value for value in values if value is not None]
 
 
 def _named(ranks: Sequence[int]) -> str:

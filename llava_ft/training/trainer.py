@@ -8,6 +8,7 @@ entry says how fast the run is.
 import logging
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any, Final, Literal
 
 import torch
@@ -16,17 +17,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from llava_ft.constants import IGNORE_INDEX
 from llava_ft.data.image_processor import PixelNormalizer, normalize_batch
 from llava_ft.errors import BadSampleError, RunError
-from llava_ft.training.evaluation import sum_losses
-from llava_ft.training.optim import (
-    format_table,
-    frozen_table,
-    num_values,
-    parameter_groups,
-    table_as_json,
-    trainable_table,
-)
+from llava_ft.training.optim import format_table, num_values, parameter_groups, parameter_table
 from llava_ft.training.resumable_trainer import ResumableTrainer
 from llava_ft.training.speed import SpeedMeter, measure_product_rate
 
@@ -134,8 +128,8 @@ class LlavaTrainer(ResumableTrainer):
             weight_decay=self.args.weight_decay,
             mm_projector_lr=self._mm_projector_lr,
         )
-        rows = trainable_table(groups) + frozen_table(model)
-        self.artifacts.table = table_as_json(rows)
+        rows = parameter_table(model, groups)
+        self.artifacts.table = [asdict(row) for row in rows]
         if self.is_world_process_zero():
             logger.info("What is trained:\n%s", format_table(rows, num_values(model)))
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
@@ -225,7 +219,7 @@ class LlavaTrainer(ResumableTrainer):
     ) -> EvalLoopOutput:
         """Compute the mean loss per supervised token over a data set, each record counted once."""
         with self._speed.paused(self.args.device):
-            total, tokens, samples = sum_losses(self, dataloader)
+            total, tokens, samples = self._sum_losses(dataloader)
         if tokens == 0:
             raise RunError("The validation data has no supervised token, so there is no loss to compute.")
         metrics = {
@@ -233,3 +227,33 @@ class LlavaTrainer(ResumableTrainer):
             f"{metric_key_prefix}_supervised_tokens": tokens,
         }
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=samples)  # type: ignore[arg-type]
+
+    def _sum_losses(self, dataloader: DataLoader) -> tuple[float, float, int]:
+        """Return the summed loss, the supervised tokens, and the records, of all ranks.
+
+        Ranks take turns batch by batch, and the last batches are filled up with the first records so that all ranks
+        have as many; those are left out of the sums.
+        """
+        model, args = self._trained_model, self.args
+        was_training = model.training
+        model.eval()
+        totals = torch.zeros(3, dtype=torch.float64, device=args.device)
+        num_records = self.num_examples(dataloader)
+        for number, batch in enumerate(dataloader):
+            for error in batch.get("bad_samples", []):
+                logger.warning("Not evaluated on: %s", error)
+            inputs = self._prepare_inputs(batch)
+            labels = inputs["labels"]
+            first = (number * args.world_size + args.process_index) * args.eval_batch_size
+            num_new = max(0, min(len(labels), num_records - first))
+            labels[num_new:] = IGNORE_INDEX
+            supervised = (labels[:, 1:] != IGNORE_INDEX).sum()
+            with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
+                loss = model(**inputs, num_items_in_batch=1).loss
+            totals += torch.stack([loss.double(), supervised.double(), supervised.new_tensor(num_new).double()])
+            self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
+        if args.world_size > 1:
+            torch.distributed.all_reduce(totals)
+        model.train(was_training)
+        total, tokens, samples = totals.tolist()
+        return total, tokens, int(samples)

@@ -28,7 +28,7 @@ from llava_ft.inference.generate import Sampling, build_prompt, generate_answer
 from llava_ft.inference.load import LoadedModel, load_model
 from llava_ft.inference.streaming import AnswerStreamer
 from llava_ft.models.builder import build_skeleton, settle_config, vision_fields
-from llava_ft.training.setup import Run, prepare_run
+from llava_ft.training.run import Run, prepare_run
 from tests.compatibility.runs import OwnRun
 from tests.layouts.native import CLIP, GOLDEN, Checkpoint
 from tests.training.helpers import flags

@@ -9,7 +9,7 @@ from llava_ft.convert.merge_first import merge_first
 from llava_ft.planning.disk import WHOLE_MODEL, checkpoint_files
 from llava_ft.planning.model import build_model, parameter_shapes
 from llava_ft.planning.report import as_dict, as_text
-from llava_ft.training.setup import prepare_run
+from llava_ft.training.run import prepare_run
 from tests.planning.helpers import GPU_7B, LORA, plan_of, request_of, write_configs
 from tests.training.helpers import METHODS, flags, prepare, train
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from llava_ft.args import parse_args
-from llava_ft.training.setup import Run, prepare_run
+from llava_ft.training.run import Run, prepare_run
 from tests.conftest import RECORDINGS
 from tests.training.warm_start import REPOSITORY, Program
 

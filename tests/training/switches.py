@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import TrainerCallback
 
-from llava_ft.training.setup import Run
+from llava_ft.training.run import Run
 from tests.training.helpers import prepare
 
 Flags = Mapping[str, str]

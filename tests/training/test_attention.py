@@ -9,7 +9,7 @@ import pytest
 from llava_ft.args import parse_args
 from llava_ft.errors import UserError
 from llava_ft.models.llava import LlavaLlamaForCausalLM
-from llava_ft.training.attention import settle_attention
+from llava_ft.training.model_setup import settle_attention
 from tests.training.helpers import flags, prepare, train
 
 pytestmark = pytest.mark.usefixtures("in_recordings")

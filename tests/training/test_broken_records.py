@@ -9,8 +9,7 @@ import yaml
 
 from llava_ft.args import parse_args
 from llava_ft.errors import UserError
-from llava_ft.training.setup import prepare_run
-from llava_ft.training.train_command import run_training
+from llava_ft.training.run import prepare_run, run_training
 from tests.conftest import RECORDINGS
 from tests.training.helpers import flags, write_records
 

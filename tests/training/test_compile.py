@@ -16,7 +16,7 @@ from llava_ft.args import parse_args
 from llava_ft.constants import IGNORE_INDEX
 from llava_ft.models.llava import LlavaLlamaForCausalLM
 from llava_ft.training.compile import compile_layers
-from llava_ft.training.rows import length_multiple
+from llava_ft.training.data_setup import length_multiple
 from llava_ft.tuning.lora import add_lora
 from llava_ft.tuning.recompute import Recomputation, recompute_activations
 from tests.models.test_forward import load

@@ -17,7 +17,7 @@ from llava_ft.checkpoint.manifest import what_is_incomplete
 from llava_ft.cli import main
 from llava_ft.convert.merge_first import merge_first
 from llava_ft.errors import CheckpointError, RunError, UserError
-from llava_ft.training.setup import Run, prepare_run
+from llava_ft.training.run import Run, prepare_run
 from tests.conftest import RECORDINGS
 from tests.training.helpers import flags, start, state_of, train
 

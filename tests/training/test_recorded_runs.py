@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from llava_ft.args import parse_args
 from llava_ft.checkpoint.weights import WeightFiles
-from llava_ft.training.setup import Run, prepare_run
+from llava_ft.training.run import Run, prepare_run
 from tests.conftest import RECORDINGS, read_recording
 
 LOSS_TOLERANCE = 1e-4

@@ -21,7 +21,7 @@ from llava_ft.checkpoint.manifest import read_manifest, what_is_incomplete
 from llava_ft.checkpoint.provenance import git_state
 from llava_ft.errors import UserError
 from llava_ft.training.reporting import GuardedReporter, attach_reporters
-from llava_ft.training.setup import prepare_run
+from llava_ft.training.run import prepare_run
 from tests.training.helpers import flags, prepare, start, train
 from tests.training.wandb_server import WandbServer, read_run
 

@@ -20,7 +20,7 @@ from llava_ft.data.features.reader import FeatureReader
 from llava_ft.data.features.store import FeatureStore
 from llava_ft.errors import RunError, UserError
 from llava_ft.training import vision_cache, vision_fill
-from llava_ft.training.setup import Run
+from llava_ft.training.run import Run
 from llava_ft.tuning.freeze import TuningPlan
 from tests.conftest import RECORDINGS
 from tests.training.helpers import METHODS, flags, prepare, state_of, train, write_records
@@ -249,7 +249,7 @@ class TestFilling:
             "from llava_ft.args import parse_args\n"
             "from llava_ft.data.features.store import FeatureStore\n"
             "from llava_ft.training import vision_fill\n"
-            "from llava_ft.training.setup import prepare_run\n"
+            "from llava_ft.training.run import prepare_run\n"
             "vision_fill._IMAGES_PER_BATCH = 2\n"
             "add, left = FeatureStore.add, [2]\n"
             "def add_or_die(*args):\n"

@@ -22,7 +22,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
 _LARGEST_REQUEST = 2**18
-_IMPORTED = ("torch._dynamo", "transformers.trainer", "datasets", "peft", "llava_ft.training.train_command")
+_IMPORTED = ("torch._dynamo", "transformers.trainer", "datasets", "peft", "llava_ft.training.run")
 """What every run takes long to import."""
 
 

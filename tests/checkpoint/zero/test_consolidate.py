@@ -24,7 +24,7 @@ from llava_ft.checkpoint.zero.consolidate import ConsolidateOptions, Consolidati
 from llava_ft.cli import main
 from llava_ft.errors import CheckpointError, UserError
 from llava_ft.inference.load import load_model
-from llava_ft.training.setup import prepare_run
+from llava_ft.training.run import prepare_run
 from tests.checkpoint.zero.shards import Step
 from tests.conftest import RECORDINGS
 from tests.training.helpers import flags

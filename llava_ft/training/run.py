@@ -1,0 +1,365 @@
+"""A run, from a checked request to its result; whatever can be wrong is found before the first weight is read."""
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerFast, PrinterCallback, ProgressCallback, set_seed
+
+from llava_ft.args import ParsedArgs, to_yaml
+from llava_ft.checkpoint.base import BaseModel, check_added_tokens
+from llava_ft.checkpoint.base_and_adapters import quantization_in_training
+from llava_ft.checkpoint.directory import absolute_or_hub_name
+from llava_ft.checkpoint.fingerprint import language_model_fingerprint
+from llava_ft.checkpoint.overrides import collect_ignored
+from llava_ft.checkpoint.restore import check_base
+from llava_ft.checkpoint.resume import (
+    check_checkpoint,
+    check_training_state,
+    newest_complete_checkpoint,
+    remove_staging,
+)
+from llava_ft.data.build import BuiltDatasets
+from llava_ft.data.image_processor import ImageProcessorSettings, PixelNormalizer
+from llava_ft.data.sampler import EpochSampler
+from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
+from llava_ft.errors import RunError, UserError
+from llava_ft.resolve import settle_base, start_of
+from llava_ft.training.artifacts import RunArtifacts
+from llava_ft.training.callbacks import LogLines, Progress, SetSamplerEpoch, StopOnSignal
+from llava_ft.training.compile import compile_layers
+from llava_ft.training.data_setup import arrange_rows, data_seed, prepare_datasets, write_data_report
+from llava_ft.training.distributed import is_communication_error, join_ranks, leave_ranks, zero_division
+from llava_ft.training.log_setup import adopt_libraries
+from llava_ft.training.model_setup import (
+    compute_dtype,
+    load_model_to_train,
+    quantization_of,
+    saves_tower,
+    settle_attention,
+)
+from llava_ft.training.reporting import attach_reporters
+from llava_ft.training.run_lineage import lineage_writer
+from llava_ft.training.shared_output import check_same_checkpoint, check_shared_output
+from llava_ft.training.speed import SpeedMeter, flops_of_run
+from llava_ft.training.start_from import (
+    MergesAdapter,
+    check_resumed_start,
+    check_start,
+    find_model,
+    force_of,
+    merged_base,
+    put_start,
+)
+from llava_ft.training.trainer import LlavaTrainer
+from llava_ft.training.vision_cache import use_vision_cache
+from llava_ft.tuning.freeze import TuningPlan
+from llava_ft.tuning.quant import check_quantization
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_TO_FIND_THE_CAUSE = 30.0
+
+
+@dataclass
+class Run:
+    """A run that is ready to start.
+
+    Attributes:
+        trainer: The trainer.
+        stop: The callback that ends the run on a signal.
+        checkpoint: The checkpoint to resume from, or None to start from the beginning.
+        datasets: What is trained on, with the report of what was left out.
+    """
+
+    trainer: LlavaTrainer
+    stop: StopOnSignal
+    checkpoint: Path | None
+    datasets: BuiltDatasets
+
+
+def run_training(args: ParsedArgs, merge: MergesAdapter | None = None) -> bool:
+    """Train as asked, as one rank of the run: join the others, train, save, and leave together.
+
+    Args:
+        args: The request.
+        merge: How an adapter is merged, for `adapter_mode=merge_first`.
+
+    Returns:
+        Whether the run reached its end; False if a signal stopped it after a complete checkpoint.
+
+    Raises:
+        UserError: The request cannot be carried out.
+        RunError: The run failed.
+    """
+    ranks, watch = join_ranks(args)
+    adopt_libraries()
+    try:
+        finished = _train(args, merge, is_first=ranks.is_first, is_alone=ranks.world_size == 1)
+    except Exception as raised:
+        error = raised
+        if isinstance(raised, torch.OutOfMemoryError):
+            error = RunError(
+                f"The GPU's memory is used up: {raised} `llava-ft plan` with the same flags shows what takes it and "
+                "what to change: gradient_checkpointing (--fit chooses it), a smaller per_device_train_batch_size with "
+                "more gradient_accumulation_steps, another ZeRO stage, or bits 4."
+            )
+        if watch is not None:
+            if is_communication_error(error):
+                watch.wait_for_cause(_SECONDS_TO_FIND_THE_CAUSE)
+            if not watch.report(str(error)):
+                logging.getLogger("llava_ft").setLevel(logging.CRITICAL)  # another rank has said it
+        if error is raised:
+            raise
+        raise error from raised
+    leave_ranks(watch)
+    if finished and ranks.is_first:
+        logger.info("Done. The result is in %s.", args.training.output_dir)
+    return finished
+
+
+def _train(args: ParsedArgs, merge: MergesAdapter | None, *, is_first: bool, is_alone: bool) -> bool:
+    _ = args.attn_implementation  # settles what `auto` means, and may add a note
+    for note in args.notes:
+        logger.info("%s", note)
+    run = prepare_run(args, merge)
+    trainer = run.trainer
+    if run.checkpoint is not None:
+        logger.info("Resuming from %s.", run.checkpoint)
+    if is_first:
+        write_data_report(run.datasets, Path(args.training.output_dir or "."))
+    try:
+        trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    except BaseException:
+        if is_alone:
+            run.stop.release()
+        else:
+            run.stop.ignore()  # a launcher ends the other ranks at once, and they have yet to say why
+        raise
+    run.stop.release()
+    if trainer.bad_samples:
+        names = ", ".join(str(error) for error in trainer.bad_samples[:5])
+        logger.warning("%d samples could not be read and were not trained on: %s", len(trainer.bad_samples), names)
+    if run.stop.received is None:
+        trainer.save_model()
+        return True
+    step = trainer.state.global_step
+    if is_first:
+        logger.error(
+            "Stopped by %s at step %d of %d. checkpoint-%d in %s is complete; start the same command again to resume "
+            "from it.",
+            run.stop.received,
+            step,
+            trainer.state.max_steps,
+            step,
+            args.training.output_dir,
+        )
+    return False
+
+
+def prepare_run(args: ParsedArgs, merge: MergesAdapter | None = None) -> Run:
+    """Find, check, load and connect everything a run needs.
+
+    Args:
+        args: The request.
+        merge: How an adapter is merged, for `adapter_mode=merge_first`.
+
+    Raises:
+        UserError: The request cannot be carried out.
+        RunError: The adapter that the run starts from could not be merged.
+    """
+    with collect_ignored() as ignored:
+        # Resolve the model: what is resumed, what is started from, configuration, tokenizer. All ranks agree on where
+        # they write before anything else, because each of them looks for a checkpoint there.
+        args = settle_base(args)
+        request, start = args, start_of(args)
+        set_seed(args.training.seed)
+        check_shared_output(args.training)
+        checkpoint = choose_checkpoint(args)
+        check_same_checkpoint(checkpoint, args.training.world_size)
+        _check_bits(args, checkpoint)
+        check_resumed_start(args, start, checkpoint)
+        base = find_model(args, start)
+        args = settle_attention(args, base.config)
+        tokenizer = load_tokenizer(base.directory.path, model_max_length=args.flags.model_max_length)
+        num_added = add_image_tokens(
+            tokenizer,
+            mm_use_im_start_end=base.config.mm_use_im_start_end,
+            mm_use_im_patch_token=base.config.mm_use_im_patch_token,
+        )
+        check_added_tokens(base, len(tokenizer), num_added)
+
+        # Open and check the data. Records fail more often than fingerprints, and reading them takes no weights.
+        datasets = prepare_datasets(args, base, tokenizer)
+
+        # Check the base against what was trained on one, which reads its files; merge if asked, which loads a model.
+        fingerprint = language_model_fingerprint(base.sources[:1])
+        if start is not None:
+            check_start(args, start, fingerprint, base)
+            if start.mode == "merge_first":
+                args = args.with_model(str(merged_base(args, start, merge)))
+                base = find_model(args, None)
+                fingerprint = language_model_fingerprint(base.sources[:1])
+        if checkpoint is not None:
+            check_base(checkpoint, fingerprint, str(base.directory.path), force=force_of(args))
+        _complete_config(args, base)
+
+        # Load the weights and mark what is trained. The vision cache is filled first, so that the tower and the model
+        # are never in memory together. Compiling replaces forwards, which adapters and hooks must find in place.
+        plan = TuningPlan.from_flags(
+            lora_enable=args.flags.lora_enable,
+            tune_mm_mlp_adapter=args.model.tune_mm_mlp_adapter,
+            freeze_mm_mlp_adapter=args.flags.freeze_mm_mlp_adapter,
+            freeze_backbone=args.model.freeze_backbone,
+            has_vision=base.config.mm_vision_config is not None,
+        )
+        encodes_images = not use_vision_cache(args, base, plan, datasets, compute_dtype(args))
+        num_new_rows = max(0, len(tokenizer) - base.config.vocab_size)
+        model = load_model_to_train(args, base, plan, num_new_rows=num_new_rows, encodes_images=encodes_images)
+        if start is not None and start.mode != "merge_first":
+            put_start(args, start, model)
+        if args.training.torch_compile:
+            backend, mode = args.training.torch_compile_backend, args.training.torch_compile_mode
+            assert backend is not None
+            count = compile_layers(model, backend=backend, mode=mode)
+            logger.info("%d layers are compiled one by one, by %s, when they first run.", count, backend)
+
+        # Make the trainer, and say once what every save writes.
+        peft_config = getattr(model, "peft_config", None)
+        base_name = absolute_or_hub_name(args.model.model_name_or_path)
+        artifacts = RunArtifacts(
+            method=plan.method,
+            config=base.config,
+            tokenizer=tokenizer,
+            vision_directory=base.vision_directory,
+            run_config=to_yaml(request),
+            base=base_name,
+            base_fingerprint=fingerprint,
+            template=args.model.version,
+            weights_format=args.flags.weights_format,
+            compute_dtype=compute_dtype(args),
+            write_lineage=lineage_writer(
+                request, (base_name, fingerprint), datasets, start=start, checkpoint=checkpoint, ignored=ignored
+            ),
+            save_vision_tower=saves_tower(args, base),
+            lora_config=peft_config["default"] if peft_config else None,
+        )
+        speed = SpeedMeter(flops_of_run(model, base.config, runs_tower=encodes_images))
+        stop = StopOnSignal()
+        trainer = _make_trainer(args, model, artifacts, tokenizer, datasets, speed, stop)
+        return Run(trainer, stop, checkpoint, datasets)
+
+
+def choose_checkpoint(args: ParsedArgs) -> Path | None:
+    """Choose what to resume from: what the user names, else the newest complete checkpoint of the output directory.
+
+    Raises:
+        UserError: The checkpoint named cannot be resumed from.
+    """
+    output_dir = Path(args.training.output_dir or ".")
+    if args.training.process_index == 0:
+        remove_staging(output_dir)
+    wish = args.training.resume_from_checkpoint
+    if wish is not None and str(wish).lower() not in ("true", "false"):
+        check_checkpoint(Path(wish))
+        return Path(wish)
+    if str(wish).lower() == "false":
+        return None
+    found = newest_complete_checkpoint(output_dir)
+    if found is None and str(wish).lower() == "true":
+        raise UserError(f"resume_from_checkpoint is true, but {output_dir} holds no complete checkpoint.")
+    if found is not None:
+        check_training_state(found)
+    return found
+
+
+def _make_trainer(
+    args: ParsedArgs,
+    model: nn.Module,
+    artifacts: RunArtifacts,
+    tokenizer: PreTrainedTokenizerFast,
+    datasets: BuiltDatasets,
+    speed: SpeedMeter,
+    stop: StopOnSignal,
+) -> LlavaTrainer:
+    """Arrange rows in batches, and connect model, data and reports."""
+    training, vision = args.training, artifacts.vision_directory
+    pad = tokenizer.pad_token_id
+    assert isinstance(pad, int)
+    train_dataset, collator = arrange_rows(args, datasets.train, pad)
+    sampler = EpochSampler(
+        train_dataset,
+        strategy=_sampling_strategy(args),
+        batch_size=training.per_device_train_batch_size,
+        world_size=training.world_size * training.gradient_accumulation_steps,
+        seed=data_seed(args),
+    )
+    if training.ddp_find_unused_parameters is None:
+        training.ddp_find_unused_parameters = False  # every trained parameter gets a gradient from every batch
+    trainer = LlavaTrainer(
+        model=model,
+        args=training,
+        artifacts=artifacts,
+        train_sampler=sampler,
+        describe_record=datasets.train.describe,
+        loss_normalization=args.flags.loss_normalization,
+        mm_projector_lr=args.flags.mm_projector_lr,
+        bad_sample_limit=args.flags.bad_sample_limit,
+        pixel_normalizer=None if vision is None else PixelNormalizer(ImageProcessorSettings.from_pretrained(vision)),
+        speed=speed,
+        train_dataset=train_dataset,
+        eval_dataset=datasets.validation,
+        data_collator=collator,
+        callbacks=[stop, SetSamplerEpoch(sampler)],
+    )
+    for default in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(default)
+    shows_bar = sys.stderr.isatty() and not training.disable_tqdm
+    trainer.add_callback(Progress() if shows_bar else LogLines())
+    attach_reporters(trainer, args, lambda: artifacts.table)
+    return trainer
+
+
+def _sampling_strategy(args: ParsedArgs) -> str:
+    if args.flags.group_by_modality_length:
+        return "modality_length"
+    given = args.training.train_sampling_strategy
+    name = str(getattr(given, "value", given))
+    return "length" if name == "group_by_length" else name
+
+
+def _complete_config(args: ParsedArgs, base: BaseModel) -> None:
+    """Note in config.json what original LLaVA notes there, and the template."""
+    config = base.config
+    config.tune_mm_mlp_adapter = args.model.tune_mm_mlp_adapter
+    config.freeze_mm_mlp_adapter = args.flags.freeze_mm_mlp_adapter
+    config.mm_projector_lr = args.flags.mm_projector_lr
+    config.tokenizer_model_max_length = args.flags.model_max_length
+    config.tokenizer_padding_side = "right"
+    config.conversation_template = args.model.version
+    if config.mm_vision_tower is not None:
+        config.mm_vision_tower = absolute_or_hub_name(config.mm_vision_tower)
+    if args.flags.model_max_length > config.max_position_embeddings:
+        logger.warning(
+            "model_max_length is %d, but the model was trained with at most %d positions.",
+            args.flags.model_max_length,
+            config.max_position_embeddings,
+        )
+
+
+def _check_bits(args: ParsedArgs, checkpoint: Path | None) -> None:
+    """Refuse quantised weights where they cannot be trained on, and other ones than a checkpoint was trained on."""
+    wanted = quantization_of(args)
+    check_quantization(wanted, zero_stage=3 if zero_division(args.training) is not None else 0)
+    if checkpoint is None:
+        return
+    before = quantization_in_training(checkpoint)
+    if before != wanted:
+        raise UserError(
+            f"{checkpoint} was trained with the language model in {before or '16 bits'}, and this run asks for "
+            f"{wanted or '16 bits'}. Use the same bits, quant_type and double_quant; to go on from its weights with "
+            "others, start a new run with --lora_weight_path or --pretrain_mm_mlp_adapter."
+        )
