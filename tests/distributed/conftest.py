@@ -1,4 +1,6 @@
-"""The ranks that all tests of this folder share."""
+"""The ranks that all tests of this folder share, and the runs made in them."""
+
+from collections.abc import Iterator
 
 import pytest
 
@@ -6,7 +8,7 @@ from tests.distributed.matrix import Pools
 
 
 @pytest.fixture(scope="session")
-def pools():
+def pools() -> Iterator[Pools]:
     made = Pools()
     yield made
     made.close()

@@ -6,71 +6,70 @@
 | kill_saving | it is killed in the save of the step, after the weights were written |
 | kill_resuming | it is killed when it restores its optimizer |
 | nan | its loss is not a number |
-| raise | an error in its data |
 | disk | the disk is full when it writes its optimizer |
 """
 
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 import torch
-from transformers import Trainer
 
 from llava_ft.cli import main
 from llava_ft.training import resumable_trainer
 from llava_ft.training.trainer import LlavaTrainer
 
-WHAT, RANK, STEP = os.environ["FAULT"].split(":")
 
+def arrange(fault: str) -> None:
+    """Let the accident happen in this process, if it is the rank that meets with it."""
+    what, rank, step = fault.split(":")
+    if os.environ["RANK"] != rank:
+        return
 
-def concerns(trainer: Trainer) -> bool:
-    return os.environ["RANK"] == RANK and trainer.state.global_step + (WHAT not in ("kill_saving", "disk")) == int(STEP)
+    def before(name: str, accident: Callable[[], None], *, after_steps: int) -> None:
+        original = getattr(LlavaTrainer, name)
 
+        def wrapped(self, *args, **kwargs):
+            if self.state.global_step == after_steps:
+                accident()
+            return original(self, *args, **kwargs)
 
-def before(owner: object, name: str, accident) -> None:
-    """Let something happen before a method."""
-    original = getattr(owner, name)
+        setattr(LlavaTrainer, name, wrapped)
 
-    def wrapped(self, *args, **kwargs):
-        if concerns(self):
-            accident()
-        return original(self, *args, **kwargs)
+    if what == "kill_training":
+        before("training_step", kill, after_steps=int(step) - 1)
+    elif what == "kill_saving":
+        before("_save_optimizer_and_scheduler", kill, after_steps=int(step))
+    elif what == "disk":
+        before("_save_optimizer_and_scheduler", fill_disk, after_steps=int(step))
+    elif what == "kill_resuming":
+        assert resumable_trainer.load_optimizer
+        resumable_trainer.load_optimizer = lambda *_: kill()
+    elif what == "nan":
+        compute_loss = LlavaTrainer.compute_loss
 
-    setattr(owner, name, wrapped)
+        def lose_the_loss(self, *args, **kwargs):
+            loss = compute_loss(self, *args, **kwargs)
+            return loss * torch.nan if self.state.global_step == int(step) - 1 else loss
+
+        LlavaTrainer.compute_loss = lose_the_loss
 
 
 def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def fail() -> None:
-    raise RuntimeError("the shelf is empty")
-
-
-def full_disk() -> None:
+def fill_disk() -> None:
     raise OSError(28, "No space left on device")
 
 
-def lose_the_loss(*args, **kwargs):
-    loss = original_loss(*args, **kwargs)
-    return loss * torch.nan if concerns(args[0]) else loss
+def train(argv: list[str], fault: str | None = None) -> None:
+    """Run `train.py` to its end."""
+    if fault is not None:
+        arrange(fault)
+    sys.exit(main(["train", *argv]))
 
-
-if WHAT == "kill_training":
-    before(LlavaTrainer, "training_step", kill)
-elif WHAT == "kill_saving":
-    before(LlavaTrainer, "_save_optimizer_and_scheduler", kill)
-elif WHAT == "disk":
-    before(LlavaTrainer, "_save_optimizer_and_scheduler", full_disk)
-elif WHAT == "raise":
-    before(LlavaTrainer, "training_step", fail)
-elif WHAT == "kill_resuming" and os.environ["RANK"] == RANK:
-    assert resumable_trainer.load_optimizer
-    resumable_trainer.load_optimizer = lambda *_: kill()
-elif WHAT == "nan":
-    original_loss = LlavaTrainer.compute_loss
-    LlavaTrainer.compute_loss = lose_the_loss
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    train(sys.argv[1:], os.environ["FAULT"])

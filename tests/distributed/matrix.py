@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tests.conftest import RECORDINGS
 from tests.distributed import tasks
-from tests.distributed.pool import Pool, RankError
+from tests.distributed.pool import Pool
 from tests.training.helpers import flags
 
 STAGES = ("none", "zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
@@ -65,6 +65,9 @@ TO = [
     Setting("zero3", 4),
 ]
 SAMPLES_PER_STEP = 4
+ALONE = Setting("none", 1)
+SHORT = {"max_steps": 3, "save_strategy": "no"}
+"""For runs that say all they have to in three steps."""
 
 
 class Pools:
@@ -73,6 +76,7 @@ class Pools:
     def __init__(self) -> None:
         self._pools: dict[int, Pool] = {}
         self._folder = tempfile.TemporaryDirectory()
+        self._straight: dict[str, Straight] = {}
         for name in ("mix.json", "pretrain.json"):
             recorded = json.loads((RECORDINGS / "data" / name).read_text())
             (Path(self._folder.name) / name).write_text(json.dumps((recorded * 3)[: 6 * SAMPLES_PER_STEP]))
@@ -96,6 +100,23 @@ class Pools:
         argv = self.command(output_dir, method, setting, dtype, **changes)
         return self.of(setting.ranks).run(tasks.train, argv)[0]
 
+    def straight(self, method: str, setting: Setting, dtype: str, **changes: object) -> "Straight":
+        """Make a run, or return the one that was made before: for comparison and to resume copies of."""
+        key = repr((method, setting, dtype, sorted(changes.items())))
+        if key not in self._straight:
+            output_dir = Path(tempfile.mkdtemp(dir=self._folder.name))
+            self._straight[key] = Straight(output_dir, self.train(output_dir, method, setting, dtype, **changes))
+        return self._straight[key]
+
+    def resume(
+        self, straight: "Straight", output_dir: Path, method: str, target: Setting, dtype: str, **changes: object
+    ) -> tasks.Result:
+        """Continue a copy of a run from its third step."""
+        straight.copy(output_dir)
+        result = self.train(output_dir, method, target, dtype, **changes)
+        assert result.resumed == "checkpoint-3"
+        return result
+
     def of(self, ranks: int) -> Pool:
         """Return the pool with a number of ranks."""
         return self._pools.setdefault(ranks, Pool(ranks))
@@ -105,6 +126,23 @@ class Pools:
         for pool in self._pools.values():
             pool.close()
         self._folder.cleanup()
+
+
+@dataclass(frozen=True)
+class Straight:
+    """A run of six steps that nothing interrupted. Its folder is only read.
+
+    Attributes:
+        path: Its output directory.
+        result: What rank 0 saw.
+    """
+
+    path: Path
+    result: tasks.Result
+
+    def copy(self, output_dir: Path) -> None:
+        """Copy the run as it was after its third step."""
+        shutil.copytree(self.path, output_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint-6"))
 
 
 def difference(expected: tasks.Result, got: tasks.Result, first_step: int = 1) -> float:
@@ -117,7 +155,7 @@ def cell(compute: Callable[[], float], tolerance: float) -> str:
     """Return a table's cell: the difference, marked if it is too large or the run failed."""
     try:
         value = compute()
-    except RankError as error:
+    except AssertionError as error:
         print(error, file=sys.stderr)
         return "**failed**"
     text = "0" if value == 0 else f"{value:.0e}".replace("e-0", "e-")
@@ -130,7 +168,7 @@ def correctness(pools: Pools, folder: Path) -> Iterator[str]:
     yield "| --- " * (len(CORRECT) + 2) + "|"
     for method in METHODS:
         for dtype, tolerance in TOLERANCES.items():
-            reference = pools.train(folder / "reference", method, Setting("none", 1), dtype, save_strategy="no")
+            reference = pools.train(folder / "reference", method, ALONE, dtype, save_strategy="no")
             cells = []
             for setting in CORRECT:
 
@@ -147,19 +185,14 @@ def resuming(pools: Pools, folder: Path, method: str, dtype: str) -> Iterator[st
     yield "| from \\ to | " + " | ".join(map(str, TO)) + " |"
     yield "| --- " * (len(TO) + 1) + "|"
     for origin in FROM:
-        shutil.rmtree(folder / "straight", ignore_errors=True)
-        straight = pools.train(folder / "straight", method, origin, dtype)
-        shutil.rmtree(folder / "straight/checkpoint-6")
+        straight = pools.straight(method, origin, dtype)
         cells = []
         for target in TO:
 
-            def compute(target: Setting = target, straight: tasks.Result = straight) -> float:
+            def compute(target: Setting = target, straight: Straight = straight) -> float:
                 shutil.rmtree(folder / "resumed", ignore_errors=True)
-                shutil.copytree(folder / "straight", folder / "resumed")
-                resumed = pools.train(folder / "resumed", method, target, dtype, save_strategy="no")
-                if resumed.resumed != "checkpoint-3":
-                    raise RankError(f"resumed from {resumed.resumed}")
-                return difference(straight, resumed, first_step=4)
+                resumed = pools.resume(straight, folder / "resumed", method, target, dtype, save_strategy="no")
+                return difference(straight.result, resumed, first_step=4)
 
             cells.append(cell(compute, TOLERANCES[dtype]))
         yield f"| {origin} | " + " | ".join(cells) + " |"

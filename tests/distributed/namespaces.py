@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.distributed.pool import Ended
+
 INTERFACE = "cable"
 """Name of each machine's end of the cable."""
 
@@ -49,14 +51,6 @@ class Machine:
         """Switch the machine off, if it was made at all."""
         self.kill_all()
         subprocess.run(["ip", "netns", "del", self.namespace], capture_output=True, check=False)
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended: its status and what it said on both outputs."""
-
-    status: int
-    said: str
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import gc
 import os
 import threading
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,17 +37,17 @@ class Result:
     resumed: str | None = None
 
 
-def train(argv: list[str], *, until: int | None = None) -> Result:
+def train(argv: list[str], callbacks: Sequence[Any] = ()) -> Result:
     """Train as one rank of a run.
 
     Args:
         argv: The command line of `train.py`.
-        until: Step after whose save the run is dropped, as if it had been killed there.
+        callbacks: Added to the trainer's.
     """
     os.chdir(RECORDINGS)
     warnings.simplefilter("ignore")
     try:
-        return _train(argv, until)
+        return _train(argv, callbacks)
     finally:
         _forget_run()
 
@@ -62,33 +63,27 @@ def refusal(argv: list[str]) -> str | None:
     return None
 
 
-def _train(argv: list[str], until: int | None) -> Result:
-    from transformers import TrainerCallback
-
+def _train(argv: list[str], callbacks: Sequence[Any]) -> Result:
     from llava_ft.args import parse_args
     from llava_ft.convert.merge_first import merge_first
+    from llava_ft.training import speed
     from llava_ft.training.distributed import join_ranks
     from llava_ft.training.fragments import trained_parameters, whole_value
-    from llava_ft.training.setup import prepare_run
+    from llava_ft.training.run import prepare_run
 
-    class StopAt(TrainerCallback):
-        def on_save(self, args, state, control, **kwargs):
-            if state.global_step == until:
-                control.should_training_stop = True
-
+    vars(speed).update(_SECONDS_TO_MEASURE=0.0, _SIDE={"cpu": 64})
     args = parse_args(argv)
     _, watch = join_ranks(args)
     try:
         run = prepare_run(args, merge_first)
-        if until is not None:
-            run.trainer.add_callback(StopAt())
+        for callback in callbacks:
+            run.trainer.add_callback(callback)
         with contextlib.redirect_stdout(None):
             run.trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
         run.stop.release()
         history = run.trainer.state.log_history
         weights = {name: whole_value(p).cpu().clone() for name, p in trained_parameters(run.trainer.model).items()}
-        if until is None:
-            run.trainer.save_model()
+        run.trainer.save_model()
         return Result(
             losses={entry["step"]: entry["loss"] for entry in history if "loss" in entry},
             grad_norms={entry["step"]: entry["grad_norm"] for entry in history if "grad_norm" in entry},

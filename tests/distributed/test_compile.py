@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.matrix import TOLERANCES, Pools, Setting, difference
+from tests.distributed.matrix import ALONE, SHORT, TOLERANCES, Pools, Setting, difference
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("in_recordings")]
 
-ALONE = Setting("none", 1)
 COMPILED = {"torch_compile": "True", "torch_compile_backend": "eager"}
 """Graphs are made and run as they are: what ranks need of compiling is that hooks and gathered weights reach them."""
 
@@ -17,14 +16,13 @@ COMPILED = {"torch_compile": "True", "torch_compile_backend": "eager"}
     ("method", "stage", "extra"),
     [
         ("lora", "none", {}),
-        ("lora", "zero2", {}),
         ("lora", "zero3", {}),
         ("lora", "zero3", {"fast_lora": "False", "gradient_checkpointing": "full"}),
         ("full", "zero3", {}),
     ],
 )
 def test_two_ranks_give_what_one_process_gives(pools: Pools, tmp_path: Path, method: str, stage: str, extra: dict):
-    expected = pools.train(tmp_path / "alone", method, ALONE, "float32", max_steps=3)
-    result = pools.train(tmp_path / "ranks", method, Setting(stage, 2), "float32", max_steps=3, **COMPILED, **extra)
+    expected = pools.straight(method, ALONE, "float32", **SHORT).result
+    result = pools.train(tmp_path, method, Setting(stage, 2), "float32", **SHORT, **COMPILED, **extra)
     assert len(expected.losses) == 3
     assert difference(expected, result) <= TOLERANCES["float32"]

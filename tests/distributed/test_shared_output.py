@@ -1,6 +1,6 @@
 """Ranks that would write or resume in different places are told so before anything is loaded."""
 
-from collections.abc import Iterator
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,10 @@ import torch
 
 from llava_ft.errors import UserError
 from llava_ft.training.shared_output import check_same_checkpoint, check_shared_output
-from tests.distributed.pool import Pool
+from tests.distributed import faulty_train
+from tests.distributed.matrix import Pools
+from tests.distributed.pool import Pool, run_once
+from tests.training.helpers import flags
 
 pytestmark = pytest.mark.distributed
 
@@ -25,11 +28,9 @@ class Arguments:
     world_size: int = 2
 
 
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Pool]:
-    pool = Pool(2)
-    yield pool
-    pool.close()
+@pytest.fixture
+def two_ranks(pools: Pools) -> Pool:
+    return pools.of(2)
 
 
 def look(folders: list[Path], save_on_each_node: bool, machines: int) -> str:
@@ -88,6 +89,18 @@ def test_checkpoints(two_ranks: Pool, tmp_path: Path):
         said = two_ranks.run(compare, [newest, other])
         assert said[0] == said[1]
         assert f"all machines: rank 0: checkpoint-4; rank 1: {name}. Name one" in said[0]
+
+
+def test_a_run_of_two_machines_with_a_folder_each_ends_as_a_wrong_request(tmp_path: Path):
+    ended = run_once(2, train_in_its_own_folder, tmp_path, machines=2)
+    assert [one.status for one in ended] == [2, 2], ended
+    said = "".join(one.said for one in ended)
+    assert "is another folder than on that of rank 1. Checkpoints need one folder that all machines share" in said
+    assert not list(tmp_path.glob("out*/checkpoint-*"))
+
+
+def train_in_its_own_folder(folder: Path) -> None:
+    faulty_train.train(flags(folder / f"out{os.environ['RANK']}"))
 
 
 def test_a_process_on_its_own(tmp_path: Path):

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from llava_ft.checkpoint.manifest import what_is_incomplete
-from tests.conftest import RECORDINGS
-from tests.distributed.namespaces import INTERFACE, Ended, Machine, NamespaceError, run_on_both, two_machines
-from tests.training.helpers import REPOSITORY, flags, train
+from tests.distributed.matrix import ALONE, Pools
+from tests.distributed.namespaces import INTERFACE, Machine, NamespaceError, run_on_both, two_machines
+from tests.distributed.pool import Ended
+from tests.training.helpers import REPOSITORY, flags
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.usefixtures("in_recordings")]
 
@@ -69,15 +70,11 @@ def machines() -> Iterator[tuple[Machine, Machine]]:
         pytest.skip(f"two machines cannot be made here: {reason}")
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+@pytest.fixture
+def alone(pools: Pools) -> list[float]:
     """Losses of one process with batches of two."""
-    before = Path.cwd()
-    os.chdir(RECORDINGS)
-    try:
-        return losses(train(tmp_path_factory.mktemp("alone"), **RUN).trainer.state.log_history)
-    finally:
-        os.chdir(before)
+    batch = {"data_path": "data/mix.json", "per_device_train_batch_size": 2, "gradient_accumulation_steps": None}
+    return list(pools.straight("lora", ALONE, "float32", **RUN, **batch).result.losses.values())
 
 
 @pytest.fixture
@@ -181,20 +178,3 @@ def test_deepspeed_started_on_one_machine(machines, alone, entry: Path, tmp_path
     command = [*deepspeed_command(machines, tmp_path), "--no_ssh_check", str(entry), *argv]
     path = f"{tools}:{os.environ['PATH']}"
     check(tmp_path / "out", launch(machines, [command], tmp_path, PATH=path), alone)
-
-
-def test_a_folder_of_its_own_on_each_machine_is_refused(machines, entry: Path, tmp_path: Path):
-    commands = [
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"),
-            *("--node-rank", str(number), "--master-addr", machines[0].address, "--master-port", "29502"),
-            *(str(entry), *flags(tmp_path / f"out{number}", **RUN, per_device_train_batch_size=1)),
-        ]
-        for number in (0, 1)
-    ]
-    ended = launch(machines, commands, tmp_path)
-    said = "".join(one.said for one in ended)
-    assert "is another folder than on that of rank 1. Checkpoints need one folder that all machines share" in said
-    assert [one.status for one in ended] == [1, 1], said  # torchrun's; the ranks' is 2
-    assert said.count("exitcode  : 2") == 2
-    assert not list(tmp_path.glob("out*/checkpoint-*"))

@@ -1,56 +1,61 @@
 """The watch over other ranks: who failed or died is told to all, in time."""
 
 import json
+import logging
 import os
-import socket
-import subprocess
+import signal
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from llava_ft.training.distributed import is_communication_error
 from llava_ft.training.watch import RankWatch
+from tests.distributed.pool import free_port, run_once
 
-RANK = """
-import os, sys, time
-from datetime import timedelta
-from torch.distributed import TCPStore
-from llava_ft.training.watch import RankWatch
-import logging
-logging.basicConfig(format="%(message)s")
-rank, port, what = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=20), wait_for_workers=False)
-watch = RankWatch(store, rank, 2, neighbours=range(2) if what != "silent" else [], interval=0.05, silence=1.0)
-watch.start()
-time.sleep(0.3)
-if rank == 1 and what in ("die", "silent"):
-    os.kill(os.getpid(), 9)
-if rank == 1 and what == "fail":
-    watch.report("the shelf is empty.")
-    sys.exit(1)
-if what == "finish":
-    if rank == 1:
+pytestmark = pytest.mark.distributed
+
+
+def be_watched(port: int, what: str) -> None:
+    """Be one of two ranks, the second of which meets with something."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
+    rank = int(os.environ["RANK"])
+    watch = watch_over(port, rank, 2, neighbours=range(2) if what != "silent" else [], interval=0.05, silence=1.0)
+    watch.start()
+    time.sleep(0.3)
+    if rank == 1 and what in ("die", "silent"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 1 and what == "fail":
+        watch.report("the shelf is empty.")
+        sys.exit(1)
+    if what == "finish":
+        if rank == 1:
+            watch.finish()
+            sys.exit(0)
+        time.sleep(1.0)
         watch.finish()
+        watch.stop()
+        logging.warning("in good order")
         sys.exit(0)
-    time.sleep(1.0)
-    watch.finish()
-    watch.stop()
-    print("in good order")
-    sys.exit(0)
-time.sleep(15)
-print("not ended")
-"""
+    time.sleep(15)
+    logging.warning("not ended")
+
+
+def watch_over(port: int, rank: int, world_size: int, neighbours: Sequence[int], **seconds: float) -> RankWatch:
+    """Make a watch with a connection of its own to the store."""
+    timeout = timedelta(seconds=20)
+    store = TCPStore("127.0.0.1", port, is_master=False, timeout=timeout, wait_for_workers=False)
+    return RankWatch(store, rank, world_size, neighbours=neighbours, **seconds)
 
 
 @pytest.fixture
-def port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        number = free.getsockname()[1]
-    store = torch.distributed.TCPStore("127.0.0.1", number, is_master=True, wait_for_workers=False)
+def port() -> Iterator[int]:
+    number = free_port()
+    store = TCPStore("127.0.0.1", number, is_master=True, wait_for_workers=False)
     yield number
     del store
 
@@ -65,37 +70,22 @@ def port():
     ],
 )
 def test_the_other_rank_ends_with_the_cause(port: int, what: str, status: int, message: str):
-    command = [sys.executable, "-c", RANK]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(port), what], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for rank in range(2)
-    ]
-    try:
-        output = ranks[0].communicate(timeout=60)[0].decode()
-        assert ranks[0].returncode == status
-        assert message in output
-        assert what == "finish" or "rank 1" in output
-        assert "not ended" not in output
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+    first, _ = run_once(2, be_watched, port, what, seconds=60)
+    assert first.status == status
+    assert message in first.said
+    assert what == "finish" or "rank 1" in first.said
+    assert "not ended" not in first.said
 
 
 def test_what_all_ranks_fail_with_is_said_once(port: int):
-    watches = []
-    for rank in range(3):
-        store = torch.distributed.TCPStore(
-            "127.0.0.1", port, is_master=False, timeout=timedelta(seconds=20), wait_for_workers=False
-        )
-        watches.append(RankWatch(store, rank, 3, neighbours=[], interval=0.01))
+    watches = [watch_over(port, rank, 3, neighbours=[], interval=0.01) for rank in range(3)]
     assert watches[1].report("the data is missing")
     assert not watches[0].report("the data is missing")
     assert watches[2].report("something else")
 
 
 def test_a_place_says_where_a_rank_runs(port: int):
-    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     watch = RankWatch(store, 0, 1, neighbours=[], interval=0.01)
     watch.start()
     deadline = time.monotonic() + 10
