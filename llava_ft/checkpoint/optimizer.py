@@ -132,7 +132,7 @@ class ZeroOptimizer(SavedOptimizer):
                 # bitsandbytes writes what it quantised as a dictionary inside; here it is brought to one level.
                 flat: dict[str, Any] = {}
                 for key, value in state.items():
-                    flat |= dict_or_empty(value) if isinstance(value, dict) else {key: value}
+                    flat |= cast("dict[str, Any]", value) if isinstance(value, dict) else {key: value}
                 self._states[file, int(index)] = flat
         self._vectors: dict[_Vector, list[Place]] = {}
         for name in sorted(self._parts):

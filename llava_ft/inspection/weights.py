@@ -296,7 +296,7 @@ def _take_shards(index: Path, found: Description) -> None:
     if not isinstance(names, dict) or not names:
         found.damaged.append(f"{index} has no 'weight_map'. The index is damaged.")
         return
-    shards = sorted({str(name) for name in names.values()})  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType, reportUnknownMemberType]
+    shards = sorted({str(name) for name in names.values()})
     outside = [name for name in shards if Path(name).name != name]
     if outside:
         found.damaged.append(f"{index} names the shard {outside[0]!r}, which is not in its own directory.")

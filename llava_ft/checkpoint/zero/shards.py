@@ -102,7 +102,7 @@ class ZeroShards:
             for part in every[name].parts:
                 if part.file not in contents:
                     contents[part.file] = read_states(part.file)
-                found: Any = contents[part.file]
+                found = cast("Any", contents[part.file])
                 for key in part.keys:
                     found = found[key]
                 values.append(found.detach().reshape(-1)[part.start : part.start + part.length])
