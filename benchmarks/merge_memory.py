@@ -39,7 +39,7 @@ CASES = [
 CHILD = """
 import sys
 from llava_ft.cli import main
-import llava_ft.convert.merge_command
+import llava_ft.convert.merge
 
 def memory(field):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024

@@ -46,7 +46,7 @@ _BITSANDBYTES_OPTIMIZERS: Final = frozenset(
     | {"adamw_bnb_8bit", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"}
 )
 
-_REPORTERS: Final[list[str]] = sorted(INTEGRATION_TO_CALLBACK)
+_REPORTERS: Final[list[str]] = sorted(INTEGRATION_TO_CALLBACK)  # pyright: ignore[reportUnknownArgumentType]
 _REPORTER_PACKAGES: Final[Mapping[str, tuple[str, ...]]] = {
     "tensorboard": ("tensorboard", "tensorboardX"),
     **{name: (name,) for name in ("clearml", "comet_ml", "mlflow", "swanlab", "trackio", "wandb")},

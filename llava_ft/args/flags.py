@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Final, get_type_hints
+from typing import Any, Final, get_type_hints
 
 from llava_ft.args.data import DataArguments
 from llava_ft.args.model import ModelArguments
@@ -43,8 +43,8 @@ def all_flags() -> Mapping[str, ValueType]:
 @cache
 def inherited_types() -> Mapping[str, ValueType]:
     """Return the values of each field of `transformers.TrainingArguments` that text can express."""
-    table = json.loads(TABLE.read_text(encoding="utf-8"))
-    fields = table["fields"]
+    table: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
+    fields: dict[str, dict[str, Any]] = table["fields"]
     if table["transformers"] != importlib.metadata.version("transformers"):
         fields = fields_of_transformers()
     types = {
@@ -57,12 +57,12 @@ def inherited_types() -> Mapping[str, ValueType]:
     return types
 
 
-def fields_of_transformers() -> dict[str, dict[str, object]]:
+def fields_of_transformers() -> dict[str, dict[str, Any]]:
     """Return what the table holds for the installed transformers, which is imported."""
     from transformers.training_args import TrainingArguments
 
     hints = get_type_hints(TrainingArguments)
-    fields: dict[str, dict[str, object]] = {}
+    fields: dict[str, dict[str, Any]] = {}
     for field in dataclasses.fields(TrainingArguments):
         try:
             kind = ValueType.of(hints[field.name])
@@ -94,8 +94,9 @@ def format_help(program: str) -> str:
             has_default = field.default is not dataclasses.MISSING and field.default is not None
             default = f"  (default: {field.default!r})" if has_default else ""
             usage = f"--{field.name}  {types[field.name].describe()}{default}"
-            indent = {"initial_indent": "  ", "subsequent_indent": " " * 6}
-            lines.append(textwrap.fill(usage, 100, break_on_hyphens=False, **indent))
+            lines.append(
+                textwrap.fill(usage, 100, initial_indent="  ", subsequent_indent=" " * 6, break_on_hyphens=False)
+            )
             lines.append(textwrap.indent(textwrap.fill(field.metadata["help"], width=90), " " * 6))
     return "\n".join(lines) + "\n"
 

@@ -79,7 +79,9 @@ def _trust_remote_code(value: object, values: Values) -> str:
     )
 
 
-def _is_now(old: str, new: str, meaning: object, *, switched_on_by: bool = True) -> Callable[[object, Values], str]:
+def _is_now(
+    old: str, new: str, meaning: str | list[str], *, switched_on_by: bool = True
+) -> Callable[[object, Values], str]:
     """Translate a switch into a value of another flag, unless the same source says otherwise under the new name."""
 
     def translate(value: object, values: Values) -> str:

@@ -1,7 +1,7 @@
 """The values that a flag takes: read from a type hint, said in words, and made from what was written.
 
-pydantic's converters were tried: they agree on `true`, `yes` and `1`, but take `true` for a text where a flag allows
-both, `4` for none of `Literal[4, 8, 16]`, know no lists with commas, and word their errors for programmers.
+pydantic's TypeAdapter was tried: it agrees on `true`, `yes` and `1`, but takes `true` for a text where a flag allows
+both, refuses `4` for `Literal[4, 8, 16]`, knows no lists with commas, and words its errors for programmers.
 """
 
 from __future__ import annotations

@@ -151,10 +151,6 @@ class LoraAdapter:
                 "to hold the sum. Train it without lora_bias."
             )
 
-    def apply(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """Return what the adapter makes of a base's parameter, float32; the parameter itself if it changes nothing."""
-        return merged(name, weight, [(1.0, self)], torch.float32) if name in self.changed else weight
-
 
 def merged(
     name: str, weight: torch.Tensor, adapters: Sequence[tuple[float, LoraAdapter]], dtype: torch.dtype

@@ -3,6 +3,10 @@
 Source: task arithmetic (arXiv:2212.04089) on LoRA, W + sum of w_i s_i B_i A_i: the change that each adapter makes,
 times its weight. What was trained beside the adapters, the projector above all, is no change but a value. Where it
 differs it is averaged with the weights divided by their sum, so that it keeps its size whatever they add up to.
+
+PEFT's `add_weighted_adapter` gives the same sum with `combination_type="cat"` (a test compares them), but on a model
+that is loaded whole, with the weights rounded into the matrices, and without what was trained beside the adapters. The
+sum itself is three lines in `adapter.merged`; this file is about the rest.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -115,19 +119,42 @@ def beside_source(adapters: Adapters, base: WeightSource, label: str, notes: lis
     Raises:
         UserError: Values differ and have no average.
     """
-    held = [_places(adapter) for _, adapter in adapters]
+    held: list[dict[str, _Place]] = [
+        {
+            name: (files, key)
+            for files, names in zip(adapter.beside, adapter.replaced, strict=True)
+            for key, name in names.items()
+        }
+        for _, adapter in adapters
+    ]
     in_base: dict[str, _Place] = {name: (base.files, key) for key, name in base.names.items()}
     places: dict[str, list[_Place]] = {}
     for name in dict.fromkeys(name for of_adapter in held for name in of_adapter):
-        found = [of_adapter.get(name) or in_base.get(name) for of_adapter in held]
-        _check_places(name, found, adapters)
-        places[name] = [place for place in found if place is not None]
+        found: list[_Place] = []
+        for (_, adapter), of_adapter in zip(adapters, held, strict=True):
+            place = of_adapter.get(name) or in_base.get(name)
+            if place is None:
+                raise CheckpointError(
+                    f"{name} was trained beside one of the adapters, but neither {adapter.path} nor the base model "
+                    "holds it, so there is no value to average with. Give a base model that holds it, or merge the "
+                    "adapters one by one."
+                )
+            found.append(place)
+        shapes = {files.tensors[key].shape for files, key in found}
+        if len(shapes) > 1:
+            raise CheckpointError(
+                f"{name} was trained beside the adapters in different shapes: {', '.join(map(str, sorted(shapes)))}. "
+                "They belong to different models."
+            )
+        places[name] = found
     if not places:
         return None
-    different = [name for name, of_name in places.items() if not _are_equal(of_name)]
-    shares = _normalised(adapters, different)
-    if different:
-        notes.append(_averaged_note(different, shares))
+    different: list[str] = []
+    for name, found in places.items():
+        first, *others = (files.read([key])[key] for files, key in found)
+        if not all(torch.equal(first, other) for other in others):
+            different.append(name)
+    shares = _shares_of_average(adapters, different, notes)
     return WeightSource(label, BlendedFiles(adapters[0][1].beside[-1], places, shares), {n: n for n in places}, True)
 
 
@@ -156,42 +183,12 @@ def blended_rows(adapters: Adapters, notes: list[str]) -> dict[str, torch.Tensor
                 "same added tokens (mm_use_im_start_end) can be put together."
             )
     different = [name for name in names if not all(torch.equal(rows[0][name], other[name]) for other in rows[1:])]
-    shares = _normalised(adapters, different)
-    if different:
-        notes.append(_averaged_note([f"the new rows of {name}" for name in different], shares))
+    shares = _shares_of_average(adapters, [f"the new rows of {name}" for name in different], notes)
     return {name: blended([of_adapter[name] for of_adapter in rows], shares) for name in names}
 
 
-def _places(adapter: LoraAdapter) -> dict[str, _Place]:
-    return {
-        name: (files, key)
-        for files, names in zip(adapter.beside, adapter.replaced, strict=True)
-        for key, name in names.items()
-    }
-
-
-def _check_places(name: str, found: Sequence[_Place | None], adapters: Adapters) -> None:
-    without = [adapter.path for (_, adapter), place in zip(adapters, found, strict=True) if place is None]
-    if without:
-        raise CheckpointError(
-            f"{name} was trained beside one of the adapters, but neither {without[0]} nor the base model holds it, so "
-            "there is no value to average with. Give a base model that holds it, or merge the adapters one by one."
-        )
-    shapes = {files.tensors[key].shape for files, key in (place for place in found if place is not None)}
-    if len(shapes) > 1:
-        raise CheckpointError(
-            f"{name} was trained beside the adapters in different shapes: {', '.join(map(str, sorted(shapes)))}. They "
-            "belong to different models."
-        )
-
-
-def _are_equal(places: Sequence[_Place]) -> bool:
-    first, *others = (files.read([key])[key] for files, key in places)
-    return all(torch.equal(first, other) for other in others)
-
-
-def _normalised(adapters: Adapters, different: Sequence[str]) -> list[float]:
-    """Divide the weights by their sum; any will do where nothing has to be averaged."""
+def _shares_of_average(adapters: Adapters, different: Sequence[str], notes: list[str]) -> list[float]:
+    """Divide the weights by their sum and note what they average; any will do where nothing differs."""
     weights = [weight for weight, _ in adapters]
     if not different:
         return [1.0, *[0.0] * (len(weights) - 1)]
@@ -201,10 +198,8 @@ def _normalised(adapters: Adapters, different: Sequence[str]) -> list[float]:
             f"{', '.join(f'{weight:g}' for weight in weights)} they have no average. Give weights of at least 0, "
             "not all of them 0."
         )
-    return [weight / sum(weights) for weight in weights]
-
-
-def _averaged_note(names: Sequence[str], shares: Sequence[float]) -> str:
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    shares = [weight / sum(weights) for weight in weights]
+    more = f" and {len(different) - 1} more" if len(different) > 1 else ""
     ratio = " : ".join(f"{share:.3g}" for share in shares)
-    return f"trained beside the adapters to different values, and averaged {ratio}: {names[0]}{more}"
+    notes.append(f"trained beside the adapters to different values, and averaged {ratio}: {different[0]}{more}")
+    return shares

@@ -123,9 +123,7 @@ class FullModel:
                 holds, or that was trained or changed, always is.
         """
         for name, source, tensor in self._values(with_tower):
-            origin = self.origin(name)
-            value = self._finished(name, tensor, self._dtype(name, tensor.dtype, dtype))
-            yield ModelTensor(name, value, origin, self._label(origin, source))
+            yield self._finished(name, source, tensor, dtype)
 
     def before(self, name: str) -> torch.Tensor | None:
         """Return the value that the base itself has for a parameter, as on disk; None if the base does not hold it.
@@ -143,16 +141,20 @@ class FullModel:
         source = self.base.sources[index]
         return f"the {source.label} {source.files.path}", _mapped(source, key)
 
-    def value(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> ModelTensor:
         """Return what `stream` yields for one parameter."""
-        _, tensor = self.on_disk(name)
-        return self._finished(name, tensor, self._dtype(name, tensor.dtype, dtype))
+        index, key = self._plan[name]
+        source = self.base.sources[index]
+        return self._finished(name, source, _mapped(source, key), dtype)
 
     def quantized_value(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return what a weight is worth after being quantised, if this model is made of such weights."""
         return self.quantization.round_trip(tensor) if self.quantization and name in self._quantized else tensor
 
-    def _finished(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _finished(
+        self, name: str, source: WeightSource, tensor: torch.Tensor, wanted: torch.dtype | None
+    ) -> ModelTensor:
+        origin, dtype = self.origin(name), self._dtype(name, tensor.dtype, wanted)
         tensor = self.quantized_value(name, tensor)
         changing = [(share, adapter) for share, adapter in self.adapters if name in adapter.changed]
         if changing:
@@ -161,7 +163,7 @@ class FullModel:
             value = fit_rows(tensor.to(dtype=dtype, copy=True), self.shapes[name])
         if name in self.rows:
             value[-self.rows[name].shape[0] :] = self.rows[name].to(dtype)
-        return value
+        return ModelTensor(name, value, origin, self._label(origin, source))
 
     def _values(self, with_tower: bool) -> Iterator[tuple[str, WeightSource, torch.Tensor]]:
         return stream_planned(self._sources(with_tower), self._plan)

@@ -36,6 +36,7 @@ from llava_ft.checkpoint.names import (
     is_language_model,
     native_name,
 )
+from llava_ft.errors import UserError
 from llava_ft.models.config import LlavaLlamaConfig
 
 WeightsFormat = Literal["bin", "safetensors", "both"]
@@ -233,18 +234,22 @@ def config_fields(config: LlavaLlamaConfig, dtype: torch.dtype) -> dict[str, Any
     return dict(sorted(fields.items()))
 
 
-def parse_size(text: str) -> int:
-    """Return the number of bytes of a size such as `5GB` (10^9) or `512MiB` (2^20).
+def shard_bytes(text: str) -> int:
+    """Return the number of bytes that `--max-shard-size` gives, such as `5GB` (10^9) or `512MiB` (2^20).
 
     Raises:
-        ValueError: It is no size.
+        UserError: It is no size above 0.
     """
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1, "": 1}
     number = text.strip().rstrip("KMGiBkmgb ")
     unit = text.strip()[len(number) :].strip().upper()
-    if unit not in units or not number:
-        raise ValueError(f"{text!r} is no size; write for example 5GB or 512MiB.")
-    return int(float(number) * units[unit])
+    try:
+        size = int(float(number) * units[unit])
+    except (KeyError, ValueError, OverflowError):
+        raise UserError(f"--max-shard-size: {text!r} is no size; write for example 5GB or 512MiB.") from None
+    if size < 1:
+        raise UserError(f"--max-shard-size is {text}; it must be more than 0, such as 5GB.")
+    return size
 
 
 @contextmanager

@@ -30,7 +30,7 @@ def merge(argv: Sequence[str]) -> int:
         "--no-verify", action="store_true", help="skip the comparison of logits, which loads one model after the other"
     )
     options = parser.parse_args(argv)
-    from llava_ft.convert.merge_command import run_merge
+    from llava_ft.convert.merge import run_merge
 
     run_merge(options)
     return DONE

@@ -57,17 +57,17 @@ _PROJECTOR_MODULE: Final = {"llava": "model.mm_projector", "hf": "model.multi_mo
 _WHOLE_INSTEAD: Final = "Export the whole model instead: leave --adapter-only out."
 
 
-def export_adapter(whole: FullModel, target: Path, options: ExportOptions, layout: Layout) -> ConversionReport:
+def export_adapter(
+    whole: FullModel, target: Path, options: ExportOptions, report: ConversionReport, layout: Layout
+) -> None:
     """Write an adapter for a layout.
 
     Args:
         whole: The adapter with its base.
         target: An empty directory.
         options: How it is written.
+        report: Gets what is written, without logits and answers.
         layout: Whose names: original LLaVA's or transformers'.
-
-    Returns:
-        The report, without logits and answers.
 
     Raises:
         UserError: The layout cannot hold the adapter.
@@ -75,16 +75,15 @@ def export_adapter(whole: FullModel, target: Path, options: ExportOptions, layou
     """
     lora = _the_adapter(whole)
     check_adapter(whole, layout)
-    report = ConversionReport(f"export {layout} --adapter-only", str(whole.directory.path), str(target))
     tensors = dict(_tensors(lora, report, options.dtype))
     if not (options.dtype is None and _restore_source(lora.path, target, tensors, layout)):
         _write(whole, target, tensors, layout)
     _record_source(whole, target)
     _compare(target, tensors)
     check_taken(target, whole.config, layout)
-    report.notes.append(f"all {len(tensors)} tensors are " + _fidelity(options.dtype))
+    changed = "bit for bit" if options.dtype is None else f"converted to {str(options.dtype).removeprefix('torch.')}"
+    report.notes.append(f"all {len(tensors)} tensors are those of the source, {changed}")
     report.notes += _advice(whole, tensors, layout)
-    return report
 
 
 def check_adapter(whole: FullModel, layout: Layout) -> None:
@@ -150,18 +149,13 @@ def _write(whole: FullModel, target: Path, tensors: Mapping[str, torch.Tensor], 
         if beside:
             whole_tensors = {PEFT_PREFIX + name: tensors[name] for name in tensors if name in beside}
             save_tensors(whole_tensors, target / NON_LORA_BIN)
-        write_json(target / CONFIG, _native_config(whole))
+        config = copy.deepcopy(whole.config)
+        if whole.base.directory.layout == "hf":  # the vocabulary is that of the native base
+            known = read_weight_record(whole.base.directory.path)
+            at_least = known.num_rows if known is not None else 0
+            config.vocab_size = num_native_rows(whole.tokenizer, config.vocab_size, at_least)
+        write_json(target / CONFIG, config_fields(config, whole.dtype))
     write_json(target / ADAPTER_CONFIG, _adapter_config(whole, bool(beside), layout))
-
-
-def _native_config(whole: FullModel) -> dict[str, Any]:
-    """Return `config.json` of the whole model, whose vocabulary is that of its native base."""
-    config = copy.deepcopy(whole.config)
-    if whole.base.directory.layout == "hf":
-        record = read_weight_record(whole.base.directory.path)
-        at_least = record.num_rows if record is not None else 0
-        config.vocab_size = num_native_rows(whole.tokenizer, config.vocab_size, at_least)
-    return config_fields(config, whole.dtype)
 
 
 def _adapter_config(whole: FullModel, has_projector: bool, layout: Layout) -> dict[str, Any]:
@@ -228,18 +222,14 @@ def _record_source(whole: FullModel, target: Path) -> None:
     for name in (ADAPTER_CONFIG, CONFIG):
         if (lora.path / name).is_file():
             shutil.copyfile(lora.path / name, folder / name)
-    layout = "hf" if any(module_name_is_used(files) for files in lora.beside) else "llava"
+    keys = [key for files in lora.beside for key in files.tensors]
+    is_hf = any("language_model." in key or "multi_modal_projector." in key for key in keys)
     record = {
-        "layout": layout,
+        "layout": "hf" if is_hf else "llava",
         "files": {files.path.name: list(files.tensors) for files in lora.beside},
         "exported": _digest(target / ADAPTER_CONFIG),
     }
     write_json(folder / _RECORD, record)
-
-
-def module_name_is_used(files: WeightFiles) -> bool:
-    """Whether keys are those of transformers' modules."""
-    return any("language_model." in key or "multi_modal_projector." in key for key in files.tensors)
 
 
 def _restore_source(path: Path, target: Path, tensors: Mapping[str, torch.Tensor], layout: Layout) -> bool:
@@ -278,12 +268,6 @@ def _compare(target: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, value in tensors.items():
         if written[name].dtype != value.dtype or not torch.equal(written[name], value):
             raise RunError(f"{name} was written with other values. Is the disk damaged?")
-
-
-def _fidelity(dtype: torch.dtype | None) -> str:
-    if dtype is None:
-        return "those of the source, bit for bit"
-    return f"those of the source, converted to {str(dtype).removeprefix('torch.')}"
 
 
 def _advice(whole: FullModel, tensors: Mapping[str, torch.Tensor], layout: Layout) -> list[str]:

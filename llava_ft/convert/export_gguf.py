@@ -1,13 +1,10 @@
 """Export to llama.cpp: a GGUF file with the language model, and one with vision tower and projector ("mmproj").
 
-The files are laid out from shapes and filled tensor by tensor as the model is streamed. Then they are read back: each
-tensor must be the source's, rounded once, and each key what the configuration says. Memory holds a tensor or two,
-whatever the model's size.
+The files are written tensor by tensor and read back: each tensor must be the source's, rounded once, and each key what
+the configuration says. Memory holds a tensor or two, whatever the model's size.
 """
 
 import logging
-import math
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,9 +19,9 @@ from llava_ft.convert.gguf_file import (
     Field,
     Fields,
     GgufContent,
-    GgufWriter,
-    create_gguf,
     import_gguf,
+    round_once,
+    write_gguf,
 )
 from llava_ft.convert.gguf_metadata import (
     check_dtype,
@@ -64,16 +61,14 @@ class GgufPlan:
     notes: list[str]
 
 
-def export_gguf(whole: FullModel, target: Path, options: ExportOptions) -> ConversionReport:
+def export_gguf(whole: FullModel, target: Path, options: ExportOptions, report: ConversionReport) -> None:
     """Write a model as llama.cpp reads it, and compare the files with the model.
 
     Args:
         whole: The model.
         target: An existing directory; the files are written into it.
         options: `dtype` is float32, float16 or bfloat16. Files are not split, so `max_shard_bytes` has no effect.
-
-    Returns:
-        The report, without the comparison of logits.
+        report: Gets what is written and the proof of it, without the comparison of logits.
 
     Raises:
         UserError: llama.cpp cannot run such a model, or the request asks for what GGUF has not.
@@ -82,12 +77,9 @@ def export_gguf(whole: FullModel, target: Path, options: ExportOptions) -> Conve
     plan = plan_export(whole, options)
     for note in plan.notes:
         logger.warning("GGUF: %s.", note)
-    report = ConversionReport(
-        kind="export gguf", source=str(whole.directory.path), target=str(target), notes=list(plan.notes)
-    )
+    report.notes += plan.notes
     _write(whole, target, plan, report)
     _verify(whole, target, plan, report)
-    return report
 
 
 def plan_export(whole: FullModel, options: ExportOptions) -> GgufPlan:
@@ -110,9 +102,11 @@ def plan_export(whole: FullModel, options: ExportOptions) -> GgufPlan:
     vocabulary = read_vocabulary(whole.tokenizer, whole.shapes["model.embed_tokens.weight"][0])
     check_ids(vocabulary, whole.tokenizer)
     name = model_name(whole.directory.path)
+    template_text = None
+    if template.style is not TemplateStyle.PLAIN:
+        template_text = chat_template(template, mm_use_im_start_end=config.mm_use_im_start_end)
     fields: dict[File, Fields] = {
-        "language": language_fields(config, name, dtype)
-        | vocabulary_fields(vocabulary, whole.tokenizer, _template_text(template, whole))
+        "language": language_fields(config, name, dtype) | vocabulary_fields(vocabulary, whole.tokenizer, template_text)
     }
     names: dict[File, str] = {"language": f"{name}-{DTYPES[dtype]}.gguf"}
     if whole.base.vision_directory is not None:
@@ -135,12 +129,6 @@ def model_name(path: Path) -> str:
     return "-".join(name.split()) or "model"
 
 
-def _template_text(template: Template, whole: FullModel) -> str | None:
-    if template.style is TemplateStyle.PLAIN:
-        return None
-    return chat_template(template, mm_use_im_start_end=whole.config.mm_use_im_start_end)
-
-
 def _template_notes(template: Template, whole: FullModel) -> list[str]:
     """Say in what llama.cpp writes or ends a conversation otherwise than the model was trained."""
     if template.style is TemplateStyle.PLAIN:
@@ -159,19 +147,17 @@ def _template_notes(template: Template, whole: FullModel) -> list[str]:
 
 
 def _write(whole: FullModel, target: Path, plan: GgufPlan, report: ConversionReport) -> None:
-    check_space(target, sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in plan.tensors))
-    by_native = {tensor.native: tensor for tensor in plan.tensors}
-    with ExitStack() as stack:
-        writers: dict[File, GgufWriter] = {
-            file: stack.enter_context(
-                create_gguf(target / name, ARCHITECTURES[file], plan.fields[file], file_tensors(plan.tensors, file))
-            )
-            for file, name in plan.names.items()
-        }
-        for piece in whole.stream(torch.float32, with_tower=True):
-            tensor = by_native.get(piece.name)
-            if tensor is not None:
-                report.count(replace(piece, value=writers[tensor.file].put(tensor, piece.value)))
+    check_space(target, sum(tensor.num_bytes for tensor in plan.tensors))
+
+    def value_of(tensor: GgufTensor) -> torch.Tensor:
+        found = whole.tensor(tensor.native, torch.float32)
+        rounded = round_once(found.value, tensor)
+        report.count(replace(found, value=rounded))
+        return rounded
+
+    for file, name in plan.names.items():
+        tensors = file_tensors(plan.tensors, file)
+        write_gguf(target / name, ARCHITECTURES[file], plan.fields[file], tensors, value_of)
 
 
 def _verify(whole: FullModel, target: Path, plan: GgufPlan, report: ConversionReport) -> None:
@@ -179,20 +165,16 @@ def _verify(whole: FullModel, target: Path, plan: GgufPlan, report: ConversionRe
     files: dict[File, GgufContent] = {file: GgufContent(target / name) for file, name in plan.names.items()}
     for file, content in files.items():
         path = target / plan.names[file]
-        _check_fields(path, content, plan.fields[file], ARCHITECTURES[file])
+        expected_fields = {"general.architecture": Field("STRING", ARCHITECTURES[file]), **plan.fields[file]}
+        for key, field in expected_fields.items():
+            if not _is_same(content.fields.get(key), field):
+                raise RunError(f"{path} says {key} = {content.fields.get(key)!r}, and not {field.value!r}.")
         written = {(name, content.shape(name), content.dtype(name)) for name in content.names}
         expected = {(tensor.name, tensor.shape, tensor.dtype) for tensor in file_tensors(plan.tensors, file)}
         if written != expected:
             odd = sorted(name for name, _, _ in written ^ expected)
             raise RunError(f"{path} does not hold the tensors it should: {', '.join(odd[:4])}. Nothing was kept.")
     prove_tensors(report, whole, GgufWeights(target, files, plan.tensors, whole), with_tower=True)
-
-
-def _check_fields(path: Path, content: GgufContent, fields: Fields, architecture: str) -> None:
-    expected = {"general.architecture": Field("STRING", architecture), **fields}
-    for key, field in expected.items():
-        if not _is_same(content.fields.get(key), field):
-            raise RunError(f"{path} says {key} = {content.fields.get(key)!r}, and not {field.value!r}.")
 
 
 def _is_same(found: object, field: Field) -> bool:

@@ -7,7 +7,7 @@ there is no row where the tokenizer has fewer entries than the matrices. Everyth
 
 import copy
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 
@@ -15,7 +15,7 @@ from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.checkpoint.hf.config import hf_fields
 from llava_ft.checkpoint.hf.names import hub_name
 from llava_ft.checkpoint.load import fit_rows
-from llava_ft.checkpoint.names import CONFIG, EMBEDDINGS, HEAD, is_vision
+from llava_ft.checkpoint.names import CONFIG, EMBEDDINGS, GENERATION_CONFIG, HEAD, is_vision
 from llava_ft.checkpoint.save import write_json
 from llava_ft.checkpoint.shard_files import Layout, ShardFiles, check_space, layout_bytes
 from llava_ft.checkpoint.weights import WeightFiles, read_json
@@ -29,41 +29,31 @@ from llava_ft.data.images import ImageTransform
 from llava_ft.geometry import ImageGeometry
 from llava_ft.models.config import LlavaLlamaConfig
 
-GENERATION_CONFIG: Final = "generation_config.json"
 DEFAULT_TEMPLATE: Final = "v1"
 """Conversation template of a model that does not say which it was trained with."""
 
 
-def check_hf(whole: FullModel, options: ExportOptions) -> None:
-    """Refuse what transformers' layout cannot hold, before weights are read.
-
-    Raises:
-        UserError: It cannot, or the image settings do not belong to the model.
-    """
-    hf_config(whole, options.dtype or whole.dtype)
-    check_images(*image_settings(whole))
-
-
-def export_hf(whole: FullModel, target: Path, options: ExportOptions) -> ConversionReport:
+def export_hf(whole: FullModel, target: Path, options: ExportOptions, report: ConversionReport) -> None:
     """Write a model in transformers' layout.
 
     Args:
         whole: The model.
         target: An empty directory.
         options: How it is written.
-
-    Returns:
-        The report, without logits and answers.
+        report: Gets what is written and the proof of it, without logits and answers.
 
     Raises:
         UserError: The layout cannot hold the model, or the disk has no room for it.
         RunError: What is on disk afterwards is not what was to be written.
     """
-    check_hf(whole, options)
-    report = ConversionReport("export hf", str(whole.directory.path), str(target))
+    hf_config(whole, options.dtype or whole.dtype)  # what the layout cannot hold is refused before weights are read
+    check_images(*image_settings(whole))
     num_rows = _num_rows(whole)
     tower = TensorDigest() if not whole.base.holds_vision_tower else None
-    layout = _layout(whole, options, num_rows)
+    layout: Layout = {
+        hub_name(name): ((num_rows, *shape[1:]) if name in (EMBEDDINGS, HEAD) else shape, dtype)
+        for name, (shape, dtype) in whole.layout(options.dtype, with_tower=True).items()
+    }
     check_space(target, layout_bytes(layout))
     writer = ShardFiles(target, layout, max_shard_bytes=options.max_shard_bytes)
     for piece in whole.stream(options.dtype, with_tower=True):
@@ -78,16 +68,6 @@ def export_hf(whole: FullModel, target: Path, options: ExportOptions) -> Convers
     report.notes += write_hf_files(whole, target, options)
     write_native_record(target, whole, tower)
     prove_tensors(report, whole, WeightFiles.open(target), with_tower=True, key_of=hub_name)
-    return report
-
-
-def _layout(whole: FullModel, options: ExportOptions, num_rows: int) -> Layout:
-    """Name, shape and type of every tensor as it is written."""
-    layout = whole.layout(options.dtype, with_tower=True)
-    return {
-        hub_name(name): ((num_rows, *shape[1:]) if name in (EMBEDDINGS, HEAD) else shape, dtype)
-        for name, (shape, dtype) in layout.items()
-    }
 
 
 def write_hf_files(whole: FullModel, target: Path, options: ExportOptions) -> list[str]:
@@ -102,7 +82,11 @@ def write_hf_files(whole: FullModel, target: Path, options: ExportOptions) -> li
         What a reader of the report should know.
     """
     write_json(target / CONFIG, hf_config(whole, options.dtype or whole.dtype))
-    _write_generation_config(whole, target)
+    # The source's, or the ids of the special tokens, as the language model's configuration has them.
+    file, config = whole.base.directory.path / GENERATION_CONFIG, cast("Any", whole.config)
+    ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    known = read_json(file) if file.is_file() else {}
+    write_json(target / GENERATION_CONFIG, {key: value for key, value in ids.items() if value is not None} | known)
     image_id = write_hf_tokenizer(whole.tokenizer, target)
     assert image_id == image_token_id(whole.tokenizer)
     settings, _ = image_settings(whole)
@@ -146,12 +130,3 @@ def hf_config(whole: FullModel, dtype: torch.dtype) -> dict[str, Any]:
     config: LlavaLlamaConfig = copy.deepcopy(whole.config)
     config.vocab_size = _num_rows(whole)
     return hf_fields(config, image_token_id=image_token_id(whole.tokenizer), dtype=dtype)
-
-
-def _write_generation_config(whole: FullModel, target: Path) -> None:
-    """Keep the source's, or write the ids of the special tokens, as the language model's configuration has them."""
-    file = whole.base.directory.path / GENERATION_CONFIG
-    config: Any = whole.config
-    ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    known = read_json(file) if file.is_file() else {}
-    write_json(target / GENERATION_CONFIG, {key: value for key, value in ids.items() if value is not None} | known)

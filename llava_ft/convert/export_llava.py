@@ -7,20 +7,25 @@ changed: `native_record.py` says how.
 
 import copy
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final, cast
 
 import torch
 
 from llava_ft.checkpoint.full_model import FullModel, ModelTensor
-from llava_ft.checkpoint.load import WeightSource
-from llava_ft.checkpoint.names import CONFIG, EMBEDDINGS, HEAD, PREPROCESSOR_CONFIG, is_vision, native_name
+from llava_ft.checkpoint.names import (
+    CONFIG,
+    EMBEDDINGS,
+    GENERATION_CONFIG,
+    HEAD,
+    PREPROCESSOR_CONFIG,
+    is_vision,
+    native_name,
+)
 from llava_ft.checkpoint.save import config_fields, save_tensors, write_json
 from llava_ft.checkpoint.shard_files import ShardFiles, check_space, layout_bytes
-from llava_ft.checkpoint.weights import read_json
-from llava_ft.convert.completed import CompletedFiles
-from llava_ft.convert.export_hf import GENERATION_CONFIG
+from llava_ft.checkpoint.weights import TensorInfo, WeightFiles, read_json
 from llava_ft.convert.native_record import (
     NATIVE_FOLDER,
     TensorDigest,
@@ -38,16 +43,14 @@ from llava_ft.errors import CheckpointError
 _VOCABULARY: Final = (EMBEDDINGS, HEAD)
 
 
-def export_llava(whole: FullModel, target: Path, options: ExportOptions) -> ConversionReport:
+def export_llava(whole: FullModel, target: Path, options: ExportOptions, report: ConversionReport) -> None:
     """Write a model in original LLaVA's layout.
 
     Args:
         whole: The model.
         target: An empty directory.
         options: How it is written.
-
-    Returns:
-        The report, without logits and answers.
+        report: Gets what is written and the proof of it, without logits and answers.
 
     Raises:
         UserError: There is nothing to convert.
@@ -55,13 +58,25 @@ def export_llava(whole: FullModel, target: Path, options: ExportOptions) -> Conv
     """
     if whole.config.image_geometry is None:
         raise CheckpointError(f"{whole.directory.path} is a text-only model. Give it a tower with --vision-tower.")
-    report = ConversionReport("export llava", str(whole.directory.path), str(target))
     source = whole.base.directory.path
     record = read_weight_record(source) if whole.base.directory.layout == "hf" else None
     num_rows = _num_rows(whole, record, report)
     without_tower = record is not None and not record.has_tower and _tower_is_as_exported(whole, record)
-    names = [name for name in whole.names(with_tower=True) if not (without_tower and is_vision(name))]
-    _write_weights(whole, target, options, _Wanted(set(names), num_rows, record), report)
+    layout = {
+        name: ((min(shape[0], num_rows), *shape[1:]) if name in _VOCABULARY else shape, dtype)
+        for name, (shape, dtype) in whole.layout(options.dtype, with_tower=True).items()
+        if not (without_tower and is_vision(name))
+    }
+    check_space(target, layout_bytes(layout))
+    if record is not None and _is_as_recorded(whole, options, record, set(layout), num_rows):
+        _write_recorded_files(whole, target, record, report)
+    else:
+        writer = ShardFiles(target, layout, max_shard_bytes=options.max_shard_bytes)
+        for piece in whole.stream(options.dtype, with_tower=True):
+            if piece.name in layout:
+                report.count(piece)
+                writer.add(piece.name, _cut(piece, num_rows))
+        writer.finish()
     tokenizer = write_native_tokenizer(whole.tokenizer, num_rows, target, source)
     _write_configs(whole, target, options, (num_rows, cast("int | None", tokenizer.pad_token_id), not without_tower))
     if without_tower:
@@ -75,7 +90,6 @@ def export_llava(whole: FullModel, target: Path, options: ExportOptions) -> Conv
             "LLaVA does: write it into config.json"
         )
     prove_tensors(report, whole, CompletedFiles(target, whole), with_tower=True)
-    return report
 
 
 def _num_rows(whole: FullModel, record: WeightRecord | None, report: ConversionReport) -> int:
@@ -109,63 +123,22 @@ def _tower_is_as_exported(whole: FullModel, record: WeightRecord) -> bool:
     return digest.hexdigest() == record.tower
 
 
-class _Wanted:
-    """What is to be written.
-
-    Attributes:
-        names: Native names.
-        num_rows: Rows of the vocabulary.
-        record: The files that it came from, if they are known.
-    """
-
-    def __init__(self, names: set[str], num_rows: int, record: WeightRecord | None):
-        self.names = names
-        self.num_rows = num_rows
-        self.record = record
-
-    def cut(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """Return a value without the rows that are left out."""
-        return value[: self.num_rows].clone() if name in _VOCABULARY and len(value) > self.num_rows else value
+def _cut(piece: ModelTensor, num_rows: int) -> torch.Tensor:
+    """Return a value without the rows of the vocabulary that are left out."""
+    is_longer = piece.name in _VOCABULARY and len(piece.value) > num_rows
+    return piece.value[:num_rows].clone() if is_longer else piece.value
 
 
-def _write_weights(
-    whole: FullModel, target: Path, options: ExportOptions, wanted: _Wanted, report: ConversionReport
-) -> None:
-    layout = {
-        name: ((min(shape[0], wanted.num_rows), *shape[1:]) if name in _VOCABULARY else shape, dtype)
-        for name, (shape, dtype) in whole.layout(options.dtype, with_tower=True).items()
-        if name in wanted.names
-    }
-    check_space(target, layout_bytes(layout))
-    if wanted.record is not None and _is_as_recorded(whole, options, wanted, wanted.record):
-        source = whole.base.sources[0]
-        for file, keys in wanted.record.files.items():
-            pieces = list(_read_in_order(source, keys))
-            for piece in pieces:
-                report.count(piece)
-            tensors = {key: wanted.cut(piece.name, piece.value) for key, piece in zip(keys, pieces, strict=True)}
-            save_tensors(tensors, target / file)
-        folder = whole.base.directory.path / NATIVE_FOLDER
-        for index in folder.glob("*.index.json"):
-            shutil.copyfile(index, target / index.name)
-        report.notes.append("the weight files are those that the model was exported from: same names, order and types")
-        return
-    writer = ShardFiles(target, layout, max_shard_bytes=options.max_shard_bytes)
-    for piece in whole.stream(options.dtype, with_tower=True):
-        if piece.name in wanted.names:
-            report.count(piece)
-            writer.add(piece.name, wanted.cut(piece.name, piece.value))
-    writer.finish()
-
-
-def _is_as_recorded(whole: FullModel, options: ExportOptions, wanted: _Wanted, record: WeightRecord) -> bool:
+def _is_as_recorded(
+    whole: FullModel, options: ExportOptions, record: WeightRecord, names: set[str], num_rows: int
+) -> bool:
     """Whether the same tensors, in the same types, can be put into the same files."""
-    if whole.directory.kind != "llava" or options.dtype is not None or wanted.num_rows != record.num_rows:
+    if whole.directory.kind != "llava" or options.dtype is not None or num_rows != record.num_rows:
         return False
     source = whole.base.sources[0]
     infos = {name: source.files.tensors[key] for key, name in source.names.items()}
     recorded = {native_name(key): dtype for keys in record.files.values() for key, dtype in keys.items()}
-    if set(recorded) != wanted.names:
+    if set(recorded) != names:
         return False
     if any(str(infos[name].dtype) != f"torch.{dtype}" for name, dtype in recorded.items()):
         return False
@@ -173,12 +146,23 @@ def _is_as_recorded(whole: FullModel, options: ExportOptions, wanted: _Wanted, r
     return max(sizes, default=0) <= options.max_shard_bytes
 
 
-def _read_in_order(source: WeightSource, keys: dict[str, str]) -> Iterator[ModelTensor]:
-    by_name = {name: key for key, name in source.names.items()}
-    for key in keys:
-        name = native_name(key)
-        value = source.files.read([by_name[name]])[by_name[name]]
-        yield ModelTensor(name, value, "frozen", f"{source.label} {source.files.path}")
+def _write_recorded_files(whole: FullModel, target: Path, record: WeightRecord, report: ConversionReport) -> None:
+    """Write the weight files that the model was exported from, each with its tensors in their order."""
+    source = whole.base.sources[0]
+    keys_in_source = {name: key for key, name in source.names.items()}
+    for file, keys in record.files.items():
+        tensors: dict[str, torch.Tensor] = {}
+        for key in keys:
+            name = native_name(key)
+            in_source = keys_in_source[name]
+            value = source.files.read([in_source])[in_source]
+            piece = ModelTensor(name, value, "frozen", f"{source.label} {source.files.path}")
+            report.count(piece)
+            tensors[key] = _cut(piece, record.num_rows)
+        save_tensors(tensors, target / file)
+    for index in (whole.base.directory.path / NATIVE_FOLDER).glob("*.index.json"):
+        shutil.copyfile(index, target / index.name)
+    report.notes.append("the weight files are those that the model was exported from: same names, order and types")
 
 
 def _write_configs(
@@ -213,3 +197,42 @@ def _write_configs(
     if not is_kept and has_tower and whole.base.vision_directory is not None:
         images = ImageProcessorSettings.from_pretrained(whole.base.vision_directory)
         write_json(target / PREPROCESSOR_CONFIG, images.to_dict())
+
+
+class CompletedFiles(WeightFiles):
+    """What was written, under native names, with what was left out taken from the source.
+
+    Args:
+        directory: Where it was written.
+        whole: Its source.
+    """
+
+    def __init__(self, directory: Path, whole: FullModel):
+        written = WeightFiles.open(directory)
+        self._written = written
+        self._whole = whole
+        self._keys = {native_name(key): key for key in written.tensors}
+        source = whole.base.sources[0]
+        self._left_out: dict[str, TensorInfo] = {
+            name: source.files.tensors[key]
+            for key, name in source.names.items()
+            if is_vision(name) and name not in self._keys
+        }
+        tensors = {name: written.tensors[key] for name, key in self._keys.items()}
+        super().__init__(directory, tensors | self._left_out)
+
+    def stream(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield names and tensors; those that were left out come from the source."""
+        for name in self.tensors if names is None else names:
+            if name in self._left_out:
+                before = self._whole.before(name)
+                assert before is not None
+                yield name, before
+                continue
+            key = self._keys[name]
+            value = self._written.read([key])[key]
+            if value.dim() and value.shape[0] < self._whole.shapes[name][0]:
+                before = self._whole.before(name)
+                assert before is not None
+                value = torch.cat([value, before[value.shape[0] :].to(value.dtype)])
+            yield name, value

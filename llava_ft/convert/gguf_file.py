@@ -1,20 +1,19 @@
-"""Writing GGUF files tensor by tensor, in any order, and reading them back.
+"""Writing GGUF files tensor by tensor, and reading them back, with the `gguf` package of llama.cpp.
 
-A GGUF file lists all names, shapes and types before the first value, so a file can be laid out from shapes alone; each
-tensor is then written to its place as it comes. Memory holds one tensor at a time, however large the model.
+A GGUF file lists all names, shapes and types before the first value, so it is announced from shapes alone and each
+tensor follows in its turn. Memory holds one tensor at a time, however large the model.
 """
 
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from llava_ft.convert.gguf_tensors import DTYPES, GgufTensor, restore_rows, rotate_rows
-from llava_ft.errors import CheckpointError, RunError, UserError
+from llava_ft.errors import CheckpointError, UserError
 
 
 @dataclass(frozen=True)
@@ -78,56 +77,12 @@ def import_gguf() -> ModuleType:
     return gguf
 
 
-class GgufWriter:
-    """A GGUF file that is laid out and waits for its tensors.
+def round_once(value: torch.Tensor, tensor: GgufTensor) -> torch.Tensor:
+    """Round a value in float32 to the type that it has in a file.
 
-    Args:
-        file: The open file.
-        offsets: Place of each tensor's data, in bytes from the beginning of the file.
+    Raises:
+        CheckpointError: The type cannot hold the value.
     """
-
-    def __init__(self, file: BinaryIO, offsets: Mapping[str, int]):
-        self._file = file
-        self._missing = dict(offsets)
-
-    def put(self, tensor: GgufTensor, value: torch.Tensor) -> torch.Tensor:
-        """Round a tensor once to the type it has in the file and write it to its place.
-
-        Args:
-            tensor: What it is there.
-            value: Its value in float32, rows as in PyTorch.
-
-        Returns:
-            The rounded value.
-
-        Raises:
-            CheckpointError: The type cannot hold the value.
-        """
-        if tuple(value.shape) != tensor.shape:
-            raise CheckpointError(
-                f"{tensor.native} is {tuple(value.shape)}, but was announced as {tensor.shape}. Are the files of this "
-                "model from different models?"
-            )
-        rounded = _round_once(value, tensor)
-        self._file.seek(self._missing.pop(tensor.name))
-        data = rotate_rows(rounded, tensor.num_heads).contiguous()
-        self._file.write(data.view(-1).view(torch.uint8).numpy().data)
-        return rounded
-
-    def check_complete(self) -> None:
-        """Check that every tensor was written.
-
-        Raises:
-            RunError: One was not.
-        """
-        if self._missing:
-            raise RunError(
-                f"{len(self._missing)} tensors were announced but never came, such as {next(iter(self._missing))}. "
-                "Nothing was written; this is a defect of the program."
-            )
-
-
-def _round_once(value: torch.Tensor, tensor: GgufTensor) -> torch.Tensor:
     rounded = value.to(tensor.dtype)
     if tensor.dtype == torch.float16 and not torch.isfinite(rounded).all() and torch.isfinite(value).all():
         raise CheckpointError(
@@ -137,42 +92,38 @@ def _round_once(value: torch.Tensor, tensor: GgufTensor) -> torch.Tensor:
     return rounded
 
 
-@contextmanager
-def create_gguf(path: Path, architecture: str, fields: Fields, tensors: Sequence[GgufTensor]) -> Generator[GgufWriter]:
-    """Write a file's description and wait for its tensors; they may come in any order.
+def write_gguf(
+    path: Path,
+    architecture: str,
+    fields: Fields,
+    tensors: Sequence[GgufTensor],
+    value_of: Callable[[GgufTensor], torch.Tensor],
+) -> None:
+    """Write a file. Memory holds one tensor at a time.
 
     Args:
         path: The file.
         architecture: `llama` or `clip`.
         fields: What describes the model.
         tensors: Every tensor of the file, in its order.
-
-    Yields:
-        The place to put tensors to. When the block ends all of them must have been put.
+        value_of: Gives the value of each in turn, in the type that it has in the file, rows as in PyTorch.
     """
     gguf = import_gguf()
-    types = gguf.GGMLQuantizationType
     writer = gguf.GGUFWriter(path, architecture)
     for key, field in fields.items():
         element = None if field.element is None else gguf.GGUFValueType[field.element]
         writer.add_key_value(key, field.value, gguf.GGUFValueType[field.kind], sub_type=element)
     for tensor in tensors:
-        raw_dtype = types[DTYPES[tensor.dtype]]
+        raw_dtype = gguf.GGMLQuantizationType[DTYPES[tensor.dtype]]
         writer.add_tensor_info(tensor.name, tensor.shape, None, tensor.num_bytes, raw_dtype=raw_dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    writer.close()
-    position = _padded(path.stat().st_size, writer.data_alignment)
-    offsets: dict[str, int] = {}
     for tensor in tensors:
-        offsets[tensor.name] = position
-        position = _padded(position + tensor.num_bytes, writer.data_alignment)
-    with path.open("r+b") as file:
-        file.truncate(position)
-        waiting = GgufWriter(file, offsets)
-        yield waiting
-    waiting.check_complete()
+        # As bytes: numpy has no bfloat16.
+        data = rotate_rows(value_of(tensor), tensor.num_heads).contiguous()
+        writer.write_tensor_data(data.view(-1).view(torch.uint8).numpy())
+    writer.close()
 
 
 class GgufContent:
@@ -210,7 +161,3 @@ class GgufContent:
         """
         raw = torch.frombuffer(bytearray(self._tensors[name].data.tobytes()), dtype=torch.uint8)
         return restore_rows(raw.view(self.dtype(name)).view(self.shape(name)), num_heads)
-
-
-def _padded(position: int, alignment: int) -> int:
-    return -(-position // alignment) * alignment

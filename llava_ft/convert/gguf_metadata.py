@@ -92,7 +92,7 @@ def differences(config: LlavaLlamaConfig) -> list[str]:
 def language_fields(config: LlavaLlamaConfig, name: str, dtype: torch.dtype) -> Fields:
     """Describe the language model, all but its vocabulary."""
     rope = _rope(config)
-    head_dim = _head_dim(config)
+    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
     fields = {
         "general.type": text("model"),
         **_general_fields(name, dtype),
@@ -170,10 +170,6 @@ def _general_fields(name: str, dtype: torch.dtype) -> Fields:
 
 def _rope(config: LlavaLlamaConfig) -> dict[str, Any]:
     return dict(cast("Any", config).rope_parameters or {})
-
-
-def _head_dim(config: LlavaLlamaConfig) -> int:
-    return config.head_dim or config.hidden_size // config.num_attention_heads
 
 
 def _language_obstacles(config: LlavaLlamaConfig) -> list[str]:

@@ -5,6 +5,7 @@ their tensors, so a wrong key shows in the logits as a wrong tensor does.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.checkpoint.weights import TensorInfo, WeightFiles
 from llava_ft.convert.gguf_file import GgufContent
 from llava_ft.convert.gguf_tensors import File, GgufTensor, plan_tensors
+from llava_ft.data.image_processor import ImageProcessorSettings
+from llava_ft.data.images import ImageTransform
 from llava_ft.errors import CheckpointError
+from llava_ft.inference.load import DEFAULT_TEMPLATE, LoadedModel
 from llava_ft.models.builder import build_skeleton
 from llava_ft.models.config import LlavaLlamaConfig
 from llava_ft.models.llava import LlavaLlamaForCausalLM
@@ -55,7 +59,7 @@ class GgufWeights(WeightFiles):
         for name in self.tensors if names is None else names:
             tensor = self._plan.get(name)
             if tensor is None:
-                yield name, self._whole.value(name)
+                yield name, self._whole.tensor(name).value
             else:
                 yield name, self._files[tensor.file].read(tensor.name, tensor.num_heads)
 
@@ -78,6 +82,39 @@ def find_files(directory: Path) -> tuple[Path, Path | None]:
             f"one NAME.gguf and at most one {MMPROJ_PREFIX}NAME.gguf. Give a directory with one model in it."
         )
     return language[0], vision[0] if vision else None
+
+
+def load_gguf(directory: Path, full: FullModel, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """Load what an export wrote: weights, configuration and image normalisation from the GGUF files alone.
+
+    Args:
+        directory: Where the files are.
+        full: The model that was exported; its tokenizer and its images' size are taken.
+        dtype: Type of the weights in memory.
+
+    Raises:
+        CheckpointError: The directory does not hold one exported model.
+    """
+    model = read_model(directory, dtype)
+    vision_file = find_files(directory)[1]
+    transform = None
+    if vision_file is not None:
+        assert full.base.vision_directory is not None
+        keys = GgufContent(vision_file).fields
+        settings = replace(
+            ImageProcessorSettings.from_pretrained(full.base.vision_directory),
+            image_mean=tuple(keys["clip.vision.image_mean"]),
+            image_std=tuple(keys["clip.vision.image_std"]),
+        )
+        transform = ImageTransform(settings, geometry=model.config.image_geometry)
+    return LoadedModel(
+        tokenizer=full.tokenizer,
+        model=model,
+        image_transform=transform,
+        template=full.config.conversation_template or DEFAULT_TEMPLATE,
+        context_len=model.config.max_position_embeddings,
+        base=full.base,
+    )
 
 
 def read_model(directory: Path, dtype: torch.dtype = torch.float32) -> LlavaLlamaForCausalLM:

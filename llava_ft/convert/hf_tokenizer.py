@@ -104,7 +104,8 @@ def image_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
 def _with_image_token(tokenizer: PreTrainedTokenizerFast) -> tuple[Tokenizer, int]:
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     known = [token for token in content["added_tokens"] if token["content"] == IMAGE_TOKEN]
-    blank_only_in_front = _blank_only_in_front(content)
+    # Whether a blank is put in front of the first stretch of text and of no other.
+    blank_only_in_front = '"prepend_scheme": "first"' in json.dumps(content.get("pre_tokenizer"))
     for token in known:
         token |= {"normalized": blank_only_in_front, "lstrip": False, "rstrip": False, "special": True}
     backend = Tokenizer.from_str(json.dumps(content))
@@ -122,11 +123,6 @@ def _with_image_token(tokenizer: PreTrainedTokenizerFast) -> tuple[Tokenizer, in
     index = backend.token_to_id(IMAGE_TOKEN)
     assert index is not None
     return backend, index
-
-
-def _blank_only_in_front(content: dict[str, Any]) -> bool:
-    """Whether a blank is put in front of the first stretch of text and of no other."""
-    return '"prepend_scheme": "first"' in json.dumps(content.get("pre_tokenizer"))
 
 
 def _compare(backend: Tokenizer, tokenizer: PreTrainedTokenizerFast, image_id: int) -> None:

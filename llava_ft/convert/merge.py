@@ -10,90 +10,120 @@ to 4 or 8 bits once more. On request it is merged into what the quantised weight
 on.
 """
 
+import argparse
+import logging
+import math
 import shutil
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
-import torch
-
-from llava_ft.checkpoint.base_and_adapters import open_base_and_adapters
-from llava_ft.checkpoint.directory import ModelDirectory
+from llava_ft.checkpoint.base_and_adapters import open_base_and_adapters, quantization_in_training
+from llava_ft.checkpoint.directory import ModelDirectory, identify, resolve_model_path
 from llava_ft.checkpoint.full_model import FullModel
-from llava_ft.checkpoint.lineage import record_lineage
-from llava_ft.checkpoint.manifest import Manifest
-from llava_ft.checkpoint.names import CONFIG, MANIFEST, RUN_CONFIG
-from llava_ft.checkpoint.overrides import Force, collect_ignored
-from llava_ft.checkpoint.save import ShardWriter, config_fields, staged_directory, write_json
+from llava_ft.checkpoint.names import CONFIG, GENERATION_CONFIG, RUN_CONFIG
+from llava_ft.checkpoint.overrides import Force, collect_ignored, force_from_flags
+from llava_ft.checkpoint.save import ShardWriter, config_fields, write_json
 from llava_ft.checkpoint.shard_files import ShardFiles, check_space, layout_bytes
 from llava_ft.checkpoint.weights import WeightFiles
-from llava_ft.convert.proof import CONVERSION_REPORT, ConversionReport, prove_tensors
+from llava_ft.convert.options import MergeOptions, common_options
+from llava_ft.convert.proof import ConversionReport, check_target, prove_tensors, proven_directory
+from llava_ft.convert.verify import NativeSpeaker, computing_dtype, prove_answers, relative_bound
 from llava_ft.data.image_processor import copy_image_settings
 from llava_ft.data.tokenizer import save_tokenizer
-from llava_ft.errors import CheckpointError, RunError, UserError
-from llava_ft.tuning.quant import Quantization
+from llava_ft.errors import CheckpointError, UserError
+from llava_ft.inference.load import load_base_and_adapters, load_model
+from llava_ft.tuning.quant import Quantization, check_quantization
 
-_GENERATION_CONFIG = "generation_config.json"
-_DISK_ERRORS = ("os error", "iostream error", "PytorchStreamWriter")
-"""By what errors of the operating system are known that safetensors, tokenizers and torch report in their own words."""
+logger = logging.getLogger(__name__)
+
+Shares = Sequence[tuple[float, ModelDirectory]]
+"""A projector directory, or LoRA directories; and the weight of each."""
 
 
-@dataclass(frozen=True)
-class MergeOptions:
-    """How a merged model is written.
+def run_merge(request: argparse.Namespace) -> ConversionReport:
+    """Carry out a merge as the command line describes it.
 
-    Attributes:
-        dtype: Type of the weights; that of the base's files when absent.
-        max_shard_bytes: Size of a shard in bytes.
-        weights_format: Kind of files.
-        save_vision_tower: Whether the tower is written although the base does not hold it.
-        force: What is passed over, such as a base other than the one the adapter was trained on.
-        quantization: Merge into the values that the base's linear layers have after being quantised like this; into
-            the base's own when absent.
+    Raises:
+        UserError: The request is wrong, or something is missing, damaged or does not fit.
+        RunError: The result is not what it should be, or could not be written; nothing is left behind.
     """
+    options = common_options(request)
+    paths, weights = request.model_path, request.weight or [1.0] * len(request.model_path)
+    if len(weights) != len(paths):
+        raise UserError(
+            f"--weight is given {len(weights)} times and --model-path {len(paths)} times. Give one weight for each "
+            "adapter, in the same order, or none: each then counts with 1."
+        )
+    wrong = [weight for weight in weights if not math.isfinite(weight)]
+    if wrong:
+        raise UserError(f"--weight is {wrong[0]}; it must be a number.")
+    directories = [identify(resolve_model_path(path)) for path in paths]
+    for path, count in Counter(directory.path.resolve() for directory in directories).items():
+        if count > 1:
+            raise UserError(f"--model-path names {path} twice. Give it once, with the sum of the weights.")
+    shares = list(zip(weights, directories, strict=True))
+    quantization = None
+    if request.base_as_trained:
+        quantization = _quantization_in_training(shares)
+        if quantization is None:
+            raise UserError(
+                f"--base-as-trained: {' and '.join(str(directory.path) for directory in directories)} was not trained "
+                f"on quantised weights, or its {RUN_CONFIG} is gone, or several were trained on different ones. Leave "
+                "the flag out to merge into the base's own weights."
+            )
+        check_quantization(quantization)
+    report = merge(
+        shares,
+        request.model_base,
+        Path(request.save_model_path),
+        MergeOptions(
+            **options,
+            weights_format=request.format,
+            save_vision_tower=request.save_vision_tower,
+            force=force_from_flags(request.force, request.allow_base_mismatch),
+            quantization=quantization,
+        ),
+        vision_tower=request.vision_tower,
+    )
+    logger.info("Merged into %s.", request.save_model_path)
+    report.log()
+    return report
 
-    dtype: torch.dtype | None = None
-    max_shard_bytes: int = 5 * 10**9
-    weights_format: Literal["bin", "safetensors"] = "safetensors"
-    save_vision_tower: bool = False
-    force: Force = False
-    quantization: Quantization | None = None
+
+def merge_first(adapter: Path, base: str, target: Path, *, vision_tower: str | None, force: Force) -> None:
+    """Merge an adapter before a run trains on from there (`--adapter_mode merge_first`), as the command without flags.
+
+    Args:
+        adapter: A LoRA directory.
+        base: Its base model.
+        target: Where the merged model is written; it appears there when it is complete and proven.
+        vision_tower: The vision tower, if it is not where the adapter says.
+        force: What is passed over.
+
+    Raises:
+        UserError: Something is missing, damaged or does not fit.
+        RunError: The result is not the adapter on its base, or the disk is full; nothing is left behind.
+    """
+    merge([(1.0, identify(adapter))], base, target, MergeOptions(force=force), vision_tower=vision_tower).log()
 
 
 def merge(
-    directory: ModelDirectory,
+    shares: Shares,
     model_base: str | None,
     save_path: Path,
     options: MergeOptions,
     *,
     vision_tower: str | None = None,
-    verify: Callable[[Path, ConversionReport], None] | None = None,
-) -> ConversionReport:
-    """Merge what was trained into its base and write a whole model; see `merge_all`."""
-    return merge_all([(1.0, directory)], model_base, save_path, options, vision_tower=vision_tower, verify=verify)
-
-
-def merge_all(
-    shares: Sequence[tuple[float, ModelDirectory]],
-    model_base: str | None,
-    save_path: Path,
-    options: MergeOptions,
-    *,
-    vision_tower: str | None = None,
-    verify: Callable[[Path, ConversionReport], None] | None = None,
 ) -> ConversionReport:
     """Merge what was trained into its base and write a whole model.
 
     Args:
-        shares: A projector directory, or LoRA directories; and the weight of each.
+        shares: What is merged.
         model_base: The base; when absent, the one that the adapters name.
         save_path: Where the model is written; it must not exist or be an earlier result.
         options: How it is written.
         vision_tower: The vision tower, if it is not where the model says.
-        verify: Called with the written directory and the report before the directory gets its name; raises if
-            something is wrong.
 
     Returns:
         The report, which was also written into the directory.
@@ -105,96 +135,107 @@ def merge_all(
     for _, directory in shares:
         if directory.kind not in ("lora", "projector"):
             raise CheckpointError(f"{directory.path} holds a {directory.kind}; there is nothing in it to merge.")
-    _check_target(save_path)
-    with collect_ignored() as ignored:
+    in_training = _quantization_in_training(shares)
+    report = ConversionReport("merge", _named(shares), str(save_path))
+    check_target(report, "--save-model-path")
+    with collect_ignored() as report.ignored:
         trained = open_base_and_adapters(shares, model_base, vision_tower=vision_tower, force=options.force)
-        whole = FullModel(trained, options.quantization)
-        _check_sources(save_path, whole)
-        report = ConversionReport("merge", _named(shares), str(save_path), notes=list(trained.notes))
-        with _failures_of_disks(save_path), staged_directory(save_path) as staging:
-            _write_merged(staging, whole, report, options)
-            prove_tensors(report, whole, WeightFiles.open(staging), with_tower=options.save_vision_tower)
-            if verify is not None:
-                verify(staging, report)
-            report.ignored, report.passed = ignored, True
-            report.write(staging)
-            base = (str(whole.base.directory.path), whole.fingerprint)
-            record_lineage(
-                staging,
-                "merge",
-                parents=[directory.path for _, directory in shares],
-                base=base,
-                details={"weights": [share for share, _ in shares]},
-            )
-            Manifest("full", *base, 0, whole.config.conversation_template or "").write(staging)
+        full = FullModel(trained, options.quantization)
+        report.notes += trained.notes
+        details = {"weights": [share for share, _ in shares]}
+        with proven_directory(report, full, "--save-model-path", manifest="full", details=details) as staging:
+            _write_merged(staging, full, report, options)
+            prove_tensors(report, full, WeightFiles.open(staging), with_tower=options.save_vision_tower)
+            if in_training is not None and options.quantization is None:
+                report.notes.append(
+                    f"it was trained on weights in {in_training} and is merged into the base's own, which answer "
+                    "slightly differently; --base-as-trained merges into the weights it was trained on"
+                )
+            if options.verify:
+                compare_merged(
+                    staging,
+                    shares,
+                    model_base,
+                    vision_tower=vision_tower,
+                    force=options.force,
+                    quantization=options.quantization,
+                    report=report,
+                )
+            else:
+                report.notes.append("logits and answers were not compared (--no-verify)")
     return report
 
 
-@contextmanager
-def _failures_of_disks(save_path: Path) -> Generator[None]:
-    """Tell what an operating system or a library says of a full or broken disk as a failed run."""
-    try:
-        yield
-    except (UserError, RunError):
-        raise
-    except Exception as error:
-        is_of_disk = isinstance(error, OSError) or any(mark in str(error) for mark in _DISK_ERRORS)
-        if not is_of_disk:
-            raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise RunError(
-            f"{save_path} could not be written: {reason}. Nothing was kept; see that the disk is whole and has room."
-        ) from error
+def compare_merged(
+    merged: Path,
+    shares: Shares,
+    model_base: str | None,
+    *,
+    vision_tower: str | None = None,
+    force: Force = False,
+    quantization: Quantization | None = None,
+    report: ConversionReport | None = None,
+) -> ConversionReport:
+    """Compare a merged model with the adapter beside its base, quantised if it was merged into such weights.
+
+    Args:
+        merged: The merged model.
+        shares: What was merged.
+        model_base: The base; when absent, the one that the adapters name.
+        vision_tower: The vision tower, if it is not where the model says.
+        force: What was passed over.
+        quantization: How the base was quantised before it was merged into, if it was.
+        report: Gets the result.
+
+    Returns:
+        The report given, or a new one, with `logits` and `answers` filled.
+
+    Raises:
+        RunError: They differ by more than rounding explains.
+    """
+    report = report or ConversionReport("merge", _named(shares), str(merged))
+    rounded_to = next(iter(WeightFiles.open(merged).tensors.values())).dtype
+    dtype = computing_dtype(merged, rounded_to)
+    source = open_base_and_adapters(shares, model_base, vision_tower=vision_tower, force=force)
+    tower = vision_tower or source.base.config.mm_vision_tower
+    prove_answers(
+        report,
+        lambda: load_base_and_adapters(source, dtype=dtype, device="cpu", adapter="beside", quantization=quantization),
+        lambda: NativeSpeaker(load_model(str(merged), vision_tower=tower, dtype=dtype, device="cpu")),
+        relative_bound(dtype, rounded_to, quantization=quantization),
+    )
+    return report
 
 
-def _named(shares: Sequence[tuple[float, ModelDirectory]]) -> str:
+def _quantization_in_training(shares: Shares) -> Quantization | None:
+    """Return how the base was held while all of these were trained; None for 16 bits or where they differ."""
+    found = {quantization_in_training(directory.path) for _, directory in shares}
+    return found.pop() if len(found) == 1 else None
+
+
+def _named(shares: Shares) -> str:
     """Name what is merged, with the weights if they matter."""
     if len(shares) == 1 and shares[0][0] == 1.0:
         return str(shares[0][1].path)
     return " + ".join(f"{share:g} x {directory.path}" for share, directory in shares)
 
 
-def _check_target(save_path: Path) -> None:
-    if save_path.exists() and not save_path.is_dir():
-        raise CheckpointError(f"{save_path} is a file. Give a directory for the merged model.")
-    is_earlier = (save_path / CONVERSION_REPORT).is_file() or (
-        (save_path / MANIFEST).is_file() and not (save_path / RUN_CONFIG).is_file()
-    )
-    if save_path.is_dir() and any(save_path.iterdir()) and not is_earlier:
-        raise CheckpointError(
-            f"{save_path} holds files that no merge has written, and they would be replaced. Give another place, or "
-            "empty it first."
-        )
-
-
-def _check_sources(save_path: Path, whole: FullModel) -> None:
-    """Refuse to replace what is merged."""
-    sources = [directory.path for directory in whole.source.directories]
-    sources += [source.files.path for source in whole.base.sources]
-    inside = [source for source in sources if source.resolve().is_relative_to(save_path.resolve())]
-    if inside:
-        raise CheckpointError(
-            f"--save-model-path {save_path} holds {inside[0]}, which is merged and would be replaced. Give another "
-            "place."
-        )
-
-
-def _write_merged(staging: Path, whole: FullModel, report: ConversionReport, options: MergeOptions) -> None:
-    layout = whole.layout(options.dtype, with_tower=options.save_vision_tower)
+def _write_merged(staging: Path, full: FullModel, report: ConversionReport, options: MergeOptions) -> None:
+    layout = full.layout(options.dtype, with_tower=options.save_vision_tower)
     check_space(staging, layout_bytes(layout))
     writer = (
         ShardFiles(staging, layout, max_shard_bytes=options.max_shard_bytes)
         if options.weights_format == "safetensors"
         else ShardWriter(staging, max_shard_bytes=options.max_shard_bytes, weights_format="bin")
     )
-    for piece in whole.stream(options.dtype, with_tower=options.save_vision_tower):
+    for piece in full.stream(options.dtype, with_tower=options.save_vision_tower):
         report.count(piece)
         writer.add(piece.name, piece.value)
     writer.finish()
-    write_json(staging / CONFIG, config_fields(whole.config, options.dtype or whole.dtype))
-    save_tokenizer(whole.tokenizer, staging)
-    base = whole.base
+    write_json(staging / CONFIG, config_fields(full.config, options.dtype or full.dtype))
+    save_tokenizer(full.tokenizer, staging)
+    base = full.base
     if base.vision_directory is not None:
         copy_image_settings(base.vision_directory, staging)
-    if (base.directory.path / _GENERATION_CONFIG).is_file():
-        shutil.copyfile(base.directory.path / _GENERATION_CONFIG, staging / _GENERATION_CONFIG)
+    if (base.directory.path / GENERATION_CONFIG).is_file():
+        shutil.copyfile(base.directory.path / GENERATION_CONFIG, staging / GENERATION_CONFIG)

@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 
 from llava_ft.checkpoint.full_model import FullModel
-from llava_ft.checkpoint.names import CONFIG, PREPROCESSOR_CONFIG, is_derived, native_name
+from llava_ft.checkpoint.names import CONFIG, GENERATION_CONFIG, PREPROCESSOR_CONFIG, is_derived, native_name
 from llava_ft.checkpoint.save import write_json
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.data.tokenizer import save_tokenizer
@@ -27,7 +27,7 @@ TOKENIZER_FILES: Final = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 )  # fmt: skip
 _WEIGHTS: Final = "weights.json"
-_SMALL_FILES: Final = (CONFIG, "generation_config.json", PREPROCESSOR_CONFIG, *TOKENIZER_FILES)
+_SMALL_FILES: Final = (CONFIG, GENERATION_CONFIG, PREPROCESSOR_CONFIG, *TOKENIZER_FILES)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ no entry, and padding is done with the unknown token, as original LLaVA does.
 
 import json
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,8 +19,6 @@ from llava_ft.data.tokenizer import load_tokenizer, save_tokenizer
 
 _PAD_TOKEN: Final = "<pad>"
 _NOT_NATIVE: Final = ("image_token", "image_token_id", "chat_template", "processor_class", "extra_special_tokens")
-_TOKENIZER_JSON: Final = "tokenizer.json"
-_TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 
 
 def num_native_rows(tokenizer: PreTrainedTokenizerFast, num_rows: int, at_least: int = 0) -> int:
@@ -60,8 +57,13 @@ def write_native_tokenizer(
             (directory / name).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(tokenizer, folder)
-        _edit(Path(folder) / _TOKENIZER_JSON, lambda content: _without_tokens(content, num_rows))
-        _edit(Path(folder) / _TOKENIZER_CONFIG, lambda content: _without_fields(content, kept))
+        file = Path(folder) / "tokenizer.json"
+        content = read_json(file)
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < num_rows]
+        content["padding"] = None
+        file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        file = Path(folder) / "tokenizer_config.json"
+        write_json(file, _native_fields(read_json(file), kept))
         (Path(folder) / "chat_template.jinja").unlink(missing_ok=True)
         native = load_tokenizer(folder)
     native.chat_template = None
@@ -69,26 +71,13 @@ def write_native_tokenizer(
     return native
 
 
-def _edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    content = read_json(path)
-    change(content)
-    if path.name == _TOKENIZER_JSON:
-        path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    else:
-        write_json(path, content)
-
-
-def _without_tokens(content: dict[str, Any], num_rows: int) -> None:
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < num_rows]
-    content["padding"] = None
-
-
-def _without_fields(content: dict[str, Any], kept: dict[str, int]) -> None:
-    for name in _NOT_NATIVE:
-        content.pop(name, None)
+def _native_fields(content: dict[str, Any], kept: dict[str, int]) -> dict[str, Any]:
+    """Return the fields of `tokenizer_config.json` without those of transformers' layout and tokens that are gone."""
+    content = {name: value for name, value in content.items() if name not in _NOT_NATIVE}
     listed: dict[str, Any] = content.get("added_tokens_decoder") or {}
     content["added_tokens_decoder"] = {index: token for index, token in listed.items() if token["content"] in kept}
     extra: list[str] = content.get("additional_special_tokens") or []
     content["additional_special_tokens"] = [token for token in extra if token in kept]
     if content.get("pad_token") not in kept:
         content["pad_token"] = content.get("unk_token") or content.get("eos_token")
+    return content

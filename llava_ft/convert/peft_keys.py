@@ -18,7 +18,6 @@ from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.errors import RunError
 from llava_ft.models.builder import build_skeleton
 from llava_ft.models.config import LlavaLlamaConfig
-from llava_ft.models.llava import LlavaLlamaForCausalLM
 
 _CLASSES: Any = {
     "llava": (LlavaConfig, LlavaForConditionalGeneration),
@@ -50,14 +49,23 @@ def check_taken(directory: Path, config: LlavaLlamaConfig, layout: Literal["llav
     Raises:
         RunError: It does not.
     """
-    model: Any = build_hf_skeleton(config, "float32") if layout == "hf" else _without_tower(config)
+    model: Any
+    if layout == "hf":
+        model = build_hf_skeleton(config, "float32")
+    else:  # as original LLaVA has it when it puts an adapter on: the tower is loaded afterwards
+        model = build_skeleton(config)
+        del model.model.vision_tower
     adapter = cast("Any", LoraConfig).from_pretrained(str(directory))
     model.name_or_path = adapter.base_model_name_or_path  # PEFT compares the two, and warns
     wrapped = cast("Any", get_peft_model)(model, adapter, low_cpu_mem_usage=True)
     state = cast("Any", _state_dict)(wrapped, save_embedding_layers=False)  # or PEFT looks into the base's directory
     looked_for = {key: tuple(value.shape) for key, value in state.items()}
     files = [directory / name for name in (ADAPTER_BIN, ADAPTER_SAFETENSORS) if (directory / name).is_file()]
-    found = {_as_peft_saves(key): info.shape for file in files for key, info in WeightFiles.open(file).tensors.items()}
+    found = {
+        key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): info.shape
+        for file in files
+        for key, info in WeightFiles.open(file).tensors.items()
+    }
     wrong = sorted(key for key in looked_for.keys() | found.keys() if looked_for.get(key) != found.get(key))
     if wrong:
         key = wrong[0]
@@ -65,14 +73,3 @@ def check_taken(directory: Path, config: LlavaLlamaConfig, layout: Literal["llav
             f"PEFT would not take the exported adapter as it is: {len(wrong)} keys, such as {key} "
             f"({looked_for.get(key, 'not looked for')} in its model, {found.get(key, 'missing')} in the file)."
         )
-
-
-def _without_tower(config: LlavaLlamaConfig) -> LlavaLlamaForCausalLM:
-    """Build a native model as original LLaVA has it when it puts an adapter on: the tower is loaded afterwards."""
-    model = build_skeleton(config)
-    del model.model.vision_tower
-    return model
-
-
-def _as_peft_saves(key: str) -> str:
-    return key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")

@@ -3,22 +3,30 @@
 It is shown on screen and written as `conversion_report.json` beside the result.
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 
 from llava_ft.checkpoint.adapter import row_blocks
 from llava_ft.checkpoint.full_model import FullModel, ModelTensor
+from llava_ft.checkpoint.lineage import record_lineage
 from llava_ft.checkpoint.load import fit_rows
-from llava_ft.checkpoint.manifest import installed_versions
-from llava_ft.checkpoint.save import write_json
+from llava_ft.checkpoint.manifest import Manifest, installed_versions
+from llava_ft.checkpoint.save import staged_directory, write_json
 from llava_ft.checkpoint.weights import WeightFiles
-from llava_ft.errors import RunError
+from llava_ft.errors import CheckpointError, RunError, UserError
+
+logger = logging.getLogger(__name__)
 
 CONVERSION_REPORT: Final = "conversion_report.json"
+
+_DISK_ERRORS: Final = ("os error", "iostream error", "PytorchStreamWriter")
+"""By what errors of the operating system are known that safetensors, tokenizers and torch report in their own words."""
 
 _SHOWN = 3
 """How many of the most changed tensors are shown on screen; the file lists all."""
@@ -72,6 +80,11 @@ class ConversionReport:
         """Write the report into a directory."""
         write_json(directory / CONVERSION_REPORT, asdict(self))
 
+    def log(self) -> None:
+        """Show the report."""
+        for line in self.lines():
+            logger.info("%s", line)
+
     def lines(self) -> list[str]:
         """Return the report as lines for the screen, the longest lists shortened."""
         lines = [
@@ -98,9 +111,79 @@ class ConversionReport:
         return lines + [f"note: {note}" for note in self.notes] + [f"ignored: {problem}" for problem in self.ignored]
 
 
+def check_target(report: ConversionReport, flag: str) -> None:
+    """Refuse a place where something else would be lost, before anything is read.
+
+    Args:
+        report: Says what is made and where.
+        flag: The flag that named the place.
+
+    Raises:
+        CheckpointError: There is a file, or a directory that holds something else than an earlier result.
+    """
+    target, action = Path(report.target), report.kind.split()[0]
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file. Give a directory with {flag}.")
+    if target.is_dir() and any(target.iterdir()) and not (target / CONVERSION_REPORT).is_file():
+        raise CheckpointError(
+            f"{target} holds files that no {action} has written ({CONVERSION_REPORT} is not among them), and they "
+            f"would be replaced. Give another place with {flag}, or empty it first."
+        )
+
+
+@contextmanager
+def proven_directory(
+    report: ConversionReport,
+    full: FullModel,
+    flag: str,
+    *,
+    manifest: Literal["full", "lora"] | None,
+    details: Mapping[str, Any] | None = None,
+) -> Generator[Path]:
+    """Give a directory to write a result into and to prove it there.
+
+    It gets its name, with report, lineage and manifest in it, when the block ends; after an error nothing is left.
+
+    Args:
+        report: What is made, from what and where.
+        full: What is converted.
+        flag: The flag that named the place.
+        manifest: What the result is for a reader of checkpoints; None for files that this program does not load.
+        details: What else its lineage is to say.
+
+    Raises:
+        CheckpointError: The result would replace what it is made from.
+        RunError: The disk is full or broken.
+    """
+    target = Path(report.target)
+    sources = [directory.path for directory in full.source.directories]
+    for source in [*sources, full.base.directory.path, *(source.files.path for source in full.base.sources)]:
+        if source.resolve().is_relative_to(target.resolve()):
+            raise CheckpointError(f"{target} would replace {source}, which is read. Give another place with {flag}.")
+    base = (str(full.base.directory.path), full.fingerprint)
+    try:
+        with staged_directory(target) as staging:
+            yield staging
+            report.passed = True
+            report.write(staging)
+            of_base = None if full.directory.kind == "llava" else base
+            record_lineage(staging, report.kind, parents=sources, base=of_base, details=details)
+            if manifest is not None:
+                Manifest(manifest, *base, 0, full.config.conversation_template or "").write(staging)
+    except (UserError, RunError):
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and not any(mark in str(error) for mark in _DISK_ERRORS):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise RunError(
+            f"{target} could not be written: {reason}. Nothing was kept; see that the disk is whole and has room."
+        ) from error
+
+
 def prove_tensors(
     report: ConversionReport,
-    whole: FullModel,
+    full: FullModel,
     written: WeightFiles,
     *,
     with_tower: bool,
@@ -113,7 +196,7 @@ def prove_tensors(
 
     Args:
         report: Gets `changed` and `frozen`.
-        whole: What was written.
+        full: What was written.
         written: The result. A matrix may have more rows than the model, as some layouts want it.
         with_tower: Whether a vision tower from a directory of its own was written too.
         key_of: Name in the result of a parameter, by its native name.
@@ -121,7 +204,7 @@ def prove_tensors(
     Raises:
         RunError: A tensor is missing, is of no parameter, or has other values.
     """
-    names = {key_of(name): name for name in whole.names(with_tower=with_tower)}
+    names = {key_of(name): name for name in full.names(with_tower=with_tower)}
     unknown = sorted(set(written.tensors) ^ set(names))
     if unknown:
         state = "is missing in the result" if unknown[0] in names else "is in the result and of no parameter"
@@ -129,22 +212,22 @@ def prove_tensors(
     is_identical = True
     for key, tensor in written.stream(names):
         name = names[key]
-        after = tensor[: whole.shapes[name][0]]
-        origin, before = whole.origin(name), whole.before(name)
+        after = tensor[: full.shapes[name][0]]
+        origin, before = full.origin(name), full.before(name)
         if origin == "changed":
-            _check_changed(whole, name, after)
+            _check_changed(full, name, after)
         else:
-            is_identical &= _check_unchanged(whole, name, after) or origin != "frozen"
+            is_identical &= _check_unchanged(full, name, after) or origin != "frozen"
         if before is not None and origin in ("changed", "replaced"):
             report.changed.append(_difference(name, before, after))
     report.frozen["bit_identical"] = is_identical or None
 
 
-def _check_unchanged(whole: FullModel, name: str, after: torch.Tensor) -> bool:
+def _check_unchanged(full: FullModel, name: str, after: torch.Tensor) -> bool:
     """Compare a tensor with the one in the files it was taken from; returns whether it still has their type."""
-    source, on_disk = whole.on_disk(name)
+    source, on_disk = full.on_disk(name)
     expected = fit_rows(on_disk.to(after.dtype), tuple(after.shape))
-    rows = whole.rows.get(name)
+    rows = full.rows.get(name)
     if rows is not None:
         expected = torch.cat([expected[: -rows.shape[0]], rows.to(after.dtype)])
     if not torch.equal(expected, after):
@@ -154,16 +237,16 @@ def _check_unchanged(whole: FullModel, name: str, after: torch.Tensor) -> bool:
     return on_disk.dtype == after.dtype
 
 
-def _check_changed(whole: FullModel, name: str, after: torch.Tensor) -> None:
+def _check_changed(full: FullModel, name: str, after: torch.Tensor) -> None:
     """Check that a tensor is the base's with the adapters added, by arithmetic of its own, up to one rounding."""
-    before = whole.quantized_value(name, fit_rows(whole.on_disk(name)[1], tuple(after.shape)))
+    before = full.quantized_value(name, fit_rows(full.on_disk(name)[1], tuple(after.shape)))
     rounding = 0.51 * torch.finfo(after.dtype).eps
     smallest = torch.finfo(after.dtype).smallest_normal * torch.finfo(after.dtype).eps
-    num_trained = whole.rows[name].shape[0] if name in whole.rows else 0
+    num_trained = full.rows[name].shape[0] if name in full.rows else 0
     for rows in row_blocks((after.shape[0] - num_trained, *after.shape[1:])):
         old = before[rows].float()
         wanted = old
-        for share, adapter in whole.adapters:
+        for share, adapter in full.adapters:
             if name in adapter.biases:
                 wanted = wanted + share * adapter.biases[name][rows]
             if name in adapter.factors:

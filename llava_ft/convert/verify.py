@@ -5,25 +5,22 @@ of the question and of the first model's greedy answer to it, and then the greed
 """
 
 import logging
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 
-from llava_ft.checkpoint.base_and_adapters import open_base_and_adapters
-from llava_ft.checkpoint.directory import ModelDirectory, identify
-from llava_ft.checkpoint.overrides import Force
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.constants import IMAGE_TOKEN_INDEX
 from llava_ft.convert.proof import ConversionReport
 from llava_ft.errors import RunError
 from llava_ft.geometry import ImageGeometry
-from llava_ft.inference.load import LoadedModel, load_base_and_adapters, load_model
+from llava_ft.inference.load import LoadedModel
 from llava_ft.models.config import LlavaLlamaConfig
 from llava_ft.tuning.quant import Quantization
 
@@ -102,7 +99,8 @@ class NativeSpeaker:
 
     def greedy(self, question: Question, num_tokens: int) -> list[int]:
         """Return the ids of the greedy answer."""
-        answer = self._loaded.model.generate(
+        model: Any = self._loaded.model
+        answer: torch.Tensor = model.generate(
             **self._inputs(question),
             do_sample=False,
             num_beams=1,
@@ -159,12 +157,36 @@ def fixed_logits(loaded: LoadedModel) -> list[torch.Tensor]:
     return [speaker.logits(question) for question in fixed_questions(loaded.model.config)]
 
 
+def prove_answers(
+    report: ConversionReport,
+    load_source: Callable[[], LoadedModel],
+    load_result: Callable[[], Speaker],
+    bound: float,
+) -> None:
+    """Compare what a source and its result say; the two models are in memory one after the other.
+
+    Args:
+        report: Gets `logits` and `answers`.
+        load_source: Loads the source.
+        load_result: Loads the result.
+        bound: See `prove`.
+
+    Raises:
+        RunError: They differ by more than rounding explains.
+    """
+    source = load_source()
+    questions = fixed_questions(source.model.config)
+    expected = Recorded(NativeSpeaker(source), questions)
+    del source
+    prove(report, expected, load_result(), questions, bound)
+
+
 def prove(
     report: ConversionReport,
     expected: Speaker,
     got: Speaker,
     questions: Sequence[Question],
-    relative_bound: float,
+    bound: float,
 ) -> None:
     """Compare what two models say, and put it into the report. Only tokens that both vocabularies have are compared.
 
@@ -173,8 +195,8 @@ def prove(
         expected: The source, or what was `Recorded` of it.
         got: The result.
         questions: What both are asked.
-        relative_bound: Largest allowed difference of logits as a share of the source's largest one. A greedy answer may
-            part from the source's only where two tokens are closer to each other than that.
+        bound: Largest allowed difference of logits as a share of the source's largest one. A greedy answer may part
+            from the source's only where two tokens are closer to each other than that.
 
     Raises:
         RunError: They differ by more; the report says where.
@@ -182,121 +204,59 @@ def prove(
     if not isinstance(expected, Recorded):
         expected = Recorded(expected, questions)
     for question in questions:
+        input_name = f"the fixed {question.name} input"
         answer = expected.greedy(question)
         wanted, found = expected.logits(question), got.logits(_continued(question, answer))
-        _compare(report, question, (wanted, found), relative_bound)
-        _compare_answers(report, question, wanted, answer, got.greedy(question, ANSWER_TOKENS))
+        if wanted.shape[0] != found.shape[0]:
+            raise RunError(
+                f"The two models take {wanted.shape[0]} and {found.shape[0]} positions for {input_name}: they do not "
+                "cut the picture into the same patches."
+            )
+        num_shared = min(wanted.shape[1], found.shape[1])
+        scale = float(wanted[:, :num_shared].abs().max())
+        difference = float((wanted[:, :num_shared] - found[:, :num_shared]).abs().max())
+        allowed = bound * scale
+        report.logits.append({"input": question.name, "max_difference": difference, "scale": scale, "bound": allowed})
+        if not difference <= allowed:  # NaN is beyond every bound
+            raise RunError(
+                f"The result is not what it was made from: on {input_name} the largest difference of logits is "
+                f"{difference:.3g}, where at most {allowed:.3g} is allowed (largest logit {scale:.3g})."
+            )
+        result = got.greedy(question, ANSWER_TOKENS)
+        report.answers.append({"input": question.name, "source": answer, "result": result, "equal": answer == result})
+        parted = next((i for i, (a, b) in enumerate(zip(answer, result, strict=False)) if a != b), None)
+        if parted is None and len(answer) != len(result):
+            raise RunError(f"The greedy answers to {input_name} have other lengths: {answer}, {result}.")
+        if parted is not None:
+            row = wanted[wanted.shape[0] - len(answer) - 1 + parted]
+            gap = float(row[answer[parted]] - row[result[parted]])
+            if gap > allowed:
+                raise RunError(
+                    f"The greedy answers to {input_name} differ at token {parted + 1}: {answer[parted]} and "
+                    f"{result[parted]}, whose logits in the source are {gap:.3g} apart, where less than {allowed:.3g} "
+                    "would be no surprise."
+                )
 
 
-def _compare(
-    report: ConversionReport, question: Question, logits: tuple[torch.Tensor, torch.Tensor], relative_bound: float
-) -> None:
-    wanted, found = logits
-    if wanted.shape[0] != found.shape[0]:
-        raise RunError(
-            f"The two models take {wanted.shape[0]} and {found.shape[0]} positions for the fixed {question.name} "
-            "input: they do not cut the picture into the same patches."
-        )
-    num_shared = min(wanted.shape[1], found.shape[1])
-    scale = float(wanted[:, :num_shared].abs().max())
-    difference = float((wanted[:, :num_shared] - found[:, :num_shared]).abs().max())
-    bound = relative_bound * scale
-    entry = {"input": question.name, "max_difference": difference, "scale": scale, "bound": bound}
-    report.logits.append(entry)
-    if not difference <= bound:  # NaN is beyond every bound
-        raise RunError(
-            f"The result is not what it was made from: on the fixed {question.name} input the largest difference of "
-            f"logits is {difference:.3g}, where at most {bound:.3g} is allowed (largest logit {scale:.3g})."
-        )
+def relative_bound(*dtypes: torch.dtype, quantization: Quantization | None = None) -> float:
+    """Return the largest difference of logits, as a share of the largest, that rounding to these types explains."""
+    bounds = [RELATIVE_BOUNDS.get(dtype, RELATIVE_BOUNDS[torch.float32]) for dtype in dtypes]
+    return max(*bounds, BOUND_IN_8_BITS if quantization is not None and quantization.bits == 8 else 0.0)
 
 
-def _compare_answers(
-    report: ConversionReport, question: Question, wanted: torch.Tensor, source: list[int], result: list[int]
-) -> None:
-    report.answers.append({"input": question.name, "source": source, "result": result, "equal": source == result})
-    position = next((i for i, (a, b) in enumerate(zip(source, result, strict=False)) if a != b), None)
-    if position is None:
-        if len(source) == len(result):
-            return
-        raise RunError(f"The greedy answers to the fixed {question.name} input have other lengths: {source}, {result}.")
-    row = wanted[wanted.shape[0] - len(source) - 1 + position]
-    bound = report.logits[-1]["bound"]
-    gap = float(row[source[position]] - row[result[position]])
-    if gap > bound:
-        raise RunError(
-            f"The greedy answers to the fixed {question.name} input differ at token {position + 1}: "
-            f"{source[position]} and {result[position]}, whose logits in the source are {gap:.3g} apart, where less "
-            f"than {bound:.3g} would be no surprise."
-        )
+def computing_dtype(weights: Path, rounded_to: torch.dtype) -> torch.dtype:
+    """Choose the type of a comparison: float32 if a model's weights take at most 80% of the free memory in it.
+
+    Args:
+        weights: A model's weight files.
+        rounded_to: Type of the weights that are compared, which is taken otherwise.
+    """
+    num_values = sum(info.num_bytes // info.dtype.itemsize for info in WeightFiles.open(weights).tensors.values())
+    if torch.float32.itemsize * num_values <= 0.8 * psutil.virtual_memory().available:
+        return torch.float32
+    logger.warning("The logits are compared in %s: the memory that is free is too small for float32.", rounded_to)
+    return rounded_to
 
 
 def _continued(question: Question, answer: Sequence[int]) -> Question:
     return Question(question.name, [*question.ids, *answer], question.image)
-
-
-def compare_merged(
-    merged: Path,
-    trained: str | Sequence[tuple[float, ModelDirectory]],
-    model_base: str | None,
-    *,
-    vision_tower: str | None = None,
-    merged_dtype: torch.dtype = torch.float32,
-    force: Force = False,
-    quantization: Quantization | None = None,
-    report: ConversionReport | None = None,
-) -> ConversionReport:
-    """Compare a merged model with the adapter beside its base, quantised if it was merged into such weights.
-
-    The two models are in memory one after the other. Both are computed in float32, or in `merged_dtype` if float32
-    weights would not fit into the memory that is free.
-
-    Args:
-        merged: The merged model.
-        trained: What was merged: a directory, or several adapters and the weight of each.
-        model_base: The base; when absent, the one that the adapters name.
-        vision_tower: The vision tower, if it is not where the model says.
-        merged_dtype: Type that the merged weights were rounded to; it decides the bound.
-        force: What was passed over.
-        quantization: How the base was quantised before it was merged into, if it was.
-        report: Gets the result.
-
-    Returns:
-        The report given, or a new one, with `logits` and `answers` filled.
-
-    Raises:
-        RunError: They differ by more than rounding explains.
-    """
-    dtype = computing_dtype(merged, merged_dtype, free_memory())
-    shares = [(1.0, identify(Path(trained)))] if isinstance(trained, str) else trained
-    source = open_base_and_adapters(shares, model_base, vision_tower=vision_tower, force=force)
-    loaded = load_base_and_adapters(source, dtype=dtype, device="cpu", adapter="beside", quantization=quantization)
-    questions = fixed_questions(loaded.model.config)
-    expected = Recorded(NativeSpeaker(loaded), questions)
-    tower = vision_tower or loaded.model.config.mm_vision_tower
-    del loaded
-    got = NativeSpeaker(load_model(str(merged), vision_tower=tower, dtype=dtype, device="cpu"))
-    relative = RELATIVE_BOUNDS.get(merged_dtype, 1e-4)
-    if quantization is not None and quantization.bits == 8:
-        relative = max(relative, BOUND_IN_8_BITS)
-    report = report or ConversionReport(
-        "merge", " and ".join(str(directory.path) for _, directory in shares), str(merged)
-    )
-    prove(report, expected, got, questions, relative)
-    return report
-
-
-def computing_dtype(merged: Path, merged_dtype: torch.dtype, free_bytes: int) -> torch.dtype:
-    """Choose the dtype of a comparison: float32 if a model's weights take at most 80% of the free memory in it."""
-    num_values = sum(info.num_bytes // info.dtype.itemsize for info in WeightFiles.open(merged).tensors.values())
-    if torch.float32.itemsize * num_values <= 0.8 * free_bytes:
-        return torch.float32
-    logger.warning("The logits are compared in %s: the memory that is free is too small for float32.", merged_dtype)
-    return merged_dtype
-
-
-def free_memory() -> int:
-    """Memory in bytes that a process can take without swapping; Linux's own estimate."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,6 +1,7 @@
 """Every kind of adapter gives the weights that PEFT gives; what is no low-rank change of linear layers is refused."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from llava_ft.checkpoint.adapter import LoraAdapter, merged
 from llava_ft.checkpoint.directory import identify
 from llava_ft.checkpoint.weights import WeightFiles
-from llava_ft.convert.merge import MergeOptions, merge
-from llava_ft.convert.verify import compare_merged, fixed_logits
+from llava_ft.convert.merge import compare_merged, merge
+from llava_ft.convert.options import MergeOptions
+from llava_ft.convert.proof import ConversionReport
+from llava_ft.convert.verify import fixed_logits
 from llava_ft.errors import CheckpointError, UserError
 from llava_ft.inference.load import load_model
 from llava_ft.tuning.quant import Quantization
@@ -46,10 +49,20 @@ KINDS = {
 }
 
 
+def merge_adapter(tmp_path: Path, **options: Any) -> ConversionReport:
+    shares = [(1.0, identify(tmp_path / "adapter"))]
+    return merge(shares, None, tmp_path / "merged", MergeOptions(verify=False, **options))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_weights_are_peft_s(tmp_path: Path, kind: str):
     expected = merged_by_peft(peft_adapter(tmp_path / "adapter", **KINDS[kind]))
-    report = merge(identify(tmp_path / "adapter"), None, tmp_path / "merged", MergeOptions(save_vision_tower=True))
+    report = merge(
+        [(1.0, identify(tmp_path / "adapter"))],
+        None,
+        tmp_path / "merged",
+        MergeOptions(verify=False, save_vision_tower=True),
+    )
     got = WeightFiles.open(tmp_path / "merged").read()
     assert set(got) == set(expected)
     for name, tensor in expected.items():
@@ -57,7 +70,7 @@ def test_merged_weights_are_peft_s(tmp_path: Path, kind: str):
     before = load_file(f"{BASE}/model.safetensors")
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, got[name])}
     assert {change["name"] for change in report.changed} - changed == set()
-    proven = compare_merged(tmp_path / "merged", str(tmp_path / "adapter"), None)
+    proven = compare_merged(tmp_path / "merged", [(1.0, identify(tmp_path / "adapter"))], None)
     assert all(entry["max_difference"] < 1e-5 * entry["scale"] for entry in proven.logits)
     assert all(answer["equal"] for answer in proven.answers)
 
@@ -66,13 +79,13 @@ def test_lora_bias_is_added_to_the_bias(tmp_path: Path):
     base = model_with_biases(tmp_path / "base")
     target = r".*layers\.\d+\.self_attn\.[qkvo]_proj"
     expected = merged_by_peft(peft_adapter(tmp_path / "adapter", base, lora_bias=True, target_modules=target))
-    merge(identify(tmp_path / "adapter"), None, tmp_path / "merged", MergeOptions())
+    merge_adapter(tmp_path)
     got = WeightFiles.open(tmp_path / "merged").read()
     for name, tensor in got.items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-6, msg=name)
     name = "model.layers.0.self_attn.q_proj.bias"
     assert not torch.equal(got[name], load_file(f"{base}/model.safetensors")[name])
-    proven = compare_merged(tmp_path / "merged", str(tmp_path / "adapter"), None)
+    proven = compare_merged(tmp_path / "merged", [(1.0, identify(tmp_path / "adapter"))], None)
     assert all(entry["max_difference"] < 1e-5 * entry["scale"] for entry in proven.logits)
 
 
@@ -123,7 +136,7 @@ def test_biases_that_were_trained_beside_replace_the_base_s(tmp_path: Path):
     peft_adapter(tmp_path / "adapter", base)
     key = "base_model.model.model.layers.0.self_attn.q_proj.bias"
     rewrite(tmp_path / "adapter", lambda weights: weights.update({key: torch.full((64,), 0.5)}))
-    merge(identify(tmp_path / "adapter"), None, tmp_path / "merged", MergeOptions())
+    merge_adapter(tmp_path)
     got = WeightFiles.open(tmp_path / "merged").read(["model.layers.0.self_attn.q_proj.bias"])
     assert all(bool((tensor == 0.5).all()) for tensor in got.values())
 
@@ -148,7 +161,7 @@ def test_what_is_no_change_of_linear_layers_is_refused(tmp_path: Path, made_with
     peft_adapter(tmp_path / "adapter", **made_with)
     set_fields(tmp_path / "adapter/adapter_config.json", **settings)
     with pytest.raises(CheckpointError, match=message):
-        merge(identify(tmp_path / "adapter"), None, tmp_path / "merged", MergeOptions())
+        merge_adapter(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         load_model(str(tmp_path / "adapter"), device="cpu")
     assert not (tmp_path / "merged").exists()
@@ -167,16 +180,17 @@ def test_a_tensor_that_the_model_has_no_place_for_is_refused(tmp_path: Path):
     key = "base_model.model.model.mm_projector.9.weight"
     rewrite(tmp_path / "adapter", lambda weights: weights.update({key: torch.ones(3)}))
     with pytest.raises(CheckpointError, match="for which the model has no place"):
-        merge(identify(tmp_path / "adapter"), None, tmp_path / "merged", MergeOptions())
+        merge_adapter(tmp_path)
 
 
 def test_dora_on_quantised_weights(tmp_path: Path):
     pytest.importorskip("bitsandbytes")
     peft_adapter(tmp_path / "adapter", use_dora=True)
     quantization = Quantization(4)
-    options = MergeOptions(quantization=quantization)
-    merge(identify(tmp_path / "adapter"), None, tmp_path / "merged", options)
-    proven = compare_merged(tmp_path / "merged", str(tmp_path / "adapter"), None, quantization=quantization)
+    merge_adapter(tmp_path, quantization=quantization)
+    proven = compare_merged(
+        tmp_path / "merged", [(1.0, identify(tmp_path / "adapter"))], None, quantization=quantization
+    )
     assert all(entry["max_difference"] < 1e-5 * entry["scale"] for entry in proven.logits)
     with pytest.raises(UserError, match="beside weights in 8 bits PEFT loses their scales on a CPU"):
         load_model(str(tmp_path / "adapter"), device="cpu", quantization=Quantization(8))

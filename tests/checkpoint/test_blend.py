@@ -14,9 +14,9 @@ from llava_ft.checkpoint.directory import identify
 from llava_ft.checkpoint.lineage import read_lineage
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.cli import main
-from llava_ft.convert.merge import MergeOptions, merge_all
+from llava_ft.convert.merge import compare_merged, merge
+from llava_ft.convert.options import MergeOptions
 from llava_ft.convert.proof import ConversionReport
-from llava_ft.convert.verify import compare_merged
 from llava_ft.errors import RunError, UserError
 from llava_ft.inference.load import load_model
 from tests.checkpoint.adapters import BASE, merged_by_peft, peft_adapter, set_fields
@@ -26,13 +26,9 @@ pytestmark = [pytest.mark.usefixtures("in_recordings"), pytest.mark.filterwarnin
 LORA = Path("train/lora/llava-tiny-lora")
 
 
-def blend(target: Path, weights: list[float], *paths: Path, base: str | None = None, **more: Any) -> ConversionReport:
+def blend(target: Path, weights: list[float], *paths: Path, base: str | None = None) -> ConversionReport:
     shares = [(weight, identify(path)) for weight, path in zip(weights, paths, strict=True)]
-
-    def verify(staging: Path, report: ConversionReport) -> None:
-        compare_merged(staging, shares, base, report=report)
-
-    return merge_all(shares, base, target, MergeOptions(), verify=verify, **more)
+    return merge(shares, base, target, MergeOptions())
 
 
 def run_copy(directory: Path, seed: int, **projector: torch.Tensor) -> Path:
@@ -136,12 +132,9 @@ def test_wrong_weights_are_found(tmp_path: Path):
     shares = [(0.7, identify(tmp_path / "a")), (0.3, identify(tmp_path / "b"))]
     swapped = [(0.3, identify(tmp_path / "a")), (0.7, identify(tmp_path / "b"))]
 
-    def verify(staging: Path, report: ConversionReport) -> None:
-        compare_merged(staging, swapped, None, report=report)
-
+    merge(shares, None, tmp_path / "merged", MergeOptions())
     with pytest.raises(RunError, match="The result is not what it was made from"):
-        merge_all(shares, None, tmp_path / "merged", MergeOptions(), verify=verify)
-    assert not (tmp_path / "merged").exists()
+        compare_merged(tmp_path / "merged", swapped, None)
 
 
 def other_configuration(directory: Path) -> None:

@@ -9,7 +9,8 @@ import yaml
 from llava_ft.checkpoint.base import find_base
 from llava_ft.checkpoint.directory import identify
 from llava_ft.cli import main
-from llava_ft.convert.merge import MergeOptions, merge
+from llava_ft.convert.merge import merge
+from llava_ft.convert.options import MergeOptions
 from llava_ft.errors import CheckpointError
 from llava_ft.inference.load import load_model
 from tests.checkpoint.adapters import BASE, peft_adapter, set_fields
@@ -49,7 +50,7 @@ def test_the_16_bit_source_is_named(tmp_path: Path):
 
     def refusal() -> str:
         with pytest.raises(CheckpointError) as caught:
-            merge(identify(tmp_path / "adapter"), None, tmp_path / "merged", MergeOptions())
+            merge([(1.0, identify(tmp_path / "adapter"))], None, tmp_path / "merged", MergeOptions(verify=False))
         return str(caught.value)
 
     assert refusal().endswith("That seems to be someone/original.")

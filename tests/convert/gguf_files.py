@@ -14,6 +14,7 @@ from llava_ft.convert.export_gguf import export_gguf
 from llava_ft.convert.gguf_file import GgufContent
 from llava_ft.convert.gguf_read import find_files
 from llava_ft.convert.options import ExportOptions
+from llava_ft.convert.proof import ConversionReport
 from tests.conftest import RECORDINGS
 
 LLAVA = "ckpt/llava15-tiny"
@@ -27,7 +28,8 @@ def whole(path: str, base: str | None = None) -> FullModel:
 def export(path: str, target: Path, dtype: torch.dtype | None = torch.float32, base: str | None = None):
     """Export a model; returns the report and the content of both files."""
     target.mkdir(exist_ok=True)
-    report = export_gguf(whole(path, base), target, ExportOptions(dtype=dtype))
+    report = ConversionReport("export gguf", path, str(target))
+    export_gguf(whole(path, base), target, ExportOptions(dtype=dtype), report)
     language, vision = find_files(target)
     assert vision is not None
     return report, GgufContent(language), GgufContent(vision)

@@ -69,7 +69,7 @@ def test_a_full_disk_leaves_nothing(form: str, tmp_path: Path, capsys: pytest.Ca
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert status == 1
-    assert "Nothing was exported" in capsys.readouterr().err
+    assert "Nothing was kept" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -78,7 +78,8 @@ def test_too_little_room_is_told_before_weights_are_read(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    monkeypatch.setattr(FullModel, "stream", lambda *arguments, **options: pytest.fail("weights were read"))
+    for reading in ("stream", "tensor"):
+        monkeypatch.setattr(FullModel, reading, lambda *arguments, **options: pytest.fail("weights were read"))
     assert run(argv(tmp_path / "out", form=form)) == 2
     assert "GB, but only 1e-06 GB are free" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,7 @@ from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.convert.export_gguf import export_gguf
 from llava_ft.convert.gguf_metadata import check_expressible, check_image_settings
 from llava_ft.convert.options import ExportOptions
+from llava_ft.convert.proof import ConversionReport
 from llava_ft.data.image_processor import ImageProcessorSettings
 from llava_ft.errors import CheckpointError, UserError
 from tests.convert.gguf_files import LLAVA, changed_copy, export, whole
@@ -68,16 +69,17 @@ def test_refusals_come_before_weights_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, options: ExportOptions, error: str
 ):
     model = whole(path)
-    monkeypatch.setattr(FullModel, "stream", lambda *_, **__: pytest.fail("weights were read"))
+    for reading in ("stream", "tensor"):
+        monkeypatch.setattr(FullModel, reading, lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(UserError, match=error):
-        export_gguf(model, tmp_path, options)
+        export_gguf(model, tmp_path, options, ConversionReport("export gguf", path, str(tmp_path)))
     assert not any(tmp_path.iterdir())
 
 
 def test_without_the_gguf_package_the_message_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match=r"pip install 'llava-ft\[gguf\]'"):
-        export_gguf(whole(LLAVA), tmp_path, ExportOptions())
+        export_gguf(whole(LLAVA), tmp_path, ExportOptions(), ConversionReport("export gguf", LLAVA, str(tmp_path)))
 
 
 def test_a_number_beyond_float16_is_refused(tmp_path: Path):

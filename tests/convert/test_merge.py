@@ -10,17 +10,19 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from llava_ft.checkpoint.directory import identify
+from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.cli import main
-from llava_ft.convert import verify
-from llava_ft.convert.merge import MergeOptions, merge
+from llava_ft.convert import merge as merging
+from llava_ft.convert.merge import compare_merged, merge
+from llava_ft.convert.options import MergeOptions
 from llava_ft.convert.proof import ConversionReport
-from llava_ft.convert.verify import compare_merged
 from llava_ft.errors import CheckpointError, RunError, UserError
 
 pytestmark = pytest.mark.usefixtures("in_recordings")
@@ -29,7 +31,7 @@ LORA = Path("train/lora/llava-tiny-lora")
 
 
 def merge_recorded(save_path: Path, **options):
-    return merge(identify(LORA), "ckpt/base-llm", save_path, MergeOptions(**options))
+    return merge([(1.0, identify(LORA))], "ckpt/base-llm", save_path, MergeOptions(verify=False, **options))
 
 
 def test_the_original_s_adapter_gives_the_original_s_merged_model(tmp_path: Path):
@@ -66,20 +68,22 @@ def test_shards_hold_the_same_tensors(tmp_path: Path):
 @pytest.mark.parametrize(("dtype", "share"), [("float32", 1e-5), ("float16", 1e-2), ("bfloat16", 6e-2)])
 def test_merged_and_adapter_on_base_agree(tmp_path: Path, dtype: str, share: float):
     merge_recorded(tmp_path / "merged", dtype=getattr(torch, dtype))
-    proven = compare_merged(tmp_path / "merged", str(LORA), "ckpt/base-llm", merged_dtype=getattr(torch, dtype))
+    proven = compare_merged(tmp_path / "merged", [(1.0, identify(LORA))], "ckpt/base-llm")
     assert [entry["input"] for entry in proven.logits] == ["text", "image"]
     assert all(0 < entry["max_difference"] <= share * entry["scale"] for entry in proven.logits)
 
 
-def test_a_wrong_result_is_refused_and_nothing_is_left(tmp_path: Path):
-    def spoil_and_compare(staging: Path, report: ConversionReport) -> None:
-        weights = load_file(staging / "model.safetensors")
-        weights["model.mm_projector.2.bias"] += 0.5
-        save_file(weights, staging / "model.safetensors")
-        compare_merged(staging, str(LORA), "ckpt/base-llm", report=report)
+def test_a_wrong_result_is_refused_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What the comparison of tensors would pass over is found by what the model says."""
 
+    def spoil(report: ConversionReport, full: FullModel, written: WeightFiles, **_: object) -> None:
+        weights = load_file(written.path / "model.safetensors")
+        weights["model.mm_projector.2.bias"] += 0.5
+        save_file(weights, written.path / "model.safetensors")
+
+    monkeypatch.setattr(merging, "prove_tensors", spoil)
     with pytest.raises(RunError, match="The result is not what it was made from"):
-        merge(identify(LORA), "ckpt/base-llm", tmp_path / "merged", MergeOptions(), verify=spoil_and_compare)
+        merge([(1.0, identify(LORA))], "ckpt/base-llm", tmp_path / "merged", MergeOptions())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -155,7 +159,7 @@ def dora(directory: Path) -> None:
 def test_what_cannot_be_merged_is_refused(tmp_path: Path, change, message: str):
     directory = broken_copy(tmp_path, change)
     with pytest.raises(CheckpointError, match=message):
-        merge(identify(directory), "ckpt/base-llm", tmp_path / "merged", MergeOptions())
+        merge([(1.0, identify(directory))], "ckpt/base-llm", tmp_path / "merged", MergeOptions(verify=False))
     assert not (tmp_path / "merged").exists()
 
 
@@ -179,8 +183,8 @@ def test_what_is_merged_is_not_replaced(tmp_path: Path):
     directory = broken_copy(tmp_path, lambda directory: None)
     for target in (tmp_path / "base", tmp_path):
         (target / "conversion_report.json").touch()
-        with pytest.raises(CheckpointError, match="which is merged and would be replaced"):
-            merge(identify(directory), str(tmp_path / "base"), target, MergeOptions())
+        with pytest.raises(CheckpointError, match="would replace .*, which is read"):
+            merge([(1.0, identify(directory))], str(tmp_path / "base"), target, MergeOptions(verify=False))
     assert (tmp_path / "base/model.safetensors").is_file()
 
 
@@ -189,8 +193,8 @@ def test_the_comparison_fits_into_the_memory_that_is_free(
     tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     merge_recorded(tmp_path / "merged", dtype=getattr(torch, dtype))
-    monkeypatch.setattr(verify, "free_memory", lambda: 100_000)
-    proven = compare_merged(tmp_path / "merged", str(LORA), "ckpt/base-llm", merged_dtype=getattr(torch, dtype))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100_000))
+    proven = compare_merged(tmp_path / "merged", [(1.0, identify(LORA))], "ckpt/base-llm")
     assert all(entry["max_difference"] <= entry["bound"] for entry in proven.logits)
     assert f"compared in torch.{dtype}" in caplog.text
 
@@ -237,14 +241,14 @@ def test_a_truncated_shard_is_refused(tmp_path: Path):
     file = tmp_path / "base/model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match="it is damaged or incomplete"):
-        merge(identify(LORA), str(tmp_path / "base"), tmp_path / "merged", MergeOptions())
+        merge([(1.0, identify(LORA))], str(tmp_path / "base"), tmp_path / "merged", MergeOptions(verify=False))
     assert not (tmp_path / "merged").exists()
 
 
 def test_a_base_of_another_name_is_noted_where_there_is_no_fingerprint(tmp_path: Path, caplog):
     shutil.copytree("ckpt/base-llm", tmp_path / "other-llm")
     with caplog.at_level(logging.WARNING, logger="llava_ft"):
-        merge(identify(LORA), "ckpt/base-llm", tmp_path / "one", MergeOptions())
+        merge([(1.0, identify(LORA))], "ckpt/base-llm", tmp_path / "one", MergeOptions(verify=False))
         assert "was trained on" not in caplog.text
-        merge(identify(LORA), str(tmp_path / "other-llm"), tmp_path / "other", MergeOptions())
+        merge([(1.0, identify(LORA))], str(tmp_path / "other-llm"), tmp_path / "other", MergeOptions(verify=False))
     assert "was trained on ckpt/base-llm, by its adapter_config.json, and is put on" in caplog.text

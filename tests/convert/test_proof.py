@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from llava_ft.checkpoint.directory import identify
 from llava_ft.checkpoint.full_model import open_full_model
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.convert import merge as merging
-from llava_ft.convert.merge import MergeOptions, merge
+from llava_ft.convert.merge import merge
+from llava_ft.convert.options import MergeOptions
 from llava_ft.convert.proof import ConversionReport, prove_tensors
 from llava_ft.errors import RunError
 from tests.checkpoint.adapters import BASE, merged_by_peft, peft_adapter
@@ -22,6 +24,11 @@ pytestmark = pytest.mark.usefixtures("in_recordings")
 
 Weights = dict[str, torch.Tensor]
 UP = "model.layers.{}.mlp.up_proj.weight"
+
+
+def merge_adapter(tmp_path: Path, **options: Any) -> ConversionReport:
+    shares = [(1.0, identify(tmp_path / "adapter"))]
+    return merge(shares, None, tmp_path / "merged", MergeOptions(verify=False, **options))
 
 
 def spoiled(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None]) -> None:
@@ -116,7 +123,12 @@ def test_a_result_that_is_wrong_in_one_tensor_is_found(
     peft_adapter(tmp_path / "adapter")
     spoiled(monkeypatch, spoil)
     with pytest.raises(RunError, match=message):
-        merge(identify(tmp_path / "adapter"), None, tmp_path / "merged", MergeOptions(dtype=getattr(torch, dtype)))
+        merge(
+            [(1.0, identify(tmp_path / "adapter"))],
+            None,
+            tmp_path / "merged",
+            MergeOptions(verify=False, dtype=getattr(torch, dtype)),
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -126,12 +138,12 @@ def test_the_proof_has_arithmetic_of_its_own(tmp_path: Path, monkeypatch: pytest
     right = full_model.merged
     monkeypatch.setattr(full_model, "merged", lambda *of: right(*of[:2], [(2 * share, a) for share, a in of[2]], of[3]))
     with pytest.raises(RunError, match="where rounding explains"):
-        merge(identify(tmp_path / "adapter"), None, tmp_path / "merged", MergeOptions())
+        merge_adapter(tmp_path)
 
 
 def test_the_report_says_what_was_done(tmp_path: Path):
     expected = merged_by_peft(peft_adapter(tmp_path / "adapter", target_modules=r".*layers\.0\.mlp\.up_proj"))
-    report = merge(identify(tmp_path / "adapter"), None, tmp_path / "merged", MergeOptions())
+    report = merge_adapter(tmp_path)
     written = json.loads((tmp_path / "merged/conversion_report.json").read_text())
     assert written == {**written, "kind": "merge", "source": str(tmp_path / "adapter"), "passed": True, "ignored": []}
     assert written["target"] == str(tmp_path / "merged")
@@ -159,7 +171,12 @@ def test_the_report_says_what_was_done(tmp_path: Path):
 
 def test_frozen_tensors_of_another_type_are_rounded_once(tmp_path: Path):
     peft_adapter(tmp_path / "adapter")
-    report = merge(identify(tmp_path / "adapter"), None, tmp_path / "merged", MergeOptions(dtype=torch.bfloat16))
+    report = merge(
+        [(1.0, identify(tmp_path / "adapter"))],
+        None,
+        tmp_path / "merged",
+        MergeOptions(verify=False, dtype=torch.bfloat16),
+    )
     assert report.frozen["bit_identical"] is None
     assert any("the base's, rounded once to another type" in line for line in report.lines())
 

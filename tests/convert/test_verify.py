@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from llava_ft.checkpoint.directory import identify
 from llava_ft.constants import IMAGE_TOKEN_INDEX
-from llava_ft.convert.merge import MergeOptions, merge
+from llava_ft.convert.merge import compare_merged, merge
+from llava_ft.convert.options import MergeOptions
 from llava_ft.convert.proof import ConversionReport
-from llava_ft.convert.verify import NativeSpeaker, Question, Recorded, compare_merged, fixed_questions, prove
+from llava_ft.convert.verify import NativeSpeaker, Question, Recorded, fixed_questions, prove
 from llava_ft.errors import RunError
 from llava_ft.inference.load import load_model
 
@@ -171,19 +172,16 @@ def other_projector(weights: dict) -> None:
 
 @pytest.mark.parametrize("change", [skipped_layer, doubled_scale, swapped, other_projector])
 def test_a_wrong_model_is_found_by_what_it_says(tmp_path: Path, change):
-    merge(identify(LORA), "ckpt/base-llm", tmp_path / "merged", MergeOptions())
-    report = compare_merged(tmp_path / "merged", str(LORA), "ckpt/base-llm")
+    merge([(1.0, identify(LORA))], "ckpt/base-llm", tmp_path / "merged", MergeOptions(verify=False))
+    report = compare_merged(tmp_path / "merged", [(1.0, identify(LORA))], "ckpt/base-llm")
     assert [answer["equal"] for answer in report.answers] == [True, True]
     spoil(tmp_path / "merged", change)
     with pytest.raises(RunError, match="The result is not what it was made from"):
-        compare_merged(tmp_path / "merged", str(LORA), "ckpt/base-llm")
+        compare_merged(tmp_path / "merged", [(1.0, identify(LORA))], "ckpt/base-llm")
 
 
 def test_the_report_of_a_merge_holds_both_inputs(tmp_path: Path):
-    def verify(staging: Path, report: ConversionReport) -> None:
-        compare_merged(staging, str(LORA), "ckpt/base-llm", report=report)
-
-    merge(identify(LORA), "ckpt/base-llm", tmp_path / "merged", MergeOptions(), verify=verify)
+    merge([(1.0, identify(LORA))], "ckpt/base-llm", tmp_path / "merged", MergeOptions())
     written = json.loads((tmp_path / "merged/conversion_report.json").read_text())
     assert [entry["input"] for entry in written["logits"]] == ["text", "image"]
     assert [entry["input"] for entry in written["answers"]] == ["text", "image"]

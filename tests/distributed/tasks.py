@@ -65,7 +65,7 @@ def refusal(argv: list[str]) -> str | None:
 
 def _train(argv: list[str], callbacks: Sequence[Any]) -> Result:
     from llava_ft.args import parse_args
-    from llava_ft.convert.merge_first import merge_first
+    from llava_ft.convert.merge import merge_first
     from llava_ft.training import speed
     from llava_ft.training.distributed import join_ranks
     from llava_ft.training.fragments import trained_parameters, whole_value

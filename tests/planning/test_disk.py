@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from llava_ft.args import parse_args
-from llava_ft.convert.merge_first import merge_first
+from llava_ft.convert.merge import merge_first
 from llava_ft.planning.disk import WHOLE_MODEL, checkpoint_files
 from llava_ft.planning.model import build_model, parameter_shapes
 from llava_ft.planning.report import as_dict, as_text

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from llava_ft.checkpoint.directory import identify
 from llava_ft.checkpoint.names import IMAGE_NEWLINE
-from llava_ft.convert.merge import MergeOptions, merge
-from llava_ft.convert.verify import compare_merged, fixed_logits
+from llava_ft.convert.merge import compare_merged, merge
+from llava_ft.convert.options import MergeOptions
+from llava_ft.convert.verify import fixed_logits
 from llava_ft.errors import CheckpointError, UserError
 from llava_ft.inference.generate import prepare_inputs
 from llava_ft.inference.load import load_model
@@ -72,9 +73,9 @@ def test_a_new_newline_is_trained_saved_and_merged(tmp_path: Path, method: str):
 
     directory = identify(tmp_path / "out")
     base = "ckpt/base-llm"
-    merge(directory, base, tmp_path / "merged", MergeOptions())
+    merge([(1.0, directory)], base, tmp_path / "merged", MergeOptions(verify=False))
     assert torch.equal(load_file(tmp_path / "merged/model.safetensors")[IMAGE_NEWLINE], trained)
-    compare_merged(tmp_path / "merged", str(tmp_path / "out"), base)
+    compare_merged(tmp_path / "merged", [(1.0, identify(tmp_path / "out"))], base)
     loaded = load_model(str(tmp_path / "merged"))
     for image, num_tiles in (("panorama.png", 4), ("one_px_wide.png", 3)):
         inputs = prepare_inputs(loaded, "<image>\nWhat?", [f"images/src/{image}"])
@@ -92,7 +93,7 @@ def test_a_tower_in_the_checkpoint_stays_with_the_model(tmp_path: Path):
     start = ON_LLAVA_16 | {"model_name_or_path": tmp_path / "base"}
     train(tmp_path / "full", "full", **start, **SHORT)
     train(tmp_path / "lora", **start, **SHORT)
-    merge(identify(tmp_path / "lora"), None, tmp_path / "merged", MergeOptions())
+    merge([(1.0, identify(tmp_path / "lora"))], None, tmp_path / "merged", MergeOptions(verify=False))
     for directory in ("full", "full/checkpoint-2", "merged", "lora"):
         loaded = load_model(str(tmp_path / directory))
         assert all(torch.equal(loaded.model.get_parameter(name), tensors[name]) for name in tower), directory
@@ -166,8 +167,8 @@ def test_s2_is_trained_resumed_merged_and_used(tmp_path: Path):
     assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
     config = json.loads((tmp_path / "straight/config.json").read_text())
     assert (config["s2"], config["s2_scales"], config["mm_hidden_size"]) == (True, "56,112", 64)
-    merge(identify(tmp_path / "straight"), "ckpt/base-llm", tmp_path / "merged", MergeOptions())
-    compare_merged(tmp_path / "merged", str(tmp_path / "straight"), "ckpt/base-llm")
+    merge([(1.0, identify(tmp_path / "straight"))], "ckpt/base-llm", tmp_path / "merged", MergeOptions(verify=False))
+    compare_merged(tmp_path / "merged", [(1.0, identify(tmp_path / "straight"))], "ckpt/base-llm")
     loaded = load_model(str(tmp_path / "merged"))
     inputs = prepare_inputs(loaded, "<image>\nWhat?", ["images/src/landscape.jpg"])
     assert inputs["pixel_values"].shape == (1, 3, 112, 112)

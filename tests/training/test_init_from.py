@@ -15,7 +15,7 @@ from llava_ft.args import parse_args
 from llava_ft.checkpoint.lineage import read_lineage
 from llava_ft.checkpoint.manifest import what_is_incomplete
 from llava_ft.cli import main
-from llava_ft.convert.merge_first import merge_first
+from llava_ft.convert.merge import merge_first
 from llava_ft.errors import CheckpointError, RunError, UserError
 from llava_ft.training.run import Run, prepare_run
 from tests.conftest import RECORDINGS
