@@ -1,7 +1,7 @@
 """Whole tensors from the files that DeepSpeed writes at a step, under any ZeRO stage and number of ranks.
 
 Neither DeepSpeed nor a GPU is needed. Everything is checked before a value is read, and then one tensor at a time is
-put together in memory (`zero_layout.py` says of which parts). Stage 0 divides nothing: the model file holds all values,
+put together in memory (`layout.py` says of which parts). Stage 0 divides nothing: the model file holds all values,
 in the precision the run computed in. Under the other stages trained parameters are the optimizer's float32 copies.
 """
 
