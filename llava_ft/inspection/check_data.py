@@ -68,8 +68,8 @@ def run_check_data(args: ParsedArgs, plan: DataPlan, output: TextIO, options: Ch
     for use, data in opened.items():
         for source, prefix in zip(data.sources, data.prompt_prefixes, strict=True):
             check = check_source(source, plan, prompt_prefix=prefix)
-            numbers = count_all(check, max_length=plan.limits.max_length, policy=plan.limits.truncation)
-            reports.append(DataSetReport(source.name, use, check, find_all(check, args.data.on_bad_sample), numbers))
+            findings = find_all(check, args.data.on_bad_sample)
+            reports.append(DataSetReport(source.name, use, check, findings, count_all(check, plan.limits)))
     fix = write_fixed(reports[0].check, options.fix, plan) if options.fix is not None else None
     epoch, refused = None, ""
     try:

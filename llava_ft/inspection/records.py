@@ -96,28 +96,27 @@ class InspectionSummary:
     """What was seen so far. Tokens are those of usable records before truncation, with those of images where known."""
 
     num_records: int = 0
-    num_usable: int = 0
-    counts: Counter[str] = field(default_factory=Counter[str])
-    """The records that cannot be used, by kind."""
+    counts: Counter[str] = field(default_factory=Counter[str])  # those that cannot be used, by kind
     num_tokens: int = 0
     num_supervised: int = 0
     num_images: int = 0
     num_cut: int = 0
-    """Usable records that are cut off."""
 
-    def add_usable(self, view: RecordView) -> None:
-        """Count a usable record."""
+    @property
+    def num_usable(self) -> int:
+        """Records that a run would train on."""
+        return self.num_records - self.counts.total()
+
+    def add(self, view: RecordView) -> None:
+        """Count a record."""
         self.num_records += 1
-        self.num_usable += 1
+        if view.error is not None:
+            self.counts[view.error.partition(":")[0]] += 1
+            return
         self.num_tokens += len(view.input_ids) - view.num_images + (view.num_image_tokens or 0)
         self.num_supervised += view.num_supervised
         self.num_images += view.num_images
         self.num_cut += view.num_kept < len(view.input_ids)
-
-    def add_unusable(self, error: BadSampleError) -> None:
-        """Count a record that cannot be used."""
-        self.num_records += 1
-        self.counts[error.kind] += 1
 
     def lines(self) -> list[str]:
         """Give the numbers as text."""
@@ -240,13 +239,12 @@ def view_records(
             if selection.ids and sample.id not in selection.ids:
                 continue
             _look(sample, plan, plan.place_of(source), view)
-            summary.add_usable(view)
         except BadSampleError as error:
             if selection.ids and error.sample_id not in selection.ids:
                 continue
             view.id, view.error = error.sample_id, f"{error.kind}: {error.reason}"
-            summary.add_unusable(error)
         num_shown += 1
+        summary.add(view)
         yield view
 
 

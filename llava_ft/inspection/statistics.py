@@ -8,6 +8,7 @@ import numpy as np
 
 from llava_ft.data.packing import pack
 from llava_ft.data.preparation.tokenized_rows import Array
+from llava_ft.data.preparation.truncation import Limits
 from llava_ft.inspection.check_source import SourceCheck
 
 _MOST_BINS: Final = 16
@@ -75,14 +76,8 @@ class Statistics:
         return {**asdict(self), "supervised_share": round(self.supervised_share, 6)}
 
 
-def count_all(check: SourceCheck, *, max_length: int, policy: str) -> Statistics:
-    """Count what was found in a source.
-
-    Args:
-        check: What was found.
-        max_length: `model_max_length`.
-        policy: What the run does with longer records.
-    """
+def count_all(check: SourceCheck, limits: Limits) -> Statistics:
+    """Count what was found in a source under the limits of a run."""
     columns, decoded = check.columns, check.images.decoded
 
     def lost(name: str) -> int:
@@ -99,8 +94,8 @@ def count_all(check: SourceCheck, *, max_length: int, policy: str) -> Statistics
         supervised=int(columns["kept_supervised"].sum()),
         lengths=_lengths(columns["tokens"]) if len(columns["index"]) else None,
         truncation=Truncation(
-            max_length=max_length,
-            policy=policy,
+            max_length=limits.max_length,
+            policy=limits.truncation,
             records_cut=int((columns["kept_tokens"] < columns["tokens"]).sum()),
             records_dropped=len(check.dropped.indices),
             tokens_lost=lost("tokens"),

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llava_ft.data.packing import pack
+from llava_ft.data.preparation.truncation import Limits
 from llava_ft.inspection.statistics import count_all, count_epoch, make_histogram
 from tests.data.conftest import TOKENS_PER_IMAGE, record, turns
 
@@ -37,7 +38,7 @@ def test_counts(check):
         "text",
     ]
     found = check(records, max_length=200)
-    numbers = count_all(found, max_length=200, policy="truncate")
+    numbers = count_all(found, Limits(None, 200))
     assert (numbers.records, numbers.usable) == (5, 3)
     assert (numbers.images, numbers.image_files, numbers.unusable_images) == (4, 2, 1)
     lost = numbers.truncation
@@ -51,7 +52,7 @@ def test_counts(check):
 
 
 def test_nothing_usable(check):
-    numbers = count_all(check(["text"]), max_length=200, policy="truncate")
+    numbers = count_all(check(["text"]), Limits(None, 200))
     assert numbers.lengths is None
     assert numbers.supervised_share == 0
 
