@@ -30,7 +30,7 @@ def check_data(argv: Sequence[str]) -> int:
         from llava_ft.args import parse_args
         from llava_ft.data.preparation.processes import num_cores
         from llava_ft.inspection.check_data import CheckOptions, run_check_data
-        from llava_ft.training.data_model import find_data_plan
+        from llava_ft.inspection.data_plan import find_data_plan
 
         args = parse_args(flags, required=("model_name_or_path", "data_path"))
         wishes = CheckOptions(

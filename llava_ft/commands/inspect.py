@@ -37,8 +37,8 @@ def _inspect_data(argv: Sequence[str]) -> int:
     if options.json and options.html:
         raise UserError("--json and --html exclude each other. Give one of them.")
     from llava_ft.args import parse_args
+    from llava_ft.inspection.data_plan import find_data_plan
     from llava_ft.inspection.records import Selection, run_inspect_data
-    from llava_ft.training.data_model import find_data_plan
 
     args = parse_args(flags, required=("model_name_or_path", "data_path"))
     all_usable = run_inspect_data(

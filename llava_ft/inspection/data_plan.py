@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 from llava_ft.data.image_files import ImagePlace
 from llava_ft.data.preparation.image_facts import ImageChecks
@@ -12,6 +14,12 @@ from llava_ft.data.records import Sample
 from llava_ft.data.sources.base import RecordSource
 from llava_ft.data.tokenize import SampleTokenizer, TokenizedSample
 from llava_ft.geometry import SizeWH
+
+if TYPE_CHECKING:
+    from llava_ft.args import ParsedArgs
+
+_UNKNOWN_MODEL: Final[dict[str, Any]] = {"model_type": "llama"}
+"""Stands in for the `config.json` of a directory that has a tokenizer alone."""
 
 
 @dataclass(frozen=True)
@@ -40,3 +48,61 @@ class DataPlan:
         """Lay out one record, to be judged; sizes of images may be None where nothing depends on them."""
         geometry = self.limits.geometry
         return lay_out(sample, tokens, [geometry.num_tokens(size) if geometry else 0 for size in sizes_wh])
+
+
+def find_data_plan(args: "ParsedArgs", num_processes: int | None = None) -> DataPlan:
+    """Settle how a run reads its data - tokenizer, template, geometry - from small files alone.
+
+    Args:
+        args: The request; a directory with a tokenizer is enough of a model.
+        num_processes: Processes that read, tokenise and decode; None leaves it to the request.
+
+    Raises:
+        UserError: A file is missing or damaged, or the request contradicts it.
+    """
+    # Imported here: processes that decode images read a `DataPlan` from a pipe, and do without PyTorch.
+    from llava_ft.checkpoint.directory import read_config, resolve_model_path
+    from llava_ft.checkpoint.names import CONFIG
+    from llava_ft.checkpoint.weights import read_json
+    from llava_ft.conversation import get_template
+    from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
+    from llava_ft.resolve import config_from_files, settle_base, start_of
+
+    args, start = settle_base(args), start_of(args)
+    directory = resolve_model_path(args.model.model_name_or_path, cache_dir=args.flags.cache_dir)
+
+    def read_tower(name: str) -> dict[str, Any]:
+        tower = resolve_model_path(name, cache_dir=args.flags.cache_dir, relative_to=directory)
+        return read_json(tower / CONFIG)
+
+    config = config_from_files(
+        args,
+        start,
+        read_config(directory)[0] if (directory / CONFIG).is_file() else _UNKNOWN_MODEL,
+        read_tower=read_tower,
+        projector_is_replaced=True,  # no weights are read, so none can contradict the type
+    )
+    tokenizer = load_tokenizer(directory, model_max_length=args.flags.model_max_length)
+    add_image_tokens(
+        tokenizer,
+        mm_use_im_start_end=config.mm_use_im_start_end,
+        mm_use_im_patch_token=config.mm_use_im_patch_token,
+    )
+    tokenize = SampleTokenizer(
+        tokenizer,
+        get_template(args.model.version),
+        mm_use_im_start_end=config.mm_use_im_start_end,
+        supervise=args.data.supervise,
+    )
+    geometry = config.image_geometry
+    needs_sizes = geometry is not None and geometry.needs_image_sizes
+    return DataPlan(
+        tokenize,
+        Limits(geometry, args.flags.model_max_length, args.data.truncation),
+        ImageChecks(args.data.check_images, needs_sizes, args.data.image_exif_transpose),
+        args.data.image_folder,
+        PreparationSettings(
+            Path(args.data.data_cache_dir) if args.data.data_cache_dir else None,
+            num_processes or args.data.preprocessing_num_workers,
+        ),
+    )

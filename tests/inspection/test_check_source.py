@@ -4,6 +4,8 @@ import gzip
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow
@@ -134,6 +136,11 @@ def test_any_number_of_processes_finds_the_same(check, folder, monkeypatch):
     assert find_all(one, "error") == find_all(two, "error")
     for name, column in one.columns.items():
         np.testing.assert_array_equal(column, two.columns[name])
+
+
+def test_processes_that_decode_do_without_pytorch():
+    code = "import sys, llava_ft.inspection.check_source, llava_ft.inspection.repair; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def run_fatally(work, tasks, num_processes, when_killed=None):
