@@ -33,17 +33,13 @@ def consolidate(argv: Sequence[str]) -> int:
     import torch
 
     from llava_ft.args.sources import find_config
-    from llava_ft.checkpoint.save import parse_size
+    from llava_ft.checkpoint.save import shard_bytes
     from llava_ft.checkpoint.zero.consolidate import ConsolidateOptions, next_commands
     from llava_ft.checkpoint.zero.consolidate import consolidate as write_weights
 
     config = None if options.config is None else Path(find_config(options.config) or options.config)
     if config is not None and not config.is_file():
         raise UserError(f"--config {config} does not exist. Give the YAML file the run was started with.")
-    try:
-        max_shard_bytes = parse_size(options.max_shard_size)
-    except ValueError as error:
-        raise UserError(f"--max-shard-size: {error}") from None
     result = write_weights(
         ConsolidateOptions(
             checkpoint=Path(options.checkpoint),
@@ -54,7 +50,7 @@ def consolidate(argv: Sequence[str]) -> int:
             lora_alpha=options.lora_alpha,
             weights_format=options.format,
             dtype=getattr(torch, options.dtype),
-            max_shard_bytes=max_shard_bytes,
+            max_shard_bytes=shard_bytes(options.max_shard_size),
             from_model_states=options.from_model_states,
         )
     )

@@ -183,7 +183,7 @@ def test_what_is_merged_is_not_replaced(tmp_path: Path):
     directory = broken_copy(tmp_path, lambda directory: None)
     for target in (tmp_path / "base", tmp_path):
         (target / "conversion_report.json").touch()
-        with pytest.raises(CheckpointError, match="would replace .*, which is read"):
+        with pytest.raises(CheckpointError, match=r"would replace .*, which is read"):
             merge([(1.0, identify(directory))], str(tmp_path / "base"), target, MergeOptions(verify=False))
     assert (tmp_path / "base/model.safetensors").is_file()
 
