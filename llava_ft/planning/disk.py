@@ -51,9 +51,37 @@ def checkpoint_files(
         save_vision_tower: Whether a whole model is written with its tower.
         is_final: Whether it is the result of the run, which has no optimizer state.
     """
-    copies, weights = 2 if weights_format == "both" else 1, _weights(shapes, request, save_vision_tower, is_final)
-    files = {name: size * copies for name, size in weights.items() if size}
-    return files if is_final else files | _optimizer(shapes, request)
+    trained = [shape for shape in shapes if shape.is_trained]
+    if request.tuning.method == "projector":
+        files = {PROJECTOR_BIN: 4 * _count(trained)}
+    elif request.tuning.method == "lora":
+        inside = [
+            shape
+            for shape in trained
+            if "lora_" in shape.name or (shape.name.endswith("bias") and is_language_model(native_name(shape.name)))
+        ]
+        # Embeddings and head are there whole if rows of added tokens are trained.
+        by_name = {native_name(shape.name): shape for shape in shapes}
+        matrices = [by_name[n] for n in (EMBEDDINGS, HEAD) if n.removesuffix(".weight") + NEW_ROWS_SUFFIX in by_name]
+        whole = sum(shape.numel * shape.dtype.itemsize for shape in matrices)
+        files = {ADAPTER_BIN: 4 * _count(inside), NON_LORA_BIN: 4 * (_count(trained) - _count(inside)) + whole}
+    else:
+        written = [shape for shape in shapes if save_vision_tower or shape.is_trained or not is_vision(shape.name)]
+        size = request.compute_dtype.itemsize
+        files = {WHOLE_MODEL: sum(shape.numel * (size if is_final else shape.dtype.itemsize) for shape in written)}
+    copies = 2 if weights_format == "both" else 1
+    files = {name: size * copies for name, size in files.items() if size}
+    if is_final:
+        return files
+    kind, _ = optimizer_kind(request.optimizer)
+    if request.zero is None or request.zero.stage == 0:
+        return files | {OPTIMIZER: kind.state_bytes(shape.shape for shape in trained)}
+    ranks = request.machine.world_size
+    share = -(-_count(trained) // ranks)
+    files[OPTIMIZER_SHARDS] = ranks * (4 * share + kind.state_bytes([(share,)]))
+    if request.zero.stage < 3:
+        files[MODEL_STATES] = request.compute_dtype.itemsize * _count(trained)
+    return files
 
 
 def merged_base_bytes(shapes: Sequence[ParameterShape], outline: ModelOutline) -> int | None:
@@ -99,49 +127,5 @@ def vision_cache_bytes(num_tiles: int, outline: ModelOutline, dtype: torch.dtype
     return num_tiles * FeatureFormat.of_tower(geometry, width, dtype, kept_as).bytes_per_tile
 
 
-def _weights(
-    shapes: Sequence[ParameterShape], request: PlanRequest, save_vision_tower: bool, is_final: bool
-) -> dict[str, int]:
-    method = request.tuning.method
-    trained = [shape for shape in shapes if shape.is_trained]
-    if method == "projector":
-        return {PROJECTOR_BIN: sum(4 * shape.numel for shape in trained)}
-    if method == "lora":
-        inside = [shape for shape in trained if _is_in_adapter(shape)]
-        beside = [shape for shape in trained if not _is_in_adapter(shape)]
-        matrices = _whole_matrices(shapes)
-        return {
-            ADAPTER_BIN: sum(4 * shape.numel for shape in inside),
-            NON_LORA_BIN: sum(4 * shape.numel for shape in beside)
-            + sum(shape.numel * shape.dtype.itemsize for shape in matrices),
-        }
-    written = [shape for shape in shapes if save_vision_tower or shape.is_trained or not is_vision(shape.name)]
-    size = request.compute_dtype.itemsize
-    return {WHOLE_MODEL: sum(shape.numel * (size if is_final else shape.dtype.itemsize) for shape in written)}
-
-
-def _optimizer(shapes: Sequence[ParameterShape], request: PlanRequest) -> dict[str, int]:
-    trained = [shape for shape in shapes if shape.is_trained]
-    kind, _ = optimizer_kind(request.optimizer)
-    if request.zero is None or request.zero.stage == 0:
-        return {OPTIMIZER: kind.state_bytes(shape.shape for shape in trained)}
-    count, ranks = sum(shape.numel for shape in trained), request.machine.world_size
-    share = -(-count // ranks)
-    shards = {OPTIMIZER_SHARDS: ranks * (4 * share + kind.state_bytes([(share,)]))}
-    if request.zero.stage < 3:
-        shards[MODEL_STATES] = request.compute_dtype.itemsize * count
-    return shards
-
-
-def _is_in_adapter(shape: ParameterShape) -> bool:
-    return "lora_" in shape.name or (shape.name.endswith("bias") and is_language_model(native_name(shape.name)))
-
-
-def _whole_matrices(shapes: Sequence[ParameterShape]) -> list[ParameterShape]:
-    """Embeddings and head, which a LoRA directory holds whole if rows of added tokens are trained."""
-    by_name = {native_name(shape.name): shape for shape in shapes}
-    return [
-        by_name[name]
-        for name in (EMBEDDINGS, HEAD)
-        if name in by_name and name.removesuffix(".weight") + NEW_ROWS_SUFFIX in by_name
-    ]
+def _count(shapes: Sequence[ParameterShape]) -> int:
+    return sum(shape.numel for shape in shapes)

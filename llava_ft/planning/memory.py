@@ -149,26 +149,15 @@ def _put_together(placement: Placement, trace: StepTrace, request: PlanRequest) 
         TEMPORARIES: placement.step_temporaries,
     }
     host = placement.host | ({LAYER_INPUTS: trace.on_host} if trace.on_host else {})
-    if request.machine.device == "cpu":
-        _add_host(components, host)
-        host = {}
+    if not request.on_gpu:  # what is offloaded is the rank's own, where both are one memory
+        temporaries = host.pop(TEMPORARIES, 0)
+        for phase, parts in components.items():
+            if phase != START:
+                parts[OFFLOADED] = sum(host.values())
+        components[OPTIMIZER_STEP][TEMPORARIES] += temporaries
+        return RankMemory(components, {}, {})
     most = max(sum(parts.values()) for parts in components.values())
-    return RankMemory(components, _allowances(most, request), host)
-
-
-def _add_host(components: Mapping[str, dict[str, int]], host: Mapping[str, int]) -> None:
-    """Count what is offloaded as the rank's own where both are one memory."""
-    lasting = sum(size for name, size in host.items() if name != TEMPORARIES)
-    for phase, parts in components.items():
-        if phase != START:
-            parts[OFFLOADED] = lasting
-    components[OPTIMIZER_STEP][TEMPORARIES] += host.get(TEMPORARIES, 0)
-
-
-def _allowances(tensors: int, request: PlanRequest) -> dict[str, int]:
-    if request.machine.device == "cpu":
-        return {}
-    allowances = {"CUDA context": CUDA_CONTEXT, "allocator": round(tensors * FRAGMENTATION)}
+    allowances = {"CUDA context": CUDA_CONTEXT, "allocator": round(most * FRAGMENTATION)}
     if request.machine.world_size > 1:
         allowances["communication"] = COMMUNICATION
-    return allowances
+    return RankMemory(components, allowances, host)

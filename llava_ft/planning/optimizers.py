@@ -21,14 +21,12 @@ class OptimizerKind:
         moments: Values kept for each trained value.
         bits: Bits of each.
         is_factored: Whether a matrix keeps one value for each row and column instead (Adafactor).
-        is_paged: Whether the state may move to the host's memory when a GPU's is full.
         is_foreach: Whether a step on a GPU makes a temporary of all parameters of a group at once.
     """
 
     moments: int
     bits: int = 32
     is_factored: bool = False
-    is_paged: bool = False
     is_foreach: bool = False
 
     def state_bytes(self, shapes: Iterable[tuple[int, ...]]) -> int:
@@ -64,13 +62,13 @@ KINDS: Final = {
     "adamw_torch_fused": OptimizerKind(2),
     "adamw_8bit": OptimizerKind(2, bits=8),
     "adamw_bnb_8bit": OptimizerKind(2, bits=8),
-    "paged_adamw_32bit": OptimizerKind(2, is_paged=True),
-    "paged_adamw_8bit": OptimizerKind(2, bits=8, is_paged=True),
+    "paged_adamw_32bit": OptimizerKind(2),
+    "paged_adamw_8bit": OptimizerKind(2, bits=8),
     "adafactor": OptimizerKind(1, is_factored=True),
     "lion_32bit": OptimizerKind(1),
     "lion_8bit": OptimizerKind(1, bits=8),
-    "paged_lion_32bit": OptimizerKind(1, is_paged=True),
-    "paged_lion_8bit": OptimizerKind(1, bits=8, is_paged=True),
+    "paged_lion_32bit": OptimizerKind(1),
+    "paged_lion_8bit": OptimizerKind(1, bits=8),
     "sgd": OptimizerKind(0),
     "adagrad": OptimizerKind(1, is_foreach=True),
     "rmsprop": OptimizerKind(1, is_foreach=True),

@@ -6,12 +6,19 @@ import pytest
 import torch
 
 from llava_ft import cli
+from llava_ft.args import parse_args
 from llava_ft.errors import UserError
 from llava_ft.planning.advice import WAYS
+from llava_ft.planning.memory import MemoryPlanner
+from llava_ft.planning.model import build_model, parameter_shapes
+from llava_ft.planning.plan import summarise
 from llava_ft.planning.request import parse_memory, plan_machine
-from tests.planning.helpers import GPU_7B, LORA, plan_of, write_configs
+from llava_ft.planning.workload import find_workload
+from tests.conftest import RECORDINGS
+from tests.planning.helpers import GPU_7B, LORA, plan_of, request_of, write_configs
 
 GIB = 2**30
+PAGE = RECORDINGS.parents[1] / "docs/plan.md"
 
 
 def run(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -36,6 +43,12 @@ class TestText:
         assert out.startswith("Does not fit: ")
         assert "--gradient_checkpointing full" in out
         assert "It fits with --per_device_train_batch_size 1 --gradient_accumulation_steps 8" in out
+        assert "  --lora_enable True --lora_r 64 --lora_alpha 128  " in out
+
+    def test_the_run_is_said_in_a_line(self, tmp_path, capsys):
+        argv = [*write_configs(tmp_path), *LORA, "--bf16", "True", "--deepspeed", "zero3.json", "--gpus", "8"]
+        _, out, _ = run([*argv, "--gpu-memory", "80GB"], capsys)
+        assert "LoRA r=128, bfloat16, 8 GPUs, ZeRO-3, 2 x 1 x 8 = 16 samples a step" in out.splitlines()[1]
 
     def test_without_a_gpu_and_its_size_there_is_no_verdict(self, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -206,22 +219,27 @@ class TestPrecision:
 
 @pytest.mark.slow
 class TestPublished:
-    def test_lora_of_7b_on_eight_gpus(self, capsys):
-        status, out, _ = run(["--config", "lora.yaml", "--gpus", "8", "--gpu-memory", "80GB"], capsys)
-        assert status == cli.DONE
-        assert "LoRA r=128, bfloat16, 8 GPUs, ZeRO-3, 16 x 1 x 8 = 128 samples a step" in out
+    @pytest.mark.parametrize(
+        ("config", "gpus", "total"),
+        [
+            ("lora.yaml", 8, 22_516_754_061),
+            ("finetune.yaml", 8, 34_144_198_029),
+            ("qlora.yaml", 1, 13_174_050_387),
+        ],
+    )
+    def test_recipes_take_what_was_recorded(self, config, gpus, total):
+        """In bytes; docs/plan.md has them in GiB."""
+        argv = ["--config", config]
+        outline, request = request_of(argv, gpus=gpus)
+        args = parse_args(argv, required=("model_name_or_path",))
+        batch = find_workload(args, outline).largest_batch(request.batch_size)
+        assert MemoryPlanner(outline).plan(request, batch).total == total
+        assert f"| `{config}" in PAGE.read_text()
+        assert f"| {gpus} | {total / GIB:.1f} GiB |" in PAGE.read_text()
 
-    def test_qlora_of_7b_fits_on_one_gpu_of_24_gib(self, capsys):
-        status, out, _ = run(["--config", "qlora.yaml", "--gpus", "1", "--gpu-memory", "24GiB"], capsys)
-        assert status == cli.DONE
-        assert out.startswith("Fits: 12.")
 
-    def test_a_full_run_of_7b_does_not_fit_on_one_small_gpu(self, capsys):
-        status, out, _ = run(["--config", "finetune.yaml", "--gpus", "1", "--gpu-memory", "24GiB"], capsys)
-        assert status == cli.FAILED
-        assert "--lora_enable True" in out
-
-    def test_4_bits_hold_7b_in_a_quarter(self):
-        plan = plan_of([*GPU_7B, *LORA, "--bits", "4", "--gradient_checkpointing", "True"])
-        language = next(part for part in plan.parts if part.part == "language model")
-        assert language.num_bytes / language.parameters == pytest.approx(0.516, abs=0.001)
+def test_4_bits_hold_7b_in_a_quarter():
+    outline, request = request_of([*GPU_7B, *LORA, "--bits", "4"])
+    parts = summarise(parameter_shapes(build_model(outline, request), request), request)
+    language = next(part for part in parts if part.part == "language model")
+    assert language.num_bytes / language.parameters == pytest.approx(0.516, abs=0.001)
