@@ -10,6 +10,7 @@ from llava_ft.constants import CHECKPOINT_FIELDS
 from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import is_llava_config, settle_config, vision_fields
 from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.tuning.freeze import TuningPlan
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,21 @@ def settle_base(args: ParsedArgs) -> ParsedArgs:
     if not args.model.model_name_or_path:
         logger.info("The base model is %s, as %s says.", name, start.path)
     return args.with_model(name)
+
+
+def tuning_plan(args: ParsedArgs, *, has_vision: bool) -> TuningPlan:
+    """Settle what a run trains.
+
+    Raises:
+        UserError: Nothing would be trained.
+    """
+    return TuningPlan.from_flags(
+        lora_enable=args.flags.lora_enable,
+        tune_mm_mlp_adapter=args.model.tune_mm_mlp_adapter,
+        freeze_mm_mlp_adapter=args.flags.freeze_mm_mlp_adapter,
+        freeze_backbone=args.model.freeze_backbone,
+        has_vision=has_vision,
+    )
 
 
 def config_wishes(args: ParsedArgs, start: Start | None) -> dict[str, Any]:

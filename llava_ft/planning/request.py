@@ -15,6 +15,7 @@ from llava_ft.args.attention import AttentionMachine, choose_kernel, installed_k
 from llava_ft.args.build import adapt_to_device
 from llava_ft.args.deepspeed_file import check_deepspeed_config, find_deepspeed_config, read_deepspeed_config
 from llava_ft.errors import UserError
+from llava_ft.resolve import tuning_plan
 from llava_ft.tuning.freeze import TuningPlan
 from llava_ft.tuning.quant import Quantization, check_quantization
 from llava_ft.tuning.recompute import Recomputation
@@ -225,13 +226,7 @@ def plan_request(args: ParsedArgs, machine: Machine, *, hidden_size: int, has_vi
     zero = _zero_settings(values, hidden_size, args.notes)
     quantization = Quantization.from_flags(flags.bits, flags.quant_type, flags.double_quant)
     check_quantization(quantization, zero_stage=zero.stage if zero else 0)
-    tuning = TuningPlan.from_flags(
-        lora_enable=flags.lora_enable,
-        tune_mm_mlp_adapter=args.model.tune_mm_mlp_adapter,
-        freeze_mm_mlp_adapter=flags.freeze_mm_mlp_adapter,
-        freeze_backbone=args.model.freeze_backbone,
-        has_vision=has_vision,
-    )
+    tuning = tuning_plan(args, has_vision=has_vision)
     lora = None
     if flags.lora_enable:
         leaf_names = tuple(flags.lora_target_modules) if flags.lora_target_modules else None

@@ -27,7 +27,7 @@ from llava_ft.data.image_processor import ImageProcessorSettings, PixelNormalize
 from llava_ft.data.sampler import EpochSampler
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.errors import RunError, UserError
-from llava_ft.resolve import settle_base, start_of
+from llava_ft.resolve import settle_base, start_of, tuning_plan
 from llava_ft.training.artifacts import RunArtifacts
 from llava_ft.training.callbacks import LogLines, Progress, SetSamplerEpoch, StopOnSignal
 from llava_ft.training.compile import compile_layers
@@ -56,7 +56,6 @@ from llava_ft.training.start_from import (
 )
 from llava_ft.training.trainer import LlavaTrainer
 from llava_ft.training.vision_cache import use_vision_cache
-from llava_ft.tuning.freeze import TuningPlan
 from llava_ft.tuning.quant import check_quantization
 
 logger = logging.getLogger(__name__)
@@ -209,13 +208,7 @@ def prepare_run(args: ParsedArgs, merge: MergesAdapter | None = None) -> Run:
 
         # Load the weights and mark what is trained. The vision cache is filled first, so that the tower and the model
         # are never in memory together. Compiling replaces forwards, which adapters and hooks must find in place.
-        plan = TuningPlan.from_flags(
-            lora_enable=args.flags.lora_enable,
-            tune_mm_mlp_adapter=args.model.tune_mm_mlp_adapter,
-            freeze_mm_mlp_adapter=args.flags.freeze_mm_mlp_adapter,
-            freeze_backbone=args.model.freeze_backbone,
-            has_vision=base.config.mm_vision_config is not None,
-        )
+        plan = tuning_plan(args, has_vision=base.config.mm_vision_config is not None)
         encodes_images = not use_vision_cache(args, base, plan, datasets, compute_dtype(args))
         num_new_rows = max(0, len(tokenizer) - base.config.vocab_size)
         model = load_model_to_train(args, base, plan, num_new_rows=num_new_rows, encodes_images=encodes_images)
