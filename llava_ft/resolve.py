@@ -1,12 +1,16 @@
-"""What model a run's flags ask for, as far as small files say it: where training and planning begin alike."""
+"""What a run's flags ask for, from small files alone: where training, planning and looking at data begin alike."""
 
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from llava_ft.args import ParsedArgs
 from llava_ft.checkpoint.start import Start, find_start
 from llava_ft.constants import CHECKPOINT_FIELDS
+from llava_ft.conversation import get_template
+from llava_ft.data.tokenize import SampleTokenizer
+from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import is_llava_config, settle_config, vision_fields
 from llava_ft.models.config import LlavaLlamaConfig
@@ -100,6 +104,28 @@ def config_from_files(
         name,
         wishes=config_wishes(args, start),
         vision_tower=tower,
-        vision=None if vision is None else vision_fields(vision, str(tower)),
+        vision=None if vision is None else vision_fields(vision, str(tower or name)),
         projector_is_replaced=projector_is_replaced,
+    )
+
+
+def sample_tokenizer(args: ParsedArgs, config: LlavaLlamaConfig, directory: Path) -> SampleTokenizer:
+    """Make what turns a run's records into ids and labels.
+
+    Args:
+        args: The request.
+        config: The model's configuration, which says which tokens are added.
+        directory: Where the tokenizer is.
+    """
+    tokenizer = load_tokenizer(directory, model_max_length=args.flags.model_max_length)
+    add_image_tokens(
+        tokenizer,
+        mm_use_im_start_end=config.mm_use_im_start_end,
+        mm_use_im_patch_token=config.mm_use_im_patch_token,
+    )
+    return SampleTokenizer(
+        tokenizer,
+        get_template(args.model.version),
+        mm_use_im_start_end=config.mm_use_im_start_end,
+        supervise=args.data.supervise,
     )

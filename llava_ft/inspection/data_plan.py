@@ -64,9 +64,7 @@ def find_data_plan(args: "ParsedArgs", num_processes: int | None = None) -> Data
     from llava_ft.checkpoint.directory import read_config, resolve_model_path
     from llava_ft.checkpoint.names import CONFIG
     from llava_ft.checkpoint.weights import read_json
-    from llava_ft.conversation import get_template
-    from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
-    from llava_ft.resolve import config_from_files, settle_base, start_of
+    from llava_ft.resolve import config_from_files, sample_tokenizer, settle_base, start_of
 
     args, start = settle_base(args), start_of(args)
     directory = resolve_model_path(args.model.model_name_or_path, cache_dir=args.flags.cache_dir)
@@ -82,22 +80,10 @@ def find_data_plan(args: "ParsedArgs", num_processes: int | None = None) -> Data
         read_tower=read_tower,
         projector_is_replaced=True,  # no weights are read, so none can contradict the type
     )
-    tokenizer = load_tokenizer(directory, model_max_length=args.flags.model_max_length)
-    add_image_tokens(
-        tokenizer,
-        mm_use_im_start_end=config.mm_use_im_start_end,
-        mm_use_im_patch_token=config.mm_use_im_patch_token,
-    )
-    tokenize = SampleTokenizer(
-        tokenizer,
-        get_template(args.model.version),
-        mm_use_im_start_end=config.mm_use_im_start_end,
-        supervise=args.data.supervise,
-    )
     geometry = config.image_geometry
     needs_sizes = geometry is not None and geometry.needs_image_sizes
     return DataPlan(
-        tokenize,
+        sample_tokenizer(args, config, directory),
         Limits(geometry, args.flags.model_max_length, args.data.truncation),
         ImageChecks(args.data.check_images, needs_sizes, args.data.image_exif_transpose),
         args.data.image_folder,

@@ -14,7 +14,6 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from llava_ft.args import ParsedArgs
-from llava_ft.conversation import get_template
 from llava_ft.data.image_files import ImagePlace
 from llava_ft.data.packing import pack
 from llava_ft.data.preparation.image_facts import ImageChecks, ImageFacts, look_at_images
@@ -24,13 +23,12 @@ from llava_ft.data.preparation.tokenized_rows import TokenizedRows
 from llava_ft.data.preparation.truncation import Limits
 from llava_ft.data.sampler import steps_per_epoch
 from llava_ft.data.sources.selection import DataSources
-from llava_ft.data.tokenize import SampleTokenizer
-from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.errors import UserError
 from llava_ft.geometry import ImageGeometry, SizeWH
 from llava_ft.planning.model import ModelOutline
 from llava_ft.planning.request import PlanRequest
 from llava_ft.planning.step import Batch
+from llava_ft.resolve import sample_tokenizer
 
 SUPERVISED_SHARE: Final = 0.5
 """Share of the text positions that is taken to be supervised where the records are not here."""
@@ -223,18 +221,7 @@ def _measure(args: ParsedArgs, outline: ModelOutline, notes: list[str]) -> Recor
         nothing = np.empty(0, dtype=np.int64)
         num_taken = sum(map(len, data.choose([len(source) for source in data.sources], seed).train))
         return Records(num_records, num_taken, nothing, nothing, nothing)
-    tokenizer = load_tokenizer(directory, model_max_length=args.flags.model_max_length)
-    add_image_tokens(
-        tokenizer,
-        mm_use_im_start_end=config.mm_use_im_start_end,
-        mm_use_im_patch_token=config.mm_use_im_patch_token,
-    )
-    tokenize = SampleTokenizer(
-        tokenizer,
-        get_template(args.model.version),
-        mm_use_im_start_end=config.mm_use_im_start_end,
-        supervise=args.data.supervise,
-    )
+    tokenize = sample_tokenizer(args, config, directory)
     limits = Limits(config.image_geometry, args.flags.model_max_length, args.data.truncation)
     parts: list[Samples] = []
     num_tiles = 0
