@@ -1,14 +1,16 @@
-"""Which way to recompute is chosen, on memory that is made up."""
+"""Which way to recompute is chosen and which changes are named, on memory that is made up."""
 
 from dataclasses import replace
 
 import pytest
 
-from llava_ft.planning.advice import WAYS, Way, find_ways
+from llava_ft.args import parse_args
+from llava_ft.planning.advice import WAYS, Way, advise, find_ways
 from llava_ft.planning.memory import RankMemory
 from llava_ft.planning.model import ModelOutline, build_model, parameter_shapes
 from llava_ft.planning.request import PlanRequest
 from llava_ft.planning.step import Batch
+from llava_ft.planning.workload import find_workload
 from llava_ft.tuning.recompute import Recomputation
 from tests.planning.helpers import request_of, write_configs
 
@@ -81,3 +83,16 @@ def test_adapted_layers_that_keep_little_make_no_use_of_selective(configs):
 
 def test_on_a_cpu_there_is_no_other_memory_to_go_to(configs):
     assert [way.recomputation for way in ways(configs, 1, on_cpu=True)] == list(WAYS[:-1])
+
+
+def test_a_full_run_is_told_of_lora_last(configs):
+    class OnlyLoraHelps:
+        def plan(self, request: PlanRequest, batch: Batch) -> RankMemory:
+            return RankMemory({"start": {"weights": 1 if request.lora else 100}}, {}, {})
+
+    outline, request = request_of(configs)
+    workload = find_workload(parse_args(configs, required=("model_name_or_path",)), outline)
+    *others, last = advise(OnlyLoraHelps(), request, workload, 10)  # type: ignore[arg-type]
+    assert last.flags == "--lora_enable True --lora_r 64 --lora_alpha 128"
+    assert (last.alone.total, last.together.total) == (1, 1)
+    assert {change.alone.total for change in others} == {100}

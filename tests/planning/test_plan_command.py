@@ -43,7 +43,6 @@ class TestText:
         assert out.startswith("Does not fit: ")
         assert "--gradient_checkpointing full" in out
         assert "It fits with --per_device_train_batch_size 1 --gradient_accumulation_steps 8" in out
-        assert "  --lora_enable True --lora_r 64 --lora_alpha 128  " in out
 
     def test_the_run_is_said_in_a_line(self, tmp_path, capsys):
         argv = [*write_configs(tmp_path), *LORA, "--bf16", "True", "--deepspeed", "zero3.json", "--gpus", "8"]
