@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "resolve": GROUND | CONTENT | MIDDLE | {"args"},
     "planning": GROUND | CONTENT | MIDDLE | {"args", "resolve"},
     "inspection": GROUND | CONTENT | MIDDLE | {"args", "resolve"},
-    "training": GROUND | CONTENT | MIDDLE | {"args", "resolve"},
+    "training": GROUND | CONTENT | MIDDLE | {"args", "resolve", "convert"},
     "commands": GROUND | CONTENT | MIDDLE | USE | {"args"},
     "cli": GROUND | USE | {"commands"},
     "__main__": {"cli"},

@@ -19,7 +19,6 @@ def train(argv: Sequence[str]) -> int:
         return DONE
     levels = (args.inherited.get(name) for name in ("log_level", "log_level_replica"))
     set_up_ranks(rank(), *(str(level or "passive") for level in levels))
-    from llava_ft.convert.merge import merge_first
     from llava_ft.training.run import run_training
 
-    return DONE if run_training(args, merge_first) else FAILED
+    return DONE if run_training(args) else FAILED

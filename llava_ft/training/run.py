@@ -46,7 +46,6 @@ from llava_ft.training.run_lineage import lineage_writer
 from llava_ft.training.shared_output import check_same_checkpoint, check_shared_output
 from llava_ft.training.speed import SpeedMeter, flops_of_run
 from llava_ft.training.start_from import (
-    MergesAdapter,
     check_resumed_start,
     check_start,
     find_model,
@@ -80,12 +79,8 @@ class Run:
     datasets: BuiltDatasets
 
 
-def run_training(args: ParsedArgs, merge: MergesAdapter | None = None) -> bool:
+def run_training(args: ParsedArgs) -> bool:
     """Train as asked, as one rank of the run: join the others, train, save, and leave together.
-
-    Args:
-        args: The request.
-        merge: How an adapter is merged, for `adapter_mode=merge_first`.
 
     Returns:
         Whether the run reached its end; False if a signal stopped it after a complete checkpoint.
@@ -97,7 +92,7 @@ def run_training(args: ParsedArgs, merge: MergesAdapter | None = None) -> bool:
     ranks, watch = join_ranks(args)
     adopt_libraries()
     try:
-        finished = _train(args, merge, is_first=ranks.is_first, is_alone=ranks.world_size == 1)
+        finished = _train(args, is_first=ranks.is_first, is_alone=ranks.world_size == 1)
     except Exception as raised:
         error = raised
         if isinstance(raised, torch.OutOfMemoryError):
@@ -120,11 +115,11 @@ def run_training(args: ParsedArgs, merge: MergesAdapter | None = None) -> bool:
     return finished
 
 
-def _train(args: ParsedArgs, merge: MergesAdapter | None, *, is_first: bool, is_alone: bool) -> bool:
+def _train(args: ParsedArgs, *, is_first: bool, is_alone: bool) -> bool:
     _ = args.attn_implementation  # settles what `auto` means, and may add a note
     for note in args.notes:
         logger.info("%s", note)
-    run = prepare_run(args, merge)
+    run = prepare_run(args)
     trainer = run.trainer
     if run.checkpoint is not None:
         logger.info("Resuming from %s.", run.checkpoint)
@@ -159,12 +154,8 @@ def _train(args: ParsedArgs, merge: MergesAdapter | None, *, is_first: bool, is_
     return False
 
 
-def prepare_run(args: ParsedArgs, merge: MergesAdapter | None = None) -> Run:
+def prepare_run(args: ParsedArgs) -> Run:
     """Find, check, load and connect everything a run needs.
-
-    Args:
-        args: The request.
-        merge: How an adapter is merged, for `adapter_mode=merge_first`.
 
     Raises:
         UserError: The request cannot be carried out.
@@ -199,7 +190,7 @@ def prepare_run(args: ParsedArgs, merge: MergesAdapter | None = None) -> Run:
         if start is not None:
             check_start(args, start, fingerprint, base)
             if start.mode == "merge_first":
-                args = args.with_model(str(merged_base(args, start, merge)))
+                args = args.with_model(str(merged_base(args, start)))
                 base = find_model(args, None)
                 fingerprint = language_model_fingerprint(base.sources[:1])
         if checkpoint is not None:

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 from torch import nn
 from transformers import TrainingArguments
@@ -27,14 +26,6 @@ from llava_ft.training.fragments import gathered, value_setter
 from llava_ft.training.shared_output import wait_for_first
 
 logger = logging.getLogger(__name__)
-
-
-class MergesAdapter(Protocol):
-    """Merges an adapter into its base, proves the result, and writes it under its name when it is complete."""
-
-    def __call__(self, adapter: Path, base: str, target: Path, *, vision_tower: str | None, force: Force) -> None:
-        """Merge."""
-        ...
 
 
 def force_of(args: ParsedArgs) -> Force:
@@ -149,7 +140,7 @@ def describe_start(start: Start) -> dict[str, str]:
     return {"path": described["path"], "fingerprint": described["fingerprint"], "mode": start.mode}
 
 
-def merged_base(args: ParsedArgs, start: Start, merge: MergesAdapter | None) -> Path:
+def merged_base(args: ParsedArgs, start: Start) -> Path:
     """Return the base that `adapter_mode=merge_first` trains on, after merging if that has not been done.
 
     One rank merges, or one on each machine where each keeps its own output; the others wait.
@@ -158,7 +149,8 @@ def merged_base(args: ParsedArgs, start: Start, merge: MergesAdapter | None) -> 
         UserError: Another adapter was merged there, or they cannot be merged.
         RunError: Merging failed.
     """
-    assert merge is not None, "the command that trains brings the merging of adapters"
+    from llava_ft.convert.merge import merge_first  # heavy; other runs do without
+
     training = args.training
     target = Path(training.output_dir or ".") / MERGED_BASE
     if training.should_save:
@@ -166,7 +158,7 @@ def merged_base(args: ParsedArgs, start: Start, merge: MergesAdapter | None) -> 
             logger.info("Merging the adapter in %s into its base %s.", start.path, args.model.model_name_or_path)
             tower = args.model.vision_tower or start.vision_tower
             with _without_zero3(training):
-                merge(start.path, args.model.model_name_or_path, target, vision_tower=tower, force=force_of(args))
+                merge_first(start.path, args.model.model_name_or_path, target, vision_tower=tower, force=force_of(args))
         else:
             logger.info("The adapter in %s was merged before: %s.", start.path, target)
     wait_for_first(lambda: what_is_incomplete(target) is None, training)

@@ -18,7 +18,6 @@ from llava_ft.cli import main
 from llava_ft.conversation import get_template
 from llava_ft.convert.gguf_read import load_gguf
 from llava_ft.convert.hf_speaker import HfSpeaker
-from llava_ft.convert.merge import merge_first
 from llava_ft.convert.proof import ConversionReport
 from llava_ft.convert.verify import NativeSpeaker, Recorded, Speaker, fixed_questions, prove
 from llava_ft.data.images import ImageTransform
@@ -232,7 +231,7 @@ def _prepare(case: Case, output: str = "run") -> Run:
     )
     small = {"max_steps": 2, "save_steps": 1, "lora_dropout": 0, "group_by_modality_length": None}
     given = FROM_THE_CHECKPOINT | small | start | dict(case.flags)
-    return prepare_run(parse_args(flags(case.folder / output, "lora", **given)), merge_first)
+    return prepare_run(parse_args(flags(case.folder / output, "lora", **given)))
 
 
 def _finish(run: Run) -> None:

@@ -36,7 +36,7 @@ IMPORTED = (
     "transformers.models.llama.modeling_llama",
     "llava_ft.args",
     "llava_ft.cli",
-    "llava_ft.convert.merge_first",
+    "llava_ft.convert.merge",
     "llava_ft.training.run",
     "torch._dynamo",
     "torch.distributed.fsdp",

@@ -65,7 +65,6 @@ def refusal(argv: list[str]) -> str | None:
 
 def _train(argv: list[str], callbacks: Sequence[Any]) -> Result:
     from llava_ft.args import parse_args
-    from llava_ft.convert.merge import merge_first
     from llava_ft.training import speed
     from llava_ft.training.distributed import join_ranks
     from llava_ft.training.fragments import trained_parameters, whole_value
@@ -75,7 +74,7 @@ def _train(argv: list[str], callbacks: Sequence[Any]) -> Result:
     args = parse_args(argv)
     _, watch = join_ranks(args)
     try:
-        run = prepare_run(args, merge_first)
+        run = prepare_run(args)
         for callback in callbacks:
             run.trainer.add_callback(callback)
         with contextlib.redirect_stdout(None):

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from llava_ft.args import parse_args
-from llava_ft.convert.merge import merge_first
 from llava_ft.planning.disk import WHOLE_MODEL, checkpoint_files
 from llava_ft.planning.model import build_model, parameter_shapes
 from llava_ft.planning.report import as_dict, as_text
@@ -32,7 +31,7 @@ class TestMergedBase:
         train(tmp_path / "first", max_steps="1")
         own = dict.fromkeys(("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter"))
         argv = flags(tmp_path / "out", **own, init_from=tmp_path / "first", adapter_mode="merge_first")
-        prepare_run(parse_args(argv), merge_first)
+        prepare_run(parse_args(argv))
         plan = plan_of(argv)
         size = size_of(tmp_path / "out/merged_base", WHOLE_MODEL)
         assert plan.merged_base is not None

@@ -15,7 +15,6 @@ from llava_ft.args import parse_args
 from llava_ft.checkpoint.lineage import read_lineage
 from llava_ft.checkpoint.manifest import what_is_incomplete
 from llava_ft.cli import main
-from llava_ft.convert.merge import merge_first
 from llava_ft.errors import CheckpointError, RunError, UserError
 from llava_ft.training.run import Run, prepare_run
 from tests.conftest import RECORDINGS
@@ -51,7 +50,7 @@ def _there(in_recordings: Path):
 
 def prepare(output_dir: Path, method: str = "lora", **changes: object) -> Run:
     """Set up a run that starts from another one."""
-    return prepare_run(parse_args(flags(output_dir, method, **(START | changes))), merge_first)
+    return prepare_run(parse_args(flags(output_dir, method, **(START | changes))))
 
 
 def loss_of(run: Run) -> float:
