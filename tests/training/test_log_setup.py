@@ -15,6 +15,8 @@ OWN = "llava_ft.training.somewhere"
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
     """What the root logger writes, as the command line sets it up."""
+    # pytest's own handlers, which it adds again for the test itself, so that they are set up as well
+    looks = [(given, list(given.filters), given.formatter) for given in logging.getLogger().handlers]
     text = io.StringIO()
     handler = logging.StreamHandler(text)
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -26,6 +28,9 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
         monkeypatch.setattr(library, "handlers", list(library.handlers))
     yield text
     logging.captureWarnings(False)
+    for given, filters, formatter in looks:
+        given.filters[:] = filters
+        given.setFormatter(formatter)
 
 
 def say(name: str) -> None:
