@@ -111,11 +111,8 @@ def assert_targets_are_the_answers(tokenizer, run, make, sample, tokenized):
 
 def blocks_lengths(tokenizer, make, sample):
     """Tokenise the header and each block alone, as the original does to find the borders between them."""
-    wraps = make.template.wraps_images
-    turns = [
-        (turn.role, turn.text if turn.role == "gpt" else place_images(turn.text, wraps_images=wraps))
-        for turn in sample.turns
-    ]
+    form = {"wraps_images": make.template.wraps_images, "mm_use_im_start_end": make.mm_use_im_start_end}
+    turns = [(turn.role, turn.text if turn.role == "gpt" else place_images(turn.text, **form)) for turn in sample.turns]
     names = {"human": make.template.human, "gpt": make.template.assistant}
     texts = [make.template.system + "\n\n", *(f"### {names[role]}: {text}\n" for role, text in turns)]
     return ["header", *(role for role, _ in turns)], [len(tokenize_prompt(t, tokenizer)) for t in texts]
