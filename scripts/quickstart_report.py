@@ -69,8 +69,9 @@ def answer(options: argparse.Namespace) -> int:
 
     from llava_ft.conversation import get_template
     from llava_ft.data.image_files import load_image
-    from llava_ft.inference.generate import Sampling, build_prompt, prepare_inputs
+    from llava_ft.inference.generate import build_prompt, prepare_inputs
     from llava_ft.inference.load import load_model
+    from llava_ft.inference.responder import Sampling
 
     records = read_records(options.data, "test")
     loaded = load_model(str(options.model))

@@ -12,8 +12,10 @@ import pytest
 
 from llava_ft.args import parse_args
 from llava_ft.conversation import get_template
-from llava_ft.inference.generate import Sampling, build_prompt, generate_answer
+from llava_ft.inference.dialogue import Picture
+from llava_ft.inference.generate import build_prompt
 from llava_ft.inference.load import load_model
+from llava_ft.inference.responder import Responder, Sampling
 
 REPO = Path(__file__).parents[1]
 MODEL = REPO / "data" / "tiny-llava"
@@ -51,7 +53,8 @@ def test_answers_about_drawn_pictures(scripts, tmp_path):
         picture.image.save(file)
         for question, expected in picture.talk[:2]:
             prompt = build_prompt(question, 1, template)
-            answer = generate_answer(loaded, prompt, [file], template, Sampling(max_new_tokens=16))
+            pictures = [Picture.read(str(file))]
+            answer = Responder(loaded).answer(prompt, pictures, template, Sampling(max_new_tokens=16)).text
             assert answer.endswith(".")
             right += answer == expected
             asked += 1

@@ -16,7 +16,7 @@ def generate(argv: Sequence[str]) -> int:
     parser.add_argument("--query", required=True)
     _add_flags(parser)
     options = parser.parse_args(argv)
-    from llava_ft.inference.generate_command import run_generate
+    from llava_ft.inference.generate import run_generate
 
     run_generate(options, sys.stdout)
     return DONE
@@ -39,7 +39,7 @@ def chat(argv: Sequence[str]) -> int:
     parser.add_argument("--compare-with-base", metavar="BASE", help="its base, where it is an adapter or projector")
     _add_flags(parser)
     options = parser.parse_args(argv)
-    from llava_ft.inference.chat_command import run_chat
+    from llava_ft.inference.chat import run_chat
 
     run_chat(options, sys.stdin, sys.stdout, sys.stderr)
     return DONE

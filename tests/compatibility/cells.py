@@ -23,9 +23,10 @@ from llava_ft.convert.verify import NativeSpeaker, Recorded, Speaker, fixed_ques
 from llava_ft.data.images import ImageTransform
 from llava_ft.data.tokenizer import load_tokenizer
 from llava_ft.errors import UserError
-from llava_ft.inference.generate import Sampling, build_prompt, generate_answer
+from llava_ft.inference.dialogue import Picture
+from llava_ft.inference.generate import build_prompt
 from llava_ft.inference.load import LoadedModel, load_model
-from llava_ft.inference.streaming import AnswerStreamer
+from llava_ft.inference.responder import Responder, Sampling
 from llava_ft.models.builder import build_skeleton, settle_config, vision_fields
 from llava_ft.training.run import Run, prepare_run
 from tests.compatibility.runs import OwnRun
@@ -155,13 +156,11 @@ def generate(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     model, _ = case.expected
     template = get_template("v1")
     prompt = build_prompt(QUESTION, 1, template, mm_use_im_start_end=model.model.config.mm_use_im_start_end)
-    written: list[str] = []
-    streamer = AnswerStreamer(model.tokenizer, template.stop_strings, written.append)
-    generate_answer(model, prompt, [str(IMAGE)], template, Sampling(max_new_tokens=12), streamer)
+    expected = Responder(model).answer(prompt, [Picture.read(str(IMAGE))], template, Sampling(max_new_tokens=12)).text
     ask = ["--image-file", str(IMAGE), "--query", QUESTION, "--conv-mode", "v1", "--max-new-tokens", "12"]
     capsys.readouterr()
     _run("generate", *case.source, *ask, "--temperature", "0")
-    assert capsys.readouterr().out.strip() == "".join(written).strip()
+    assert capsys.readouterr().out.strip() == expected
 
 
 def export_hf(case: Case) -> None:

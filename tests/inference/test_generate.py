@@ -8,8 +8,10 @@ import torch
 from llava_ft.cli import main
 from llava_ft.conversation import get_template
 from llava_ft.errors import UserError
-from llava_ft.inference.generate import Sampling, build_prompt, generate_answer, prepare_inputs
+from llava_ft.inference.dialogue import Picture
+from llava_ft.inference.generate import build_prompt, prepare_inputs
 from llava_ft.inference.load import LoadedModel, load_model, load_pretrained_model
+from llava_ft.inference.responder import Responder, Sampling
 from tests.conftest import read_recording
 
 pytestmark = pytest.mark.usefixtures("in_recordings")
@@ -80,8 +82,10 @@ def test_tiled_images_are_answered_about_alone_and_together():
     assert inputs["pixel_values"].shape == (4 + 5, 3, 56, 56)
     geometry = loaded.model.config.image_geometry
     assert int((inputs["input_ids"] < 0).sum()) == geometry.num_tokens((1000, 75)) + geometry.num_tokens((224, 224))
+    pictures = [Picture.read(file) for file in files]
     sampling = Sampling(max_new_tokens=4)
-    assert isinstance(generate_answer(loaded, "<image> <image>\nWhat?", files, get_template("v1"), sampling), str)
+    reply = Responder(loaded).answer("<image> <image>\nWhat?", pictures, get_template("v1"), sampling)
+    assert reply.ids == loaded.model.generate(**inputs, do_sample=False, max_new_tokens=4)[0].tolist()
 
 
 def test_one_placeholder_for_each_image():
@@ -94,38 +98,41 @@ def test_one_placeholder_for_each_image():
         build_prompt("<image> What?", 2, template)
 
 
-def test_a_streamed_answer_is_the_answer():
-    class Collect:
-        def __init__(self):
-            self.ids: list[int] = []
-
-        def put(self, value: torch.Tensor) -> None:
-            self.ids += value.flatten().tolist()
-
-        def end(self) -> None:
-            pass
-
+@pytest.mark.parametrize("beams", [1, 2])
+def test_the_command_writes_the_answer_to_its_question(beams: int, capsys: pytest.CaptureFixture[str]):
     loaded = load_model("ckpt/llava15-tiny")
-    template = get_template("v1")
-    prompt = build_prompt("What is it?", 1, template)
-    streamer = Collect()
-    sampling = Sampling(max_new_tokens=12)
-    answer = generate_answer(loaded, prompt, ["images/src/landscape.jpg"], template, sampling, streamer)
-    assert loaded.tokenizer.decode(streamer.ids, skip_special_tokens=True).strip() == answer
+    file = "images/src/landscape.jpg"
+    options = {"do_sample": False, "num_beams": beams, "max_new_tokens": 12}
+    inputs = prepare_inputs(loaded, build_prompt("What is it?", 1, get_template("v1")), [file])
+    ids = loaded.model.generate(**inputs, **options)[0]
+    expected = loaded.tokenizer.decode(ids, skip_special_tokens=True).split("</s>")[0].strip()
+    flags = ["--image-file", file, "--query", "What is it?", "--max-new-tokens", "12", "--num-beams", str(beams)]
+    assert main(["generate", "--model-path", "ckpt/llava15-tiny", "--conv-mode", "v1", *flags]) == 0
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_an_answer_may_go_on_past_the_context(capsys: pytest.CaptureFixture[str]):
+    loaded = load_model("ckpt/llava15-tiny")
+    prompt, template = "a " * (loaded.context_len - 8), get_template("v1")
+    options = {"do_sample": False, "max_new_tokens": 24}
+    ids = loaded.model.generate(**prepare_inputs(loaded, prompt, []), **options)[0].tolist()
+    reply = Responder(loaded).answer(prompt, [], template, Sampling(max_new_tokens=24), may_leave_context=True)
+    assert reply.ids == ids
+    assert reply.num_prompt + len(ids) > loaded.context_len
 
 
 def test_generation_ends_at_the_template_s_mark():
     loaded = load_model("ckpt/llava15-tiny")
     template = get_template("v0")
-    free = generate_answer(loaded, "Hello", [], get_template("v1"), Sampling(max_new_tokens=12))
+    free = Responder(loaded).answer("Hello", [], get_template("v1"), Sampling(max_new_tokens=12)).text
     assert template.stop_strings == ("###",)
-    stopped = generate_answer(loaded, "Hello", [], template, Sampling(max_new_tokens=12))
+    stopped = Responder(loaded).answer("Hello", [], template, Sampling(max_new_tokens=12)).text
     assert stopped == free.split("###")[0].strip()
 
 
 def test_what_cannot_be_answered_is_refused():
     loaded = load_model("ckpt/llava15-tiny")
-    with pytest.raises(UserError, match="but the model's context is 2048"):
+    with pytest.raises(UserError, match="but the model's context is 2,048"):
         prepare_inputs(loaded, "word " * 3000, [])
     with pytest.raises(UserError, match=r"nowhere\.png"):
         prepare_inputs(loaded, "<image>", ["nowhere.png"])

@@ -69,7 +69,7 @@ class Typist:
             stderr=follower,
             env=os.environ
             | {
-                "PYTHONPATH": str(Path(__file__).parents[3]),
+                "PYTHONPATH": str(Path(__file__).parents[2]),
                 "OMP_NUM_THREADS": "1",
                 "TERM": "xterm",
                 "PROMPT_TOOLKIT_NO_CPR": "1",

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from llava_ft import cli
-from llava_ft.inference.chat.console import ColumnScreen, choose_screen
-from llava_ft.inference.chat.voices import base_and_trained, single_voice
-from llava_ft.inference.generate import Sampling
+from llava_ft.inference.console import ColumnScreen, choose_screen
 from llava_ft.inference.load import load_model
+from llava_ft.inference.responder import Sampling
+from llava_ft.inference.voices import base_and_trained, single_voice
 from llava_ft.terminal import visible
 from tests.conftest import RECORDINGS
-from tests.inference.chat.terminal import PaintedScreen, Typist
-from tests.inference.chat.typed_chat import LANDSCAPE, LORA, Typed
+from tests.inference.terminal import PaintedScreen, Typist
+from tests.inference.typed_chat import LANDSCAPE, LORA, Typed
 
 pytestmark = pytest.mark.usefixtures("in_recordings")
 

@@ -13,14 +13,14 @@ from llava_ft.conversation import TEMPLATES, TemplateStyle, get_template
 from llava_ft.data.records import parse_record
 from llava_ft.data.tokenize import SampleTokenizer, tokenize_prompt
 from llava_ft.errors import RunError, UserError
-from llava_ft.inference.chat.console import find_typed_path, piped_lines
-from llava_ft.inference.chat.dialogue import Dialogue, Picture, Question
-from llava_ft.inference.chat.responder import Interrupt, Responder
-from llava_ft.inference.chat.voices import single_voice
-from llava_ft.inference.generate import Sampling, build_prompt, generate_answer
+from llava_ft.inference.console import find_typed_path, piped_lines
+from llava_ft.inference.dialogue import Dialogue, Picture, Question
+from llava_ft.inference.generate import build_prompt
 from llava_ft.inference.load import LoadedModel, load_model
+from llava_ft.inference.responder import Interrupt, Responder, Sampling
+from llava_ft.inference.voices import single_voice
 from tests.conftest import RECORDINGS
-from tests.inference.chat.typed_chat import LANDSCAPE, SHORT, SQUARE, V1, Typed
+from tests.inference.typed_chat import LANDSCAPE, SHORT, SQUARE, V1, Typed
 
 pytestmark = pytest.mark.usefixtures("in_recordings")
 
@@ -73,12 +73,10 @@ def test_a_prompt_has_the_tokens_around_images_that_training_has(loaded: LoadedM
     assert prompt.endswith("USER: Compare <im_start><image><im_end> with <im_start><image><im_end>. ASSISTANT:")
 
 
-def test_the_first_turn_is_what_generate_asks(loaded: LoadedModel):
+def test_the_first_turn_is_what_generate_asks():
     picture = Picture.read(LANDSCAPE)
     prompt = Dialogue(V1).prompt(Question("What is it?", (picture,)))
     assert prompt == build_prompt("What is it?", 1, V1)
-    reply = Responder(loaded).answer(prompt, [picture], V1, SHORT)
-    assert reply.text == generate_answer(loaded, prompt, [LANDSCAPE], V1, SHORT)
 
 
 def test_an_answer_that_says_image_asks_for_none():
@@ -169,7 +167,7 @@ def test_beams_answer_without_memory(loaded: LoadedModel):
     kept.answer("Hello", [], V1, SHORT)
     reply = kept.answer("Hello", [], V1, beams, write=written.append)
     assert reply.num_reused == 0
-    assert "".join(written) == reply.text == generate_answer(loaded, "Hello", [], V1, beams)
+    assert "".join(written) == reply.text == Responder(loaded).answer("Hello", [], V1, beams).text
     assert kept.answer("Hello", [], V1, SHORT).ids == Responder(loaded).answer("Hello", [], V1, SHORT).ids
 
 

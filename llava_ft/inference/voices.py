@@ -20,8 +20,8 @@ from llava_ft.checkpoint.names import EMBEDDINGS, HEAD
 from llava_ft.conversation import Template, get_template
 from llava_ft.data.images import ImageTransform
 from llava_ft.errors import UserError
-from llava_ft.inference.chat.responder import Responder
 from llava_ft.inference.load import LoadedModel
+from llava_ft.inference.responder import Responder
 from llava_ft.models.builder import is_llava_config
 
 logger = logging.getLogger(__name__)

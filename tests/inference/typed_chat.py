@@ -3,10 +3,10 @@
 import io
 
 from llava_ft.conversation import get_template
-from llava_ft.inference.chat.console import Screen
-from llava_ft.inference.chat.loop import Chat
-from llava_ft.inference.chat.voices import Voice
-from llava_ft.inference.generate import Sampling
+from llava_ft.inference.chat import Chat
+from llava_ft.inference.console import Screen
+from llava_ft.inference.responder import Sampling
+from llava_ft.inference.voices import Voice
 
 LANDSCAPE, SQUARE = "images/src/landscape.jpg", "images/src/square.png"
 LORA = "train/lora/llava-tiny-lora"

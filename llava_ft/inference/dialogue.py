@@ -23,15 +23,10 @@ from llava_ft.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """An image of a conversation. Each is itself alone: the same file given twice is two pictures.
-
-    Attributes:
-        path: The file it came from.
-        image: Its pixels, in mode "RGB".
-    """
+    """An image of a conversation. Each is itself alone: the same file given twice is two pictures."""
 
     path: str
-    image: Image
+    image: Image  # in mode "RGB"
 
     @classmethod
     def read(cls, path: str) -> "Picture":
@@ -43,53 +38,48 @@ class Picture:
         return cls(path, load_image(path))
 
 
+def with_placeholders(text: str, num_images: int) -> str:
+    """Return a question with one `<image>` for each image, in front unless it says where.
+
+    Raises:
+        UserError: It has another number of them.
+    """
+    present = text.count(IMAGE_TOKEN)
+    if present not in (0, num_images):
+        raise UserError(
+            f"The question has {present} {IMAGE_TOKEN} but {num_images} images are given. Each needs one; leave them "
+            "out of the question to have the images put in front."
+        )
+    return text if present else f"{IMAGE_TOKEN}\n" * num_images + text
+
+
 @dataclass(frozen=True)
 class Question:
-    """What is asked.
+    """What is asked, as it was typed, and the images given with it.
 
-    Attributes:
-        text: As it was typed.
-        pictures: Images given with it.
+    Raises:
+        UserError: The text has another number of `<image>` than there are pictures.
     """
 
     text: str
     pictures: tuple[Picture, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check that text and pictures fit each other.
-
-        Raises:
-            UserError: The text has another number of `<image>` than there are pictures.
-        """
-        present = self.text.count(IMAGE_TOKEN)
-        if present not in (0, len(self.pictures)):
-            raise UserError(
-                f"The question has {present} {IMAGE_TOKEN} but {len(self.pictures)} images are given. Each needs one; "
-                "leave them out of the question to have the images put in front."
-            )
+        with_placeholders(self.text, len(self.pictures))
 
     @property
     def turn_text(self) -> str:
-        """The text as a record has it: with one `<image>` for each picture, in front unless it says where."""
-        if IMAGE_TOKEN in self.text:
-            return self.text
-        return f"{IMAGE_TOKEN}\n" * len(self.pictures) + self.text
+        """The text as a record has it: with one `<image>` for each picture."""
+        return with_placeholders(self.text, len(self.pictures))
 
 
 @dataclass
 class Dialogue:
-    """The finished turns of a conversation with one model.
-
-    Attributes:
-        template: How turns are written.
-        mm_use_im_start_end: Whether `<im_start>` and `<im_end>` go around each image.
-        system: Replaces the template's system text; None keeps it.
-        exchanges: Questions with their answers.
-    """
+    """The finished turns of a conversation with one model."""
 
     template: Template
-    mm_use_im_start_end: bool = False
-    system: str | None = None
+    mm_use_im_start_end: bool = False  # whether `<im_start>` and `<im_end>` go around each image
+    system: str | None = None  # replaces the template's system text; None keeps it
     exchanges: list[tuple[Question, str]] = field(default_factory=list[tuple[Question, str]])
 
     def prompt(self, question: Question) -> str:

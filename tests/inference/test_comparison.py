@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from llava_ft.data.tokenize import tokenize_prompt
-from llava_ft.inference.chat.responder import Interrupt
-from llava_ft.inference.chat.voices import base_and_trained, single_voice
-from llava_ft.inference.generate import Sampling
 from llava_ft.inference.load import LoadedModel, load_model
+from llava_ft.inference.responder import Interrupt, Sampling
+from llava_ft.inference.voices import base_and_trained, single_voice
 from tests.conftest import RECORDINGS
-from tests.inference.chat.typed_chat import LANDSCAPE, LORA, V1, Typed
+from tests.inference.typed_chat import LANDSCAPE, LORA, V1, Typed
 from tests.layouts import native
 from tests.training.helpers import train
 

@@ -1,25 +1,28 @@
-"""A conversation in the terminal: questions, images and commands in, answers out.
+"""`llava-ft chat`, a conversation in the terminal: questions, images and commands in, answers out.
 
 The loop reads a line at a time. Standard output gets answers only, so it can be piped; everything else goes to standard
 error. Where nobody types the questions, the first that cannot be answered ends the chat with an error.
 """
 
+import argparse
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, TextIO
 
-from transformers import set_seed
+import transformers
 
+from llava_ft.checkpoint.directory import identify, resolve_model_path
 from llava_ft.constants import IMAGE_TOKEN
+from llava_ft.conversation import get_template
 from llava_ft.errors import RunError, UserError
-from llava_ft.inference.chat.console import Screen, find_typed_path
-from llava_ft.inference.chat.dialogue import Dialogue, Picture, Question, save_conversation
-from llava_ft.inference.chat.responder import Interrupt, Reply
-from llava_ft.inference.chat.voices import Voice
-from llava_ft.inference.generate import Sampling
+from llava_ft.inference.console import Screen, choose_screen, find_typed_path, piped_lines, typed_lines
+from llava_ft.inference.dialogue import Dialogue, Picture, Question, save_conversation
+from llava_ft.inference.load import load_by_flags
+from llava_ft.inference.responder import Interrupt, Reply, Sampling, prompt_entries
+from llava_ft.inference.voices import Voice, base_and_trained, single_voice
 
 _HELP: Final = """\
 /image PATH    give an image with the next question; several times for several; alone: list them
@@ -37,29 +40,19 @@ written with two."""
 
 @dataclass
 class Chat:
-    """The state of a chat, and what each line does to it.
+    """The state of a chat, and what each line does to it."""
 
-    Attributes:
-        voices: Who answers, one after the other; each has its own history.
-        screen: Where answers go.
-        sampling: How tokens are chosen.
-        seed: Of the first answer; each further one takes the next.
-        is_interactive: Whether somebody types the questions; then errors are shown and the chat goes on.
-        pending: Images for the next question.
-    """
-
-    voices: Sequence[Voice]
+    voices: Sequence[Voice]  # who answers, one after the other
     screen: Screen
     sampling: Sampling
-    seed: int = 0
-    is_interactive: bool = False
-    pending: list[Picture] = field(default_factory=list[Picture])
-    dialogues: list[Dialogue] = field(init=False)
+    seed: int = 0  # of the first answer; each further one takes the next
+    is_interactive: bool = False  # whether somebody types the questions; then errors are shown and the chat goes on
+    pending: list[Picture] = field(default_factory=list[Picture])  # images for the next question
+    dialogues: list[Dialogue] = field(init=False)  # the history of each voice
     num_answers: int = field(default=0, init=False)
     _interrupt: Interrupt | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        """Begin with nothing said."""
         self.dialogues = [Dialogue(voice.template, voice.mm_use_im_start_end) for voice in self.voices]
 
     def run(self, lines: Iterator[str]) -> None:
@@ -92,18 +85,15 @@ class Chat:
         line = line.strip()
         if not line:
             return True
-        if line.startswith("/") and not line.startswith("//"):
-            return self._command(line)
-        self._ask(Question(line.removeprefix("/") if line.startswith("//") else line, tuple(self.pending)))
-        return True
-
-    def _command(self, line: str) -> bool:
+        if not line.startswith("/") or line.startswith("//"):
+            self._ask(Question(line.removeprefix("/"), tuple(self.pending)))
+            return True
         name, _, argument = line.partition(" ")
         if name in ("/exit", "/quit"):
             return False
         actions: dict[str, Callable[[str], None]] = {
             "/image": self._image,
-            "/drop": self._drop,
+            "/drop": lambda _: self.pending.clear(),
             "/retry": self._retry,
             "/undo": self._undo,
             "/clear": self._clear,
@@ -121,16 +111,13 @@ class Chat:
 
     def _image(self, path: str) -> None:
         if path:
-            if not all(voice.responder.takes_images for voice in self.voices):
+            if not all(voice.responder.loaded.image_transform is not None for voice in self.voices):
                 raise UserError("Images cannot be given: the model is text-only. Load a LLaVA model to ask about them.")
             self.pending.append(Picture.read(find_typed_path(path)))
         if self.is_interactive or not path:
             earlier = self.dialogues[0].pictures()
             shown = [*(f"{picture.path} (asked about)" for picture in earlier), *(p.path for p in self.pending)]
             self.screen.notice(f"Images: {', '.join(shown) or 'none'}.")
-
-    def _drop(self, _: str) -> None:
-        self.pending.clear()
 
     def _undo(self, _: str) -> None:
         self._last_question()
@@ -185,8 +172,8 @@ class Chat:
         """
         prompts = [dialogue.prompt(question) for dialogue in self.dialogues]
         pictures = self.dialogues[0].pictures(question)
-        for voice, prompt in zip(self.voices, prompts, strict=True):
-            voice.responder.check(prompt, pictures)
+        for voice, prompt in zip(self.voices, prompts, strict=True):  # what one cannot read, nobody answers
+            prompt_entries(voice.responder.loaded, prompt, pictures)
         self.screen.begin([voice.name for voice in self.voices])
         replies: list[Reply] = []
         interrupt = Interrupt()
@@ -195,7 +182,7 @@ class Chat:
             for number, (voice, prompt) in enumerate(zip(self.voices, prompts, strict=True)):
                 if interrupt.is_set:
                     break
-                set_seed(self.seed + self.num_answers)
+                transformers.set_seed(self.seed + self.num_answers)
                 with voice.speaking():
                     reply = voice.responder.answer(
                         prompt,
@@ -243,3 +230,47 @@ class Chat:
         if was_interrupted:
             self.screen.notice("Stopped. What was written stays in the conversation.")
         return True
+
+
+def run_chat(options: argparse.Namespace, stdin: TextIO, output: TextIO, messages: TextIO) -> None:
+    """Hold the conversation that a command line asks for; `output` gets answers alone, `messages` all the rest.
+
+    Raises:
+        UserError: The request is wrong, or a line of a pipe cannot be carried out.
+    """
+    sampling = Sampling.from_flags(options)
+    template = get_template(options.conv_mode) if options.conv_mode else None
+    if options.compare and options.compare_with:
+        raise UserError(
+            "--compare and --compare-with exclude each other: the first compares an adapter with its base, the second "
+            "two models. Give one of them."
+        )
+    if options.compare_with_base and not options.compare_with:
+        raise UserError("--compare-with-base is the base of the model that --compare-with names. Give that too.")
+    if options.compare and identify(resolve_model_path(options.model_path)).kind not in ("lora", "projector"):
+        raise UserError(
+            f"--compare needs an adapter, and {options.model_path} is a whole model. Give the other model with "
+            "--compare-with."
+        )
+    pictures = [Picture.read(path) for path in options.image_file]
+    is_interactive = stdin.isatty()
+
+    transformers.logging.set_verbosity_error()  # its advice on generation flags is of no use to somebody who chats
+    if options.compare:
+        beside = load_by_flags(options, options.model_path, options.model_base, adapter="beside")
+        voices = base_and_trained(beside, template)
+    else:
+        first = load_by_flags(options, options.model_path, options.model_base)
+        voices = [single_voice(first, options.model_path, template)]
+        if options.compare_with:
+            second = load_by_flags(options, options.compare_with, options.compare_with_base)
+            voices.append(single_voice(second, options.compare_with, template))
+    if pictures and not all(voice.responder.loaded.image_transform is not None for voice in voices):
+        raise UserError("--image-file is given, but the model is text-only. Load a LLaVA model to ask about images.")
+
+    screen = choose_screen(output, messages, num_voices=len(voices), is_interactive=is_interactive)
+    chat = Chat(voices, screen, sampling, seed=options.seed, is_interactive=is_interactive, pending=pictures)
+    if is_interactive:
+        names = " and ".join(voice.name for voice in voices)
+        screen.notice(f"{names}, template {voices[0].template.name}. /help lists the commands, Ctrl-D ends.")
+    chat.run(typed_lines(stdin, output, messages) if is_interactive else piped_lines(stdin))
