@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import psutil
@@ -110,7 +110,7 @@ class NativeSpeaker:
             max_new_tokens=num_tokens,
             pad_token_id=self._loaded.tokenizer.pad_token_id,
         )
-        return answer[0].tolist()
+        return cast("list[int]", answer[0].tolist())  # pyright: ignore[reportUnknownMemberType] - torch has no type
 
     def _inputs(self, question: Question) -> dict[str, torch.Tensor]:
         device = next(self._loaded.model.parameters()).device

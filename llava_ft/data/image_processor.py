@@ -75,7 +75,11 @@ class ImageProcessorSettings:
         def read_size(name: str, number_means: Sequence[str], *known: set[str]) -> dict[str, int]:
             shapes = " or ".join(f"a mapping with {' and '.join(sorted(keys))}" for keys in known)
             value = read(name, lambda value: _is_size(value, known), f"a number of pixels or {shapes}")
-            return dict(value) if isinstance(value, dict) else dict.fromkeys(number_means, value)
+            return (
+                dict(cast("dict[str, int]", value))
+                if isinstance(value, dict)
+                else dict.fromkeys(number_means, cast("int", value))
+            )
 
         def switch(name: str) -> bool:
             return read(name, lambda value: isinstance(value, bool), "true or false")
@@ -205,7 +209,11 @@ def _is_finite(value: Any) -> bool:
 
 
 def _is_three_numbers(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(cast("list[Any]", value)) == 3 and all(map(_is_finite, value))
+    return (
+        isinstance(value, (list, tuple))
+        and len(cast("list[Any]", value)) == 3
+        and all(map(_is_finite, cast("list[Any]", value)))
+    )
 
 
 def image_settings_file(directory: Path) -> Path | None:

@@ -268,4 +268,6 @@ class _Loader(yaml.SafeLoader):
 
 
 # YAML 1.1 takes `1.0e-2` for a number, but not `1e-2`.
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[0-9]+[eE][-+]?[0-9]+$"), list("0123456789"))
+cast("Any", _Loader).add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[0-9]+[eE][-+]?[0-9]+$"), list("0123456789")
+)
