@@ -182,9 +182,11 @@ class _StepTracker(MemoryTracker):
         given = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)]
         if given and any(isinstance(tensor, FakeTensor) for tensor in given):
             return func(*args, **kwargs)
-        result = None if given else func(*args, **kwargs)
-        if isinstance(result, torch.Tensor) and result.is_floating_point():
-            return result
+        if not given:
+            result = func(*args, **kwargs)
+            is_empty = func is torch.ops.aten.empty.memory_format  # no values yet: dropout draws its mask into one
+            if is_empty or (isinstance(result, torch.Tensor) and result.is_floating_point()):
+                return result
         with unset_fake_temporarily():  # whole numbers and truth values, or what is computed from them alone
             return func(*args, **kwargs)
 
