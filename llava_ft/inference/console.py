@@ -29,11 +29,7 @@ _COLORS: Final = ("cyan", "yellow")
 def typed_lines(stdin: TextIO, output: TextIO, messages: TextIO, prompt: str = "> ") -> Iterator[str]:
     """Yield what somebody types, line by line, until Ctrl-D. Ctrl-C gives up the line.
 
-    Args:
-        stdin: The terminal.
-        output: Where answers go; it shows the lines too if it is the terminal.
-        messages: Shows them if answers go somewhere else.
-        prompt: What is written in front of each line.
+    What is typed is shown on `output` if that is the terminal, or else on `messages`.
     """
     session: PromptSession[str] = PromptSession(
         input=create_input(stdin), output=create_output(output if output.isatty() else messages)
@@ -74,8 +70,7 @@ def piped_lines(stdin: TextIO) -> Iterator[str]:
 def _joined(read: Callable[[bool], str | None]) -> Iterator[str]:
     """Join each line that ends with a backslash with the next one.
 
-    Args:
-        read: Gives the next line, or None to give up what was typed so far. It is told whether a question begins.
+    `read` is told whether a question begins, and gives the next line, or None to give up what was typed so far.
     """
     parts: list[str] = []
     while True:
@@ -107,12 +102,7 @@ def find_typed_path(typed: str) -> str:
 
 
 class Screen:
-    """Shows answers one after the other, each ended by a line break; with several, its name stands in front of each.
-
-    Args:
-        output: Gets the answers and nothing else.
-        messages: Gets the notices.
-    """
+    """Shows answers one after the other, each ended by a line break; with several, its name stands in front of each."""
 
     def __init__(self, output: TextIO, messages: TextIO):
         self._output = output
@@ -189,14 +179,7 @@ def _heading(names: Sequence[str], voice: int) -> Text:
 
 
 def choose_screen(output: TextIO, messages: TextIO, *, num_voices: int, is_interactive: bool) -> Screen:
-    """Choose how answers are shown.
-
-    Args:
-        output: Gets the answers.
-        messages: Gets the notices.
-        num_voices: How many answer.
-        is_interactive: Whether somebody types the questions.
-    """
+    """Choose how answers are shown: two in columns, where somebody types and the terminal is wide enough."""
     console = Console(file=output)
     has_columns = console.is_terminal and not console.is_dumb_terminal and console.width >= MIN_WIDTH_FOR_COLUMNS
     return (ColumnScreen if is_interactive and num_voices == 2 and has_columns else Screen)(output, messages)

@@ -127,12 +127,12 @@ class Dialogue:
 
 
 def save_conversation(path: Path, names: Sequence[str], dialogues: Sequence[Dialogue]) -> None:
-    """Write the conversations of a chat.
+    """Write the conversations of a chat, and who answered in each.
 
     Args:
-        path: Where to; must not exist. `.json` gets records of LLaVA's data format with whole paths of the images.
-        names: Who answered, for each conversation.
-        dialogues: The conversations.
+        path: Where to. `.json` gets records of LLaVA's data format with whole paths of the images, others text.
+        names: Who answered.
+        dialogues: The conversation with each of them.
 
     Raises:
         UserError: The file exists or cannot be written.

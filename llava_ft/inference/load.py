@@ -31,23 +31,21 @@ DEFAULT_TEMPLATE = "v1"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to answer.
-
-    Attributes:
-        tokenizer: Its tokenizer.
-        model: The model, in evaluation mode.
-        image_transform: How an image becomes pixels; None for a text-only model.
-        template: Name of the conversation template it was trained with.
-        context_len: Longest sequence in tokens.
-        base: What it was made of.
-    """
+    """A model ready to answer."""
 
     tokenizer: PreTrainedTokenizerFast
-    model: LlavaLlamaForCausalLM | PeftModel
-    image_transform: ImageTransform | None
-    template: str
-    context_len: int
-    base: BaseModel
+    model: LlavaLlamaForCausalLM | PeftModel  # in evaluation mode
+    image_transform: ImageTransform | None  # how an image becomes pixels; None for a text-only model
+    template: str  # name of the conversation template it was trained with
+    context_len: int  # longest sequence in tokens
+    base: BaseModel  # what it was made of
+
+    @property
+    def plain_model(self) -> LlavaLlamaForCausalLM:
+        """The model without PEFT around it; adapters that lie beside its weights stay."""
+        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        assert isinstance(model, LlavaLlamaForCausalLM)
+        return model
 
 
 def load_pretrained_model(
@@ -97,9 +95,7 @@ def load_pretrained_model(
         force=force,
         quantization=choose_quantization(model_path, bits),
     )
-    model = loaded.model.get_base_model() if isinstance(loaded.model, PeftModel) else loaded.model
-    assert isinstance(model, LlavaLlamaForCausalLM)
-    return loaded.tokenizer, model, loaded.image_transform, loaded.context_len
+    return loaded.tokenizer, loaded.plain_model, loaded.image_transform, loaded.context_len
 
 
 def load_model(
@@ -116,17 +112,8 @@ def load_model(
 ) -> LoadedModel:
     """Load a model for use; see `load_pretrained_model`.
 
-    Args:
-        model_path: The model.
-        model_base: Its base, for an adapter or projector.
-        vision_tower: The vision tower.
-        dtype: Type of the weights.
-        device: Where the model is put.
-        attn_implementation: Attention of the language model.
-        force: What is passed over; see `load_pretrained_model`.
-        adapter: `added` puts an adapter's part into the weights, unless they are quantised: the sum would be rounded
-            once more; `beside` keeps it as a PEFT model.
-        quantization: How the language model's linear layers are held.
+    `added` puts an adapter's part into the weights, unless `quantization` packs them: the sum would be rounded once
+    more. `beside` keeps it as a PEFT model.
     """
     shares = [(1.0, identify(resolve_model_path(model_path)))]
     trained = open_base_and_adapters(shares, model_base, vision_tower=vision_tower, force=force)
@@ -189,12 +176,21 @@ def load_base_and_adapters(
     for name, rows in trained.rows.items():
         weight = model.get_parameter(name)
         weight.data[-rows.shape[0] :] = rows.to(weight.dtype)
-    result: LlavaLlamaForCausalLM | PeftModel = model
+    parameters = dict(model.named_parameters())
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):  # also where the weight is packed
+            shapes[f"{name}.weight"] = (module.out_features, module.in_features)
     for _, lora in trained.adapters:
-        lora.check_shapes(_shapes(model))
-    if trained.adapters:
-        stays_beside = adapter == "beside" or quantization is not None
-        result = _wrap(model, trained.adapters) if stays_beside else _add(model, trained.adapters)
+        lora.check_shapes(shapes)
+    result: LlavaLlamaForCausalLM | PeftModel = model
+    if trained.adapters and (adapter == "beside" or quantization is not None):
+        result = _beside(model, trained.adapters)
+    else:
+        for name in dict.fromkeys(name for _, lora in trained.adapters for name in lora.changed):
+            weight = parameters[name]
+            changing = [(share, lora) for share, lora in trained.adapters if name in lora.changed]
+            weight.data = merged(name, weight.data.cpu(), changing, weight.dtype).to(weight.device)
     transform = None
     if base.vision_directory is not None:
         transform = ImageTransform.from_pretrained(base.vision_directory, geometry=base.config.image_geometry)
@@ -222,23 +218,7 @@ def choose_quantization(model_path: str, bits: Literal[4, 8, 16]) -> Quantizatio
     return in_training if in_training is not None and in_training.bits == bits else Quantization(bits)
 
 
-def _shapes(model: LlavaLlamaForCausalLM) -> dict[str, tuple[int, ...]]:
-    """Shapes of a model's parameters, also where they are packed."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return shapes | {f"{name}.weight": (linear.out_features, linear.in_features) for name, linear in linears.items()}
-
-
-def _add(model: LlavaLlamaForCausalLM, adapters: Adapters) -> LlavaLlamaForCausalLM:
-    parameters = dict(model.named_parameters())
-    for name in dict.fromkeys(name for _, adapter in adapters for name in adapter.changed):
-        weight = parameters[name]
-        changing = [(share, adapter) for share, adapter in adapters if name in adapter.changed]
-        weight.data = merged(name, weight.data.cpu(), changing, weight.dtype).to(weight.device)
-    return model
-
-
-def _wrap(model: LlavaLlamaForCausalLM, adapters: Adapters) -> PeftModel:
+def _beside(model: LlavaLlamaForCausalLM, adapters: Adapters) -> PeftModel:
     """Put adapters beside the weights, each on exactly the modules it has matrices for; PEFT does the arithmetic."""
     names = ["default", *(f"adapter_{index}" for index in range(1, len(adapters)))]
     wrapped = wrap_with_peft(model, _peft_config(adapters[0][1]))
@@ -247,12 +227,21 @@ def _wrap(model: LlavaLlamaForCausalLM, adapters: Adapters) -> PeftModel:
     lora_model = wrapped.base_model
     assert isinstance(lora_model, LoraModel)
     lora_model.set_adapter(names)
+    parameters = dict(wrapped.named_parameters())
     for name, (share, adapter) in zip(names, adapters, strict=True):
-        _fill(wrapped, name, adapter)
-        for weight in adapter.factors if share != 1.0 else ():
-            layer = wrapped.get_submodule(PEFT_PREFIX + weight.removesuffix(".weight"))
-            assert isinstance(layer, LoraLayer)
-            layer.scaling[name] *= share
+        for weight, (a, b) in adapter.factors.items():
+            module = weight.removesuffix(".weight")
+            values = {f"lora_A.{name}.weight": a, f"lora_B.{name}.weight": b}
+            if weight in adapter.magnitudes:
+                values[f"lora_magnitude_vector.{name}.weight"] = adapter.magnitudes[weight]
+            if f"{module}.bias" in adapter.biases:
+                values[f"lora_B.{name}.bias"] = adapter.biases[f"{module}.bias"] / adapter.scales[weight]
+            for leaf, value in values.items():
+                parameters[f"{PEFT_PREFIX}{module}.{leaf}"].data.copy_(value)
+            if share != 1.0:
+                layer = wrapped.get_submodule(PEFT_PREFIX + module)
+                assert isinstance(layer, LoraLayer)
+                layer.scaling[name] *= share
     return wrapped
 
 
@@ -271,17 +260,3 @@ def _peft_config(adapter: LoraAdapter) -> LoraConfig:
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
-
-
-def _fill(wrapped: PeftModel, name: str, adapter: LoraAdapter) -> None:
-    """Give an adapter of a PEFT model its values."""
-    parameters = dict(wrapped.named_parameters())
-    for weight, (a, b) in adapter.factors.items():
-        module = weight.removesuffix(".weight")
-        values = {f"lora_A.{name}.weight": a, f"lora_B.{name}.weight": b}
-        if weight in adapter.magnitudes:
-            values[f"lora_magnitude_vector.{name}.weight"] = adapter.magnitudes[weight]
-        if f"{module}.bias" in adapter.biases:
-            values[f"lora_B.{name}.bias"] = adapter.biases[f"{module}.bias"] / adapter.scales[weight]
-        for leaf, value in values.items():
-            parameters[f"{PEFT_PREFIX}{module}.{leaf}"].data.copy_(value)

@@ -13,7 +13,6 @@ from itertools import takewhile
 from typing import Any, Literal, cast
 
 import torch
-from peft import PeftModel
 from transformers import DynamicCache, GenerationMixin
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
@@ -24,7 +23,6 @@ from llava_ft.errors import RunError, UserError
 from llava_ft.inference.dialogue import Picture
 from llava_ft.inference.load import LoadedModel
 from llava_ft.inference.streaming import AnswerStreamer, finished_answer
-from llava_ft.models.llava import LlavaLlamaForCausalLM
 
 
 @dataclass(frozen=True)
@@ -148,12 +146,10 @@ class Responder:
 
     def __init__(self, loaded: LoadedModel):
         """Begin with nothing read."""
-        model = loaded.model.get_base_model() if isinstance(loaded.model, PeftModel) else loaded.model
-        assert isinstance(model, LlavaLlamaForCausalLM)
         self.loaded = loaded
-        self._model = model
+        self._model = loaded.plain_model
         self._read: list[Entry] = []
-        self._cache = DynamicCache(config=model.config)
+        self._cache = DynamicCache(config=self._model.config)
 
     def forget(self) -> None:
         """Give up what was read: the next prompt is read whole."""

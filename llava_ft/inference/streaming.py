@@ -15,51 +15,29 @@ _INCOMPLETE_CHARACTER = "\ufffd"
 
 
 def finished_answer(text: str, stops: Sequence[str]) -> str:
-    """Return an answer without what ends it and without the white space around it.
-
-    Args:
-        text: What the model wrote, decoded.
-        stops: Texts that end an answer; the first of them in `text` counts.
-    """
+    """Return a decoded answer without what ends it, the first of `stops` in it, and without white space around it."""
     text = text.strip()
     ends = [position for stop in stops if (position := text.find(stop)) >= 0]
     return text[: min(ends)].strip() if ends else text
 
 
 def certain_text(text: str, stops: Sequence[str]) -> str:
-    """Return the part of an unfinished answer that no further token can change.
-
-    Args:
-        text: What the model has written so far, decoded.
-        stops: Texts that end an answer.
-    """
+    """Return the part of a decoded, unfinished answer that no further token can change."""
     text = text.lstrip()
     if any(stop in text for stop in stops):
         return finished_answer(text, stops)
     text = text.rstrip(_INCOMPLETE_CHARACTER)
-    held = max((_overlap(text, stop) for stop in stops), default=0)
-    return text[: len(text) - held].rstrip()
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` with which `stop` begins."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+    begun = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]  # what may become an end mark
+    return text[: len(text) - max(begun, default=0)].rstrip()
 
 
 class AnswerStreamer(BaseStreamer):
-    """Decodes an answer as its tokens come, and writes what is certain of it.
+    """Decodes one answer as its tokens come, and hands what is certain of it to `write`, piece by piece.
 
     What was written in the end is `finished_answer` of the whole text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], write: Callable[[str], object]):
-        """Set up for one answer.
-
-        Args:
-            tokenizer: The model's tokenizer.
-            stops: Texts that end an answer.
-            write: Takes the next piece of text.
-        """
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
         self._write = write

@@ -31,37 +31,19 @@ _WITH_ROWS = (EMBEDDINGS, HEAD)
 
 @dataclass(frozen=True)
 class Voice:
-    """One of those who answer.
-
-    Attributes:
-        name: What it is called beside its answers.
-        responder: The model with its memory.
-        template: How its prompts are written.
-        mm_use_im_start_end: Whether `<im_start>` and `<im_end>` go around each image.
-        speaking: Makes the weights its own while it answers.
-    """
+    """One of those who answer."""
 
     name: str
     responder: Responder
     template: Template
-    mm_use_im_start_end: bool
-    speaking: Callable[[], AbstractContextManager[None]] = nullcontext
+    mm_use_im_start_end: bool  # whether `<im_start>` and `<im_end>` go around each image
+    speaking: Callable[[], AbstractContextManager[None]] = nullcontext  # makes the weights its own while it answers
 
 
 def single_voice(loaded: LoadedModel, name: str, template: Template | None) -> Voice:
-    """Return the voice of a model.
-
-    Args:
-        loaded: The model.
-        name: What it is called.
-        template: Another template than the one it was trained with.
-    """
-    return Voice(
-        name,
-        Responder(loaded),
-        template or get_template(loaded.template),
-        bool(loaded.model.config.mm_use_im_start_end),
-    )
+    """Return the voice of a model; `template` stands in for the one it was trained with."""
+    wraps = bool(loaded.model.config.mm_use_im_start_end)
+    return Voice(name, Responder(loaded), template or get_template(loaded.template), wraps)
 
 
 def base_and_trained(loaded: LoadedModel, template: Template | None) -> list[Voice]:
@@ -74,7 +56,6 @@ def base_and_trained(loaded: LoadedModel, template: Template | None) -> list[Voi
     Raises:
         UserError: Nothing was trained on another model, or the base has no projector of its own to compare with.
     """
-    model = loaded.model.get_base_model() if isinstance(loaded.model, PeftModel) else loaded.model
     is_adapter = isinstance(loaded.model, PeftModel)
     own = find_base(str(loaded.base.directory.path), vision_tower=loaded.base.config.mm_vision_tower)
     ours, theirs = _origins(loaded.base), _origins(own)
@@ -96,7 +77,7 @@ def base_and_trained(loaded: LoadedModel, template: Template | None) -> list[Voi
             own.directory.path,
             "projector" if any("mm_projector" in name for name in missing) else missing[0],
         )
-    exchanges = _find_exchanges(model, replaced, own)
+    exchanges = _find_exchanges(loaded.plain_model, replaced, own)
 
     @contextmanager
     def as_base() -> Generator[None]:
@@ -120,21 +101,14 @@ def base_and_trained(loaded: LoadedModel, template: Template | None) -> list[Voi
 
 @dataclass(frozen=True)
 class _Exchange:
-    """Rows of a parameter that the base has other values for; all of them, or the last ones.
-
-    Attributes:
-        parameter: The parameter, with the trained values.
-        num_rows: How many of its last rows differ.
-        other: The values that are not in it at the moment.
-    """
+    """The last rows of a parameter, or all of them, which the base has other values for."""
 
     parameter: nn.Parameter
-    num_rows: int
-    other: torch.Tensor
+    other: torch.Tensor  # the values of these rows that are not in it at the moment
 
     def swap(self) -> None:
         """Put the other values in, and keep those that were there."""
-        rows = self.parameter.data[-self.num_rows :]
+        rows = self.parameter.data[-len(self.other) :]
         before = rows.clone()
         rows.copy_(self.other)
         self.other.copy_(before)
@@ -163,8 +137,7 @@ def _find_exchanges(model: nn.Module, replaced: Sequence[str], own: BaseModel) -
             value = fit_rows(tensor.to(device=parameter.device, dtype=parameter.dtype), shape)
             differs = (parameter.data != value).reshape(value.shape[0], -1).any(dim=1)
             if bool(differs.any()):  # added tokens come last, so what is kept begins with the first row that differs
-                num_rows = value.shape[0] - int(differs.int().argmax())
-                exchanges.append(_Exchange(parameter, num_rows, value[-num_rows:].clone()))
+                exchanges.append(_Exchange(parameter, value[int(differs.int().argmax()) :].clone()))
     return exchanges
 
 
