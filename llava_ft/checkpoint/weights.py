@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from llava_ft.checkpoint.pickles import damaged_file_message, load_pickle
 from llava_ft.errors import CheckpointError, some_of
 
-_MODEL_FILES = (
+MODEL_FILES = (
     "model.safetensors.index.json",
     "model.safetensors",
     "pytorch_model.bin.index.json",
@@ -30,7 +30,7 @@ _MODEL_FILES = (
 _BYTES_PER_MAPPING = 128 * 2**20
 _MOST_JSON_BYTES = 100 * 10**6
 _MOST_NAMES_OF_A_VALUE = 4
-_SAFETENSORS_DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -87,11 +87,11 @@ class WeightFiles:
         """
         source = path
         if path.is_dir():
-            files = [path / name for name in _MODEL_FILES if (path / name).is_file()]
+            files = [path / name for name in MODEL_FILES if (path / name).is_file()]
             if not files:
                 names = sorted(entry.name for entry in path.iterdir())
                 raise CheckpointError(
-                    f"{path} holds no model weights. Looked for {', '.join(_MODEL_FILES)}; it holds "
+                    f"{path} holds no model weights. Looked for {', '.join(MODEL_FILES)}; it holds "
                     f"{some_of(names, 12) or 'nothing'}."
                 )
             source = files[0]
@@ -131,7 +131,7 @@ class WeightFiles:
 
 def has_model_weights(directory: Path) -> bool:
     """Whether a directory holds a model's weights under one of their usual names."""
-    return any((directory / name).is_file() for name in _MODEL_FILES)
+    return any((directory / name).is_file() for name in MODEL_FILES)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def _inspect_safetensors(file: Path) -> dict[str, TensorInfo]:
         with cast("Any", safe_open)(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - not a dict
                 view = opened.get_slice(name)
-                dtype = _SAFETENSORS_DTYPES.get(view.get_dtype())
+                dtype = SAFETENSORS_DTYPES.get(view.get_dtype())
                 if dtype is None:
                     raise CheckpointError(f"{file}: {name} has the type {view.get_dtype()}, which is not supported.")
                 tensors[name] = TensorInfo(file, tuple(view.get_shape()), dtype)

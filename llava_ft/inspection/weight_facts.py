@@ -1,13 +1,18 @@
-"""What follows from names and shapes: widths, numbers of layers, vocabulary, the kind of projector, the rank."""
+"""What follows from names and shapes: sizes of a model, the kind of projector, the rank; and many tensors in few lines.
 
+Tensors that differ in the number of their layer, or have the same shape, become one line.
+"""
+
+import os.path
 import re
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any, Final
 
 from llava_ft.checkpoint.names import EMBEDDINGS, HEAD, is_transformers_spelling
-from llava_ft.inspection.weight_headers import TensorHeader
+from llava_ft.inspection.weight_headers import PARTS, TensorHeader
 
 _LAYER: Final = re.compile(r"^model\.layers\.(\d+)\.")
 _TOWER_LAYER: Final = re.compile(r"encoder\.layers\.(\d+)\.")
@@ -19,35 +24,29 @@ _WIDTH_IN: Final = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _MOST_NEW_ROWS: Final = 100
 """Vocabularies are larger; what is added to them is smaller."""
 
+_INDEX: Final = re.compile(r"(?<=\.)\d+(?=\.)")
+_MOST_CHARACTERS: Final = 60
+"""Of the names in braces."""
+
 
 @dataclass
 class WeightFacts:
-    """Sizes of a model, as far as the tensors say them.
+    """Sizes of a model, as far as the tensors say them."""
 
-    Attributes:
-        layout: "native" or "hf", by the spelling of the keys; "" if they could be either.
-        num_layers: Layers of the language model, or those that an adapter reaches.
-        projector_in: Width that the projector reads: that of the tower's features.
-        rank: Ranks of an adapter, such as "8" or "8, 16".
-        targets: Last names of the layers that an adapter changes.
-        num_new_rows: Rows of added tokens.
-        dtypes: Types on disk, the one with most bytes first.
-    """
-
-    layout: str = ""
+    layout: str = ""  # "native" or "hf", by the spelling of the keys; "" if they could be either
     hidden_size: int | None = None
-    num_layers: int | None = None
+    num_layers: int | None = None  # of an adapter, those that it reaches
     vocab_size: int | None = None
     intermediate_size: int | None = None
     projector: str | None = None
-    projector_in: int | None = None
+    projector_in: int | None = None  # width of the tower's features
     tower_width: int | None = None
     tower_layers: int | None = None
     is_dora: bool = False
-    rank: str | None = None
-    targets: tuple[str, ...] = ()
-    num_new_rows: int | None = None
-    dtypes: tuple[str, ...] = ()
+    rank: str | None = None  # such as "8" or "8, 16"
+    targets: tuple[str, ...] = ()  # last names of the layers that an adapter changes
+    num_new_rows: int | None = None  # of added tokens
+    dtypes: tuple[str, ...] = ()  # the one with most bytes first
 
     def to_json(self) -> dict[str, Any]:
         """Return what is known."""
@@ -116,3 +115,87 @@ def lora_modules(tensors: Iterable[TensorHeader]) -> dict[str, dict[str, TensorH
         if match is not None:
             found.setdefault(match["module"], {})[match["matrix"]] = tensor
     return found
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Tensors of one shape and type, by one pattern such as `model.layers.0-31.self_attn.{k,o,q,v}_proj.weight`."""
+
+    names: str
+    shape: tuple[int, ...]
+    dtype: str
+    num_tensors: int
+
+
+@dataclass
+class PartSummary:
+    """The tensors of one part."""
+
+    part: str
+    num_tensors: int
+    num_values: int
+    num_bytes: int
+    names: list[Fold]
+
+
+def summarise(tensors: Iterable[TensorHeader]) -> list[PartSummary]:
+    """Group tensors by part, in the order of `PARTS`."""
+    by_part: dict[str, list[TensorHeader]] = {part: [] for part in PARTS}
+    for tensor in tensors:
+        by_part[tensor.part].append(tensor)
+    return [
+        PartSummary(part, len(members), sum(t.num_values for t in members), num_bytes_of(members), fold(members))
+        for part, members in by_part.items()
+        if members
+    ]
+
+
+def num_bytes_of(tensors: Iterable[TensorHeader]) -> int:
+    """Size of tensors on disk in bytes."""
+    return sum(tensor.num_bytes for tensor in tensors)
+
+
+def fold(tensors: Iterable[TensorHeader]) -> list[Fold]:
+    """Fold tensors, by their keys on disk."""
+    # First layers: names that differ in their first number. Then names whose shape, type and layers are the same.
+    numbered: defaultdict[tuple[str, tuple[int, ...], str], list[str]] = defaultdict(list)
+    for tensor in tensors:
+        pattern = _INDEX.sub("*", tensor.key, count=1)
+        numbered[pattern, tensor.shape, tensor.dtype] += _INDEX.findall(tensor.key)[:1] or [""]
+    alike: defaultdict[tuple[str, tuple[int, ...], str], list[tuple[str, int]]] = defaultdict(list)
+    for (pattern, shape, dtype), found in numbered.items():
+        numbers = ranges(int(number) for number in found if number)
+        names = pattern.replace("*", numbers, 1) if numbers else pattern
+        alike[numbers, shape, dtype].append((names, len(found)))
+    return [
+        Fold(braced([names for names, _ in members]), shape, dtype, sum(count for _, count in members))
+        for (_, shape, dtype), members in alike.items()
+    ]
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Write numbers as ranges: 0, 1, 2 and 5 are `0-2,5`."""
+    found: list[tuple[int, int]] = []
+    for number in sorted(set(numbers)):
+        if found and number == found[-1][1] + 1:
+            found[-1] = (found[-1][0], number)
+        else:
+            found.append((number, number))
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
+
+
+def braced(names: Sequence[str]) -> str:
+    """Write names that begin and end alike as one, with what differs in braces."""
+    if len(names) == 1:
+        return names[0]
+    common = os.path.commonprefix(names)  # noqa: RUF071 - of characters, as it is meant
+    start = common[: common.rfind(".") + 1]
+    rests = [name.removeprefix(start) for name in names]
+    backwards = os.path.commonprefix([rest[::-1] for rest in rests])  # noqa: RUF071
+    end = backwards[: max(backwards.rfind("."), backwards.rfind("_")) + 1][::-1]
+    middles = sorted(rest.removesuffix(end) for rest in rests)
+    if not all(middles):
+        end, middles = "", sorted(rests)
+    num_shown = sum(length <= _MOST_CHARACTERS + 1 for length in accumulate(len(middle) + 1 for middle in middles))
+    more = [f"and {len(middles) - num_shown} more"] if num_shown < len(middles) else []
+    return f"{start}{{{','.join([*middles[:num_shown], *more])}}}{end}"

@@ -27,6 +27,7 @@ from llava_ft.checkpoint.names import (
     plain_name,
 )
 from llava_ft.checkpoint.pickles import load_pickle
+from llava_ft.checkpoint.weights import SAFETENSORS_DTYPES
 from llava_ft.errors import CheckpointError
 
 _WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -36,29 +37,21 @@ _NO_WEIGHTS: Final = re.compile(
 _CLIP: Final = re.compile(r"(?:vision_model|text_model|text_projection|visual_projection)\.|logit_scale$")
 _CONTAINERS: Final = ("state_dict", "model", "module", "model_state_dict")
 _MOST_HEADER_BYTES: Final = 100 * 10**6
-_DTYPE_NAMES: Final = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-}  # fmt: skip
+
+PARTS: Final = (
+    "embeddings", "layers", "norm", "head", "projector", "image newline", "vision tower", "LoRA A", "LoRA B",
+    "DoRA magnitudes", "LoRA biases", "rows of added tokens", "CLIP text half", "derived", "other",
+)  # fmt: skip
+"""What `part_of_tensor` returns, in the order in which parts are shown."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorHeader:
-    """A tensor without its values.
+    """A tensor without its values; sizes and type are those on disk."""
 
-    Attributes:
-        key: Its name in the file.
-        name: Its native name.
-        part: What it belongs to; see `part_of_tensor`.
-        shape: Its size in each dimension.
-        dtype: Its type on disk.
-        num_bytes: Its size on disk.
-        file: Name of its file.
-    """
-
-    key: str
-    name: str
-    part: str
+    key: str  # its name in the file
+    name: str  # its native name
+    part: str  # one of `PARTS`
     shape: tuple[int, ...]
     dtype: str
     num_bytes: int
@@ -78,21 +71,13 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class FileHeader:
-    """What a weight file holds.
-
-    Attributes:
-        path: The file.
-        num_bytes: Its size.
-        tensors: Its tensors, as far as they could be found.
-        problem: What is wrong with it; "" if nothing is.
-        others: Names of what it holds beside tensors.
-    """
+    """What a weight file holds, as far as it can be read."""
 
     path: Path
     num_bytes: int
     tensors: tuple[TensorHeader, ...] = ()
-    problem: str = ""
-    others: tuple[str, ...] = ()
+    problem: str = ""  # "" if nothing is wrong with it
+    others: tuple[str, ...] = ()  # names of what it holds beside tensors
 
 
 def part_of_tensor(name: str) -> str:
@@ -150,7 +135,7 @@ def _read_safetensors(path: Path, num_bytes: int) -> FileHeader:
             shape, (start, end) = tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
             if not 0 <= start <= end or min(shape, default=0) < 0:
                 raise ValueError("negative sizes")
-            dtype = _DTYPE_NAMES.get(entry["dtype"], str(entry["dtype"]).lower())
+            dtype = str(SAFETENSORS_DTYPES.get(entry["dtype"], str(entry["dtype"]).lower())).removeprefix("torch.")
             tensors.append(TensorHeader.of(str(key), shape, dtype, end - start, path))
             ends.append(8 + length + end)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -30,9 +30,8 @@ from llava_ft.checkpoint.restore import lacks_projector
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.checkpoint.zero.files import find_step_directory, find_step_files
 from llava_ft.errors import CheckpointError, UserError, some_of
-from llava_ft.inspection.weight_facts import WeightFacts, facts_of, lora_modules
+from llava_ft.inspection.weight_facts import PartSummary, WeightFacts, facts_of, lora_modules, ranges, summarise
 from llava_ft.inspection.weight_headers import FileHeader, TensorHeader, is_weight_file, read_header
-from llava_ft.inspection.weight_parts import PartSummary, ranges, summarise
 from llava_ft.models.builder import is_llava_config
 
 _LORA_PARTS: Final = {"LoRA A", "LoRA B", "DoRA magnitudes", "LoRA biases"}

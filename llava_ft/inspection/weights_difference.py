@@ -15,8 +15,7 @@ import torch
 from llava_ft.checkpoint.names import EMBEDDINGS, HEAD
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.errors import CheckpointError
-from llava_ft.inspection.weight_headers import TensorHeader
-from llava_ft.inspection.weight_parts import PARTS
+from llava_ft.inspection.weight_headers import PARTS, TensorHeader
 from llava_ft.inspection.weights import Description, describe
 
 _BYTES_PER_GROUP: Final = 256 * 2**20
@@ -27,62 +26,34 @@ _WIDE: Final = (torch.float64, torch.int64, torch.int32)
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """Two tensors of one name that are not the same.
-
-    Attributes:
-        name: Native name.
-        part: What it belongs to.
-        shapes: Shape in the first and in the second.
-        dtypes: Type in the first and in the second.
-        max_difference: Largest |difference| of the values; None where the shapes cannot be compared. Not a number
-            against a number is infinite.
-        relative: That divided by the largest |value| of the first.
-        num_rows: Where only the number of rows differs, as with added tokens: the rows that were compared.
-        is_rounded: Whether the second holds the first's values, rounded to its own type.
-    """
+    """Two tensors of one native name that are not the same; pairs are of the first and of the second."""
 
     name: str
     part: str
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
     dtypes: tuple[str, str]
     max_difference: float | None = None
-    relative: float | None = None
-    num_rows: int | None = None
-    is_rounded: bool = False
+    """Largest |difference| of values; None where shapes cannot be compared. NaN against a number is infinite."""
+    relative: float | None = None  # that divided by the largest |value| of the first
+    num_rows: int | None = None  # rows compared, where only their number differs, as with added tokens
+    is_rounded: bool = False  # whether the second holds the first's values, rounded to its own type
 
 
 @dataclass
 class PartDifference:
-    """The difference of one part.
-
-    Attributes:
-        part: One of `PARTS`.
-        num_common: Tensors that both have.
-        num_equal: Those that are equal in shape, type and every bit.
-        max_difference: Largest |difference| of values.
-        relative: Largest relative one.
-        worst: Name of the tensor with the largest |difference|.
-    """
+    """The difference of one part."""
 
     part: str
     num_common: int = 0
-    num_equal: int = 0
-    max_difference: float = 0.0
+    num_equal: int = 0  # in shape, type and every bit
+    max_difference: float = 0.0  # the largest of its tensors
     relative: float = 0.0
-    worst: str = ""
+    worst: str = ""  # name of the tensor with `max_difference`
 
 
 @dataclass
 class Difference:
-    """The difference of two paths.
-
-    Attributes:
-        only_first: Tensors that only the first has.
-        only_second: Tensors that only the second has.
-        different: Tensors of both that differ.
-        parts: The same by part.
-        unreadable: What could not be compared, and why.
-    """
+    """The difference of two paths."""
 
     first: Description
     second: Description
@@ -90,7 +61,7 @@ class Difference:
     only_second: list[TensorHeader] = field(default_factory=list[TensorHeader])
     different: list[TensorDifference] = field(default_factory=list[TensorDifference])
     parts: list[PartDifference] = field(default_factory=list[PartDifference])
-    unreadable: list[str] = field(default_factory=list[str])
+    unreadable: list[str] = field(default_factory=list[str])  # what could not be compared, and why
 
     @property
     def is_equal(self) -> bool:
@@ -116,30 +87,20 @@ class Difference:
         }
 
 
-class _Tensors:
-    """The tensors of a path that count, each under its native name."""
-
-    def __init__(self, description: Description, unreadable: list[str]):
-        self.headers: dict[str, TensorHeader] = {}
-        self._files: dict[str, WeightFiles] = {}
-        for file in description.files:
-            if file.path.name not in description.read or not file.tensors:
-                continue
-            try:
-                self._files[file.path.name] = WeightFiles.open(file.path)
-            except CheckpointError as error:
-                unreadable.append(str(error))
-                continue
-            self.headers |= {tensor.name: tensor for tensor in file.tensors if tensor.part != "derived"}
-
-    def stream(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        by_file: dict[str, dict[str, str]] = {}
-        for name in names:
-            tensor = self.headers[name]
-            by_file.setdefault(tensor.file, {})[tensor.key] = name
-        for file, keys in by_file.items():
-            for key, value in self._files[file].stream(keys):
-                yield keys[key], value
+def _open(description: Description, unreadable: list[str]) -> tuple[dict[str, TensorHeader], WeightFiles]:
+    """Return the tensors of a path that count, by native name, and what reads them."""
+    headers: dict[str, TensorHeader] = {}
+    files = WeightFiles(description.path, {})
+    for file in description.files:
+        if file.path.name not in description.read or not file.tensors:
+            continue
+        try:
+            files.tensors |= WeightFiles.open(file.path).tensors
+        except CheckpointError as error:
+            unreadable.append(str(error))
+            continue
+        headers |= {tensor.name: tensor for tensor in file.tensors if tensor.part != "derived"}
+    return headers, files
 
 
 def compare(first: Path, second: Path) -> Difference:
@@ -150,20 +111,22 @@ def compare(first: Path, second: Path) -> Difference:
     """
     found = Difference(describe(first), describe(second))
     problems = found.first.damaged + found.second.damaged + found.first.lost + found.second.lost
-    ours, theirs = (_Tensors(one, problems) for one in (found.first, found.second))
+    (ours, our_files), (theirs, their_files) = (_open(one, problems) for one in (found.first, found.second))
     for description, tensors in ((found.first, ours), (found.second, theirs)):
-        if not tensors.headers and not description.damaged:
+        if not tensors and not description.damaged:
             raise CheckpointError(f"{description.path} holds no tensors to compare. {description.what}")
     found.unreadable = list(dict.fromkeys(problems))
-    found.only_first = [tensor for name, tensor in ours.headers.items() if name not in theirs.headers]
-    found.only_second = [tensor for name, tensor in theirs.headers.items() if name not in ours.headers]
+    found.only_first = [tensor for name, tensor in ours.items() if name not in theirs]
+    found.only_second = [tensor for name, tensor in theirs.items() if name not in ours]
     by_part = {part: PartDifference(part) for part in PARTS}
-    for group in _groups([tensor for name, tensor in ours.headers.items() if name in theirs.headers]):
-        held = {name: value.clone() for name, value in ours.stream(group)}
-        for name, value in theirs.stream(group):
-            part = by_part[ours.headers[name].part]
+    for group in _groups([tensor for name, tensor in ours.items() if name in theirs]):
+        our_keys, their_keys = ({headers[name].key: name for name in group} for headers in (ours, theirs))
+        held = {our_keys[key]: value.clone() for key, value in our_files.stream(our_keys)}
+        for key, value in their_files.stream(their_keys):
+            name = their_keys[key]
+            part = by_part[ours[name].part]
             part.num_common += 1
-            difference = _difference(ours.headers[name], theirs.headers[name], held.pop(name), value)
+            difference = _difference(ours[name], theirs[name], held.pop(name), value)
             if difference is None:
                 part.num_equal += 1
                 continue

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from llava_ft.inspection.weight_parts import fold, num_bytes_of
+from llava_ft.inspection.weight_facts import fold, num_bytes_of
 from llava_ft.inspection.weights import Description, describe
 from llava_ft.inspection.weights_difference import Difference, TensorDifference, compare
 from llava_ft.terminal import visible
@@ -20,12 +20,6 @@ def run_inspect_weights(
     paths: Sequence[Path], output: TextIO, *, as_json: bool = False, all_keys: bool = False
 ) -> bool:
     """Describe a path, or compare two.
-
-    Args:
-        paths: One path, or two.
-        output: Gets the result.
-        as_json: Whether the result is written as JSON.
-        all_keys: Whether every tensor is listed.
 
     Returns:
         Whether the path is whole, or the two are equal.

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from llava_ft.checkpoint.hf.names import hub_name, module_name
 from llava_ft.errors import CheckpointError
-from llava_ft.inspection.weight_headers import TensorHeader, part_of_tensor, read_header
-from llava_ft.inspection.weight_parts import PARTS, braced, fold, ranges
+from llava_ft.inspection.weight_facts import braced, fold, ranges
+from llava_ft.inspection.weight_headers import PARTS, TensorHeader, part_of_tensor, read_header
 from llava_ft.inspection.weights import Description, describe
 from llava_ft.inspection.weights_difference import compare
 from tests.training.helpers import train
