@@ -7,6 +7,7 @@ does not exist is refused.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +28,7 @@ from llava_ft.checkpoint.names import (
     PROJECTOR_SAFETENSORS,
 )
 from llava_ft.checkpoint.restore import lacks_projector
-from llava_ft.checkpoint.weights import WeightFiles, read_json
+from llava_ft.checkpoint.weights import MODEL_FILES, WeightFiles, read_json
 from llava_ft.checkpoint.zero.files import find_step_directory, find_step_files
 from llava_ft.errors import CheckpointError, UserError, some_of
 from llava_ft.inspection.weight_facts import PartSummary, WeightFacts, facts_of, lora_modules, ranges, summarise
@@ -44,23 +45,14 @@ _TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model")
 
 @dataclass(frozen=True)
 class RequiredBase:
-    """The base that weights belong to.
+    """The base that weights belong to."""
 
-    Attributes:
-        base: Its path or name, as the files say it; None if they do not.
-        fingerprint: Fingerprint of its language model; "" if no file says it.
-        is_here: Whether that path is a directory on this machine.
-        hidden_size: Width that its language model must have.
-        num_layers: Layers that it must have at least.
-        problem: Why the directory that is here does not fit; "" if it does or is not here.
-    """
-
-    base: str | None
-    fingerprint: str = ""
-    is_here: bool = False
-    hidden_size: int | None = None
-    num_layers: int | None = None
-    problem: str = ""
+    base: str | None  # its path or name, if the files say it
+    fingerprint: str = ""  # of its language model; "" if no file says it
+    is_here: bool = False  # whether `base` is a directory on this machine
+    hidden_size: int | None = None  # that its language model must have
+    num_layers: int | None = None  # that it must have at least
+    problem: str = ""  # why the directory that is here does not fit
 
 
 @dataclass
@@ -68,12 +60,10 @@ class Description:
     """What is known of a path.
 
     Attributes:
-        path: The path.
         kind: What it holds, short and stable: "lora", "projector", "llava", "language model", "vision tower",
             "trained beside an adapter", "shard", "deepspeed", "several", "tensors" or "nothing".
         what: The same as a sentence.
         layout: "native" or "hf", as `config.json` or the keys say; "" where that says nothing.
-        facts: Sizes that follow from the shapes.
         needs: The base it belongs to, if it needs one.
         missing: What ought to be there and is not.
         lost: What of that are files of weights.
@@ -81,7 +71,6 @@ class Description:
         notes: What else a user should know.
         files: Every weight file.
         read: Names of the files that count, where there are several with the same content.
-        parts: Their tensors, summed up.
         inside: Each file and directory inside, where they do not belong together.
     """
 
@@ -89,7 +78,6 @@ class Description:
     kind: str = "nothing"
     what: str = ""
     layout: str = ""
-    facts: WeightFacts = field(default_factory=WeightFacts)
     needs: RequiredBase | None = None
     missing: list[str] = field(default_factory=list[str])
     lost: list[str] = field(default_factory=list[str])
@@ -97,7 +85,6 @@ class Description:
     notes: list[str] = field(default_factory=list[str])
     files: list[FileHeader] = field(default_factory=list[FileHeader])
     read: list[str] = field(default_factory=list[str])
-    parts: list[PartSummary] = field(default_factory=list[PartSummary])
     inside: list["Description"] = field(default_factory=list["Description"])
 
     @property
@@ -105,10 +92,20 @@ class Description:
         """Whether nothing is missing or damaged, here and in what is inside."""
         return not self.missing and not self.damaged and all(one.is_whole for one in self.inside)
 
-    @property
+    @cached_property
     def tensors(self) -> list[TensorHeader]:
-        """The tensors of the files that count."""
+        """The tensors of the files that count. They and what follows from them are fixed once `files` is filled in."""
         return [tensor for file in self.files if file.path.name in self.read for tensor in file.tensors]
+
+    @cached_property
+    def facts(self) -> WeightFacts:
+        """Sizes that follow from the shapes."""
+        return facts_of(self.tensors)
+
+    @cached_property
+    def parts(self) -> list[PartSummary]:
+        """The tensors, summed up."""
+        return summarise(self.tensors)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything for JSON, where `num_tensors`, `num_values` and `num_bytes` go by their short names."""
@@ -162,12 +159,11 @@ def describe(path: Path) -> Description:
 
 def _describe_file(path: Path) -> Description:
     header = read_header(path)
-    found = Description(path, files=[header], read=[path.name], parts=summarise(header.tensors))
-    found.kind, found.facts = _kind_of_tensors(header.tensors, path.name), facts_of(header.tensors)
-    found.layout = found.facts.layout
+    found = Description(path, files=[header], read=[path.name])
+    found.kind, found.layout = _kind_of_tensors(header.tensors, path.name), found.facts.layout
     found.damaged += [header.problem] if header.problem else []
-    if header.others:
-        found.notes.append(f"It also holds {some_of(header.others)}, which is no tensor.")
+    found.notes += [f"It also holds {some_of(header.others)}, which is no tensor."] if header.others else []
+    # What lies beside a file names its base, but says nothing of what the file ought to hold.
     config, adapter_config, _ = _read_settings(path.parent, found.notes)
     _find_base(found, path.parent, config, adapter_config)
     if found.kind != "shard":
@@ -184,14 +180,12 @@ def _describe_directory(path: Path, index: Path | None = None) -> Description:
     found.damaged = [file.problem for file in found.files if file.problem] + found.damaged
     found.missing += found.lost
     config, adapter_config, layout = _read_settings(path, found.damaged)
-    tensors = found.tensors
-    found.facts, found.parts = facts_of(tensors), summarise(tensors)
-    found.kind = "lora" if adapter_config else _kind_of_tensors(tensors)
+    found.kind = "lora" if adapter_config else _kind_of_tensors(found.tensors)
     if found.kind == "language model" and is_llava_config(config):
         found.kind = "llava"  # whose projector is missing
     found.layout = "hf" if layout == "hf" else found.facts.layout
     _find_base(found, path, config, adapter_config)
-    if tensors and not found.damaged and not found.lost:
+    if found.tensors and not found.damaged and not found.lost:
         found.missing += _missing_tensors(found, config, adapter_config)
     found.missing += _missing_files(path, found, config)
     found.what = _sentence(found, config, is_file=False)
@@ -199,12 +193,12 @@ def _describe_directory(path: Path, index: Path | None = None) -> Description:
     with_others = [file for file in found.files if file.others]
     found.notes += [f"{file.path.name} also holds {some_of(file.others)}, which is no tensor." for file in with_others]
     steps = sorted((entry.name for entry in path.glob("checkpoint-*") if entry.is_dir()), key=lambda n: (len(n), n))
-    if steps:
-        found.notes.append(f"It also holds {len(steps)} checkpoints of the run: {some_of(steps)}.")
-    if (path / LINEAGE).is_file():
-        found.notes.append(f"`llava-ft inspect lineage {path}` says what it was made from.")
-    if any(path.glob("global_step*")):
-        found.notes.append("It also holds DeepSpeed's files, to resume from.")
+    notes = (
+        (steps, f"It also holds {len(steps)} checkpoints of the run: {some_of(steps)}."),
+        ((path / LINEAGE).is_file(), f"`llava-ft inspect lineage {path}` says what it was made from."),
+        (any(path.glob("global_step*")), "It also holds DeepSpeed's files, to resume from."),
+    )
+    found.notes += [note for holds, note in notes if holds]
     return found
 
 
@@ -255,34 +249,32 @@ def _select_files(path: Path, index: Path | None = None) -> tuple[list[Path], De
         an index names and that are not there in `lost`, and what is wrong with an index in `damaged`.
     """
     found = Description(index or path)
-    files = sorted(entry for entry in path.iterdir() if entry.is_file() and is_weight_file(entry))
-    reasons: dict[str, str] = {}
-
-    def take_first(*names: str) -> None:
-        present = [name for name in names if (path / name).is_file()]
-        found.read += present[:1]
-        reasons.update((name, f"{present[0]} is") for name in present[1:])
-
     if index is not None:
         _take_shards(index, found)
         return [path / name for name in found.read], found
+    files = sorted(entry for entry in path.iterdir() if entry.is_file() and is_weight_file(entry))
+    same_content: list[tuple[str, ...]] = []  # of each the first that is there is loaded
     if (path / ADAPTER_CONFIG).is_file():
-        take_first(ADAPTER_BIN, ADAPTER_SAFETENSORS, ADAPTER_ALL_BIN)
-        take_first(NON_LORA_BIN, NON_LORA_SAFETENSORS)
+        same_content = [(ADAPTER_BIN, ADAPTER_SAFETENSORS, ADAPTER_ALL_BIN), (NON_LORA_BIN, NON_LORA_SAFETENSORS)]
     else:
-        for name in ("model.safetensors", "pytorch_model.bin"):
-            if (path / f"{name}.index.json").is_file():
-                _take_shards(path / f"{name}.index.json", found)
-                break
-            if (path / name).is_file():
-                found.read = [name]
-                break
-        if not found.read and not found.lost and (path / CONFIG).is_file():
-            take_first(PROJECTOR_BIN, PROJECTOR_SAFETENSORS)
+        model = next((path / name for name in MODEL_FILES if (path / name).is_file()), None)
+        if model is not None and model.suffix == ".json":
+            _take_shards(model, found)
+        elif model is not None:
+            found.read = [model.name]
         if (path / CONFIG).is_file() and len(files) == 1:
             found.read = [files[0].name]
-    unread = {file.name: "the model's or adapter's own files are" for file in files if file.name not in found.read}
-    found.notes = [f"{name} is not read: {reason}." for name, reason in (reasons | unread | reasons).items()]
+        elif (path / CONFIG).is_file() and not found.read and not found.lost:
+            same_content = [(PROJECTOR_BIN, PROJECTOR_SAFETENSORS)]
+    reasons: dict[str, str] = {}
+    for names in same_content:
+        present = [name for name in names if (path / name).is_file()]
+        found.read += present[:1]
+        reasons |= dict.fromkeys(present[1:], f"{present[0]} is") if present else {}
+    for file in files:
+        if file.name not in found.read:
+            reasons.setdefault(file.name, "the model's or adapter's own files are")
+    found.notes = [f"{name} is not read: {reason}." for name, reason in reasons.items()]
     return files, found
 
 
@@ -464,20 +456,27 @@ def _missing_layers(tensors: Sequence[TensorHeader], num_layers: int | None) -> 
 
 def _missing_files(path: Path, found: Description, config: Mapping[str, Any]) -> list[str]:
     """Say which files of a directory are missing: those without which this program refuses it or has to guess."""
-    kind, missing = found.kind, list[str]()
-    if (path / MANIFEST).is_file() and (reason := what_is_incomplete(path)) is not None:
-        missing.append(f"It is not complete: {reason}.")
-    if kind in ("llava", "language model", "vision tower", "projector") and not (path / CONFIG).is_file():
-        missing.append(f"There is no {CONFIG}. Copy it from where the weights come from.")
-    if kind in ("llava", "language model") and not any((path / name).is_file() for name in _TOKENIZER_FILES):
-        missing.append(f"There is no tokenizer: neither {' nor '.join(_TOKENIZER_FILES)}. Copy it from the base model.")
-    if kind in ("llava", "vision tower") and any(tensor.part == "vision tower" for tensor in found.tensors):
-        tower = config.get("mm_vision_tower")
-        places = [path, *([Path(tower), path / tower] if isinstance(tower, str) else [])]
-        if not any((place / PREPROCESSOR_CONFIG).is_file() for place in places):
-            missing.append(
-                f"There is no {PREPROCESSOR_CONFIG}, which says how images are prepared. Copy it from the vision tower."
-            )
+    kind, is_model = found.kind, found.kind in ("llava", "language model")
+    incomplete = what_is_incomplete(path) if (path / MANIFEST).is_file() else None
+    tower = config.get("mm_vision_tower")
+    places = [path, *([Path(tower), path / tower] if isinstance(tower, str) else [])]
+    holds_tower = kind in ("llava", "vision tower") and any(part.part == "vision tower" for part in found.parts)
+    checks = (
+        (incomplete is not None, f"It is not complete: {incomplete}."),
+        (
+            (is_model or kind in ("vision tower", "projector")) and not (path / CONFIG).is_file(),
+            f"There is no {CONFIG}. Copy it from where the weights come from.",
+        ),
+        (
+            is_model and not any((path / name).is_file() for name in _TOKENIZER_FILES),
+            f"There is no tokenizer: neither {' nor '.join(_TOKENIZER_FILES)}. Copy it from the base model.",
+        ),
+        (
+            holds_tower and not any((place / PREPROCESSOR_CONFIG).is_file() for place in places),
+            f"There is no {PREPROCESSOR_CONFIG}, which says how images are prepared. Copy it from the vision tower.",
+        ),
+    )
+    missing = [sentence for is_missing, sentence in checks if is_missing]
     if kind != "lora":
         return missing
     try:
