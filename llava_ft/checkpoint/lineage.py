@@ -90,7 +90,11 @@ def record_lineage(
         CheckpointError: A parent is no model directory.
     """
     described = [parent if isinstance(parent, Mapping) else describe_parent(parent) for parent in parents]
-    ancestors = _each_once([*([] if base is None else [_describe_base(*base)]), *described])
+    if base is not None:  # with its own record, if a merge or a run of this program wrote it
+        record = read_lineage(Path(base[0]))
+        named = {"path": absolute_or_hub_name(base[0]), "fingerprint": base[1]}
+        described.insert(0, named if record is None else named | {"lineage": asdict(record)})
+    ancestors = _each_once(described)
     config = {
         "file": RUN_CONFIG,
         "sha256": hashlib.sha256(run_config.encode()).hexdigest(),
@@ -134,9 +138,7 @@ def read_lineage(directory: Path) -> Lineage | None:
 def describe_parent(path: Path) -> dict[str, Any]:
     """Describe what weights came from: path, kind, fingerprint of the weights, base, and its own record.
 
-    Args:
-        path: A directory or a weight file. One that holds no weights that can be fingerprinted, such as DeepSpeed's
-            shards alone, is named without a fingerprint.
+    A directory without weights that can be fingerprinted, such as DeepSpeed's shards alone, has an empty one.
     """
     described: dict[str, Any] = {"path": str(path.resolve())}
     if path.is_file():
@@ -155,13 +157,6 @@ def describe_parent(path: Path) -> dict[str, Any]:
         ):
             described["base"] = {"path": str(name), "fingerprint": ""}
     return described | {"lineage": None if record is None else asdict(record)}
-
-
-def _describe_base(path: str, fingerprint: str) -> dict[str, Any]:
-    """Describe a base model, with its own record if a merge or a run of this program wrote it."""
-    described: dict[str, Any] = {"path": absolute_or_hub_name(path), "fingerprint": fingerprint}
-    record = read_lineage(Path(path)) if Path(path).is_dir() else None
-    return described if record is None else described | {"lineage": asdict(record)}
 
 
 def _kind_and_fingerprint(path: Path) -> dict[str, str]:

@@ -24,11 +24,6 @@ _WIDTH = 10_000
 def run_inspect_lineage(path: Path, output: TextIO, *, as_json: bool) -> None:
     """Write the lineage of a directory.
 
-    Args:
-        path: The directory.
-        output: Where to.
-        as_json: Whether to write JSON instead of text to read.
-
     Raises:
         UserError: It has no lineage, or a damaged one.
     """

@@ -144,15 +144,12 @@ def summarise(tensors: Iterable[TensorHeader]) -> list[PartSummary]:
     for tensor in tensors:
         by_part[tensor.part].append(tensor)
     return [
-        PartSummary(part, len(members), sum(t.num_values for t in members), num_bytes_of(members), fold(members))
+        PartSummary(
+            part, len(members), sum(t.num_values for t in members), sum(t.num_bytes for t in members), fold(members)
+        )
         for part, members in by_part.items()
         if members
     ]
-
-
-def num_bytes_of(tensors: Iterable[TensorHeader]) -> int:
-    """Size of tensors on disk in bytes."""
-    return sum(tensor.num_bytes for tensor in tensors)
 
 
 def fold(tensors: Iterable[TensorHeader]) -> list[Fold]:

@@ -155,16 +155,15 @@ def _read_safetensors(path: Path, num_bytes: int) -> FileHeader:
 
 
 def _read_pickle(path: Path, num_bytes: int) -> FileHeader:
-    others: list[str] = []
-    tensors: list[TensorHeader] = []
-    for key, value in _flattened(load_pickle(path)):
-        if isinstance(value, torch.Tensor):
-            dtype = str(value.dtype).removeprefix("torch.")
-            tensors.append(TensorHeader.of(key, tuple(value.shape), dtype, value.nbytes, path))
-        else:
-            others.append(key)
+    content = list(_flattened(load_pickle(path)))
+    tensors = tuple(
+        TensorHeader.of(key, tuple(value.shape), str(value.dtype).removeprefix("torch."), value.nbytes, path)
+        for key, value in content
+        if isinstance(value, torch.Tensor)
+    )
+    others = tuple(key for key, value in content if not isinstance(value, torch.Tensor))
     problem = "" if tensors else f"{path} holds no tensors, so it is not a weight file. Is it the right file?"
-    return FileHeader(path, num_bytes, tuple(tensors), problem, tuple(others))
+    return FileHeader(path, num_bytes, tensors, problem, others)
 
 
 def _flattened(content: object, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, object]]:

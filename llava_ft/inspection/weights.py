@@ -4,6 +4,7 @@ Names and shapes are read, values are not. Whatever is damaged or unknown become
 does not exist is refused.
 """
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -205,18 +206,16 @@ def _describe_directory(path: Path, index: Path | None = None) -> Description:
 def _describe_each(path: Path, files: Sequence[Path]) -> Description:
     """Describe a directory whose weight files do not belong together, or that holds none itself."""
     found = Description(path)
-    try:
-        step = None if files else find_step_files(find_step_directory(path))
-    except CheckpointError:
-        step = None
-    if step is not None:
-        num_ranks, stage = len(step.optimizer) or len(step.model), "3" if step.is_divided else "below 3"
-        found.kind = "deepspeed"
-        found.what = (
-            f"DeepSpeed's files of one step, of {num_ranks} ranks with a ZeRO stage {stage}, and no weights beside "
-            f"them. `llava-ft consolidate {path}` gets the weights out of them."
-        )
-        return found
+    if not files:
+        with contextlib.suppress(CheckpointError):  # there are none of DeepSpeed's files, or not all of them
+            step = find_step_files(find_step_directory(path))
+            num_ranks, stage = len(step.optimizer) or len(step.model), "3" if step.is_divided else "below 3"
+            found.kind = "deepspeed"
+            found.what = (
+                f"DeepSpeed's files of one step, of {num_ranks} ranks with a ZeRO stage {stage}, and no weights beside "
+                f"them. `llava-ft consolidate {path}` gets the weights out of them."
+            )
+            return found
 
     def may_hold_weights(entry: Path) -> bool:
         return any(

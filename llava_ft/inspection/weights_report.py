@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from llava_ft.inspection.weight_facts import fold, num_bytes_of
+from llava_ft.inspection.weight_facts import fold
 from llava_ft.inspection.weights import Description, describe
 from llava_ft.inspection.weights_difference import Difference, TensorDifference, compare
 from llava_ft.terminal import visible
@@ -55,9 +55,8 @@ def _lines(found: Description, all_keys: bool) -> list[str]:
             first = (part.part, f"{part.num_tensors}", f"{part.num_values:,}", _size(part.num_bytes))
             for number, one in enumerate(part.names):
                 rows.append((*(("",) * 4 if number else first), one.dtype, _shape(one.shape), one.names))
-        num_values = sum(part.num_values for part in found.parts)
-        size = _size(num_bytes_of(found.tensors))
-        rows.append(("all", f"{len(found.tensors)}", f"{num_values:,}", size, "", "", ""))
+        num_values, num_bytes = (sum(p.num_values for p in found.parts), sum(p.num_bytes for p in found.parts))
+        rows.append(("all", f"{len(found.tensors)}", f"{num_values:,}", _size(num_bytes), "", "", ""))
         lines += ["", *_table(rows, right=(1, 2, 3))]
     if all_keys:
         rows = [(t.key, t.dtype, _shape(t.shape), _size(t.num_bytes), t.file) for t in found.tensors]
@@ -91,7 +90,7 @@ def _difference_lines(found: Difference, all_keys: bool) -> list[str]:
     for label, tensors in (("only in the first", found.only_first), ("only in the second", found.only_second)):
         if not tensors:
             continue
-        lines.append(f"{label}: {len(tensors)} tensors, {_size(num_bytes_of(tensors))}")
+        lines.append(f"{label}: {len(tensors)} tensors, {_size(sum(t.num_bytes for t in tensors))}")
         if all_keys:
             lines += [f"  {tensor.name}" for tensor in tensors]
             continue
