@@ -81,7 +81,7 @@ def _compare(
 
     def load_result() -> Speaker:
         if request.format == "gguf":
-            from llava_ft.convert.gguf_read import load_gguf
+            from llava_ft.convert.export_gguf import load_gguf
 
             return NativeSpeaker(load_gguf(staging, full, dtype=dtype))
         if request.format == "hf":

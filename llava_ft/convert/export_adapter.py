@@ -40,10 +40,8 @@ from llava_ft.checkpoint.names import (
 )
 from llava_ft.checkpoint.save import adapter_config_fields, config_fields, save_tensors, write_json
 from llava_ft.checkpoint.weights import WeightFiles, read_json
-from llava_ft.convert.export_hf import hf_config, image_settings
-from llava_ft.convert.hf_processor import write_image_processor
-from llava_ft.convert.native_record import read_weight_record
-from llava_ft.convert.native_tokenizer import num_native_rows
+from llava_ft.convert.export_hf import hf_config, image_settings, write_image_processor
+from llava_ft.convert.native_record import num_native_rows, read_weight_record
 from llava_ft.convert.options import ExportOptions
 from llava_ft.convert.peft_keys import check_taken
 from llava_ft.convert.proof import ConversionReport

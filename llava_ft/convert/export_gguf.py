@@ -2,63 +2,60 @@
 
 The files are written tensor by tensor and read back: each tensor must be the source's, rounded once, and each key what
 the configuration says. Memory holds a tensor or two, whatever the model's size.
+
+Read back as a model (`load_gguf`), the configuration is made from the files' keys and the weights from their tensors,
+so that a wrong key shows in the logits as a wrong tensor does.
 """
 
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.checkpoint.shard_files import check_space
-from llava_ft.conversation import Template, TemplateStyle, get_template
+from llava_ft.checkpoint.weights import TensorInfo, WeightFiles
+from llava_ft.conversation import TemplateStyle, get_template
 from llava_ft.convert.chat_template import chat_template
 from llava_ft.convert.gguf_file import (
+    DTYPES,
     Field,
     Fields,
+    File,
     GgufContent,
+    GgufTensor,
     import_gguf,
+    plan_tensors,
     round_once,
     write_gguf,
 )
 from llava_ft.convert.gguf_metadata import (
-    check_dtype,
     check_expressible,
     check_image_settings,
     differences,
     language_fields,
     vision_fields,
 )
-from llava_ft.convert.gguf_read import GgufWeights
-from llava_ft.convert.gguf_tensors import DTYPES, File, GgufTensor, file_tensors, plan_tensors
 from llava_ft.convert.gguf_vocabulary import check_ids, read_vocabulary, vocabulary_fields
 from llava_ft.convert.options import ExportOptions
 from llava_ft.convert.proof import ConversionReport, prove_tensors
 from llava_ft.data.image_processor import ImageProcessorSettings
-from llava_ft.errors import RunError, UserError
+from llava_ft.data.images import ImageTransform
+from llava_ft.errors import CheckpointError, RunError, UserError
+from llava_ft.inference.load import DEFAULT_TEMPLATE, LoadedModel
+from llava_ft.models.builder import build_skeleton
+from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.models.llava import LlavaLlamaForCausalLM
 
 logger = logging.getLogger(__name__)
 
 ARCHITECTURES: dict[File, str] = {"language": "llama", "vision": "clip"}
-
-
-@dataclass(frozen=True)
-class GgufPlan:
-    """An export, settled before any weight is read.
-
-    Attributes:
-        tensors: Every tensor of both files.
-        fields: What each file says about the model.
-        names: Name of each file.
-        notes: What a user of the files should know.
-    """
-
-    tensors: list[GgufTensor]
-    fields: dict[File, Fields]
-    names: dict[File, str]
-    notes: list[str]
+MMPROJ_PREFIX = "mmproj-"
 
 
 def export_gguf(whole: FullModel, target: Path, options: ExportOptions, report: ConversionReport) -> None:
@@ -74,20 +71,7 @@ def export_gguf(whole: FullModel, target: Path, options: ExportOptions, report: 
         UserError: llama.cpp cannot run such a model, or the request asks for what GGUF has not.
         RunError: A file does not hold what it should.
     """
-    plan = plan_export(whole, options)
-    for note in plan.notes:
-        logger.warning("GGUF: %s.", note)
-    report.notes += plan.notes
-    _write(whole, target, plan, report)
-    _verify(whole, target, plan, report)
-
-
-def plan_export(whole: FullModel, options: ExportOptions) -> GgufPlan:
-    """Settle an export: refuse what GGUF or llama.cpp cannot hold, before weights are read.
-
-    Raises:
-        UserError: Something cannot be exported.
-    """
+    # What GGUF or llama.cpp cannot hold is refused before weights are read.
     if options.adapter_only:
         raise UserError(
             "--adapter-only has no GGUF form here: a GGUF file holds the whole model. Leave the flag out, or export "
@@ -95,44 +79,68 @@ def plan_export(whole: FullModel, options: ExportOptions) -> GgufPlan:
         )
     config = whole.config
     dtype = options.dtype or whole.dtype
-    check_dtype(dtype)
+    if dtype not in DTYPES:
+        known = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+        raise UserError(
+            f"A GGUF file cannot be written in {str(dtype).removeprefix('torch.')}: the exported types are {known}. "
+            "Smaller ones are made from such a file with llama.cpp's llama-quantize."
+        )
     check_expressible(config)
     import_gguf()
-    template = get_template(config.conversation_template or "v1")
     vocabulary = read_vocabulary(whole.tokenizer, whole.shapes["model.embed_tokens.weight"][0])
     check_ids(vocabulary, whole.tokenizer)
-    name = model_name(whole.directory.path)
-    template_text = None
-    if template.style is not TemplateStyle.PLAIN:
-        template_text = chat_template(template, mm_use_im_start_end=config.mm_use_im_start_end)
+    template_text, template_notes = _template(whole)
+    path = whole.directory.path.resolve()  # a checkpoint is named after the run's directory as well
+    name = f"{path.parent.name}-{path.name}" if path.name.startswith("checkpoint-") else path.name
+    name = "-".join(name.split()) or "model"
     fields: dict[File, Fields] = {
         "language": language_fields(config, name, dtype) | vocabulary_fields(vocabulary, whole.tokenizer, template_text)
     }
-    names: dict[File, str] = {"language": f"{name}-{DTYPES[dtype]}.gguf"}
+    paths: dict[File, Path] = {"language": target / f"{name}-{DTYPES[dtype]}.gguf"}
     if whole.base.vision_directory is not None:
         settings = ImageProcessorSettings.from_pretrained(whole.base.vision_directory)
         check_image_settings(settings)
         fields["vision"] = vision_fields(config, settings, name, dtype)
-        names["vision"] = f"mmproj-{names['language']}"
-    return GgufPlan(
-        tensors=plan_tensors(whole.shapes, config, dtype),
-        fields=fields,
-        names=names,
-        notes=[*differences(config), *_template_notes(template, whole)],
-    )
+        paths["vision"] = target / f"{MMPROJ_PREFIX}{paths['language'].name}"
+    plan = plan_tensors(whole.shapes, config, dtype)
+    notes = [*differences(config), *template_notes]
+    for note in notes:
+        logger.warning("GGUF: %s.", note)
+    report.notes += notes
+    check_space(target, sum(tensor.num_bytes for tensor in plan))
+
+    def value_of(tensor: GgufTensor) -> torch.Tensor:
+        found = whole.tensor(tensor.native, torch.float32)
+        rounded = round_once(found.value, tensor)
+        report.count(replace(found, value=rounded))
+        return rounded
+
+    tensors_of = {file: [tensor for tensor in plan if tensor.file == file] for file in paths}
+    for file, tensors in tensors_of.items():
+        write_gguf(paths[file], ARCHITECTURES[file], fields[file], tensors, value_of)
+    files = {file: GgufContent(paths[file]) for file in paths}
+    for file, content in files.items():
+        expected_fields = {"general.architecture": Field("STRING", ARCHITECTURES[file]), **fields[file]}
+        for key, field in expected_fields.items():
+            found = content.fields.get(key)
+            is_float = (field.element or field.kind) == "FLOAT32" and found is not None
+            if not (np.array_equal(np.float32(found), np.float32(field.value)) if is_float else found == field.value):
+                raise RunError(f"{paths[file]} says {key} = {found!r}, and not {field.value!r}.")
+        written = {(name, content.shape(name), content.dtype(name)) for name in content.names}
+        expected = {(tensor.name, tensor.shape, tensor.dtype) for tensor in tensors_of[file]}
+        if written != expected:
+            odd = sorted(name for name, _, _ in written ^ expected)
+            raise RunError(
+                f"{paths[file]} does not hold the tensors it should: {', '.join(odd[:4])}. Nothing was kept."
+            )
+    prove_tensors(report, whole, GgufWeights(target, files, plan, whole), with_tower=True)
 
 
-def model_name(path: Path) -> str:
-    """Name a model after its directory, and a checkpoint after the run's directory as well."""
-    path = path.resolve()
-    name = f"{path.parent.name}-{path.name}" if path.name.startswith("checkpoint-") else path.name
-    return "-".join(name.split()) or "model"
-
-
-def _template_notes(template: Template, whole: FullModel) -> list[str]:
-    """Say in what llama.cpp writes or ends a conversation otherwise than the model was trained."""
+def _template(whole: FullModel) -> tuple[str | None, list[str]]:
+    """Return the chat template, and in what llama.cpp writes or ends a conversation otherwise than in training."""
+    template = get_template(whole.config.conversation_template or DEFAULT_TEMPLATE)
     if template.style is TemplateStyle.PLAIN:
-        return ["the model was trained with template plain, which has no turns: the file holds no chat template"]
+        return None, ["the model was trained with template plain, which has no turns: the file holds no chat template"]
     notes: list[str] = []
     if whole.config.conversation_template is None:
         notes.append(f"the model does not name its template: the chat template is that of {template.name}")
@@ -143,42 +151,161 @@ def _template_notes(template: Template, whole: FullModel) -> list[str]:
             "from the second question on llama.cpp puts a blank behind </s>, which this tokenizer (legacy=false) does "
             "not"
         )
-    return notes
+    return chat_template(template, mm_use_im_start_end=whole.config.mm_use_im_start_end), notes
 
 
-def _write(whole: FullModel, target: Path, plan: GgufPlan, report: ConversionReport) -> None:
-    check_space(target, sum(tensor.num_bytes for tensor in plan.tensors))
+class GgufWeights(WeightFiles):
+    """The tensors of both files under native names, rows as in PyTorch.
 
-    def value_of(tensor: GgufTensor) -> torch.Tensor:
-        found = whole.tensor(tensor.native, torch.float32)
-        rounded = round_once(found.value, tensor)
-        report.count(replace(found, value=rounded))
-        return rounded
+    What is not exported, the end of the vision tower, is taken from the source, so that the whole can be compared with
+    it as any other result.
+    """
 
-    for file, name in plan.names.items():
-        tensors = file_tensors(plan.tensors, file)
-        write_gguf(target / name, ARCHITECTURES[file], plan.fields[file], tensors, value_of)
+    def __init__(
+        self, directory: Path, files: Mapping[File, GgufContent], plan: Sequence[GgufTensor], whole: FullModel
+    ):
+        self._files = files
+        self._plan = {tensor.native: tensor for tensor in plan}
+        self._whole = whole
+        infos: dict[str, TensorInfo] = {}
+        for name in whole.names(with_tower=True):
+            dtype = self._plan[name].dtype if name in self._plan else whole.dtype
+            infos[name] = TensorInfo(directory, whole.shapes[name], dtype)
+        super().__init__(directory, infos)
 
-
-def _verify(whole: FullModel, target: Path, plan: GgufPlan, report: ConversionReport) -> None:
-    """Read both files back and compare them with the files of the model, tensor by tensor and key by key."""
-    files: dict[File, GgufContent] = {file: GgufContent(target / name) for file, name in plan.names.items()}
-    for file, content in files.items():
-        path = target / plan.names[file]
-        expected_fields = {"general.architecture": Field("STRING", ARCHITECTURES[file]), **plan.fields[file]}
-        for key, field in expected_fields.items():
-            if not _is_same(content.fields.get(key), field):
-                raise RunError(f"{path} says {key} = {content.fields.get(key)!r}, and not {field.value!r}.")
-        written = {(name, content.shape(name), content.dtype(name)) for name in content.names}
-        expected = {(tensor.name, tensor.shape, tensor.dtype) for tensor in file_tensors(plan.tensors, file)}
-        if written != expected:
-            odd = sorted(name for name, _, _ in written ^ expected)
-            raise RunError(f"{path} does not hold the tensors it should: {', '.join(odd[:4])}. Nothing was kept.")
-    prove_tensors(report, whole, GgufWeights(target, files, plan.tensors, whole), with_tower=True)
+    def stream(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield names and tensors."""
+        for name in self.tensors if names is None else names:
+            tensor = self._plan.get(name)
+            if tensor is None:
+                yield name, self._whole.tensor(name).value
+            else:
+                yield name, self._files[tensor.file].read(tensor.name, tensor.num_heads)
 
 
-def _is_same(found: object, field: Field) -> bool:
-    kind = field.element or field.kind
-    if kind == "FLOAT32" and found is not None:
-        return np.array_equal(np.float32(found), np.float32(field.value))  # pyright: ignore[reportArgumentType]
-    return found == field.value
+def find_files(directory: Path) -> tuple[Path, Path | None]:
+    """Return the language model's file in a directory and the one with tower and projector, if there is one.
+
+    Raises:
+        CheckpointError: There is not exactly one of the first, or more than one of the second.
+    """
+    files = sorted(directory.glob("*.gguf"))
+    vision = [path for path in files if path.name.startswith(MMPROJ_PREFIX)]
+    language = [path for path in files if path not in vision]
+    if len(language) != 1 or len(vision) > 1:
+        raise CheckpointError(
+            f"{directory} holds {len(language)} language models and {len(vision)} files with a projector; expected are "
+            f"one NAME.gguf and at most one {MMPROJ_PREFIX}NAME.gguf. Give a directory with one model in it."
+        )
+    return language[0], vision[0] if vision else None
+
+
+def load_gguf(directory: Path, full: FullModel, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """Load what an export wrote: weights, configuration and image normalisation from the GGUF files alone.
+
+    Args:
+        directory: Where the files are.
+        full: The model that was exported; its tokenizer and its images' size are taken.
+        dtype: Type of the weights in memory.
+
+    Raises:
+        CheckpointError: The directory does not hold one exported model.
+    """
+    model = read_model(directory, dtype)
+    vision_file = find_files(directory)[1]
+    transform = None
+    if vision_file is not None:
+        assert full.base.vision_directory is not None
+        keys = GgufContent(vision_file).fields
+        settings = replace(
+            ImageProcessorSettings.from_pretrained(full.base.vision_directory),
+            image_mean=tuple(keys["clip.vision.image_mean"]),
+            image_std=tuple(keys["clip.vision.image_std"]),
+        )
+        transform = ImageTransform(settings, geometry=model.config.image_geometry)
+    return LoadedModel(
+        tokenizer=full.tokenizer,
+        model=model,
+        image_transform=transform,
+        template=full.config.conversation_template or DEFAULT_TEMPLATE,
+        context_len=model.config.max_position_embeddings,
+        base=full.base,
+    )
+
+
+def read_model(directory: Path, dtype: torch.dtype = torch.float32) -> LlavaLlamaForCausalLM:
+    """Build the model that a directory's GGUF files hold, its weights in a type.
+
+    Raises:
+        CheckpointError: A tensor is missing or there are no such files.
+    """
+    language_file, vision_file = find_files(directory)
+    language = GgufContent(language_file)
+    vision = None if vision_file is None else GgufContent(vision_file)
+    config = _config(language, vision)
+    model = build_skeleton(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for tensor in plan_tensors(shapes, config, torch.float32):
+        content = language if tensor.file == "language" else vision
+        if content is None or tensor.name not in content.names:
+            raise CheckpointError(f"The GGUF files in {directory} hold no {tensor.name}. Export the model again.")
+        _assign(model, tensor.native, content.read(tensor.name, tensor.num_heads).to(dtype))
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta:  # the tower's last norm, which is never run
+            _assign(model, name, torch.ones(parameter.shape, dtype=dtype))
+    return model.eval()
+
+
+def _config(language: GgufContent, vision: GgufContent | None) -> LlavaLlamaConfig:
+    keys = language.fields
+    rope: dict[str, Any] = {"rope_theta": keys["llama.rope.freq_base"], "rope_type": "default"}
+    if "llama.rope.scaling.type" in keys:
+        rope |= {"rope_type": keys["llama.rope.scaling.type"], "factor": keys["llama.rope.scaling.factor"]}
+    bias = [f"blk.0.{part}.bias" in language.names for part in ("attn_q", "ffn_up")]
+    vision_keys: dict[str, Any] = {}
+    if vision is not None:
+        clip = vision.fields
+        flat: list[int] = clip.get("clip.vision.image_grid_pinpoints") or []
+        vision_keys = {
+            "mm_vision_tower": "gguf",
+            "mm_vision_config": {
+                "hidden_size": clip["clip.vision.embedding_length"],
+                "intermediate_size": clip["clip.vision.feed_forward_length"],
+                "num_hidden_layers": clip["clip.vision.block_count"],
+                "num_attention_heads": clip["clip.vision.attention.head_count"],
+                "image_size": clip["clip.vision.image_size"],
+                "patch_size": clip["clip.vision.patch_size"],
+                "hidden_act": "gelu" if clip["clip.use_gelu"] else "quick_gelu",
+                "layer_norm_eps": clip["clip.vision.attention.layer_norm_epsilon"],
+            },
+            "mm_hidden_size": clip["clip.vision.embedding_length"],
+            "mm_projector_type": "mlp2x_gelu",
+            "mm_vision_select_layer": clip["clip.vision.feature_layer"][0],
+            "mm_vision_select_feature": "patch",
+            "image_aspect_ratio": clip["clip.vision.image_aspect_ratio"],
+            "mm_patch_merge_type": clip["clip.vision.mm_patch_merge_type"],
+            "image_grid_pinpoints": [flat[start : start + 2] for start in range(0, len(flat), 2)] or None,
+        }
+    return LlavaLlamaConfig(
+        vocab_size=keys["llama.vocab_size"],
+        max_position_embeddings=keys["llama.context_length"],
+        hidden_size=keys["llama.embedding_length"],
+        num_hidden_layers=keys["llama.block_count"],
+        intermediate_size=keys["llama.feed_forward_length"],
+        num_attention_heads=keys["llama.attention.head_count"],
+        num_key_value_heads=keys["llama.attention.head_count_kv"],
+        head_dim=keys["llama.attention.key_length"],
+        rms_norm_eps=keys["llama.attention.layer_norm_rms_epsilon"],
+        rope_parameters=rope,
+        attention_bias=bias[0],
+        mlp_bias=bias[1],
+        tie_word_embeddings=False,
+        bos_token_id=keys.get("tokenizer.ggml.bos_token_id"),
+        eos_token_id=keys.get("tokenizer.ggml.eos_token_id"),
+        **vision_keys,
+    )
+
+
+def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    module, _, leaf = name.rpartition(".")
+    model.get_submodule(module).register_parameter(leaf, nn.Parameter(value, requires_grad=False))

@@ -3,6 +3,14 @@
 The tensors are written under the names of llava-hf's checkpoints on the hub, which every version of transformers reads,
 and vLLM and SGLang too. One thing is added: a row for `<image>`, the mean of the others, at the end of the vocabulary;
 there is no row where the tokenizer has fewer entries than the matrices. Everything else is as it was, to the bit.
+
+Images become pixels by the processor that prepares them as training did:
+
+| `image_aspect_ratio` | image processor |
+| --- | --- |
+| square | `CLIPImageProcessor`: shorter edge resized, centre cropped |
+| pad | `LlavaImageProcessor` with `do_pad`: put on a square of the mean colour first |
+| anyres | `LlavaNextImageProcessor`: an overview and the tiles of a grid |
 """
 
 import copy
@@ -15,22 +23,26 @@ from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.checkpoint.hf.config import hf_fields
 from llava_ft.checkpoint.hf.names import hub_name
 from llava_ft.checkpoint.load import fit_rows
-from llava_ft.checkpoint.names import CONFIG, EMBEDDINGS, GENERATION_CONFIG, HEAD, is_vision
+from llava_ft.checkpoint.names import CONFIG, EMBEDDINGS, GENERATION_CONFIG, HEAD, PREPROCESSOR_CONFIG, is_vision
 from llava_ft.checkpoint.save import write_json
 from llava_ft.checkpoint.shard_files import Layout, ShardFiles, check_space, layout_bytes
 from llava_ft.checkpoint.weights import WeightFiles, read_json
-from llava_ft.convert.hf_processor import check_images, write_processor
-from llava_ft.convert.hf_tokenizer import image_token_id, write_hf_tokenizer
+from llava_ft.constants import IMAGE_TOKEN
+from llava_ft.conversation import TemplateStyle, get_template
+from llava_ft.convert.chat_template import chat_template
+from llava_ft.convert.hf_tokenizer import begin_separator, image_token_id, write_hf_tokenizer
 from llava_ft.convert.native_record import TensorDigest, write_native_record
 from llava_ft.convert.options import ExportOptions
 from llava_ft.convert.proof import ConversionReport, prove_tensors
 from llava_ft.data.image_processor import ImageProcessorSettings
 from llava_ft.data.images import ImageTransform
+from llava_ft.errors import CheckpointError
 from llava_ft.geometry import ImageGeometry
-from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.inference.load import DEFAULT_TEMPLATE
 
-DEFAULT_TEMPLATE: Final = "v1"
-"""Conversation template of a model that does not say which it was trained with."""
+CHAT_TEMPLATE: Final = "chat_template.jinja"
+CHAT_TEMPLATE_WITH_BEGIN: Final = "chat_template_with_bos.jinja"
+PROCESSOR_CONFIG: Final = "processor_config.json"
 
 
 def export_hf(whole: FullModel, target: Path, options: ExportOptions, report: ConversionReport) -> None:
@@ -47,7 +59,13 @@ def export_hf(whole: FullModel, target: Path, options: ExportOptions, report: Co
         RunError: What is on disk afterwards is not what was to be written.
     """
     hf_config(whole, options.dtype or whole.dtype)  # what the layout cannot hold is refused before weights are read
-    check_images(*image_settings(whole))
+    settings, geometry = image_settings(whole)
+    if geometry.aspect_ratio != "square" and (not settings.do_resize or "shortest_edge" not in settings.size):
+        raise CheckpointError(
+            f"image_aspect_ratio is {geometry.aspect_ratio}, and {PREPROCESSOR_CONFIG} has do_resize "
+            f"{str(settings.do_resize).lower()} and size {settings.size}. transformers' processor of that kind needs "
+            "do_resize with a shortest_edge. Keep the native layout."
+        )
     num_rows = _num_rows(whole)
     tower = TensorDigest() if not whole.base.holds_vision_tower else None
     layout: Layout = {
@@ -73,11 +91,6 @@ def export_hf(whole: FullModel, target: Path, options: ExportOptions, report: Co
 def write_hf_files(whole: FullModel, target: Path, options: ExportOptions) -> list[str]:
     """Write everything that a model of transformers' layout has beside its weights.
 
-    Args:
-        whole: The model.
-        target: Where to.
-        options: The type of the weights.
-
     Returns:
         What a reader of the report should know.
     """
@@ -89,18 +102,56 @@ def write_hf_files(whole: FullModel, target: Path, options: ExportOptions) -> li
     write_json(target / GENERATION_CONFIG, {key: value for key, value in ids.items() if value is not None} | known)
     image_id = write_hf_tokenizer(whole.tokenizer, target)
     assert image_id == image_token_id(whole.tokenizer)
-    settings, _ = image_settings(whole)
-    template = whole.config.conversation_template or DEFAULT_TEMPLATE
-    added = "a row for it was added, the mean of the others"
+    settings, geometry = image_settings(whole)
+    fields = {
+        "image_token": IMAGE_TOKEN,
+        "num_additional_image_tokens": 1,
+        "patch_size": geometry.patch_size,
+        "processor_class": write_image_processor(target, settings, geometry),
+        "vision_feature_select_strategy": "full" if geometry.select_feature == "cls_patch" else "default",
+    }
+    write_json(target / PROCESSOR_CONFIG, fields)
+    notes: list[str] = []
+    if not whole.config.conversation_template:
+        notes.append(f"the configuration names no template; {DEFAULT_TEMPLATE} is taken")
+    notes += _write_chat_templates(target, whole)
     is_added = _num_rows(whole) > whole.config.vocab_size
-    assumed = (
-        [] if whole.config.conversation_template else [f"the configuration names no template; {template} is taken"]
-    )
-    return [
-        *assumed,
-        *write_processor(target, whole.config, settings, whole.tokenizer, template),
-        f"<image> is token {image_id}; {added if is_added else 'it has a row'}",
-    ]
+    added = "a row for it was added, the mean of the others" if is_added else "it has a row"
+    return [*notes, f"<image> is token {image_id}; {added}"]
+
+
+def write_image_processor(directory: Path, settings: ImageProcessorSettings, geometry: ImageGeometry) -> str:
+    """Write `preprocessor_config.json` alone, and return the name of the processor's class."""
+    name = "LlavaNextProcessor" if geometry.needs_image_sizes else "LlavaProcessor"
+    fields = settings.to_dict()
+    if geometry.needs_image_sizes:
+        pinpoints = [[height, width] for width, height in geometry.grid_pinpoints]
+        fields |= {"image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": pinpoints, "do_pad": True}
+    elif geometry.aspect_ratio == "pad":
+        fields |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    write_json(directory / PREPROCESSOR_CONFIG, fields | {"processor_class": name})
+    return name
+
+
+def _write_chat_templates(directory: Path, whole: FullModel) -> list[str]:
+    tokenizer, mm_use_im_start_end = whole.tokenizer, whole.config.mm_use_im_start_end
+    template = get_template(whole.config.conversation_template or DEFAULT_TEMPLATE)
+    text = chat_template(template, mm_use_im_start_end=mm_use_im_start_end)
+    (directory / CHAT_TEMPLATE).write_text(text, encoding="utf-8")
+    notes = [f"chat template: {template.name}"]
+    if template.stop != tokenizer.eos_token and template.style is not TemplateStyle.PLAIN:
+        notes.append(
+            f"an answer of template {template.name} ends with {template.stop!r}, which is not the tokenizer's end "
+            f"token ({tokenizer.eos_token!r}): give it to a server as a stop string"
+        )
+    if template.style is TemplateStyle.PLAIN:
+        notes.append("template plain is that of projector pretraining: no conversation")
+        return notes
+    separator = begin_separator(tokenizer, template.prompt([("human", "x")]))
+    if separator is not None:
+        text = chat_template(template, mm_use_im_start_end=mm_use_im_start_end, begin=separator)
+        (directory / CHAT_TEMPLATE_WITH_BEGIN).write_text(text, encoding="utf-8")
+    return notes
 
 
 def image_settings(whole: FullModel) -> tuple[ImageProcessorSettings, ImageGeometry]:
@@ -127,6 +178,6 @@ def hf_config(whole: FullModel, dtype: torch.dtype) -> dict[str, Any]:
     Raises:
         CheckpointError: The layout cannot hold the model.
     """
-    config: LlavaLlamaConfig = copy.deepcopy(whole.config)
+    config = copy.deepcopy(whole.config)
     config.vocab_size = _num_rows(whole)
     return hf_fields(config, image_token_id=image_token_id(whole.tokenizer), dtype=dtype)

@@ -32,9 +32,10 @@ from llava_ft.convert.native_record import (
     WeightRecord,
     config_is_as_exported,
     copy_native_files,
+    num_native_rows,
     read_weight_record,
+    write_native_tokenizer,
 )
-from llava_ft.convert.native_tokenizer import num_native_rows, write_native_tokenizer
 from llava_ft.convert.options import ExportOptions
 from llava_ft.convert.proof import ConversionReport, prove_tensors
 from llava_ft.data.image_processor import ImageProcessorSettings
@@ -61,7 +62,7 @@ def export_llava(whole: FullModel, target: Path, options: ExportOptions, report:
     source = whole.base.directory.path
     record = read_weight_record(source) if whole.base.directory.layout == "hf" else None
     num_rows = _num_rows(whole, record, report)
-    without_tower = record is not None and not record.has_tower and _tower_is_as_exported(whole, record)
+    without_tower = record is not None and record.tower is not None and _tower_is_as_exported(whole, record)
     layout = {
         name: ((min(shape[0], num_rows), *shape[1:]) if name in _VOCABULARY else shape, dtype)
         for name, (shape, dtype) in whole.layout(options.dtype, with_tower=True).items()

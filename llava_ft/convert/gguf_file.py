@@ -1,34 +1,180 @@
-"""Writing GGUF files tensor by tensor, and reading them back, with the `gguf` package of llama.cpp.
+"""GGUF files of a LLaVA: names, types and order of their tensors, and writing and reading them with `gguf`.
+
+llama.cpp reads a LLaVA as a language model of architecture `llama` and a file of architecture `clip` that holds the
+vision tower and the projector. Both names and types are those that its own converter gives:
+
+- matrices in the type that was asked for; vectors, norms and position embeddings in float32; the patch embedding,
+  which is a convolution, in float16 or float32 alone;
+- rows of the query and key projections of the language model in another order. transformers rotates a head's first
+  half against its second (`0 1 2 .. | n/2 n/2+1 ..`), llama.cpp neighbours (`0 n/2 1 n/2+1 ..`).
+
+Layers of the tower behind the one whose features LLaVA reads are left out, and so is the tower's last norm.
 
 A GGUF file lists all names, shapes and types before the first value, so it is announced from shapes alone and each
 tensor follows in its turn. Memory holds one tensor at a time, however large the model.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
 
-from llava_ft.convert.gguf_tensors import DTYPES, GgufTensor, restore_rows, rotate_rows
+from llava_ft.checkpoint.names import IMAGE_NEWLINE, VISION_PREFIX
 from llava_ft.errors import CheckpointError, UserError
+from llava_ft.models.config import LlavaLlamaConfig, hidden_state_index
+
+File = Literal["language", "vision"]
+"""`language` is the language model's file, `vision` the one with tower and projector (llama.cpp's "mmproj")."""
+
+DTYPES: Final = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""Types that matrices may have, with GGUF's names for them."""
+
+_LAYER: Final = r"(\d+)\."
+_LANGUAGE: Final = {
+    r"model\.embed_tokens\.": "token_embd.",
+    r"model\.norm\.": "output_norm.",
+    r"lm_head\.": "output.",
+    rf"model\.layers\.{_LAYER}input_layernorm\.": r"blk.\1.attn_norm.",
+    rf"model\.layers\.{_LAYER}post_attention_layernorm\.": r"blk.\1.ffn_norm.",
+    rf"model\.layers\.{_LAYER}self_attn\.([qkv])_proj\.": r"blk.\1.attn_\2.",
+    rf"model\.layers\.{_LAYER}self_attn\.o_proj\.": r"blk.\1.attn_output.",
+    rf"model\.layers\.{_LAYER}mlp\.(gate|up|down)_proj\.": r"blk.\1.ffn_\2.",
+}
+_TOWER: Final = re.escape(VISION_PREFIX)
+_VISION: Final = {
+    rf"{_TOWER}embeddings\.class_embedding$": "v.class_embd",
+    rf"{_TOWER}embeddings\.patch_embedding\.": "v.patch_embd.",
+    rf"{_TOWER}embeddings\.position_embedding\.": "v.position_embd.",
+    rf"{_TOWER}pre_layrnorm\.": "v.pre_ln.",
+    rf"{_TOWER}encoder\.layers\.{_LAYER}layer_norm([12])\.": r"v.blk.\1.ln\2.",
+    rf"{_TOWER}encoder\.layers\.{_LAYER}self_attn\.([qkv])_proj\.": r"v.blk.\1.attn_\2.",
+    rf"{_TOWER}encoder\.layers\.{_LAYER}self_attn\.out_proj\.": r"v.blk.\1.attn_out.",
+    rf"{_TOWER}encoder\.layers\.{_LAYER}mlp\.fc1\.": r"v.blk.\1.ffn_up.",
+    rf"{_TOWER}encoder\.layers\.{_LAYER}mlp\.fc2\.": r"v.blk.\1.ffn_down.",
+    r"model\.mm_projector\.([02])\.": r"mm.\1.",
+    re.escape(IMAGE_NEWLINE) + "$": "v.image_newline",
+}
+_FILES: Final[dict[File, dict[re.Pattern[str], str]]] = {
+    "language": {re.compile(pattern): name for pattern, name in _LANGUAGE.items()},
+    "vision": {re.compile(pattern): name for pattern, name in _VISION.items()},
+}
+_UNUSED: Final = re.compile(rf"{_TOWER}post_layernorm\.")
+_TOWER_LAYER: Final = re.compile(rf"{_TOWER}encoder\.layers\.{_LAYER}")
+_POSITIONS: Final = "v.position_embd.weight"
+_CONVOLUTION: Final = "v.patch_embd.weight"
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor of a GGUF file."""
+
+    file: File
+    name: str  # in that file
+    native: str  # its native LLaVA name
+    shape: tuple[int, ...]  # as PyTorch has it; GGUF lists the same numbers the other way round
+    dtype: torch.dtype  # in the file
+    num_heads: int = 0  # of a query or key projection: number of heads whose rows change places
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its data in the file."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def gguf_name(native: str) -> tuple[File, str] | None:
+    """Return the file and the name there of a tensor given by its native name, or None for what llama.cpp has not."""
+    for file, table in _FILES.items():
+        for pattern, name in table.items():
+            if pattern.match(native):
+                return file, pattern.sub(name, native)
+    return None
+
+
+def plan_tensors(
+    shapes: Mapping[str, tuple[int, ...]], config: LlavaLlamaConfig, dtype: torch.dtype
+) -> list[GgufTensor]:
+    """Say where each tensor of a model goes, in the order of the files.
+
+    Args:
+        shapes: Shape of each tensor by native name, the vision tower's included.
+        config: Says which layers of the tower are read, and how many heads there are.
+        dtype: Type of the matrices, one of `DTYPES`.
+
+    Raises:
+        CheckpointError: llama.cpp has no place for a tensor.
+    """
+    plan: list[GgufTensor] = []
+    unknown: list[str] = []
+    rotated = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads or 0}
+    for native, shape in shapes.items():
+        layer = _TOWER_LAYER.match(native)
+        if _UNUSED.match(native) or (layer is not None and int(layer[1]) >= num_tower_layers(config)):
+            continue
+        found = gguf_name(native)
+        if found is None:
+            unknown.append(native)
+            continue
+        file, name = found
+        is_float32 = len(shape) < 2 or name == _POSITIONS or (name == _CONVOLUTION and dtype == torch.bfloat16)
+        is_rotated = file == "language" and ".self_attn." in native
+        num_heads = rotated.get(native.split(".")[-2], 0) if is_rotated else 0
+        plan.append(GgufTensor(file, name, native, tuple(shape), torch.float32 if is_float32 else dtype, num_heads))
+    if unknown:
+        raise CheckpointError(
+            f"A GGUF file has no place for {len(unknown)} tensors of this model, such as {unknown[0]}. What can be "
+            "exported is a LLaMA with a CLIP tower and an mlp2x_gelu projector; export with --format llava instead."
+        )
+
+    def file_order(tensor: GgufTensor) -> tuple[str, int, str]:
+        """Language model first; in each file what stands outside the layers, then layer by layer."""
+        layer = re.search(r"blk\.(\d+)\.", tensor.name)
+        return tensor.file, int(layer[1]) if layer else -1, tensor.name
+
+    return sorted(plan, key=file_order)
+
+
+def rotate_rows(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Bring the rows of a query or key projection into llama.cpp's order.
+
+    Args:
+        tensor: `(heads x n, ...)` weight or bias, n rows a head: the first half of them rotates with the second.
+        num_heads: Number of heads; 0 returns the tensor as it is.
+
+    Returns:
+        The same rows, rotating pairs side by side within each head.
+    """
+    if not num_heads:
+        return tensor
+    rest = tensor.shape[1:]
+    return tensor.reshape(num_heads, 2, -1, *rest).transpose(1, 2).reshape(-1, *rest)
+
+
+def restore_rows(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Undo `rotate_rows`."""
+    if not num_heads:
+        return tensor
+    rest = tensor.shape[1:]
+    return tensor.reshape(num_heads, -1, 2, *rest).transpose(1, 2).reshape(-1, *rest)
+
+
+def num_tower_layers(config: LlavaLlamaConfig) -> int:
+    """Layers of the vision tower in front of the features that LLaVA reads: the ones that are exported."""
+    vision = config.vision_config
+    assert vision is not None
+    return hidden_state_index(config.mm_vision_select_layer, vision.num_hidden_layers)
 
 
 @dataclass(frozen=True)
 class Field:
-    """A value in a GGUF file's description.
+    """A value in a GGUF file's description."""
 
-    Attributes:
-        kind: GGUF's name of its type: UINT32, INT32, FLOAT32, BOOL, STRING or ARRAY.
-        value: The value.
-        element: Type of the elements of an ARRAY.
-    """
-
-    kind: str
+    kind: str  # GGUF's name of its type: UINT32, INT32, FLOAT32, BOOL, STRING or ARRAY
     value: Any
-    element: str | None = None
+    element: str | None = None  # type of the elements of an ARRAY
 
 
 Fields = dict[str, Field]
@@ -102,7 +248,7 @@ def write_gguf(
     """Write a file. Memory holds one tensor at a time.
 
     Args:
-        path: The file.
+        path: Where to.
         architecture: `llama` or `clip`.
         fields: What describes the model.
         tensors: Every tensor of the file, in its order.
@@ -127,15 +273,7 @@ def write_gguf(
 
 
 class GgufContent:
-    """A GGUF file opened for reading; values are mapped, not loaded.
-
-    Args:
-        path: The file.
-
-    Attributes:
-        fields: Value of each key of its description.
-        names: Names of its tensors.
-    """
+    """A GGUF file for reading: what its keys say, and its tensors; values are mapped, not loaded."""
 
     def __init__(self, path: Path):
         self._reader = import_gguf().GGUFReader(path)
@@ -153,11 +291,6 @@ class GgufContent:
         return tuple(int(size) for size in reversed(self._tensors[name].shape))
 
     def read(self, name: str, num_heads: int = 0) -> torch.Tensor:
-        """Read one tensor, its rows as PyTorch has them.
-
-        Args:
-            name: Its name in the file.
-            num_heads: See `restore_rows`.
-        """
+        """Read one tensor, its rows as PyTorch has them; `num_heads` as for `restore_rows`."""
         raw = torch.frombuffer(bytearray(self._tensors[name].data.tobytes()), dtype=torch.uint8)
         return restore_rows(raw.view(self.dtype(name)).view(self.shape(name)), num_heads)

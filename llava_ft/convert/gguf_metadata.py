@@ -9,10 +9,9 @@ from typing import Any, Final, cast
 
 import torch
 
-from llava_ft.convert.gguf_file import Fields, array, flag, number, real, text
-from llava_ft.convert.gguf_tensors import DTYPES, num_tower_layers
+from llava_ft.convert.gguf_file import Fields, array, flag, num_tower_layers, number, real, text
 from llava_ft.data.image_processor import ImageProcessorSettings
-from llava_ft.errors import CheckpointError, UserError
+from llava_ft.errors import CheckpointError
 from llava_ft.models.config import LlavaLlamaConfig, projector_depth
 
 _FILE_TYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
@@ -27,25 +26,36 @@ def check_expressible(config: LlavaLlamaConfig) -> None:
     Raises:
         CheckpointError: It cannot; the message says what stands in the way.
     """
-    obstacles = _language_obstacles(config)
-    if config.mm_vision_config is not None:
-        obstacles += _vision_obstacles(config)
+    obstacles: list[str] = []
+    rope_type = _rope(config).get("rope_type", "default")
+    if rope_type not in ("default", "linear"):
+        obstacles.append(f"its rotary embedding is scaled by {rope_type!r}, and only linear scaling is exported")
+    if config.hidden_act != "silu":
+        obstacles.append(f"its language model uses {config.hidden_act!r}, and llama.cpp's LLaMA uses silu")
+    vision = config.vision_config
+    if vision is not None:
+        if projector_depth(config.mm_projector_type) != 2:
+            obstacles.append(
+                f"its projector is {config.mm_projector_type}, and llama.cpp's has two linear layers with GELU between "
+                "them (mlp2x_gelu)"
+            )
+        if config.s2:
+            obstacles.append("it sees each image at several scales (S2), and llama.cpp at one")
+        if config.mm_vision_select_feature != "patch":
+            obstacles.append(
+                f"it keeps the class token (mm_vision_select_feature={config.mm_vision_select_feature}), and llama.cpp "
+                "drops it"
+            )
+        if num_tower_layers(config) == 0:
+            obstacles.append("it reads the tower's embeddings, and llama.cpp runs one layer at least")
+        if vision.hidden_act not in _ACTIVATIONS:
+            obstacles.append(
+                f"its vision tower uses {vision.hidden_act!r}, and llama.cpp's CLIP {' or '.join(_ACTIVATIONS)}"
+            )
+        if vision.num_channels != 3:
+            obstacles.append(f"its vision tower takes {vision.num_channels} channels, and llama.cpp gives 3")
     if obstacles:
         raise CheckpointError(f"This model cannot be exported to GGUF: {'; '.join(obstacles)}. {_ELSEWHERE}")
-
-
-def check_dtype(dtype: torch.dtype) -> None:
-    """Check that the files' matrices may have a type.
-
-    Raises:
-        UserError: They may not.
-    """
-    if dtype not in DTYPES:
-        known = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
-        raise UserError(
-            f"A GGUF file cannot be written in {str(dtype).removeprefix('torch.')}: the exported types are {known}. "
-            "Smaller ones are made from such a file with llama.cpp's llama-quantize."
-        )
 
 
 def check_image_settings(settings: ImageProcessorSettings) -> None:
@@ -116,14 +126,7 @@ def language_fields(config: LlavaLlamaConfig, name: str, dtype: torch.dtype) -> 
 
 
 def vision_fields(config: LlavaLlamaConfig, settings: ImageProcessorSettings, name: str, dtype: torch.dtype) -> Fields:
-    """Describe the vision tower and the projector.
-
-    Args:
-        config: The model's configuration.
-        settings: How its images are prepared.
-        name: The model's name.
-        dtype: Type of the matrices.
-    """
+    """Describe the vision tower and the projector."""
     vision = config.vision_config
     assert vision is not None
     assert isinstance(vision.image_size, int)
@@ -170,40 +173,3 @@ def _general_fields(name: str, dtype: torch.dtype) -> Fields:
 
 def _rope(config: LlavaLlamaConfig) -> dict[str, Any]:
     return dict(cast("Any", config).rope_parameters or {})
-
-
-def _language_obstacles(config: LlavaLlamaConfig) -> list[str]:
-    obstacles: list[str] = []
-    rope_type = _rope(config).get("rope_type", "default")
-    if rope_type not in ("default", "linear"):
-        obstacles.append(f"its rotary embedding is scaled by {rope_type!r}, and only linear scaling is exported")
-    if config.hidden_act != "silu":
-        obstacles.append(f"its language model uses {config.hidden_act!r}, and llama.cpp's LLaMA uses silu")
-    return obstacles
-
-
-def _vision_obstacles(config: LlavaLlamaConfig) -> list[str]:
-    obstacles: list[str] = []
-    vision = config.vision_config
-    assert vision is not None
-    if projector_depth(config.mm_projector_type) != 2:
-        obstacles.append(
-            f"its projector is {config.mm_projector_type}, and llama.cpp's has two linear layers with GELU between "
-            "them (mlp2x_gelu)"
-        )
-    if config.s2:
-        obstacles.append("it sees each image at several scales (S2), and llama.cpp at one")
-    if config.mm_vision_select_feature != "patch":
-        obstacles.append(
-            f"it keeps the class token (mm_vision_select_feature={config.mm_vision_select_feature}), and llama.cpp "
-            "drops it"
-        )
-    if num_tower_layers(config) == 0:
-        obstacles.append("it reads the tower's embeddings, and llama.cpp runs one layer at least")
-    if vision.hidden_act not in _ACTIVATIONS:
-        obstacles.append(
-            f"its vision tower uses {vision.hidden_act!r}, and llama.cpp's CLIP {' or '.join(_ACTIVATIONS)}"
-        )
-    if vision.num_channels != 3:
-        obstacles.append(f"its vision tower takes {vision.num_channels} channels, and llama.cpp gives 3")
-    return obstacles

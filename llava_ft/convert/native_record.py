@@ -3,29 +3,38 @@
 An exported directory holds a folder `native/` with the small files of its source as they were - configuration,
 tokenizer - and `weights.json`: which weight file held which tensors in which order and type, and whether a vision tower
 was among them. transformers does not look into folders.
+
+On the way back the vocabulary loses what that layout needs: an entry for `<image>`, often one for `<pad>`, and rows
+behind them that no token has. Here images have no entry, and padding is done with the unknown token, as original LLaVA
+does.
 """
 
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.checkpoint.names import CONFIG, GENERATION_CONFIG, PREPROCESSOR_CONFIG, is_derived, native_name
 from llava_ft.checkpoint.save import write_json
-from llava_ft.checkpoint.weights import WeightFiles, read_json
-from llava_ft.data.tokenizer import save_tokenizer
+from llava_ft.checkpoint.weights import read_json
+from llava_ft.constants import IMAGE_TOKEN
+from llava_ft.data.tokenizer import load_tokenizer, save_tokenizer
 from llava_ft.errors import CheckpointError
 
 NATIVE_FOLDER: Final = "native"
 TOKENIZER_FILES: Final = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 )  # fmt: skip
+_PAD_TOKEN: Final = "<pad>"
+_NOT_NATIVE: Final = ("image_token", "image_token_id", "chat_template", "processor_class", "extra_special_tokens")
 _WEIGHTS: Final = "weights.json"
 _SMALL_FILES: Final = (CONFIG, GENERATION_CONFIG, PREPROCESSOR_CONFIG, *TOKENIZER_FILES)
 
@@ -42,15 +51,10 @@ class WeightRecord:
         config: SHA-256 of what the exported `config.json` says.
     """
 
-    files: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
-    num_rows: int = 0
-    tower: str | None = None
-    config: str = ""
-
-    @property
-    def has_tower(self) -> bool:
-        """Whether the files held a vision tower."""
-        return self.tower is None
+    files: dict[str, dict[str, str]]
+    num_rows: int
+    tower: str | None
+    config: str
 
 
 class TensorDigest:
@@ -71,23 +75,23 @@ class TensorDigest:
 
 
 def write_native_record(directory: Path, whole: FullModel, tower: TensorDigest | None) -> None:
-    """Keep what a native model's files were like.
+    """Keep in an exported directory what the native model's files were like.
 
-    Args:
-        directory: The exported directory.
-        whole: The model that was exported.
-        tower: The tower's tensors, if they came from another directory than the model's.
+    `tower` holds the vision tower's tensors, if they came from another directory than the model's.
     """
     source = whole.directory.path
-    inherited = whole.base.directory.path / NATIVE_FOLDER
     folder = directory / NATIVE_FOLDER
     folder.mkdir()
     if whole.base.directory.layout == "hf":
-        _copy(inherited, folder, TOKENIZER_FILES)
+        _copy(whole.base.directory.path / NATIVE_FOLDER, folder, TOKENIZER_FILES)
     elif whole.directory.kind == "llava":
         _copy(source, folder, (*_SMALL_FILES, *(path.name for path in source.glob("*.index.json"))))
+        files: dict[str, dict[str, str]] = {}
+        for key, info in whole.base.sources[0].files.tensors.items():
+            if not is_derived(native_name(key)):
+                files.setdefault(info.file.name, {})[key] = str(info.dtype).removeprefix("torch.")
         record = WeightRecord(
-            _layout(whole.base.sources[0].files),
+            files,
             whole.config.vocab_size - whole.num_new_rows,
             tower.hexdigest() if tower is not None else None,
             _config_digest(directory),
@@ -141,14 +145,56 @@ def _copy(source: Path, target: Path, names: Iterable[str]) -> bool:
     return bool(found)
 
 
-def _layout(files: WeightFiles) -> dict[str, dict[str, str]]:
-    layout: dict[str, dict[str, str]] = {}
-    for key, info in files.tensors.items():
-        if not is_derived(native_name(key)):
-            layout.setdefault(info.file.name, {})[key] = str(info.dtype).removeprefix("torch.")
-    return layout
-
-
 def _config_digest(directory: Path) -> str:
     content = read_json(directory / CONFIG)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def num_native_rows(tokenizer: PreTrainedTokenizerFast, num_rows: int, at_least: int = 0) -> int:
+    """Count the rows of a vocabulary without those at its end that only transformers' layout needs.
+
+    `at_least` are the rows that the native model is known to have had, also where no token has them.
+    """
+    placeholders = {index for token, index in tokenizer.get_added_vocab().items() if token in (IMAGE_TOKEN, _PAD_TOKEN)}
+    if not placeholders:
+        return num_rows
+    while num_rows > at_least and (num_rows - 1 >= len(tokenizer) or num_rows - 1 in placeholders):
+        num_rows -= 1
+    return num_rows
+
+
+def write_native_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, num_rows: int, directory: Path, recorded_in: Path
+) -> PreTrainedTokenizerFast:
+    """Write a tokenizer without the entries from `num_rows` on, and return it.
+
+    `recorded_in` is an exported model, which may hold the native tokenizer's files.
+    """
+    kept = {token: index for token, index in tokenizer.get_vocab().items() if index < num_rows}
+    if copy_native_files(recorded_in, directory, TOKENIZER_FILES):
+        recorded = load_tokenizer(directory)
+        if recorded.get_vocab() == kept:
+            return recorded
+        for name in TOKENIZER_FILES:
+            (directory / name).unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(tokenizer, folder)
+        file = Path(folder) / "tokenizer.json"
+        content = read_json(file)
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < num_rows]
+        content["padding"] = None
+        file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        file = Path(folder) / "tokenizer_config.json"
+        content = {name: value for name, value in read_json(file).items() if name not in _NOT_NATIVE}
+        listed: dict[str, Any] = content.get("added_tokens_decoder") or {}
+        content["added_tokens_decoder"] = {index: token for index, token in listed.items() if token["content"] in kept}
+        extra: list[str] = content.get("additional_special_tokens") or []
+        content["additional_special_tokens"] = [token for token in extra if token in kept]
+        if content.get("pad_token") not in kept:
+            content["pad_token"] = content.get("unk_token") or content.get("eos_token")
+        write_json(file, content)
+        (Path(folder) / "chat_template.jinja").unlink(missing_ok=True)
+        native = load_tokenizer(folder)
+    native.chat_template = None
+    save_tokenizer(native, directory)
+    return native

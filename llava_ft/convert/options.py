@@ -13,46 +13,28 @@ from llava_ft.tuning.quant import Quantization
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """What merging and exporting have in common.
+    """What merging and exporting have in common."""
 
-    Attributes:
-        dtype: Type of the weights; that of the base's files when absent.
-        max_shard_bytes: Size of a shard in bytes.
-        verify: Compare logits and greedy answers of the source and the result; both models are loaded for it.
-        force: What is passed over, such as a base other than the one the adapter was trained on.
-    """
-
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | None = None  # of the weights; that of the base's files when absent
     max_shard_bytes: int = 5 * 10**9
-    verify: bool = True
-    force: Force = False
+    verify: bool = True  # compare logits and greedy answers; source and result are loaded for it
+    force: Force = False  # what is passed over, such as a base other than the one the adapter was trained on
 
 
 @dataclass(frozen=True)
 class MergeOptions(ConversionOptions):
-    """How a merged model is written.
-
-    Attributes:
-        weights_format: Kind of files.
-        save_vision_tower: Whether the tower is written although the base does not hold it.
-        quantization: Merge into the values that the base's linear layers have after being quantised like this; into
-            the base's own when absent.
-    """
+    """How a merged model is written."""
 
     weights_format: Literal["bin", "safetensors"] = "safetensors"
-    save_vision_tower: bool = False
-    quantization: Quantization | None = None
+    save_vision_tower: bool = False  # also where the base does not hold it
+    quantization: Quantization | None = None  # merge into what the base's layers are worth when quantised like this
 
 
 @dataclass(frozen=True)
 class ExportOptions(ConversionOptions):
-    """How a model is exported.
+    """How a model is exported."""
 
-    Attributes:
-        adapter_only: Write the adapter for the other layout, without its base.
-    """
-
-    adapter_only: bool = False
+    adapter_only: bool = False  # write the adapter for the other layout, without its base
 
 
 def common_options(request: argparse.Namespace) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from llava_ft.checkpoint.directory import identify
 from llava_ft.checkpoint.full_model import open_full_model
 from llava_ft.cli import main
 from llava_ft.conversation import get_template
-from llava_ft.convert.gguf_read import load_gguf
+from llava_ft.convert.export_gguf import load_gguf
 from llava_ft.convert.hf_speaker import HfSpeaker
 from llava_ft.convert.proof import ConversionReport
 from llava_ft.convert.verify import NativeSpeaker, Recorded, Speaker, fixed_questions, prove

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from llava_ft.checkpoint.directory import identify
 from llava_ft.checkpoint.full_model import FullModel, open_full_model
-from llava_ft.convert.export_gguf import export_gguf
+from llava_ft.convert.export_gguf import export_gguf, find_files
 from llava_ft.convert.gguf_file import GgufContent
-from llava_ft.convert.gguf_read import find_files
 from llava_ft.convert.options import ExportOptions
 from llava_ft.convert.proof import ConversionReport
 from tests.conftest import RECORDINGS

@@ -11,13 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.cli import main
 from llava_ft.convert import export_gguf as gguf_export
-from llava_ft.convert.export_gguf import export_gguf, model_name
+from llava_ft.convert.export_gguf import export_gguf, find_files, load_gguf, read_model
+from llava_ft.convert.gguf_file import gguf_name, restore_rows
 from llava_ft.convert.gguf_metadata import language_fields
-from llava_ft.convert.gguf_read import find_files, load_gguf, read_model
-from llava_ft.convert.gguf_tensors import gguf_name, restore_rows
 from llava_ft.convert.options import ExportOptions
 from llava_ft.convert.proof import ConversionReport
 from llava_ft.convert.verify import NativeSpeaker, fixed_questions
@@ -66,7 +64,9 @@ def test_names_of_files_say_model_and_type(tmp_path: Path):
         "llava15-tiny-F32.gguf",
         "mmproj-llava15-tiny-F32.gguf",
     ]
-    assert model_name(Path("/runs/my run/checkpoint-6")) == "my-run-checkpoint-6"
+    checkpoint = changed_copy(LLAVA, tmp_path / "my run" / "checkpoint-6")
+    export(checkpoint, tmp_path / "out", None)
+    assert (tmp_path / "out" / "my-run-checkpoint-6-F32.gguf").is_file()
 
 
 def test_an_adapter_is_put_in(tmp_path: Path):
@@ -303,15 +303,16 @@ def test_a_model_without_a_tower_gives_one_file(tmp_path: Path):
 
 def damage(monkeypatch: pytest.MonkeyPatch, name: str, position: int) -> None:
     """Change one byte of a file between writing and comparing; a negative position counts from the end."""
-    write = gguf_export._write
+    write = gguf_export.write_gguf
 
-    def and_damage(model: FullModel, target: Path, *rest) -> None:
-        write(model, target, *rest)
-        data = bytearray((target / name).read_bytes())
-        data[position] ^= 1
-        (target / name).write_bytes(data)
+    def and_damage(path: Path, *rest) -> None:
+        write(path, *rest)
+        if path.name == name:
+            data = bytearray(path.read_bytes())
+            data[position] ^= 1
+            path.write_bytes(data)
 
-    monkeypatch.setattr(gguf_export, "_write", and_damage)
+    monkeypatch.setattr(gguf_export, "write_gguf", and_damage)
 
 
 @pytest.mark.parametrize("name", ["llava15-tiny-F32.gguf", "mmproj-llava15-tiny-F32.gguf"])

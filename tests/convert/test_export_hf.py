@@ -10,7 +10,7 @@ from transformers import AutoImageProcessor, AutoProcessor
 
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.conversation import get_template
-from llava_ft.convert.hf_processor import write_image_processor
+from llava_ft.convert.export_hf import write_image_processor
 from llava_ft.convert.hf_speaker import MODEL_CLASSES
 from llava_ft.data.image_files import load_image
 from llava_ft.data.images import ImageTransform

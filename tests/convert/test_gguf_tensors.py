@@ -4,7 +4,7 @@ import gguf
 import pytest
 import torch
 
-from llava_ft.convert.gguf_tensors import gguf_name, restore_rows, rotate_rows
+from llava_ft.convert.gguf_file import gguf_name, restore_rows, rotate_rows
 from tests.convert.gguf_files import ANYRES, whole
 
 pytestmark = pytest.mark.usefixtures("in_recordings")

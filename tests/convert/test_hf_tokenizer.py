@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from llava_ft.checkpoint.save import write_json
 from llava_ft.constants import IMAGE_TOKEN_INDEX
 from llava_ft.convert.hf_tokenizer import image_token_id, write_hf_tokenizer
-from llava_ft.convert.native_tokenizer import num_native_rows, write_native_tokenizer
+from llava_ft.convert.native_record import num_native_rows, write_native_tokenizer
 from llava_ft.data.tokenize import tokenize_prompt
 from llava_ft.data.tokenizer import load_tokenizer
 from tests.convert.conftest import tokenizer_directory
