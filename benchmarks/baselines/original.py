@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llava_ft.models.llava import LlavaLlamaForCausalLM
-from llava_ft.models.merge import image_positions, scatter_image_features
+from llava_ft.constants import IMAGE_TOKEN_INDEX
+from llava_ft.models.llava import LlavaLlamaForCausalLM, scatter_image_features
 
 
 def all_hidden_states(model: LlavaLlamaForCausalLM, pixel_values: torch.Tensor) -> list[torch.Tensor]:
@@ -35,7 +35,7 @@ def loss_of(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     with torch.no_grad():
         states = all_hidden_states(native, pixels.to(native._tower.dtype))
     features = native.project(states[-2][:, 1:])
-    mask = image_positions(batch["input_ids"])
+    mask = batch["input_ids"] == IMAGE_TOKEN_INDEX
     embeds = native.get_input_embeddings()(batch["input_ids"].masked_fill(mask, 0))
     if batch.get("pixel_values") is None:
         embeds = embeds + 0.0 * features.sum().to(embeds.dtype)

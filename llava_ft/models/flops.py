@@ -52,19 +52,12 @@ class Weight(Protocol):
 
 @dataclass(frozen=True)
 class Counts:
-    """What a micro-batch holds; each a number or an array of them, one for each micro-batch.
+    """What a micro-batch holds; each a number or an array of them, one for each micro-batch."""
 
-    Attributes:
-        positions: Positions of the language model.
-        supervised: Positions with a target.
-        pairs: Pairs of positions that attention looks at: with causal attention L (L + 1) / 2 for a row of L.
-        tiles: Tiles of its images.
-    """
-
-    positions: Any
-    supervised: Any
-    pairs: Any
-    tiles: Any
+    positions: Any  # of the language model
+    supervised: Any  # positions with a target
+    pairs: Any  # of positions that attention looks at: with causal attention L (L + 1) / 2 for a row of L
+    tiles: Any  # of its images
 
 
 @dataclass(frozen=True)

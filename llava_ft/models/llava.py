@@ -3,8 +3,14 @@
 Source: LLaVA (arXiv:2304.08485) figure 1 and `llava/model/llava_arch.py`. The module tree is the original's, in memory
 and on disk: `model.vision_tower` and `model.mm_projector` beside `model.layers`.
 
-What is notable: image placeholders are expanded by the data side, so the model does one masked scatter (`merge.py`);
-loss and last layer are computed only where a label is supervised (`loss.py`, `decoder.py`); a micro-batch without
+What is notable: the data side has already written one `IMAGE_TOKEN_INDEX` (-200) for each image token, so placing the
+features among the words is one masked scatter and the sequence keeps its length, where the original splices sequences
+of different lengths inside the model. With one image of three tokens::
+
+    input_ids       [ 1, -200, -200, -200, 57,  9 ]
+    inputs_embeds   [ e1,  f1,   f2,   f3, e57, e9 ]
+
+Loss and last layer are computed only where a label is supervised (`loss.py`, `decoder.py`); a micro-batch without
 images does not run the tower.
 
 Shapes: B samples, T positions, D width, M images, K tiles (one an image, more with anyres), N features per tile,
@@ -19,6 +25,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from llava_ft.constants import IMAGE_TOKEN_INDEX
 from llava_ft.geometry import ImageGeometry, SizeWH
 from llava_ft.models.anyres import merge_tiles
 from llava_ft.models.attention.boundaries import SampleBoundaries, boundaries_of_batch
@@ -26,7 +33,6 @@ from llava_ft.models.attention.kernels import takes_boundaries, takes_chosen_que
 from llava_ft.models.config import LlavaLlamaConfig
 from llava_ft.models.decoder import LastDecoderLayer, read_last_layer_selectively
 from llava_ft.models.loss import LossHead, mean_loss, supervised_positions
-from llava_ft.models.merge import image_positions, scatter_image_features
 from llava_ft.models.projector import build_projector
 from llava_ft.models.vision import CLIPVisionTower
 
@@ -110,7 +116,7 @@ class LlavaMixin(_Base):
         Raises:
             ValueError: Image positions and image features differ in number, or anyres lacks the images' sizes.
         """
-        mask_BT = image_positions(input_ids)
+        mask_BT = input_ids == IMAGE_TOKEN_INDEX
         embeds_BTD = self.get_input_embeddings()(input_ids.masked_fill(mask_BT, 0))
         if image_features is not None and image_features.shape[0] > 0:
             return scatter_image_features(embeds_BTD, self._lay_out(self.project(image_features), image_sizes), mask_BT)
@@ -313,6 +319,29 @@ class LlavaLlamaForCausalLM(LlavaMixin, LlamaForCausalLM):
         self.lm_head.__class__ = LossHead
         read_last_layer_selectively(self.model.layers)
         self._add_vision(config)
+
+
+def scatter_image_features(embeds_BTD: torch.Tensor, features_SD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """Put image features at the image positions.
+
+    Args:
+        embeds_BTD: `(B, T, D)` word embeddings; what stands at image positions is ignored.
+        features_SD: Features of the S image positions in reading order: sample by sample, left to right.
+        mask_BT: Which positions these are.
+
+    Returns:
+        `(B, T, D)` in the dtype of the embeddings.
+
+    Raises:
+        ValueError: The number of features is not the number of image positions.
+    """
+    num_positions = int(mask_BT.sum())
+    if num_positions != features_SD.shape[0]:
+        raise ValueError(
+            f"{features_SD.shape[0]} image features for {num_positions} image positions. input_ids must hold one "
+            f"{IMAGE_TOKEN_INDEX} for each image token, in the order of the images."
+        )
+    return embeds_BTD.masked_scatter(mask_BT.unsqueeze(-1), features_SD.to(embeds_BTD.dtype))
 
 
 def parts(model: nn.Module) -> dict[str, str]:

@@ -5,7 +5,6 @@ Source: `llava/model/multimodal_projector/builder.py`; the two-layer MLP is LLaV
 
 from torch import nn
 
-from llava_ft.errors import UserError
 from llava_ft.models.config import projector_depth
 
 
@@ -16,23 +15,14 @@ def build_projector(projector_type: str, mm_hidden_size: int, hidden_size: int) 
     sequence, with GELU between them.
 
     Raises:
-        UserError: The type is unknown, or `identity` joins two different widths.
+        UserError: The type is unknown. (That `identity` joins equal widths is checked with the configuration.)
     """
     depth = projector_depth(projector_type)
     if projector_type == "linear":
         return nn.Linear(mm_hidden_size, hidden_size)
     if depth == 0:
-        return _identity(mm_hidden_size, hidden_size)
+        return nn.Identity()
     layers: list[nn.Module] = [nn.Linear(mm_hidden_size, hidden_size)]
     for _ in range(depth - 1):
         layers += [nn.GELU(), nn.Linear(hidden_size, hidden_size)]
     return nn.Sequential(*layers)
-
-
-def _identity(mm_hidden_size: int, hidden_size: int) -> nn.Module:
-    if mm_hidden_size != hidden_size:
-        raise UserError(
-            f"mm_projector_type is identity, but the vision tower is {mm_hidden_size} wide and the language model "
-            f"{hidden_size}. Use linear or mlp2x_gelu."
-        )
-    return nn.Identity()

@@ -5,12 +5,14 @@ LLaVA: layers behind the selected one are not run, no other hidden state is kept
 trained (the original always runs it without gradients).
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava_ft.models.config import hidden_state_index
-from llava_ft.models.s2 import multiscale_features
 
 
 class _NamedVisionModel(nn.Module):
@@ -71,7 +73,6 @@ class CLIPVisionTower(nn.Module):
             return self._encode_scales(pixel_values)
 
     def _encode_scales(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Encode pictures at one scale or at several."""
         if self.s2_scales:
             return multiscale_features(self._encode, pixel_values, self.s2_scales)
         return self._encode(pixel_values)
@@ -84,3 +85,46 @@ class CLIPVisionTower(nn.Module):
             hidden_MNC = layer(hidden_MNC, None)
         # Contiguous as features from a file are: in bfloat16 the projector's gradients depend on the layout.
         return hidden_MNC[:, 1:].contiguous() if self.drop_class_token else hidden_MNC
+
+
+def multiscale_features(
+    encode: Callable[[torch.Tensor], torch.Tensor], pixel_values: torch.Tensor, scales: Sequence[int]
+) -> torch.Tensor:
+    """S2: let the same tower look at images at several scales (arXiv:2403.13043, section 3.1).
+
+    Each scale is cut into G x G tiles of the tower's own size; the features of the tiles, S x S each, are put together
+    as one picture, pooled to the size of the smallest scale, and joined channel by channel. So the number of tokens
+    stays and the width grows. The arithmetic is that of `CLIPVisionTowerS2` of original LLaVA.
+
+    Args:
+        encode: The tower: `(M, 3, H, W)` pixels of its own size to `(M, S * S, C)` features.
+        pixel_values: `(M, 3, H, W)` normalised pixels at the largest scale.
+        scales: Sides in pixels, ascending; the first is the tower's own, the others whole multiples of it.
+
+    Returns:
+        `(M, S * S, C * len(scales))`, the smallest scale's channels first.
+    """
+    tile = scales[0]
+    joined: list[torch.Tensor] = []
+    for scale in scales:
+        num_tiles = scale // tile
+        pixels = F.interpolate(pixel_values.float(), size=(scale, scale), mode="bicubic").to(pixel_values.dtype)
+        features = _put_together(encode(_cut(pixels, num_tiles)), num_tiles)
+        side = features.shape[-1] // num_tiles
+        joined.append(F.interpolate(features.float(), size=(side, side), mode="area").to(features.dtype))
+    return torch.cat(joined, dim=1).flatten(2).transpose(1, 2)
+
+
+def _cut(pixels: torch.Tensor, num_tiles: int) -> torch.Tensor:
+    """Cut `(M, 3, G * h, G * w)` into `(M * G * G, 3, h, w)`, image by image and row by row."""
+    num_images, channels, height, width = pixels.shape
+    tiles = pixels.reshape(num_images, channels, num_tiles, height // num_tiles, num_tiles, width // num_tiles)
+    return tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+
+
+def _put_together(features: torch.Tensor, num_tiles: int) -> torch.Tensor:
+    """Put the tiles' features `(M * G * G, S * S, C)` together as `(M, C, G * S, G * S)`."""
+    num_features, width = features.shape[1:]
+    side = round(num_features**0.5)
+    grid = features.reshape(-1, num_tiles, num_tiles, side, side, width)
+    return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, width, num_tiles * side, num_tiles * side)

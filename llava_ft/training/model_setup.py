@@ -11,7 +11,7 @@ from llava_ft.checkpoint.base import BaseModel, load_base
 from llava_ft.checkpoint.directory import absolute_or_hub_name
 from llava_ft.checkpoint.names import EMBEDDINGS, HEAD
 from llava_ft.errors import UserError
-from llava_ft.models.attention.limits import limit
+from llava_ft.models.attention.kernels import limit
 from llava_ft.training.distributed import zero_division
 from llava_ft.training.fragments import gathered
 from llava_ft.tuning.freeze import TuningPlan

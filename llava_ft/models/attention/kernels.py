@@ -33,25 +33,15 @@ from llava_ft.models.precision import compute_dtype
 
 
 class Request(NamedTuple):
-    """What a kernel is to compute.
+    """What a kernel is to compute."""
 
-    Attributes:
-        query: `(P, H, W)`, or `(S, H, W)` with `positions`.
-        key: `(P, G, W)`.
-        value: `(P, G, W)`.
-        boundaries: The samples of the P positions.
-        scaling: Factor of the scores.
-        dropout: Probability with which a weight is dropped.
-        positions: `(S,)` int64 ascending positions of the queries; None is all.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    boundaries: SampleBoundaries
-    scaling: float | None
-    dropout: float
-    positions: torch.Tensor | None = None
+    query: torch.Tensor  # (P, H, W), or (S, H, W) with `positions`
+    key: torch.Tensor  # (P, G, W)
+    value: torch.Tensor  # (P, G, W)
+    boundaries: SampleBoundaries  # of the samples of the P positions
+    scaling: float | None  # factor of the scores
+    dropout: float  # probability with which a weight is dropped
+    positions: torch.Tensor | None = None  # (S,) int64, ascending positions of the queries; None is all
 
 
 Kernel = Callable[[Request], torch.Tensor]
@@ -168,6 +158,12 @@ _REGISTERED: Final[Mapping[str, str]] = {
 }
 """What transformers knows the kernels as: a name with "flash" in it would make it look for kernels on a hub."""
 
+_WIDEST: Final[Mapping[str, int]] = {"flash_attention_3": 256, "flash_attention_2": 256, "varlen": 256}
+"""Widths of a head up to which the kernels of GPUs are made."""
+
+_WITHOUT_DROPOUT: Final = ("flash_attention_3", "varlen", "flex_attention")
+_LEAST_FLEX_WIDTH: Final = 16
+
 
 def register(name: str) -> str:
     """Make a kernel known to transformers.
@@ -192,6 +188,20 @@ def register(name: str) -> str:
     AttentionInterface.register(registered, partial(_attend, name))
     AttentionMaskInterface.register(registered, _mask)
     return registered
+
+
+def limit(kernel: str, config: Any) -> str | None:
+    """Say why a kernel does not go with a model, by its language model's configuration; None if it does."""
+    width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    if width > _WIDEST.get(kernel, width):
+        return f"its heads are {width} wide, and the kernel's at most {_WIDEST[kernel]}"
+    if kernel == "varlen" and width % 8:
+        return f"its heads are {width} wide, and the kernel's a multiple of 8"
+    if kernel == "flex_attention" and width < _LEAST_FLEX_WIDTH:
+        return f"its heads are {width} wide, and the kernel's at least {_LEAST_FLEX_WIDTH}"
+    if kernel in _WITHOUT_DROPOUT and config.attention_dropout:
+        return f"it has attention_dropout {config.attention_dropout}, and the kernel has none"
+    return None
 
 
 def takes_boundaries(registered: str | None) -> bool:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
-from llava_ft.models.attention.block_mask import BLOCK_SIZE, causal_block_mask
+from llava_ft.models.attention.boundaries import BLOCK_SIZE, causal_block_mask
 
 
 def blocks(counts: torch.Tensor, indices: torch.Tensor) -> list[set[int]]:
