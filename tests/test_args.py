@@ -33,7 +33,7 @@ from llava_ft.args.build import (
     _copy_batches_without_waiting,
     adapt_to_device,
     choose_attention,
-    find_deepspeed_config,
+    read_deepspeed_config,
 )
 from llava_ft.args.flags import TABLE, all_flags, fields_of_transformers, inherited_types
 from llava_ft.args.training import INHERITED_WITH_OWN_DEFAULT
@@ -974,11 +974,11 @@ class TestBuild:
     def test_deepspeed_files_are_found_by_name(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         notes: list[str] = []
-        assert find_deepspeed_config("./scripts/zero3.json", notes) == str(REPO / "configs" / "zero3.json")
+        assert read_deepspeed_config("./scripts/zero3.json", notes)[1] == str(REPO / "configs" / "zero3.json")
         assert notes[0].startswith("deepspeed=./scripts/zero3.json is taken from ")
         own = tmp_path / "mine.json"
         own.write_text("{}")
-        assert find_deepspeed_config(str(own), notes) == str(own)
+        assert read_deepspeed_config(str(own), notes)[1] == str(own)
         assert len(notes) == 1
 
     @pytest.mark.parametrize(
@@ -994,7 +994,7 @@ class TestBuild:
         if content is not None:
             path.write_text(content)
         with pytest.raises(UserError, match=message):
-            find_deepspeed_config(str(path), [])
+            read_deepspeed_config(str(path), [])
 
 
 class Letter(enum.Enum):

@@ -11,7 +11,7 @@ from llava_ft.args import parse_args
 from llava_ft.args.deepspeed_file import (
     check_deepspeed_config,
     choose_offloaded_adam,
-    find_deepspeed_config,
+    read_deepspeed_config,
 )
 from llava_ft.errors import UserError
 
@@ -103,21 +103,21 @@ class TestLookUp:
         monkeypatch.chdir(tmp_path)
         notes: list[str] = []
         asked = form.format(name)
-        assert find_deepspeed_config(asked, notes) == str(CONFIGS / f"{name}.json")
+        assert read_deepspeed_config(asked, notes)[1] == str(CONFIGS / f"{name}.json")
         assert notes == [f"deepspeed={asked} is taken from {CONFIGS / f'{name}.json'}."]
 
     def test_a_file_of_the_user_comes_first(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "configs").mkdir()
         (tmp_path / "configs/zero2.json").write_text("{}")
-        assert find_deepspeed_config("zero2", []) == "configs/zero2.json"
+        assert read_deepspeed_config("zero2", [])[1] == "configs/zero2.json"
         (tmp_path / "zero2.json").write_text("{}")
-        assert find_deepspeed_config("zero2.json", []) == "zero2.json"
+        assert read_deepspeed_config("zero2.json", [])[1] == "zero2.json"
 
     def test_an_unknown_name(self):
         known = ", ".join(sorted(f"{name}.json" for name in STAGES))
         with pytest.raises(UserError) as error:
-            find_deepspeed_config("zero2_ofload", [])
+            read_deepspeed_config("zero2_ofload", [])
         assert str(error.value) == (
             "deepspeed=zero2_ofload: there is no such file. Give the path of a DeepSpeed JSON file or one of the names "
             f"in configs: {known}. Did you mean zero2_offload?"

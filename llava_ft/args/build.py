@@ -10,7 +10,6 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -19,12 +18,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK 
 from transformers.utils.import_utils import is_torch_tf32_available
 
 from llava_ft.args.attention import choose_kernel, this_machine
-from llava_ft.args.deepspeed_file import (
-    check_deepspeed_config,
-    choose_offloaded_adam,
-    find_deepspeed_config,
-    read_deepspeed_config,
-)
+from llava_ft.args.deepspeed_file import check_deepspeed_config, choose_offloaded_adam, read_deepspeed_config
 from llava_ft.args.training import TrainingFlags
 from llava_ft.errors import UserError, did_you_mean
 
@@ -85,12 +79,9 @@ class TrainingArguments(  # pyright: ignore[reportIncompatibleVariableOverride] 
 def build_training_arguments(
     flags: TrainingFlags, inherited: Mapping[str, object], notes: list[str]
 ) -> TrainingArguments:
-    """Build the training arguments for this machine.
+    """Build the training arguments for this machine; see `ParsedArgs`.
 
-    Args:
-        flags: Own flags as parsed.
-        inherited: Given fields of `transformers.TrainingArguments`, plain.
-        notes: Receives one sentence for each thing this machine cannot do and what is done instead.
+    `notes` receives one sentence for each thing this machine cannot do and what is done instead.
 
     Raises:
         UserError: If transformers refuses the combination, a package is not installed, torch has no such compiler, or
@@ -113,9 +104,28 @@ def build_training_arguments(
             f"optim={values['optim']} needs bitsandbytes, which is not installed. Install it with pip install "
             "llava-ft[qlora], or use optim=adamw_torch."
         )
-    _check_compiler(values)
+    # torch.compile itself would refuse an unknown name only when the first layer runs.
+    compiler: Any = torch.compiler
+    names_of: dict[str, Callable[[], Iterable[str]]] = {
+        "torch_compile_backend": lambda: compiler.list_backends(exclude_tags=()),
+        "torch_compile_mode": lambda: importlib.import_module("torch._inductor").list_mode_options(),
+    }
+    for flag, list_names in names_of.items():
+        wish = values.get(flag)
+        if wish is not None and wish not in (names := sorted(list_names())):
+            raise UserError(f"{flag}={wish}: torch has none of that name. Allowed here: {', '.join(names)}.")
     if values.get("deepspeed"):
-        values["deepspeed"] = _checked_deepspeed(values, notes)
+        config, source = read_deepspeed_config(values["deepspeed"], notes)
+        if isinstance(values["deepspeed"], str):
+            values["deepspeed"] = source
+        defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
+        notes.extend(check_deepspeed_config(config, source, defaults | values))
+        # Stage 0 divides nothing, so it is data parallelism, and torch's own is used. That of DeepSpeed 0.19 in
+        # bfloat16 makes a step with gradients of zero before the first: Adam counts it, and weight decay shrinks the
+        # weights by it.
+        if config["zero_optimization"].get("stage", 0) == 0:
+            notes.append(f"deepspeed={source}: stage 0 divides nothing, so torch's own data parallelism is used.")
+            values["deepspeed"] = None
     try:
         training = TrainingArguments(**values)
     except (ImportError, OSError, TypeError, ValueError) as error:
@@ -179,19 +189,9 @@ def choose_attention(requested: str, training: TrainingArguments, notes: list[st
 
 
 def _choose_reporters(report_to: str | list[str], notes: list[str]) -> str | list[str]:
-    """Check the places to report to, and drop those that are not installed.
+    """Check the places to report to, and drop with a note those that are not installed; "none" if none is left.
 
     The published command lines ask for wandb, which training does not need.
-
-    Args:
-        report_to: As given.
-        notes: Receives a sentence for each that was dropped.
-
-    Returns:
-        The places left, or "none".
-
-    Raises:
-        UserError: A name is unknown, stands beside `none` or `all`, or wandb's own setting is not one of its values.
     """
     wanted = [report_to] if isinstance(report_to, str) else list(report_to)
     for name in wanted:
@@ -218,48 +218,12 @@ def _choose_reporters(report_to: str | list[str], notes: list[str]) -> str | lis
     return left or "none"
 
 
-def _check_compiler(values: Mapping[str, Any]) -> None:
-    """Refuse what `torch.compile` would refuse when the first layer runs.
-
-    Raises:
-        UserError: There is no such backend or mode.
-    """
-    compiler: Any = torch.compiler
-    known: dict[str, Callable[[], Iterable[str]]] = {
-        "torch_compile_backend": lambda: compiler.list_backends(exclude_tags=()),
-        "torch_compile_mode": lambda: importlib.import_module("torch._inductor").list_mode_options(),
-    }
-    for name, allowed in known.items():
-        wish = values.get(name)
-        if wish is not None and wish not in (names := sorted(allowed())):
-            raise UserError(f"{name}={wish}: torch has none of that name. Allowed here: {', '.join(names)}.")
-
-
 def _copy_batches_without_waiting(values: dict[str, Any]) -> None:
     """Let batches go to a GPU while the step before is still computed; from memory that is not pinned they cannot."""
     config = values.get("accelerator_config")
     if values.get("use_cpu") or not values.get("dataloader_pin_memory", True) or not isinstance(config, dict | None):
         return
     values["accelerator_config"] = {"non_blocking": True, **(config or {})}
-
-
-def _checked_deepspeed(values: Mapping[str, Any], notes: list[str]) -> str | dict[str, Any] | None:
-    """Return the DeepSpeed configuration, a path or a mapping as it was given, when it goes with the other flags.
-
-    Stage 0 divides nothing, so it is data parallelism, and torch's own is used. That of DeepSpeed 0.19 in bfloat16
-    makes a step with gradients of zero before the first: Adam counts it, and weight decay shrinks the weights by it.
-    """
-    given: str | dict[str, Any] = values["deepspeed"]
-    defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
-    if isinstance(given, str):
-        given = find_deepspeed_config(given, notes)
-    config = read_deepspeed_config(Path(given)) if isinstance(given, str) else given
-    where = given if isinstance(given, str) else "the mapping"
-    notes.extend(check_deepspeed_config(config, where, defaults | dict(values)))
-    if config["zero_optimization"].get("stage", 0) == 0:
-        notes.append(f"deepspeed={where}: stage 0 divides nothing, so torch's own data parallelism is used.")
-        return None
-    return given
 
 
 def _is_installed(package: str) -> bool:

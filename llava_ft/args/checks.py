@@ -6,6 +6,7 @@ Each message has three parts: what is wrong, what is allowed, what to do.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Final
 
 from llava_ft.args.data import DataArguments
@@ -35,23 +36,14 @@ def check_arguments(
         UserError: For the first contradiction found.
     """
     get_template(model.version)
-    checks = (
-        _vision_problems(model),
-        _data_problems(data),
-        _resolution_problems(model, data),
+    problems = chain(
+        _input_problems(model, data),
         _tuning_problems(model, training),
-        _lora_problems(training),
-        _start_problems(model, training),
-        _limit_problems(data, training),
-        _recompute_problems(training),
-        _schedule_problems(inherited),
-        _precision_problems(inherited),
-        _sampling_problems(data, training, inherited),
+        _run_problems(data, training, inherited),
         _evaluation_problems(data, inherited),
     )
-    for problems in checks:
-        for problem in problems:
-            raise UserError(problem)
+    for problem in problems:
+        raise UserError(problem)
 
 
 def find_idle_flags(model: ModelArguments, data: DataArguments, training: TrainingFlags) -> list[str]:
@@ -83,7 +75,7 @@ def find_idle_flags(model: ModelArguments, data: DataArguments, training: Traini
     return notes
 
 
-def _vision_problems(model: ModelArguments) -> Iterator[str]:
+def _input_problems(model: ModelArguments, data: DataArguments) -> Iterator[str]:
     projector = model.mm_projector_type
     if projector is not None and not PROJECTOR_TYPE_PATTERN.fullmatch(projector):
         yield (
@@ -96,27 +88,6 @@ def _vision_problems(model: ModelArguments) -> Iterator[str]:
             "flag out to start from the base's or a new projector."
         )
 
-
-def _resolution_problems(model: ModelArguments, data: DataArguments) -> Iterator[str]:
-    ratio, merge_type = data.image_aspect_ratio or "", model.mm_patch_merge_type
-    if data.image_grid_pinpoints is not None:
-        parse_grid_pinpoints(data.image_grid_pinpoints, 1)
-    if ratio.startswith("anyres_max") and merge_type not in (None, "spatial_unpad"):
-        yield (
-            f"image_aspect_ratio={ratio} shrinks the grid of an unpadded picture, so it needs "
-            f"mm_patch_merge_type=spatial_unpad, which is {merge_type}. Set that, or use image_aspect_ratio=anyres."
-        )
-    if model.s2_scales is None:
-        return
-    parse_s2_scales(model.s2_scales)
-    if ratio.startswith("anyres"):
-        yield (
-            f"s2_scales={model.s2_scales} and image_aspect_ratio={ratio} exclude each other: both cut images into "
-            "tiles. Use image_aspect_ratio=pad with S2, or leave s2_scales out."
-        )
-
-
-def _data_problems(data: DataArguments) -> Iterator[str]:
     ratio = data.image_aspect_ratio
     if ratio is not None and not ASPECT_RATIO_PATTERN.fullmatch(ratio):
         yield (
@@ -136,6 +107,22 @@ def _data_problems(data: DataArguments) -> Iterator[str]:
             f"validation_fraction={data.validation_fraction} and "
             f"validation_data_path={data.validation_data_path} exclude each other. Give either a file of "
             "its own or a share of data_path."
+        )
+
+    merge_type = model.mm_patch_merge_type
+    if data.image_grid_pinpoints is not None:
+        parse_grid_pinpoints(data.image_grid_pinpoints, 1)
+    if ratio and ratio.startswith("anyres_max") and merge_type not in (None, "spatial_unpad"):
+        yield (
+            f"image_aspect_ratio={ratio} shrinks the grid of an unpadded picture, so it needs "
+            f"mm_patch_merge_type=spatial_unpad, which is {merge_type}. Set that, or use image_aspect_ratio=anyres."
+        )
+    if model.s2_scales is not None:
+        parse_s2_scales(model.s2_scales)
+    if model.s2_scales is not None and ratio and ratio.startswith("anyres"):
+        yield (
+            f"s2_scales={model.s2_scales} and image_aspect_ratio={ratio} exclude each other: both cut images into "
+            "tiles. Use image_aspect_ratio=pad with S2, or leave s2_scales out."
         )
 
 
@@ -167,8 +154,6 @@ def _tuning_problems(model: ModelArguments, training: TrainingFlags) -> Iterator
             "tune_mm_mlp_adapter, or use bits=16."
         )
 
-
-def _lora_problems(training: TrainingFlags) -> Iterator[str]:
     if training.lora_r <= 0:
         yield f"lora_r={training.lora_r}: the rank must be at least 1. Usual values are 8 to 128."
     if training.lora_alpha <= 0:
@@ -191,8 +176,6 @@ def _lora_problems(training: TrainingFlags) -> Iterator[str]:
                 "without a path or pattern, such as q_proj v_proj."
             )
 
-
-def _start_problems(model: ModelArguments, training: TrainingFlags) -> Iterator[str]:
     start, flag = training.start
     mode = training.adapter_mode
     if training.init_from and training.lora_weight_path:
@@ -224,7 +207,7 @@ def _start_problems(model: ModelArguments, training: TrainingFlags) -> Iterator[
         )
 
 
-def _limit_problems(data: DataArguments, training: TrainingFlags) -> Iterator[str]:
+def _run_problems(data: DataArguments, training: TrainingFlags, inherited: Mapping[str, object]) -> Iterator[str]:
     if training.remove_unused_columns:
         yield (
             "remove_unused_columns=True would take from the records what the collator needs. Only False is "
@@ -234,15 +217,12 @@ def _limit_problems(data: DataArguments, training: TrainingFlags) -> Iterator[st
         yield f"length_multiple={data.length_multiple}: must not be negative. Give 0 for no filling up, or 128."
     if training.model_max_length < 1:
         yield f"model_max_length={training.model_max_length}: must be at least 1 token. LLaVA v1.5 uses 2048."
-    limit = training.bad_sample_limit
-    if not 0.0 <= limit <= 1.0:
-        yield f"bad_sample_limit={limit}: a share between 0 and 1 is allowed. The default is 0.05."
+    if not 0.0 <= training.bad_sample_limit <= 1.0:
+        yield f"bad_sample_limit={training.bad_sample_limit}: a share between 0 and 1 is allowed. The default is 0.05."
     rate = training.mm_projector_lr
     if rate is not None and rate < 0:
         yield f"mm_projector_lr={rate}: must not be negative. Leave it out to use learning_rate."
 
-
-def _recompute_problems(training: TrainingFlags) -> Iterator[str]:
     every, mode = training.gradient_checkpointing_every, training.gradient_checkpointing
     if every < 1:
         yield f"gradient_checkpointing_every={every}: must be at least 1. 1 is every layer, 2 every second."
@@ -267,8 +247,6 @@ def _recompute_problems(training: TrainingFlags) -> Iterator[str]:
                 f"{instead}."
             )
 
-
-def _schedule_problems(inherited: Mapping[str, object]) -> Iterator[str]:
     for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers"):
         value = _number(inherited, name, 0.0)
         if value < 0:
@@ -288,14 +266,10 @@ def _schedule_problems(inherited: Mapping[str, object]) -> Iterator[str]:
         if value <= 0 or (value > 1 and value != int(value)):
             yield f"{name}={value:g}: give a whole number from 1, or a share of all steps between 0 and 1."
 
-
-def _precision_problems(inherited: Mapping[str, object]) -> Iterator[str]:
     for suffix in ("", "_full_eval"):
         if inherited.get(f"bf16{suffix}") and inherited.get(f"fp16{suffix}"):
-            yield (f"bf16{suffix} and fp16{suffix} exclude each other. Give one of the two; bf16 where the GPU has it.")
+            yield f"bf16{suffix} and fp16{suffix} exclude each other. Give one of the two; bf16 where the GPU has it."
 
-
-def _sampling_problems(data: DataArguments, training: TrainingFlags, inherited: Mapping[str, object]) -> Iterator[str]:
     strategy = inherited.get("train_sampling_strategy", "random")
     if data.packing and data.padding_free:
         yield (
@@ -340,18 +314,14 @@ def _evaluation_problems(data: DataArguments, inherited: Mapping[str, object]) -
             "best model may never have been saved. Give both the same value."
         )
     elif saving == "steps":
-        yield from _step_problems(inherited)
-
-
-def _step_problems(inherited: Mapping[str, object]) -> Iterator[str]:
-    save_steps = _number(inherited, "save_steps", 500.0)
-    eval_steps = _number(inherited, "eval_steps", _number(inherited, "logging_steps", 500.0))
-    ratio = save_steps / eval_steps
-    if (save_steps < 1) != (eval_steps < 1) or abs(ratio - round(ratio)) > 1e-6 or round(ratio) < 1:
-        yield (
-            f"load_best_model_at_end: save_steps={save_steps:g} is no multiple of "
-            f"eval_steps={eval_steps:g}, so the best model may never have been saved. Give a multiple."
-        )
+        save_steps = _number(inherited, "save_steps", 500.0)
+        eval_steps = _number(inherited, "eval_steps", _number(inherited, "logging_steps", 500.0))
+        ratio = save_steps / eval_steps
+        if (save_steps < 1) != (eval_steps < 1) or abs(ratio - round(ratio)) > 1e-6 or round(ratio) < 1:
+            yield (
+                f"load_best_model_at_end: save_steps={save_steps:g} is no multiple of "
+                f"eval_steps={eval_steps:g}, so the best model may never have been saved. Give a multiple."
+            )
 
 
 def _number(inherited: Mapping[str, object], name: str, default: float) -> float:

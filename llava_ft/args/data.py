@@ -2,116 +2,80 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
+
+from llava_ft.args.value_types import flag
 
 
 @dataclass
 class DataArguments:
     """The training and validation records and their images."""
 
-    data_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Conversations: a .json list, a .jsonl file, parquet, Arrow, tar shards, a dataset's directory or "
-            "name, or a .yaml mixture of these. Required to train."
-        },
+    data_path: str | None = flag(
+        None,
+        "Conversations: a .json list, a .jsonl file, parquet, Arrow, tar shards, a dataset's directory or name, or a "
+        ".yaml mixture of these. Required to train.",
     )
-    lazy_preprocess: bool = field(
-        default=False,
-        metadata={"help": "Accepted for old command lines; records are always prepared on demand."},
+    lazy_preprocess: bool = flag(False, "Accepted for old command lines; records are always prepared on demand.")
+    is_multimodal: bool = flag(False, "Accepted for old command lines; the records themselves say it.")
+    image_folder: str | None = flag(None, "Directory to which the image paths of the records are relative.")
+    image_aspect_ratio: str | None = flag(
+        None,
+        "square: the CLIP processor's own resize and crop; pad: padded to a square first; anyres: an overview and "
+        "tiles of a grid from image_grid_pinpoints; anyres_max_N: the same with at most N x the tokens of one tile. "
+        "Unset: checkpoint, else square.",
     )
-    is_multimodal: bool = field(
-        default=False, metadata={"help": "Accepted for old command lines; the records themselves say it."}
+    image_grid_pinpoints: str | None = flag(
+        None,
+        "With anyres: the sizes a tiled image may take, as '[[336, 672], [672, 336]]' (width, height) or as a range of "
+        "grids '(1x1),...,(3x3)'. Unset: checkpoint, else the five of LLaVA-1.6.",
     )
-    image_folder: str | None = field(
-        default=None, metadata={"help": "Directory to which the image paths of the records are relative."}
+    validation_data_path: str | None = flag(None, "Records on which the loss is evaluated during training.")
+    validation_fraction: float = flag(
+        0.0, "Share of data_path, at least 0 and below 1, held out for evaluation; the seed decides which."
     )
-    image_aspect_ratio: str | None = field(
-        default=None,
-        metadata={
-            "help": "square: the CLIP processor's own resize and crop; pad: padded to a square first; anyres: an "
-            "overview and tiles of a grid from image_grid_pinpoints; anyres_max_N: the same with at most N x the "
-            "tokens of one tile. Unset: checkpoint, else square."
-        },
+    on_bad_sample: Literal["error", "skip"] = flag(
+        "error", "What the checks before training do with a record that cannot be used."
     )
-    image_grid_pinpoints: str | None = field(
-        default=None,
-        metadata={
-            "help": "With anyres: the sizes a tiled image may take, as '[[336, 672], [672, 336]]' (width, height) or "
-            "as a range of grids '(1x1),...,(3x3)'. Unset: checkpoint, else the five of LLaVA-1.6."
-        },
+    check_images: Literal["none", "exists", "header", "decode"] = flag(
+        "header", "How much of every image file is read before training."
     )
-    validation_data_path: str | None = field(
-        default=None, metadata={"help": "Records on which the loss is evaluated during training."}
+    image_exif_transpose: bool = flag(False, "Turn images the way their EXIF orientation says.")
+    image_fast_decode: bool = flag(
+        False,
+        "Let the JPEG decoder shrink large photographs while decoding: several times faster, with slightly other "
+        "pixels.",
     )
-    validation_fraction: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of data_path, at least 0 and below 1, held out for evaluation; the seed decides which."
-        },
+    truncation: Literal["error", "drop", "truncate"] = flag(
+        "truncate",
+        "What is done with a sample longer than model_max_length. error: the run is refused; drop: it is left out; "
+        "truncate: its last turns are left out, and an image never loses a part.",
     )
-    on_bad_sample: Literal["error", "skip"] = field(
-        default="error",
-        metadata={"help": "What the checks before training do with a record that cannot be used."},
+    supervise: Literal["answers", "last_answer", "all"] = flag(
+        "answers",
+        "Text that is learnt. answers: what the assistant says; last_answer: only its last turn; all: the prompt too.",
     )
-    check_images: Literal["none", "exists", "header", "decode"] = field(
-        default="header", metadata={"help": "How much of every image file is read before training."}
+    packing: bool = flag(
+        False,
+        "Put several samples into one row of model_max_length tokens; attention and positions stay separate, and the "
+        "batch size counts rows.",
     )
-    image_exif_transpose: bool = field(
-        default=False, metadata={"help": "Turn images the way their EXIF orientation says."}
+    padding_free: bool = flag(
+        False, "Join the samples of a batch into one row instead of padding them to the longest one."
     )
-    image_fast_decode: bool = field(
-        default=False,
-        metadata={
-            "help": "Let the JPEG decoder shrink large photographs while decoding: several times faster, with slightly "
-            "other pixels."
-        },
+    length_multiple: int | None = flag(
+        None,
+        "Fill rows of a batch up to a multiple of this many tokens, so that few lengths occur; 0 does not. Unset: 128 "
+        "with torch_compile, else 0.",
     )
-    truncation: Literal["error", "drop", "truncate"] = field(
-        default="truncate",
-        metadata={
-            "help": "What is done with a sample longer than model_max_length. error: the run is refused; drop: it is "
-            "left out; truncate: its last turns are left out, and an image never loses a part."
-        },
+    vision_cache: str | None = flag(
+        None, "Directory that keeps the features of the frozen vision tower, computed once per image."
     )
-    supervise: Literal["answers", "last_answer", "all"] = field(
-        default="answers",
-        metadata={
-            "help": "Text that is learnt. answers: what the assistant says; last_answer: only its last turn; all: the "
-            "prompt too."
-        },
+    vision_cache_dtype: Literal["compute", "int8"] = flag(
+        "compute", "With vision_cache: the compute dtype of the run, or 8-bit, half the size and not exact."
     )
-    packing: bool = field(
-        default=False,
-        metadata={
-            "help": "Put several samples into one row of model_max_length tokens; attention and positions stay "
-            "separate, and the batch size counts rows."
-        },
+    data_cache_dir: str | None = flag(
+        None, "Where prepared records are kept. Unset: beside the caches of Hugging Face datasets."
     )
-    padding_free: bool = field(
-        default=False,
-        metadata={"help": "Join the samples of a batch into one row instead of padding them to the longest one."},
-    )
-    length_multiple: int | None = field(
-        default=None,
-        metadata={
-            "help": "Fill rows of a batch up to a multiple of this many tokens, so that few lengths occur; 0 does not. "
-            "Unset: 128 with torch_compile, else 0."
-        },
-    )
-    vision_cache: str | None = field(
-        default=None,
-        metadata={"help": "Directory that keeps the features of the frozen vision tower, computed once per image."},
-    )
-    vision_cache_dtype: Literal["compute", "int8"] = field(
-        default="compute",
-        metadata={"help": "With vision_cache: the compute dtype of the run, or 8-bit, half the size and not exact."},
-    )
-    data_cache_dir: str | None = field(
-        default=None,
-        metadata={"help": "Where prepared records are kept. Unset: beside the caches of Hugging Face datasets."},
-    )
-    preprocessing_num_workers: int | None = field(
-        default=None, metadata={"help": "Processes that prepare the records. Unset: one for each core."}
-    )
+    preprocessing_num_workers: int | None = flag(None, "Processes that prepare the records. Unset: one for each core.")

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -87,8 +88,8 @@ _KNOWN_KEYS: Final = frozenset(
 """Keys of DeepSpeed 0.19 at the top of the file. It ignores others without a word."""
 
 
-def find_deepspeed_config(name: str, notes: list[str]) -> str:
-    """Return the path of a DeepSpeed configuration.
+def read_deepspeed_config(given: str | dict[str, Any], notes: list[str]) -> tuple[dict[str, Any], str]:
+    """Return a DeepSpeed configuration, and its path or, where it was given as a mapping, what messages call it.
 
     A path that does not exist is looked up in `configs` by its file name, with or without `.json`, because published
     command lines say `./scripts/zero3.json`.
@@ -96,37 +97,28 @@ def find_deepspeed_config(name: str, notes: list[str]) -> str:
     Raises:
         UserError: If there is none, or it is no JSON object.
     """
-    path = Path(name).expanduser()
+    if not isinstance(given, str):
+        return given, "the mapping"
+    path = Path(given).expanduser()
     names = [path.name] if path.suffix == ".json" else [path.name, f"{path.name}.json"]
     candidates = [path, *(folder / candidate for folder in config_folders() for candidate in names)]
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is None:
         known = known_configs(".json")
-        listed = ", ".join(known) or "none found"
         hint = did_you_mean(path.stem, [file.removesuffix(".json") for file in known])
         raise UserError(
-            f"deepspeed={name}: there is no such file. Give the path of a DeepSpeed JSON file or one of the "
-            f"names in configs: {listed}.{hint}"
+            f"deepspeed={given}: there is no such file. Give the path of a DeepSpeed JSON file or one of the "
+            f"names in configs: {', '.join(known) or 'none found'}.{hint}"
         )
-    read_deepspeed_config(found)
-    if found != path:
-        notes.append(f"deepspeed={name} is taken from {found}.")
-    return str(found)
-
-
-def read_deepspeed_config(path: Path) -> dict[str, Any]:
-    """Read a DeepSpeed file.
-
-    Raises:
-        UserError: It is no JSON object.
-    """
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = json.loads(found.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"deepspeed={path} cannot be read: {error}. Give a DeepSpeed JSON file.") from error
+        raise UserError(f"deepspeed={found} cannot be read: {error}. Give a DeepSpeed JSON file.") from error
     if not isinstance(content, dict):
-        raise UserError(f"deepspeed={path} holds no JSON object. Give a DeepSpeed JSON file.")
-    return dict[str, Any](content)  # pyright: ignore[reportUnknownArgumentType]
+        raise UserError(f"deepspeed={found} holds no JSON object. Give a DeepSpeed JSON file.")
+    if found != path:
+        notes.append(f"deepspeed={given} is taken from {found}.")
+    return dict[str, Any](content), str(found)  # pyright: ignore[reportUnknownArgumentType]
 
 
 def check_deepspeed_config(config: _Section, source: str, values: Mapping[str, Any]) -> list[str]:
@@ -143,16 +135,8 @@ def check_deepspeed_config(config: _Section, source: str, values: Mapping[str, A
     Raises:
         UserError: For the first thing that cannot work or contradicts a flag.
     """
-    checks = (
-        _key_problems(config),
-        _auto_problems(config),
-        _flag_problems(config, values),
-        _precision_problems(config, values),
-        _zero_problems(config),
-    )
-    for problems in checks:
-        for problem in problems:
-            raise UserError(f"deepspeed={source}: {problem}")
+    for problem in chain(_own_problems(config), _flag_problems(config, values), _section_problems(config)):
+        raise UserError(f"deepspeed={source}: {problem}")
     notes: list[str] = []
     if "gradient_clipping" not in config and values["max_grad_norm"]:
         notes.append(
@@ -192,7 +176,7 @@ def choose_offloaded_adam(config: dict[str, Any], *, uses_cpu: bool) -> list[str
     return [f"The offloaded optimizer is torch's: {reason}."]
 
 
-def _key_problems(config: _Section) -> Iterator[str]:
+def _own_problems(config: _Section) -> Iterator[str]:
     for key in config:
         nearest = difflib.get_close_matches(key, _KNOWN_KEYS, n=1, cutoff=0.8)
         if key not in _KNOWN_KEYS and nearest:
@@ -213,9 +197,6 @@ def _key_problems(config: _Section) -> Iterator[str]:
     for key in ("fp16", "bf16"):
         if not isinstance(config.get(key, {}), Mapping):
             yield f'{key} is {_shown(config[key])}; it has to be an object. Write "{key}": {{"enabled": "auto"}}.'
-
-
-def _auto_problems(config: _Section) -> Iterator[str]:
     sections: list[tuple[str, _Section]] = [("", config)]
     sections += [(f"{key}.", config[key]) for key in ("fp16", "bf16", "zero_optimization") if key in config]
     for prefix, section in sections:
@@ -244,8 +225,6 @@ def _flag_problems(config: _Section, values: Mapping[str, Any]) -> Iterator[str]
             'Write "train_batch_size": "auto".'
         )
 
-
-def _precision_problems(config: _Section, values: Mapping[str, Any]) -> Iterator[str]:
     enabled: dict[str, Any] = {key: config.get(key, {}).get("enabled", False) for key in ("fp16", "bf16")}
     if enabled["fp16"] is True and enabled["bf16"] is True:
         yield 'fp16 and bf16 are both enabled. Write "enabled": "auto" in both, and give --bf16 or --fp16.'
@@ -255,7 +234,7 @@ def _precision_problems(config: _Section, values: Mapping[str, Any]) -> Iterator
             yield f'{stated}, but the flag {key} is {_shown(values[key])}. Write "{key}": {{"enabled": "auto"}}.'
 
 
-def _zero_problems(config: _Section) -> Iterator[str]:
+def _section_problems(config: _Section) -> Iterator[str]:
     """Let DeepSpeed read the sections that it checks itself."""
     from deepspeed.runtime.precision_config import (  # pyright: ignore[reportMissingTypeStubs]
         DeepSpeedBF16Config,
@@ -277,19 +256,16 @@ def _zero_problems(config: _Section) -> Iterator[str]:
                 yield f"{key}: {error}."
                 continue
             for detail in error.errors():
-                yield _explained(key, model, detail)
-
-
-def _explained(section: str, model: Any, detail: Mapping[str, Any]) -> str:
-    name = ".".join((section, *map(str, detail["loc"])))
-    if detail["type"] == "extra_forbidden" and len(detail["loc"]) == 1:
-        known = {text for field, info in model.model_fields.items() for text in (field, info.alias) if text}
-        hint = did_you_mean(str(detail["loc"][0]), sorted(known), " Remove it.")
-        return f"there is no key {name}.{hint}"
-    if detail["type"].startswith("int_"):
-        whole = f" Write {round(detail['input'])}." if isinstance(detail["input"], float) else ""
-        return f"{name} is {_shown(detail['input'])}; it has to be a whole number.{whole}"
-    return f"{name} is {_shown(detail['input'])}: {detail['msg']}."
+                name, given = ".".join((key, *map(str, detail["loc"]))), detail["input"]
+                if detail["type"] == "extra_forbidden" and len(detail["loc"]) == 1:
+                    fields: Mapping[str, Any] = model.model_fields
+                    known = {text for field, info in fields.items() for text in (field, info.alias) if text}
+                    yield f"there is no key {name}.{did_you_mean(str(detail['loc'][0]), sorted(known), ' Remove it.')}"
+                elif detail["type"].startswith("int_"):
+                    whole = f" Write {round(given)}." if isinstance(given, float) else ""
+                    yield f"{name} is {_shown(given)}; it has to be a whole number.{whole}"
+                else:
+                    yield f"{name} is {_shown(given)}: {detail['msg']}."
 
 
 def _shown(value: Any) -> str:

@@ -32,10 +32,7 @@ WITHOUT_EFFECT: Final[Mapping[str, tuple[Any, str]]] = {
     "include_tokens_per_second": (bool | None, "tokens per second are always logged"),
     "jit_mode_eval": (bool, "transformers removed it"),
     "mp_parameters": (str, "it belonged to SageMaker"),
-    "overwrite_output_dir": (
-        bool,
-        "a run continues from the newest checkpoint in output_dir; give a new directory",
-    ),
+    "overwrite_output_dir": (bool, "a run continues from the newest checkpoint in output_dir; give a new directory"),
     "past_index": (int, "transformers removed it"),
     "push_to_hub_organization": (str | None, "write it into hub_model_id, as in organization/name"),
     "ray_scope": (str | None, "there is no hyper-parameter search"),
@@ -48,6 +45,8 @@ WITHOUT_EFFECT: Final[Mapping[str, tuple[Any, str]]] = {
 """Type hint, and why nothing happens."""
 
 Values: TypeAlias = "MutableMapping[str, object]"
+Translation: TypeAlias = Callable[[object, Values], str]
+"""Gets the old flag's value; changes the values of the same source, and returns a note."""
 
 
 def _warmup_ratio(value: object, values: Values) -> str:
@@ -79,9 +78,7 @@ def _trust_remote_code(value: object, values: Values) -> str:
     )
 
 
-def _is_now(
-    old: str, new: str, meaning: str | list[str], *, switched_on_by: bool = True
-) -> Callable[[object, Values], str]:
+def _is_now(old: str, new: str, meaning: str | list[str], *, switched_on_by: bool = True) -> Translation:
     """Translate a switch into a value of another flag, unless the same source says otherwise under the new name."""
 
     def translate(value: object, values: Values) -> str:
@@ -96,7 +93,7 @@ def _is_now(
     return translate
 
 
-def _into_mapping(name: str, target: str, key: str) -> Callable[[object, Values], str]:
+def _into_mapping(name: str, target: str, key: str) -> Translation:
     """Translate a flag into one key of another flag that takes a mapping."""
 
     def translate(value: object, values: Values) -> str:
@@ -111,7 +108,7 @@ def _into_mapping(name: str, target: str, key: str) -> Callable[[object, Values]
     return translate
 
 
-TRANSLATED: Final[Mapping[str, tuple[Any, Callable[[object, Values], str]]]] = {
+TRANSLATED: Final[Mapping[str, tuple[Any, Translation]]] = {
     "adafactor": (bool, _is_now("adafactor", "optim", "adafactor")),
     "dispatch_batches": (bool | None, _into_mapping("dispatch_batches", "accelerator_config", "dispatch_batches")),
     "fsdp_min_num_params": (int, _into_mapping("fsdp_min_num_params", "fsdp_config", "min_num_params")),
@@ -126,6 +123,6 @@ TRANSLATED: Final[Mapping[str, tuple[Any, Callable[[object, Values], str]]]] = {
     "trust_remote_code": (bool, _trust_remote_code),
     "warmup_ratio": (float, _warmup_ratio),
 }
-"""Type hint, and what to do: changes the values of the same source and returns a note."""
+"""Type hint, and what to do."""
 
 SPELLINGS: Final = frozenset(RENAMED) | frozenset(WITHOUT_EFFECT) | frozenset(TRANSLATED)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+from llava_ft.args.value_types import flag
+
 INHERITED_WITH_OWN_DEFAULT: Final = frozenset(
     {
         "optim",
@@ -23,10 +25,6 @@ INHERITED_WITH_OWN_DEFAULT: Final = frozenset(
 """Fields of `TrainingFlags` that belong to `transformers.TrainingArguments`."""
 
 
-def _reentrant_off() -> dict[str, Any]:
-    return {"use_reentrant": False}
-
-
 @dataclass
 class TrainingFlags:
     """Own training flags, then inherited ones whose default differs.
@@ -35,149 +33,92 @@ class TrainingFlags:
     - `remove_unused_columns`: the collator needs what `forward` does not take, such as the record numbers.
     - `logging_nan_inf_filter`: a loss of NaN must never be logged as a number.
     - `report_to`: nothing leaves the machine unless asked for.
-    - `prediction_loss_only`: logits are computed only where a label is supervised, so they cannot be
-    gathered.
+    - `prediction_loss_only`: logits are computed only where a label is supervised, so they cannot be gathered.
     - `gradient_checkpointing`: a word instead of a switch; true and false mean full and none.
     - `gradient_checkpointing_kwargs`: re-entrant checkpointing loses the gradient when the inputs of a block
       need none, which is the case under LoRA.
     """
 
-    cache_dir: str | None = field(
-        default=None,
-        metadata={"help": "Where models named rather than given as a directory are downloaded to."},
+    cache_dir: str | None = flag(None, "Where models named rather than given as a directory are downloaded to.")
+    freeze_mm_mlp_adapter: bool = flag(False, "Keep the projector fixed.")
+    mpt_attn_impl: str = flag("triton", "Accepted for old command lines; only MPT models used it.")
+    model_max_length: int = flag(512, "Longest sequence in tokens, image tokens included; see truncation.")
+    double_quant: bool = flag(True, "With bits 4: quantise the scales as well.")
+    quant_type: Literal["nf4", "fp4"] = flag("nf4", "With bits 4: the data type.")
+    bits: Literal[4, 8, 16] = flag(16, "Bits in which the frozen weights of the language model are held.")
+    lora_enable: bool = flag(False, "Train LoRA adapters in the language model.")
+    lora_r: int = flag(64, "Rank of the LoRA matrices.")
+    lora_alpha: int = flag(16, "LoRA scale; the update is multiplied by alpha / r.")
+    lora_dropout: float = flag(0.05, "Dropout before LoRA A, at least 0 and below 1.")
+    init_from: str = flag(
+        "",
+        "Directory to start from: of a LoRA run, of a projector run, or a whole model. Unset: model_name_or_path "
+        "alone.",
     )
-    freeze_mm_mlp_adapter: bool = field(default=False, metadata={"help": "Keep the projector fixed."})
-    mpt_attn_impl: str = field(
-        default="triton", metadata={"help": "Accepted for old command lines; only MPT models used it."}
+    adapter_mode: Literal["continue", "new", "merge_first"] | None = flag(
+        None,
+        "What becomes of the adapter in init_from. continue: it is trained on; new: it is left out, and what was "
+        "trained beside it is kept; merge_first: it is merged into its base, which is trained from there. Unset: "
+        "continue.",
     )
-    model_max_length: int = field(
-        default=512,
-        metadata={"help": "Longest sequence in tokens, image tokens included; see truncation."},
+    lora_weight_path: str = flag("", "The original's name for init_from with adapter_mode continue.")
+    lora_bias: Literal["none", "all", "lora_only"] = flag(
+        "none", "Which biases of the language model are trained beside LoRA."
     )
-    double_quant: bool = field(default=True, metadata={"help": "With bits 4: quantise the scales as well."})
-    quant_type: Literal["nf4", "fp4"] = field(default="nf4", metadata={"help": "With bits 4: the data type."})
-    bits: Literal[4, 8, 16] = field(
-        default=16, metadata={"help": "Bits in which the frozen weights of the language model are held."}
+    fast_lora: bool = flag(
+        True, "LoRA's arithmetic written out in place of PEFT's; equal but for rounding, see speed.md."
     )
-    lora_enable: bool = field(default=False, metadata={"help": "Train LoRA adapters in the language model."})
-    lora_r: int = field(default=64, metadata={"help": "Rank of the LoRA matrices."})
-    lora_alpha: int = field(default=16, metadata={"help": "LoRA scale; the update is multiplied by alpha / r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before LoRA A, at least 0 and below 1."})
-    init_from: str = field(
-        default="",
-        metadata={
-            "help": "Directory to start from: of a LoRA run, of a projector run, or a whole model. Unset: "
-            "model_name_or_path alone."
-        },
+    mm_projector_lr: float | None = flag(None, "Learning rate of the projector. Unset: learning_rate.")
+    group_by_modality_length: bool = flag(False, "Batches of similar length that are all with images or all without.")
+    lora_target_modules: list[str] | None = flag(
+        None,
+        "Names of the linear layers inside the language model that get LoRA, such as q_proj v_proj. Unset: all of them "
+        "but the output layer.",
     )
-    adapter_mode: Literal["continue", "new", "merge_first"] | None = field(
-        default=None,
-        metadata={
-            "help": "What becomes of the adapter in init_from. continue: it is trained on; new: it is left out, and "
-            "what was trained beside it is kept; merge_first: it is merged into its base, which is trained from there. "
-            "Unset: continue."
-        },
+    save_vision_tower: bool = flag(False, "Write the vision tower's weights into full checkpoints too.")
+    weights_format: Literal["auto", "bin", "safetensors", "both"] = flag(
+        "auto", "File format of saved weights. auto: .bin for LoRA and projector, safetensors for full."
     )
-    lora_weight_path: str = field(
-        default="",
-        metadata={"help": "The original's name for init_from with adapter_mode continue."},
+    loss_normalization: Literal["tokens", "micro_batch"] = flag(
+        "tokens",
+        "tokens: the mean over all supervised tokens of an optimizer step; micro_batch: the mean of the means of its "
+        "micro-batches, as in the original.",
     )
-    lora_bias: Literal["none", "all", "lora_only"] = field(
-        default="none", metadata={"help": "Which biases of the language model are trained beside LoRA."}
+    gradient_checkpointing_every: int = flag(
+        1, "gradient_checkpointing for every N-th layer alone, the first among them; 1 is all."
     )
-    fast_lora: bool = field(
-        default=True,
-        metadata={"help": "LoRA's arithmetic written out in place of PEFT's; equal but for rounding, see speed.md."},
+    activation_offload: bool = flag(
+        False,
+        "With gradient_checkpointing full: keep the inputs of the layers in the host's memory until the backward pass.",
     )
-    mm_projector_lr: float | None = field(
-        default=None, metadata={"help": "Learning rate of the projector. Unset: learning_rate."}
+    allow_base_mismatch: bool = flag(False, "Load an adapter on another base than the one it was trained on.")
+    force: bool = flag(
+        False,
+        "Go on with another base, with files of different runs and with an adapter of another scale; warnings say what "
+        "is ignored.",
     )
-    group_by_modality_length: bool = field(
-        default=False,
-        metadata={"help": "Batches of similar length that are all with images or all without."},
+    logging_dir: str | None = flag(
+        None, "Where TensorBoard files go. Unset: TENSORBOARD_LOGGING_DIR, else runs/ in output_dir."
     )
-    lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Names of the linear layers inside the language model that get LoRA, such as q_proj "
-            "v_proj. "
-            "Unset: all of them but the output layer."
-        },
-    )
-    save_vision_tower: bool = field(
-        default=False, metadata={"help": "Write the vision tower's weights into full checkpoints too."}
-    )
-    weights_format: Literal["auto", "bin", "safetensors", "both"] = field(
-        default="auto",
-        metadata={"help": "File format of saved weights. auto: .bin for LoRA and projector, safetensors for full."},
-    )
-    loss_normalization: Literal["tokens", "micro_batch"] = field(
-        default="tokens",
-        metadata={
-            "help": "tokens: the mean over all supervised tokens of an optimizer step; micro_batch: the "
-            "mean of the "
-            "means of its micro-batches, as in the original."
-        },
-    )
-    gradient_checkpointing_every: int = field(
-        default=1,
-        metadata={"help": "gradient_checkpointing for every N-th layer alone, the first among them; 1 is all."},
-    )
-    activation_offload: bool = field(
-        default=False,
-        metadata={
-            "help": "With gradient_checkpointing full: keep the inputs of the layers in the host's memory until the "
-            "backward pass."
-        },
-    )
-    allow_base_mismatch: bool = field(
-        default=False, metadata={"help": "Load an adapter on another base than the one it was trained on."}
-    )
-    force: bool = field(
-        default=False,
-        metadata={
-            "help": "Go on with another base, with files of different runs and with an adapter of another scale; "
-            "warnings say what is ignored."
-        },
-    )
-    logging_dir: str | None = field(
-        default=None,
-        metadata={"help": "Where TensorBoard files go. Unset: TENSORBOARD_LOGGING_DIR, else runs/ in output_dir."},
-    )
-    bad_sample_limit: float = field(
-        default=0.05,
-        metadata={"help": "Share of the samples that may turn out unreadable during the run before it stops."},
+    bad_sample_limit: float = flag(
+        0.05, "Share of the samples that may turn out unreadable during the run before it stops."
     )
 
-    optim: str | None = field(
-        default=None,
-        metadata={
-            "help": "Optimizer; the names are those of transformers. Unset: adamw_torch_fused on a GPU, adamw_torch on "
-            "a CPU."
-        },
+    optim: str | None = flag(
+        None, "Optimizer; the names are those of transformers. Unset: adamw_torch_fused on a GPU, adamw_torch on a CPU."
     )
-    remove_unused_columns: bool = field(
-        default=False,
-        metadata={"help": "Must stay false: the collator needs columns that forward does not take."},
-    )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide a non-finite loss in the logs."})
-    report_to: str | list[str] = field(
-        default="none",
-        metadata={"help": "Where to report besides the terminal, such as wandb or tensorboard."},
-    )
-    prediction_loss_only: bool = field(
-        default=True, metadata={"help": "Evaluation returns the loss alone, not the logits."}
-    )
-    gradient_checkpointing: Literal["none", "full", "selective"] = field(
-        default="none",
-        metadata={
-            "help": "What the backward pass computes again to save memory: full, all of a layer; selective, all but "
-            "matrix products and attention. True means full, False none.",
-            "switch": ("none", "full"),
-        },
+    remove_unused_columns: bool = flag(False, "Must stay false: the collator needs columns that forward does not take.")
+    logging_nan_inf_filter: bool = flag(False, "Hide a non-finite loss in the logs.")
+    report_to: str | list[str] = flag("none", "Where to report besides the terminal, such as wandb or tensorboard.")
+    prediction_loss_only: bool = flag(True, "Evaluation returns the loss alone, not the logits.")
+    gradient_checkpointing: Literal["none", "full", "selective"] = flag(
+        "none",
+        "What the backward pass computes again to save memory: full, all of a layer; selective, all but matrix "
+        "products and attention. True means full, False none.",
+        switch=("none", "full"),
     )
     gradient_checkpointing_kwargs: dict[str, Any] | None = field(
-        default_factory=_reentrant_off,
+        default_factory=lambda: {"use_reentrant": False},
         metadata={"help": "Options of torch.utils.checkpoint; use_reentrant has to be false."},
     )
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from types import NoneType, UnionType
-from typing import Any, Final, Literal, TypeAlias, Union, get_args, get_origin
+from typing import Any, Final, Literal, TypeAlias, TypeVar, Union, get_args, get_origin
 
 Raw: TypeAlias = "str | list[str] | dict[str, object] | None"
 """A value as written: text, several texts, a mapping, or nothing at all (null)."""
+
+_T = TypeVar("_T")
 
 _KINDS: Final = {bool: "bool", int: "int", float: "float", str: "str", list: "list", dict: "dict"}
 _IN_WORDS: Final = {
@@ -27,6 +29,12 @@ _IN_WORDS: Final = {
 }
 _TRUE: Final = frozenset({"true", "yes", "on", "t", "y", "1"})
 _FALSE: Final = frozenset({"false", "no", "off", "f", "n", "0"})
+
+
+def flag(default: _T, text: str, *, switch: tuple[str, str] | None = None) -> _T:
+    """Declare a flag: a dataclass field with its default, and what `--help` says. For `switch` see `ValueType`."""
+    specifier: Any = field(default=default, metadata={"help": text} | ({"switch": switch} if switch else {}))
+    return specifier
 
 
 class ConversionError(ValueError):

@@ -7,10 +7,9 @@ run can learn (a smaller rank, LoRA instead of the whole model).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Final
 
-from llava_ft.args.deepspeed_file import find_deepspeed_config, read_deepspeed_config
+from llava_ft.args.deepspeed_file import read_deepspeed_config
 from llava_ft.models.flops import Counts, Flops, decoder_forward, model_flops
 from llava_ft.planning.memory import MemoryPlanner, RankMemory
 from llava_ft.planning.model import ModelOutline, ParameterShape
@@ -214,7 +213,7 @@ def _offload(stage: int) -> Callable[[PlanRequest], _Change | None]:
 
 def _deepspeed(request: PlanRequest, file: str) -> _Change:
     """Use one of the configurations in configs/."""
-    config = read_deepspeed_config(Path(find_deepspeed_config(file, [])))
+    config, _ = read_deepspeed_config(file, [])
     return f"--deepspeed {file}", request.changed(zero=ZeroSettings.from_config(config, hidden_size=0))
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,7 +12,7 @@ import transformers
 from llava_ft.args import ParsedArgs
 from llava_ft.args.attention import AttentionMachine, choose_kernel, installed_kernels
 from llava_ft.args.build import adapt_to_device
-from llava_ft.args.deepspeed_file import check_deepspeed_config, find_deepspeed_config, read_deepspeed_config
+from llava_ft.args.deepspeed_file import check_deepspeed_config, read_deepspeed_config
 from llava_ft.errors import UserError
 from llava_ft.resolve import tuning_plan
 from llava_ft.tuning.freeze import TuningPlan
@@ -319,13 +318,8 @@ def parse_memory(text: str) -> int:
 
 
 def _zero_settings(values: Mapping[str, Any], hidden_size: int, notes: list[str]) -> ZeroSettings | None:
-    given: str | dict[str, Any] | None = values["deepspeed"]
-    if not given:
+    if not values["deepspeed"]:
         return None
-    config, source = given, "the mapping"
-    if isinstance(given, str):
-        source = find_deepspeed_config(given, notes)
-        config = read_deepspeed_config(Path(source))
-    assert isinstance(config, dict)
+    config, source = read_deepspeed_config(values["deepspeed"], notes)
     notes.extend(check_deepspeed_config(config, source, values))
     return ZeroSettings.from_config(config, hidden_size)
