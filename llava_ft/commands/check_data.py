@@ -29,14 +29,16 @@ def check_data(argv: Sequence[str]) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # some libraries write to it when they are imported
         from llava_ft.args import parse_args
         from llava_ft.data.preparation.processes import num_cores
-        from llava_ft.inspection.check_data import CheckOptions, run_check_data
+        from llava_ft.inspection.check_data import run_check_data
         from llava_ft.inspection.data_plan import find_data_plan
 
         args = parse_args(flags, required=("model_name_or_path", "data_path"))
-        wishes = CheckOptions(
+        passed = run_check_data(
+            args,
+            find_data_plan(args, options.workers or num_cores()),
+            output,
             fix=Path(options.fix) if options.fix else None,
             html=Path(options.html) if options.html else None,
             as_json=options.json,
         )
-        passed = run_check_data(args, find_data_plan(args, options.workers or num_cores()), output, wishes)
     return DONE if passed else FAILED

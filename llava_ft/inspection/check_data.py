@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,29 +23,24 @@ from llava_ft.inspection.statistics import Epoch, count_all, count_epoch
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class CheckOptions:
-    """What is asked for beside the flags of a run.
-
-    Attributes:
-        fix: Where the records that can be used are written; None writes nothing.
-        html: Where the report is written as a page; None writes none.
-        as_json: Whether the report is JSON instead of text to read.
-    """
-
-    fix: Path | None = None
-    html: Path | None = None
-    as_json: bool = False
-
-
-def run_check_data(args: ParsedArgs, plan: DataPlan, output: TextIO, options: CheckOptions) -> bool:
+def run_check_data(
+    args: ParsedArgs,
+    plan: DataPlan,
+    output: TextIO,
+    *,
+    fix: Path | None = None,
+    html: Path | None = None,
+    as_json: bool = False,
+) -> bool:
     """Check the data of a run and write what was found.
 
     Args:
         args: The run's flags.
         plan: How the run reads its data.
         output: Where the report goes.
-        options: What else is asked for.
+        fix: Where the records that can be used are written; None writes nothing.
+        html: Where the report is written as a page; None writes none.
+        as_json: Whether the report is JSON instead of text to read.
 
     Returns:
         Whether nothing was found that would stop or spoil the run.
@@ -57,10 +51,10 @@ def run_check_data(args: ParsedArgs, plan: DataPlan, output: TextIO, options: Ch
     """
     assert args.data.data_path is not None
     training = DataSources.open(args.data.data_path, plan.preparation.directory)
-    if options.fix is not None:
+    if fix is not None:
         if training.mixture is not None:
             raise UserError("--fix writes one file, and a mixture has several sources. Check each of them on its own.")
-        check_target(options.fix, [args.data.data_path, str(args.data.validation_data_path)])
+        check_target(fix, [args.data.data_path, str(args.data.validation_data_path)])
     opened = {"training": training}
     if args.data.validation_data_path:
         opened["validation"] = DataSources.open(args.data.validation_data_path, plan.preparation.directory)
@@ -70,17 +64,17 @@ def run_check_data(args: ParsedArgs, plan: DataPlan, output: TextIO, options: Ch
             check = check_source(source, plan, prompt_prefix=prefix)
             findings = find_all(check, args.data.on_bad_sample)
             reports.append(DataSetReport(source.name, use, check, findings, count_all(check, plan.limits)))
-    fix = write_fixed(reports[0].check, options.fix, plan) if options.fix is not None else None
+    fixed = write_fixed(reports[0].check, fix, plan) if fix is not None else None
     epoch, refused = None, ""
     try:
         epoch = _epoch(args, plan, [each.check for each in reports if each.use == "training"], training)
     except UserError as error:  # the mixture asks for more than the usable records give
         refused = str(error)
-    report = Report(reports, epoch, fix, refused)
-    if options.html is not None:
-        write_page(options.html, report_page(report, [plan.place_of(each.check.source) for each in reports]))
-        logger.info("The report is in %s.", options.html)
-    if options.as_json:
+    report = Report(reports, epoch, fixed, refused)
+    if html is not None:
+        write_page(html, report_page(report, [plan.place_of(each.check.source) for each in reports]))
+        logger.info("The report is in %s.", html)
+    if as_json:
         output.write(json.dumps(report.to_dict(), indent=1) + "\n")
     else:
         output.write(as_text(report, is_terminal=output.isatty()))

@@ -34,38 +34,24 @@ _UNLIMITED: Final = 100_000
 
 @dataclass(frozen=True)
 class DataSetReport:
-    """What was found in one data set.
+    """What was found in one data set: record by record, in words, and in numbers."""
 
-    Attributes:
-        name: Its path or name.
-        use: What the run uses it for: "training" or "validation".
-        check: What was found, record by record.
-        findings: The same in words, the worst first.
-        statistics: The same in numbers.
-    """
-
-    name: str
-    use: str
+    name: str  # of its source
+    use: str  # "training" or "validation"
     check: SourceCheck
-    findings: list[Finding]
+    findings: list[Finding]  # the worst first
     statistics: Statistics
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was found in all data of a run.
+    """What was found in all data of a run."""
 
-    Attributes:
-        data_sets: One for each source, the training data first.
-        epoch: What an epoch of the training data is made of; None without a usable record.
-        fix: What was written, if that was asked for.
-        refused: Why a run would be refused although each source has usable records, "" if it would not.
-    """
-
-    data_sets: list[DataSetReport]
-    epoch: Epoch | None
-    fix: FixReport | None = None
+    data_sets: list[DataSetReport]  # one for each source, the training data first
+    epoch: Epoch | None  # None without a usable record
+    fix: FixReport | None = None  # None if it was not asked for
     refused: str = ""
+    """Why a run would be refused although each source has usable records, "" if it would not."""
 
     @property
     def passed(self) -> bool:
@@ -109,15 +95,10 @@ class Report:
 
 
 def as_text(report: Report, *, is_terminal: bool) -> str:
-    """Write a report for a person to read.
+    """Write a report for a person to read, with a final newline; control characters are shown as escapes.
 
-    Args:
-        report: The report.
-        is_terminal: Whether it goes to a terminal: then lines are wrapped, and severities coloured unless the
-            environment forbids it. Elsewhere nothing is wrapped and there are no control codes.
-
-    Returns:
-        Text with a final newline. Control characters in the data are shown as escapes.
+    On a terminal lines are wrapped, and severities coloured unless the environment forbids it. Elsewhere nothing is
+    wrapped and there are no control codes.
     """
     written = io.StringIO()
     width = min(_WIDEST, shutil.get_terminal_size().columns) if is_terminal else _UNLIMITED
@@ -267,9 +248,7 @@ def _histogram_rows(histogram: Histogram, max_length: int) -> Iterator[tuple[str
 def report_page(report: Report, places: list[ImagePlace]) -> Iterator[str]:
     """Write a report as a page: the numbers, charts, and what is wrong, with pictures of the first records.
 
-    Args:
-        report: The report.
-        places: Where the images of each data set are.
+    `places` says where the images of each data set are.
     """
 
     def fates(data: DataSetReport) -> list[tuple[str, int]]:

@@ -138,12 +138,7 @@ class SourceCheck:
 
 
 def check_source(source: RecordSource, plan: DataPlan, *, prompt_prefix: str = "") -> SourceCheck:
-    """Check all records and images of a source.
-
-    Args:
-        source: A prepared source.
-        plan: How a run reads it.
-        prompt_prefix: Text that the run puts before the first question of each record.
+    """Check all records and images of a source; `prompt_prefix` stands before the first question of each record.
 
     Raises:
         UserError: Records have images, and the run could not read any.
@@ -198,20 +193,15 @@ def check_source(source: RecordSource, plan: DataPlan, *, prompt_prefix: str = "
 
 @dataclass
 class Scan:
-    """What reading records shows, without a tokenizer.
+    """What reading records shows, without a tokenizer."""
 
-    Attributes:
-        text_keys: For each record a hash of all its text; 0 if it cannot be parsed.
-        id_keys: The same of its id; 0 without one.
-        num_images: Images of each record.
-        images: The images of all records in a row, as the records name them.
-        remarks: Records that something is odd about, by what it is: kind and reason.
-    """
-
+    # for each record a hash of all its text and of its id (0 if it cannot be parsed or has none), and its images
     text_keys: "array[int]" = field(default_factory=lambda: array("Q"))
     id_keys: "array[int]" = field(default_factory=lambda: array("Q"))
     num_images: "array[int]" = field(default_factory=lambda: array("q"))
+    # the images of all records in a row, as the records name them
     images: list[str] = field(default_factory=list[str])
+    # records that something is odd about, by kind and reason
     remarks: dict[tuple[str, str], "array[int]"] = field(default_factory=dict[tuple[str, str], "array[int]"])
 
     def remarks_on(self, usable: Array) -> Iterator[tuple[str, int, str]]:
@@ -278,10 +268,7 @@ def _scan(source: RecordSource, plan: DataPlan) -> tuple[Scan, ImageTable]:
 def decode_images(place: ImagePlace, checks: ImageChecks, images: Iterable[str]) -> list[DecodedImage]:
     """Decode images whole; whatever is wrong with one is noted and ends nothing.
 
-    Args:
-        place: Where they are.
-        checks: What the run finds out before it trains.
-        images: As the records name them.
+    `checks` is what the run finds out before it trains, and `images` are as the records name them.
     """
     # One decoding is enough, also for a run that decodes everything before it trains.
     before = ImageChecks("header", checks.needs_sizes, checks.exif_transpose) if checks.level == "decode" else checks

@@ -1,36 +1,27 @@
 """What a check found, in the order of how bad it is, with what to do about it."""
 
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from llava_ft.data.records import parse_embedded
 from llava_ft.data.report import BadSamplePolicy
 from llava_ft.inspection.check_source import LONG_RATIO, NUM_EXAMPLES, TINY_SIDE, Example, SourceCheck
 
 Severity = Literal["error", "warning", "note"]
-SEVERITIES: Final = ("error", "warning", "note")
+SEVERITIES: Final[tuple[Severity, ...]] = get_args(Severity)
 """Would stop or spoil a run; probably not meant; good to know."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Records with one thing in common.
-
-    Attributes:
-        severity: How bad it is.
-        kind: Short, stable name.
-        title: What it is.
-        advice: What to do.
-        num_records: How many records have it; for `same-image` images instead.
-        examples: The first of them.
-    """
+    """Records with one thing in common, and what to do about it."""
 
     severity: Severity
-    kind: str
+    kind: str  # a short, stable name
     title: str
     advice: str
-    num_records: int
-    examples: list[Example]
+    num_records: int  # for `same-image` images instead
+    examples: list[Example]  # the first of them
 
     def to_dict(self) -> dict[str, Any]:
         """Give the finding as JSON values."""
@@ -115,10 +106,7 @@ _DROPPED: Final = ("records longer than model_max_length are left out", _LONG)
 def find_all(check: SourceCheck, on_bad_sample: BadSamplePolicy) -> list[Finding]:
     """List what was found, the worst first, then by number of records.
 
-    Args:
-        check: What was found.
-        on_bad_sample: What the run does with records that it cannot use. "skip" makes warnings of errors that the run
-            finds before training, as long as some records are left.
+    With `on_bad_sample` "skip" errors that the run finds before training are warnings, if some records are left.
     """
     findings: list[Finding] = []
     for kind, tally in check.errors.items():

@@ -40,12 +40,7 @@ def render_page(template: str, **values: Any) -> Iterator[str]:
 
 
 def thumbnail(image: str, place: ImagePlace) -> tuple[str, str]:
-    """Give an image as a small JPEG in a `data:` address; or "" and why it cannot be shown.
-
-    Args:
-        image: As the record names it.
-        place: Where the images of its source are.
-    """
+    """Give an image, as its record names it, as a small JPEG in a `data:` address; or "" and why it cannot be."""
     try:
         picture = load_image(place.content(image), name=place.locate(image))
     except (ImageError, MemoryError) as error:

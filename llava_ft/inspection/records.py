@@ -29,14 +29,10 @@ RECORDS_ON_A_PAGE: Final = 100
 IMAGES_OF_A_RECORD: Final = 8
 """Images of a record that a page shows."""
 
-_TARGET_COLOR: Final = ("\x1b[32m", "\x1b[0m")
-"""Green."""
-_CUT_COLOR: Final = ("\x1b[9;31m", "\x1b[0m")
-"""Struck through and red."""
-_TARGET_MARKS: Final = ("[[", "]]")
-"""What stands around supervised text where there is no colour."""
-_CUT_MARKS: Final = ("{-", "-}")
-"""What stands around text that is cut off where there is no colour."""
+_TARGET_COLOR: Final = ("\x1b[32m", "\x1b[0m")  # green
+_CUT_COLOR: Final = ("\x1b[9;31m", "\x1b[0m")  # struck through and red
+_TARGET_MARKS: Final = ("[[", "]]")  # around supervised text, where there is no colour
+_CUT_MARKS: Final = ("{-", "-}")  # around text that is cut off
 
 
 @dataclass
@@ -139,7 +135,7 @@ class Selection:
     indices: tuple[int, ...] = ()
     ids: tuple[str, ...] = ()
 
-    def records(self, source: RecordSource) -> Iterator[tuple[int, object]]:
+    def of(self, source: RecordSource) -> Iterator[tuple[int, object]]:
         """Give the positions and raw records that may be shown; ids are not looked at.
 
         Raises:
@@ -157,6 +153,9 @@ class Selection:
             yield index, next(iter(source.read(index, index + 1)))
 
 
+ALL_RECORDS: Final = Selection()
+
+
 def run_inspect_data(
     data_path: str,
     plan: DataPlan,
@@ -164,7 +163,7 @@ def run_inspect_data(
     *,
     as_json: bool = False,
     html: Path | None = None,
-    selection: Selection | None = None,
+    selection: Selection = ALL_RECORDS,
 ) -> bool:
     """Write records of a run's data as the model will see them.
 
@@ -174,7 +173,7 @@ def run_inspect_data(
         output: Where to.
         as_json: Whether to write one JSON object a line instead of text to read.
         html: Write a page to this file instead; without a selection, of the first `RECORDS_ON_A_PAGE` records.
-        selection: Which records of each source; None means all.
+        selection: Which records of each source.
 
     Returns:
         Whether every record shown can be used.
@@ -183,8 +182,7 @@ def run_inspect_data(
         UserError: The data or a record that was asked for is not there, or the page cannot be written.
     """
     data = DataSources.open(data_path, plan.preparation.directory)
-    selection = selection or Selection()
-    if html is not None and selection == Selection():
+    if html is not None and selection == ALL_RECORDS:
         selection = Selection(limit=RECORDS_ON_A_PAGE)
     summary = InspectionSummary()
     tokenizer = plan.tokenize.tokenizer
@@ -215,22 +213,16 @@ def view_records(
     source: RecordSource,
     plan: DataPlan,
     summary: InspectionSummary,
-    selection: Selection | None = None,
+    selection: Selection = ALL_RECORDS,
     *,
     prompt_prefix: str = "",
 ) -> Iterator[RecordView]:
-    """Show records as the model will see them, in order.
+    """Show selected records of a source as the model will see them, in order; `summary` counts what is seen.
 
-    Args:
-        source: A prepared source.
-        plan: How the run reads it.
-        summary: Counts what is seen.
-        selection: Which records; None means all.
-        prompt_prefix: Text that the run puts before the first question of each record.
+    `prompt_prefix` is what the run puts before the first question of each record.
     """
-    selection = selection or Selection()
     num_shown = 0
-    for index, record in selection.records(source):
+    for index, record in selection.of(source):
         if num_shown == selection.limit:
             return
         view = RecordView(source.name, index)
@@ -275,14 +267,8 @@ def _look(sample: Sample, plan: DataPlan, place: ImagePlace, view: RecordView) -
 def render_record(view: RecordView, tokenizer: PreTrainedTokenizerBase, *, color: bool) -> str:
     """Write one record for a person to read: its numbers, and the prompt with the supervised text marked.
 
-    Args:
-        view: From `view_records`.
-        tokenizer: The one that made its ids.
-        color: Whether supervised text is green and what is cut off struck through, else they stand in `[[ ]]` and
-            `{- -}`.
-
-    Returns:
-        Text without a final newline. Control characters in the data are shown as escapes.
+    In colour supervised text is green and what is cut off struck through; else they stand in `[[ ]]` and `{- -}`. There
+    is no final newline, and control characters in the data are shown as escapes.
     """
     if view.error is not None:
         return f"{view.title} cannot be used: {visible(view.error)}"
@@ -300,13 +286,9 @@ def records_page(
     title: str,
     summary: InspectionSummary,
 ) -> Iterator[str]:
-    """Write records as a page, piece by piece.
+    """Write records, each with where its images are, as a page, piece by piece.
 
-    Args:
-        views: The records, and where the images of each are.
-        tokenizer: The one that made their ids.
-        title: Heading of the page.
-        summary: Of the records, complete when they have all been taken.
+    `summary` is complete when they have all been taken, which is before the page shows it.
     """
     return render_page(
         "records.html",

@@ -31,29 +31,17 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class FixReport:
-    """What was written by a repair.
-
-    Attributes:
-        path: The file.
-        written: Records in it.
-        left_out: Unusable records that are not, by kind.
-        repaired: Records that were changed, by repair; the positions of the first ones.
-        repaired_counts: How many they are.
-    """
+    """What was written by a repair; the keys of the JSON report in `docs/check_data.md`."""
 
     path: str
     written: int
-    left_out: dict[str, int]
-    repaired: dict[str, list[int]]
-    repaired_counts: dict[str, int]
+    left_out: dict[str, int]  # unusable records, by kind
+    repaired: dict[str, list[int]]  # by repair, the positions of the first `NUM_EXAMPLES` records that were changed
+    repaired_counts: dict[str, int]  # by repair, how many they are
 
 
 def check_target(path: Path, originals: list[str]) -> None:
-    """Refuse a file that cannot or must not be written, before the work is done.
-
-    Args:
-        path: The file.
-        originals: The sources of the run.
+    """Refuse a file that cannot or must not be written, before the work is done; `originals` are the run's sources.
 
     Raises:
         UserError: It exists, has another suffix, or its folder is not there.
@@ -68,12 +56,7 @@ def check_target(path: Path, originals: list[str]) -> None:
 
 
 def write_fixed(check: SourceCheck, path: Path, plan: DataPlan) -> FixReport:
-    """Write the records that can be used.
-
-    Args:
-        check: What was found.
-        path: The file, from `check_target`.
-        plan: How the run reads the records.
+    """Write the records of a checked source that can be used to a file that `check_target` let pass.
 
     Raises:
         UserError: The records cannot be written as JSON, or none is left.
@@ -117,15 +100,9 @@ def write_fixed(check: SourceCheck, path: Path, plan: DataPlan) -> FixReport:
 def _fix(
     source: RecordSource, plan: DataPlan, task: tuple[int, int, frozenset[int]]
 ) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Give a range of records as they are to be written.
+    """Give a range of records as JSON texts, and the positions of repaired ones with the names of the repairs.
 
-    Args:
-        source: Where they are.
-        plan: How the run reads them.
-        task: The first, the one after the last, and those that cannot be used as they are.
-
-    Returns:
-        JSON texts, and the positions of repaired records with the names of the repairs.
+    A task is the first record, the one after the last, and those that cannot be used as they are.
     """
     start, stop, unusable = task
     lines: list[str] = []
@@ -154,39 +131,30 @@ def _fix(
 
 
 def _repair(record: object, index: int, source: RecordSource, plan: DataPlan) -> tuple[Record, list[str]] | None:
-    """Try one repair after the other until the record can be used."""
-    if not _has_plain_turns(record):
+    """Try one repair after the other until the record, with turns in LLaVA's form, can be used."""
+    turns = record.get("conversations") if isinstance(record, dict) else None
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)
+        for turn in turns
+    ):
         return None
     repaired: Any = copy.deepcopy(record)
     names: list[str] = []
     for name, apply in REPAIRS.items():
-        if apply(repaired):
-            names.append(name)
-            if _is_usable(repaired, index, source, plan):
-                return repaired, names
+        if not apply(repaired):
+            continue
+        names.append(name)
+        try:
+            sample = parse_record(repaired, index)
+            tokens = plan.tokenize(sample)
+            decoded = decode_images(plan.place_of(source), plan.checks, sample.images)
+            if any(image.error for image in decoded):
+                continue
+            plan.layout(sample, tokens, [image.size_wh for image in decoded]).judge(plan.limits)
+        except BadSampleError:
+            continue
+        return repaired, names
     return None
-
-
-def _is_usable(record: Record, index: int, source: RecordSource, plan: DataPlan) -> bool:
-    try:
-        sample = parse_record(record, index)
-        tokens = plan.tokenize(sample)
-        decoded = decode_images(plan.place_of(source), plan.checks, sample.images)
-        if any(image.error for image in decoded):
-            return False
-        plan.layout(sample, tokens, [image.size_wh for image in decoded]).judge(plan.limits)
-    except BadSampleError:
-        return False
-    return True
-
-
-def _has_plain_turns(record: object) -> bool:
-    """Whether a record has turns in LLaVA's form, each an object with two texts."""
-    turns = record.get("conversations") if isinstance(record, dict) else None
-    return isinstance(turns, list) and all(
-        isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)
-        for turn in turns
-    )
 
 
 def name_roles(record: Record) -> bool:

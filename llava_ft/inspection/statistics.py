@@ -156,14 +156,9 @@ class Epoch:
 
 
 def count_epoch(lengths: Array, supervised: Array, *, max_length: int, batch_size: int, seed: int) -> Epoch:
-    """Put the records of an epoch together.
+    """Put the records of an epoch together, given the tokens of each after truncation and those to be predicted.
 
-    Args:
-        lengths: Tokens of each record after truncation; at least one record.
-        supervised: Tokens of each record that have to be predicted.
-        max_length: `model_max_length`.
-        batch_size: Records of one rank's batch, for the comparison of packing with padding.
-        seed: Seed of the run.
+    `batch_size` is that of one rank, for the comparison of packing with padding. There is at least one record.
     """
     rows = len(pack(lengths, max_length, seed))
     shuffled = np.random.default_rng(seed).permutation(lengths)

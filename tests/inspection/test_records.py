@@ -20,7 +20,14 @@ from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.errors import UserError
 from llava_ft.geometry import ImageGeometry
 from llava_ft.inspection.data_plan import DataPlan
-from llava_ft.inspection.records import InspectionSummary, Selection, records_page, render_record, view_records
+from llava_ft.inspection.records import (
+    ALL_RECORDS,
+    InspectionSummary,
+    Selection,
+    records_page,
+    render_record,
+    view_records,
+)
 from llava_ft.terminal import has_color
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -51,7 +58,7 @@ def make_plan(tokenize, limits=None, image_folder=None, check_images="none"):
 
 @pytest.fixture
 def inspect(tokenize, tmp_path):
-    def run(records, *, summary=None, selection=None, **options):
+    def run(records, *, summary=None, selection=ALL_RECORDS, **options):
         path = tmp_path / "records.json"
         path.write_text(json.dumps(records))
         plan = make_plan(tokenize, **options)
