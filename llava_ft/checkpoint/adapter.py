@@ -28,17 +28,9 @@ _NEUTRAL_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva", 
 and the like) change the base at the start of training, so the files' matrices belong to weights that are nowhere."""
 
 _OTHER_METHODS = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "fan_in_fan_out",
-    "kasa_config",
-    "layer_replication",
-    "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_qalora",
-)
+    "alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "kasa_config", "layer_replication",
+    "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
+)  # fmt: skip
 """Settings of PEFT with which the matrices mean something else than a low-rank change of a linear layer."""
 
 
@@ -77,31 +69,30 @@ class LoraAdapter:
         """
         config = read_json(directory.path / ADAPTER_CONFIG)
         _refuse_other_kinds(config, directory.path)
-        adapter_files, *others = trained_files(directory, force=force)
-        parts, original = _lora_parts(adapter_files)
-        _check_complete(adapter_files, parts, config)
-        factors = {f"{module}.weight": (found["A.weight"], found["B.weight"]) for module, found in parts.items()}
-        ranks = {module: found["A.weight"].shape[0] for module, found in parts.items()}
-        alphas = {f"{module}.weight": _alpha(config, original[module], rank) for module, rank in ranks.items()}
+        files = trained_files(directory, force=force)
+        parts, name_in_file = _lora_parts(files[0])
+        _check_complete(files[0], parts, config)
         use_rslora = bool(config.get("use_rslora"))
-        files = (adapter_files, *others)
-        scales = {
-            name: alphas[name] / (a.shape[0] ** 0.5 if use_rslora else a.shape[0]) for name, (a, _) in factors.items()
-        }
+        factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        scales, alphas = dict[str, float](), dict[str, float]()
+        magnitudes, biases = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+        for module, found in parts.items():
+            name, rank = f"{module}.weight", found["A.weight"].shape[0]
+            factors[name] = found["A.weight"], found["B.weight"]
+            alphas[name] = _alpha(config, name_in_file[module], rank)
+            scales[name] = alphas[name] / (rank**0.5 if use_rslora else rank)
+            if config.get("use_dora"):
+                magnitudes[name] = found["magnitude_vector"]
+            if "B.bias" in found:
+                biases[f"{module}.bias"] = scales[name] * found["B.bias"].float()
         return cls(
             path=directory.path,
             factors=factors,
             scales=scales,
             beside=files,
-            replaced=_replacements(files),
-            magnitudes={
-                f"{m}.weight": found["magnitude_vector"] for m, found in parts.items() if config.get("use_dora")
-            },
-            biases={
-                f"{module}.bias": scales[f"{module}.weight"] * found["B.bias"].float()
-                for module, found in parts.items()
-                if "B.bias" in found
-            },
+            replaced=replacements(files),
+            magnitudes=magnitudes,
+            biases=biases,
             alphas=alphas,
             use_rslora=use_rslora,
         )
@@ -113,20 +104,10 @@ class LoraAdapter:
 
     def new_rows(self) -> dict[str, torch.Tensor]:
         """Return the trained rows of added tokens, by the native name of the matrix whose last rows they are."""
-        found: dict[str, torch.Tensor] = {}
-        for files in self.beside:
-            keys = {plain_name(key): key for key in files.tensors}
-            for name in (EMBEDDINGS, HEAD):
-                key = keys.get(name.removesuffix(".weight") + NEW_ROWS_SUFFIX)
-                if key is not None:
-                    found[name] = files.read([key])[key]
-        return found
+        return rows_of_added_tokens(self.beside)
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Check that a model has every parameter that the adapter changes, in the right shape.
-
-        Args:
-            shapes: Shape of each parameter of the model, by native name.
 
         Raises:
             CheckpointError: It has not.
@@ -235,8 +216,8 @@ def _check_complete(files: WeightFiles, parts: Mapping[str, Mapping[str, torch.T
         )
 
 
-def _replacements(beside: Sequence[WeightFiles]) -> list[dict[str, str]]:
-    """Native names of the whole tensors beside the LoRA matrices, by their key, for each file.
+def replacements(beside: Sequence[WeightFiles]) -> list[dict[str, str]]:
+    """Return the native names of the whole tensors beside the LoRA matrices, by their key, for each file.
 
     Rows of added tokens are put in afterwards; the whole matrices beside them are for other programs.
     """
@@ -246,6 +227,18 @@ def _replacements(beside: Sequence[WeightFiles]) -> list[dict[str, str]]:
     return [
         {key: name for key, name in of_file.items() if name not in apart and not is_derived(name)} for of_file in names
     ]
+
+
+def rows_of_added_tokens(beside: Sequence[WeightFiles]) -> dict[str, torch.Tensor]:
+    """Read the trained rows of added tokens, by the native name of the matrix whose last rows they are."""
+    found: dict[str, torch.Tensor] = {}
+    for files in beside:
+        keys = {plain_name(key): key for key in files.tensors}
+        for name in (EMBEDDINGS, HEAD):
+            key = keys.get(name.removesuffix(".weight") + NEW_ROWS_SUFFIX)
+            if key is not None:
+                found[name] = files.read([key])[key]
+    return found
 
 
 def _alpha(config: Mapping[str, Any], module: str, rank: int) -> float:

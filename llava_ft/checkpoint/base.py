@@ -39,14 +39,13 @@ from llava_ft.tuning.quant import Quantization, check_quantized, quantize_linear
 logger = logging.getLogger(__name__)
 
 _NO_BASES = {
-    "lora": (
-        "a LoRA adapter",
-        "Give its base model, and the adapter with --lora_weight_path (training) or as the model path (use).",
-    ),
-    "projector": ("a projector", "Give its language model, and the projector with --pretrain_mm_mlp_adapter."),
-    "vision tower": ("a vision tower", "Give it with --vision_tower, and a language model here."),
+    "lora": "a LoRA adapter and no language model. Give its base model, and the adapter with --lora_weight_path "
+    "(training) or as the model path (use).",
+    "projector": "a projector and no language model. Give its language model, and the projector with "
+    "--pretrain_mm_mlp_adapter.",
+    "vision tower": "a vision tower and no language model. Give it with --vision_tower, and a language model here.",
 }
-"""What can be given by mistake: its name, and where it belongs."""
+"""What can be given by mistake, and where it belongs."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,12 @@ class BaseModel:
     """What a model is made of, known before any weight is read.
 
     Attributes:
-        directory: The base model: a language model or a LLaVA checkpoint.
+        directory: A language model or a LLaVA checkpoint.
         config: The settled configuration.
-        sources: Where the weights lie, later ones winning.
+        sources: Where the weights lie, later ones winning; the base's own files first.
         projector_is_new: Whether no file holds the projector, so that it starts from random weights.
         newline_is_new: Whether the model has an `image_newline` that its base was not trained with and no file holds.
-        vision_directory: The directory that describes how images are prepared; None for a text-only model.
+        vision_directory: Where it is said how images are prepared; None for a text-only model.
         token_rows: File with embedding rows that projector pretraining trained for added tokens, if any.
     """
 
@@ -102,8 +101,7 @@ def find_base(
     """
     directory = identify(resolve_model_path(model_name_or_path, cache_dir=cache_dir))
     if directory.kind not in ("llava", "language model"):
-        is_what, advice = _NO_BASES[directory.kind]
-        raise CheckpointError(f"{directory.path} holds {is_what} and no language model. {advice}")
+        raise CheckpointError(f"{directory.path} holds {_NO_BASES[directory.kind]}")
     refuse_quantized(str(directory.path))
     files = WeightFiles.open(directory.path)
     base_source = WeightSource.of("base model", files, native_name)
@@ -111,7 +109,24 @@ def find_base(
     tower_name = vision_tower or directory.config.get("mm_vision_tower")
     # An adapter's config.json repeats the tower's name of its base; that asks for no other tower.
     asks_for_another = vision_tower is not None and vision_tower != directory.config.get("mm_vision_tower")
-    vision, tower_directory = _find_vision(directory, tower_name, asks_for_another, has_tower, cache_dir)
+    inside = directory.config.get("mm_vision_config") if has_tower else None
+    vision, tower_directory = None, None
+    if inside and not asks_for_another:
+        vision = vision_fields(inside, str(directory.path))
+    elif tower_name is not None:
+        tower_directory = resolve_model_path(tower_name, cache_dir=cache_dir, relative_to=directory.path)
+        vision = vision_fields(read_json(tower_directory / CONFIG), str(tower_directory))
+        if inside and vision != vision_fields(inside, str(directory.path)):
+            raise CheckpointError(
+                f"The vision tower {tower_name} has another architecture than the one whose weights are in "
+                f"{directory.path}. Leave --vision_tower out to use the checkpoint's."
+            )
+        if has_tower:
+            logger.info("The vision tower's weights are taken from %s, not from %s.", directory.path, tower_directory)
+    elif is_llava_config(directory.config):
+        raise CheckpointError(
+            f"{directory.path} is a LLaVA checkpoint that does not name its vision tower. Give it with --vision_tower."
+        )
     config = settle_config(
         directory.config,
         str(directory.path),
@@ -163,10 +178,7 @@ def find_base(
 def check_added_tokens(base: BaseModel, num_tokens: int, num_added: int) -> None:
     """Refuse tokens that would get rows of the vocabulary that are there already: only new rows are trained.
 
-    Args:
-        base: The model.
-        num_tokens: Entries of its tokenizer, the added ones included.
-        num_added: How many of them were added for this run.
+    Of the tokenizer's `num_tokens` entries, `num_added` were added for this run.
 
     Raises:
         CheckpointError: The model has more rows than its tokenizer has entries, as transformers pads them.
@@ -214,8 +226,9 @@ def load_base(
     config.vocab_size += num_new_rows
     model = build_skeleton(config, attn_implementation=attn_implementation)
     if model.has_vision:
+        assert isinstance(model.model.vision_tower, CLIPVisionTower)
         # Under ZeRO-3 all ranks have to run the same modules equally often, however many images each has.
-        _tower_of(model).one_at_a_time = division is None and torch.device(device).type == "cpu"
+        model.model.vision_tower.one_at_a_time = division is None and torch.device(device).type == "cpu"
     sources = base.sources
     if not with_tower and model.has_vision:
         model.runs_tower = False
@@ -246,7 +259,8 @@ def load_tower(base: BaseModel, *, dtype: torch.dtype, device: torch.device | st
     Raises:
         CheckpointError: A weight is missing, damaged or of another shape.
     """
-    tower = _tower_of(build_skeleton(base.config))
+    tower = build_skeleton(base.config).model.vision_tower
+    assert isinstance(tower, CLIPVisionTower)
     tower.one_at_a_time = torch.device(device).type == "cpu"
     alone: Any = nn.Module()  # the tower under the names that it has in a model
     alone.config = LlavaLlamaConfig(tie_word_embeddings=False)
@@ -254,38 +268,6 @@ def load_tower(base: BaseModel, *, dtype: torch.dtype, device: torch.device | st
     alone.model.vision_tower = tower
     load_weights(alone, [_only(source, is_vision) for source in base.sources], dtype_of=lambda _: dtype, device=device)
     return tower.to(device).eval()
-
-
-def _tower_of(model: LlavaLlamaForCausalLM) -> CLIPVisionTower:
-    tower = model.model.vision_tower
-    assert isinstance(tower, CLIPVisionTower)
-    return tower
-
-
-def _find_vision(
-    directory: ModelDirectory, tower_name: str | None, was_asked: bool, has_tower: bool, cache_dir: str | None
-) -> tuple[dict[str, Any] | None, Path | None]:
-    """Return the tower's architecture and directory; the directory may be absent if the checkpoint holds the tower."""
-    inside = directory.config.get("mm_vision_config")
-    if inside and has_tower and not was_asked:
-        return vision_fields(inside, str(directory.path)), None
-    if tower_name is None:
-        if is_llava_config(directory.config):
-            raise CheckpointError(
-                f"{directory.path} is a LLaVA checkpoint that does not name its vision tower. Give it with "
-                "--vision_tower."
-            )
-        return None, None
-    tower = resolve_model_path(tower_name, cache_dir=cache_dir, relative_to=directory.path)
-    vision = vision_fields(read_json(tower / CONFIG), str(tower))
-    if inside and has_tower and vision != vision_fields(inside, str(directory.path)):
-        raise CheckpointError(
-            f"The vision tower {tower_name} has another architecture than the one whose weights are in "
-            f"{directory.path}. Leave --vision_tower out to use the checkpoint's."
-        )
-    if has_tower:
-        logger.info("The vision tower's weights are taken from %s, not from %s.", directory.path, tower)
-    return vision, tower
 
 
 def _open_projector(path: Path, config: LlavaLlamaConfig) -> tuple[WeightSource, WeightFiles | None]:

@@ -13,15 +13,14 @@ from transformers import PreTrainedTokenizerFast
 from llava_ft.checkpoint.adapter import LoraAdapter
 from llava_ft.checkpoint.base import BaseModel, find_base
 from llava_ft.checkpoint.blend import Adapters, beside_source, blended_rows, check_adapters, check_directories
-from llava_ft.checkpoint.directory import ModelDirectory
+from llava_ft.checkpoint.directory import ModelDirectory, base_of_adapter
 from llava_ft.checkpoint.fingerprint import language_model_fingerprint
 from llava_ft.checkpoint.load import WeightSource
 from llava_ft.checkpoint.manifest import read_manifest
-from llava_ft.checkpoint.names import ADAPTER_CONFIG, IMAGE_NEWLINE, RUN_CONFIG
+from llava_ft.checkpoint.names import IMAGE_NEWLINE, RUN_CONFIG
 from llava_ft.checkpoint.overrides import Force, refuse_unless
 from llava_ft.checkpoint.quantized_base import note_on_quantized, refuse_quantized
 from llava_ft.checkpoint.restore import check_base
-from llava_ft.checkpoint.weights import read_json
 from llava_ft.data.tokenizer import load_tokenizer
 from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import checkpoint_wishes
@@ -35,25 +34,16 @@ BESIDE = "what was trained beside the adapter"
 
 @dataclass(frozen=True)
 class BaseAndAdapters:
-    """A model as a base and what was trained on it; a whole model is a base alone.
+    """A model as a base and what was trained on it; a whole model is a base alone."""
 
-    Attributes:
-        directories: What the user gave.
-        base: The base, with the whole tensors that were trained among its sources.
-        adapters: The adapters, and the weight of each.
-        tokenizer: The tokenizer.
-        rows: Trained rows of added tokens, by the native name of the matrix whose last rows they are.
-        fingerprint: Fingerprint of the base's language model.
-        notes: What a reader of a report should know.
-    """
-
-    directories: tuple[ModelDirectory, ...]
-    base: BaseModel
-    adapters: tuple[tuple[float, LoraAdapter], ...]
+    directories: tuple[ModelDirectory, ...]  # what the user gave
+    base: BaseModel  # with the whole tensors that were trained among its sources
+    adapters: tuple[tuple[float, LoraAdapter], ...]  # and the weight of each
     tokenizer: PreTrainedTokenizerFast
     rows: Mapping[str, torch.Tensor]
-    fingerprint: str
-    notes: list[str]
+    """Trained rows of added tokens, by the native name of the matrix whose last rows they are."""
+    fingerprint: str  # of the base's language model
+    notes: list[str]  # what a reader of a report should know
 
 
 def open_base_and_adapters(
@@ -100,13 +90,7 @@ def open_base_and_adapters(
 def find_base_and_adapter(
     directory: ModelDirectory, model_base: str | None, *, vision_tower: str | None = None, force: Force = False
 ) -> tuple[BaseModel, LoraAdapter | None]:
-    """Find the base of a directory and what was trained on it.
-
-    Args:
-        directory: A LLaVA model, a LoRA directory or a projector directory.
-        model_base: The base; when absent, the one that an adapter names.
-        vision_tower: The vision tower, if it is not where the model says.
-        force: Whether files that were not written together are used as they are.
+    """Find the base of a directory and what was trained on it; arguments as for `open_base_and_adapters`.
 
     Returns:
         The base, with what was trained beside an adapter among its sources, and the adapter.
@@ -187,10 +171,10 @@ def _base_of(
 
 
 def _named_base(directory: ModelDirectory) -> str:
-    name = read_json(directory.path / ADAPTER_CONFIG).get("base_model_name_or_path")
+    name = base_of_adapter(directory.path)
     if not name:
         raise CheckpointError(f"The adapter {directory.path} does not name its base model. Give it with --model-base.")
-    return str(name)
+    return name
 
 
 def _common_base(directories: Sequence[ModelDirectory], force: Force) -> str:
@@ -211,11 +195,7 @@ def _common_base(directories: Sequence[ModelDirectory], force: Force) -> str:
 
 
 def _common_tokenizer(directories: Sequence[ModelDirectory], base: BaseModel) -> PreTrainedTokenizerFast:
-    """Load the tokenizer that was written with what was trained, or the base's.
-
-    Raises:
-        CheckpointError: Several adapters have different vocabularies.
-    """
+    """Load the tokenizer that was written with what was trained, or the base's."""
     files = ("tokenizer_config.json", "tokenizer.model")
     paths = [
         directory.path if any((directory.path / name).is_file() for name in files) else base.directory.path
@@ -232,10 +212,9 @@ def _common_tokenizer(directories: Sequence[ModelDirectory], base: BaseModel) ->
 
 
 def quantization_in_training(path: Path) -> Quantization | None:
-    """Return how the language model was held while the contents of a directory were trained; None for 16 bits.
+    """Return how the language model was held in training, by the configuration in a directory; None for 16 bits.
 
-    It is read from the resolved configuration that every save holds. A directory without one, as the original writes
-    it, says nothing and counts as 16 bits.
+    A directory without one, as the original writes it, says nothing and counts as 16 bits.
 
     Raises:
         CheckpointError: The configuration is damaged.

@@ -31,17 +31,10 @@ class BlendedFiles(WeightFiles):
     """Tensors that are averaged over several files, by native name; read as if they were in one."""
 
     def __init__(self, first: WeightFiles, places: Mapping[str, Sequence[_Place]], shares: Sequence[float]):
-        """Set up.
-
-        Args:
-            first: The file that the result is called after in messages.
-            places: For each tensor where its values are.
-            shares: The weight of each value; they add up to 1.
-        """
-        infos = {name: of_name[0][0].tensors[of_name[0][1]] for name, of_name in places.items()}
-        super().__init__(
-            first.path, {name: TensorInfo(first.path, info.shape, info.dtype) for name, info in infos.items()}
-        )
+        """Average the values at `places` with `shares`, which add up to 1; messages name the file `first`."""
+        infos = {name: files.tensors[key] for name, ((files, key), *_) in places.items()}
+        tensors = {name: TensorInfo(first.path, info.shape, info.dtype) for name, info in infos.items()}
+        super().__init__(first.path, tensors)
         self._places, self._shares = places, shares
 
     def stream(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
@@ -105,28 +98,19 @@ def check_adapters(adapters: Adapters) -> None:
 def beside_source(adapters: Adapters, base: WeightSource, label: str, notes: list[str]) -> WeightSource | None:
     """Put together the whole tensors that were trained beside several adapters.
 
-    A tensor that one run trained and another did not counts with the base's value for the other.
-
-    Args:
-        adapters: The adapters and their weights.
-        base: The base model's own files.
-        label: What the result is called.
-        notes: Gets what was averaged.
+    A tensor that one run trained and another did not counts with the base's value for the other. `notes` gets what was
+    averaged.
 
     Returns:
-        The tensors; None if there are none.
+        A source of this label; None if nothing was trained beside them.
 
     Raises:
         UserError: Values differ and have no average.
     """
-    held: list[dict[str, _Place]] = [
-        {
-            name: (files, key)
-            for files, names in zip(adapter.beside, adapter.replaced, strict=True)
-            for key, name in names.items()
-        }
-        for _, adapter in adapters
-    ]
+    held: list[dict[str, _Place]] = []
+    for _, adapter in adapters:
+        files_and_names = zip(adapter.beside, adapter.replaced, strict=True)
+        held.append({name: (files, key) for files, names in files_and_names for key, name in names.items()})
     in_base: dict[str, _Place] = {name: (base.files, key) for key, name in base.names.items()}
     places: dict[str, list[_Place]] = {}
     for name in dict.fromkeys(name for of_adapter in held for name in of_adapter):
@@ -159,11 +143,7 @@ def beside_source(adapters: Adapters, base: WeightSource, label: str, notes: lis
 
 
 def blended_rows(adapters: Adapters, notes: list[str]) -> dict[str, torch.Tensor]:
-    """Put together the rows of added tokens that were trained beside adapters.
-
-    Args:
-        adapters: The adapters and their weights.
-        notes: Gets what was averaged.
+    """Put together the rows of added tokens that were trained beside adapters; `notes` gets what was averaged.
 
     Returns:
         The rows, by the native name of the matrix whose last rows they are.

@@ -17,19 +17,12 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _VISION_LAYER = re.compile(re.escape(VISION_PREFIX) + r"encoder\.layers\.(\d+)\.")
 
 _Shapes = Mapping[str, tuple[int, ...]]
-_Size = tuple[str, int, int, str]
-"""Name in the configuration, its value, the value that the files can hold, and where they say so."""
 
 
 def check_config(config: LlavaLlamaConfig, sources: Iterable[WeightSource], where: str) -> None:
     """Refuse a configuration that asks for more than its weights hold.
 
-    What is too small is left to `plan_sources`, which compares every shape.
-
-    Args:
-        config: The settled configuration.
-        sources: Where the weights lie.
-        where: The directory it comes from, for messages.
+    What is too small is left to `plan_sources`, which compares every shape. Messages name `where` it comes from.
 
     Raises:
         CheckpointError: It asks for more than the files hold.
@@ -37,7 +30,7 @@ def check_config(config: LlavaLlamaConfig, sources: Iterable[WeightSource], wher
     shapes: dict[str, tuple[int, ...]] = {}
     for source in sources:
         shapes |= {name: source.files.tensors[key].shape for key, name in source.names.items()}
-    for field, wanted, held, proof in (*_language_sizes(config, shapes), *_vision_sizes(config, shapes)):
+    for field, wanted, held, proof in _sizes(config, shapes):
         if wanted > held:
             raise CheckpointError(
                 f"The configuration of {where} says {field}={wanted:,}, but by {proof} it can be {held:,}. Is a file "
@@ -45,19 +38,16 @@ def check_config(config: LlavaLlamaConfig, sources: Iterable[WeightSource], wher
             )
 
 
-def _language_sizes(config: LlavaLlamaConfig, shapes: _Shapes) -> Iterator[_Size]:
+def _sizes(config: LlavaLlamaConfig, shapes: _Shapes) -> Iterator[tuple[str, int, int, str]]:
+    """Yield each field's name and value, the value that the files can hold, and where they say so."""
     first = "model.layers.0."
     query, gate = f"{first}self_attn.q_proj.weight", f"{first}mlp.gate_proj.weight"
-    heads = config.num_attention_heads
+    width = config.head_dim or config.hidden_size // max(config.num_attention_heads, 1)
     yield "num_hidden_layers", config.num_hidden_layers, *_layers(_LAYER, shapes)
     yield "vocab_size", config.vocab_size, _size(shapes, EMBEDDINGS, 0), EMBEDDINGS
     yield "hidden_size", config.hidden_size, _size(shapes, EMBEDDINGS, 1), EMBEDDINGS
     yield "intermediate_size", config.intermediate_size, _size(shapes, gate, 0), gate
-    width = config.head_dim or config.hidden_size // max(heads, 1)
-    yield "num_attention_heads x head_dim", heads * width, _size(shapes, query, 0), query
-
-
-def _vision_sizes(config: LlavaLlamaConfig, shapes: _Shapes) -> Iterator[_Size]:
+    yield "num_attention_heads x head_dim", config.num_attention_heads * width, _size(shapes, query, 0), query
     vision = config.vision_config
     if vision is None:
         return

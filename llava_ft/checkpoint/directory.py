@@ -33,19 +33,12 @@ Layout = Literal["native", "hf"]
 
 @dataclass(frozen=True)
 class ModelDirectory:
-    """A model on disk.
-
-    Attributes:
-        path: The directory.
-        kind: What it holds: `lora` is an adapter with what was trained beside it, `projector` a projector alone.
-        config: Content of `config.json`, in native fields; empty if there is none.
-        layout: Which layout `config.json` is of.
-    """
+    """A model on disk."""
 
     path: Path
-    kind: Kind
-    config: dict[str, Any] = field(default_factory=dict[str, Any])
-    layout: Layout = "native"
+    kind: Kind  # `lora` is an adapter with what was trained beside it, `projector` a projector alone
+    config: dict[str, Any] = field(default_factory=dict[str, Any])  # in native fields; empty if there is none
+    layout: Layout = "native"  # of `config.json`
 
     @property
     def adapter_file(self) -> Path | None:
@@ -81,9 +74,8 @@ def identify(path: Path) -> ModelDirectory:
             f"{path} is not a model directory: it has neither {CONFIG} nor {ADAPTER_CONFIG}. It holds {names}."
         )
     if has_model_weights(path):
-        if "vision_config" in config and "text_config" in config and config.get("model_type") == "clip":
-            return ModelDirectory(path, "vision tower", config)
-        if config.get("model_type") == "clip_vision_model":
+        is_clip = {"vision_config", "text_config"} <= config.keys() and config.get("model_type") == "clip"
+        if is_clip or config.get("model_type") == "clip_vision_model":
             return ModelDirectory(path, "vision tower", config)
         return ModelDirectory(path, "llava" if is_llava_config(config) else "language model", config, layout)
     if _first(path, PROJECTOR_BIN, PROJECTOR_SAFETENSORS):
@@ -95,10 +87,7 @@ def identify(path: Path) -> ModelDirectory:
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], Layout]:
-    """Read `config.json` of a directory.
-
-    Returns:
-        Its content, for a LLaVA model in transformers' own layout as native fields; and the layout.
+    """Read `config.json` of a directory, for a LLaVA model in transformers' own layout as native fields.
 
     Raises:
         UserError: It is missing or damaged, or describes a model of that layout that is not supported.
@@ -110,6 +99,12 @@ def read_config(path: Path) -> tuple[dict[str, Any], Layout]:
     if not str(native["image_aspect_ratio"]).startswith("anyres"):
         native["image_aspect_ratio"] = "pad" if pads_to_square(path) else "square"
     return native, "hf"
+
+
+def base_of_adapter(path: Path) -> str:
+    """Return the base that the `adapter_config.json` of a directory names; "" if it names none or is not there."""
+    file = path / ADAPTER_CONFIG
+    return str(read_json(file).get("base_model_name_or_path") or "") if file.is_file() else ""
 
 
 def absolute_or_hub_name(name: str) -> str:

@@ -26,7 +26,7 @@ def language_model_fingerprint(sources: Iterable[WeightSource]) -> str:
     for name, tensor in _tensors(sources, is_language_model):
         flat = tensor.reshape(-1)
         stride = max(1, flat.numel() // _VALUES_PER_TENSOR)
-        samples[name] = _described(tensor, flat[::stride][:_VALUES_PER_TENSOR])
+        samples[name] = _shape_and_values(tensor, flat[::stride][:_VALUES_PER_TENSOR])
     return _digest(samples)
 
 
@@ -38,7 +38,8 @@ def vision_tower_fingerprint(sources: Iterable[WeightSource]) -> str:
     Returns:
         `sha256:` and 32 hexadecimal digits.
     """
-    return _digest({name: hashlib.sha256(_described(t, t)).digest() for name, t in _tensors(sources, is_vision)})
+    vision = _tensors(sources, is_vision)
+    return _digest({name: hashlib.sha256(_shape_and_values(t, t)).digest() for name, t in vision})
 
 
 def weights_fingerprint(files: Iterable[WeightFiles]) -> str:
@@ -50,7 +51,7 @@ def weights_fingerprint(files: Iterable[WeightFiles]) -> str:
     of_each: dict[str, bytes] = {}
     for opened in files:
         for key, tensor in opened.stream(opened.tensors):
-            of_each[native_name(key)] = hashlib.sha256(_described(tensor, tensor)).digest()
+            of_each[native_name(key)] = hashlib.sha256(_shape_and_values(tensor, tensor)).digest()
     return _digest(of_each)
 
 
@@ -65,7 +66,7 @@ def _tensors(sources: Iterable[WeightSource], is_wanted: Callable[[str], bool]) 
             yield names[key], tensor
 
 
-def _described(tensor: torch.Tensor, values: torch.Tensor) -> bytes:
+def _shape_and_values(tensor: torch.Tensor, values: torch.Tensor) -> bytes:
     return repr(tuple(tensor.shape)).encode() + values.to(torch.float32).contiguous().numpy().tobytes()
 
 

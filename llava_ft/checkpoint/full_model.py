@@ -5,6 +5,7 @@ arithmetic, and the result is rounded once, a block of rows at a time: beside th
 the adapter and a few megabytes.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +13,6 @@ from typing import Literal
 import torch
 
 from llava_ft.checkpoint.adapter import merged
-from llava_ft.checkpoint.base import BaseModel
 from llava_ft.checkpoint.base_and_adapters import BaseAndAdapters, open_base_and_adapters
 from llava_ft.checkpoint.directory import ModelDirectory
 from llava_ft.checkpoint.load import Ledger, Plan, WeightSource, fit_rows, plan_sources, stream_planned
@@ -24,24 +24,18 @@ from llava_ft.tuning.freeze import language_model_linears
 from llava_ft.tuning.quant import Quantization
 
 Origin = Literal["frozen", "changed", "replaced", "tower"]
+"""`frozen` as in the base; `changed` by an adapter or by quantisation; `replaced` by a trained one, whole or in the
+rows of added tokens; `tower` from a vision tower in a directory of its own."""
 
 
 @dataclass(frozen=True)
 class ModelTensor:
-    """One tensor of a whole model.
+    """One tensor of a whole model."""
 
-    Attributes:
-        name: Its native name.
-        value: The tensor as it is to be written, in memory of its own.
-        origin: `frozen` as in the base; `changed` by an adapter or by quantisation; `replaced` by a trained one, whole
-            or in the rows of added tokens; `tower` from a vision tower in a directory of its own.
-        source: The files it comes from, for a report.
-    """
-
-    name: str
-    value: torch.Tensor
+    name: str  # native
+    value: torch.Tensor  # as it is to be written, in memory of its own
     origin: Origin
-    source: str
+    source: str  # the files it comes from, for a report
 
 
 class FullModel:
@@ -80,8 +74,16 @@ class FullModel:
             {f"{name}.weight" for name in language_model_linears(skeleton)} if quantization is not None else set[str]()
         )
         self._keys = {id(source): {name: key for key, name in source.names.items()} for source in sources}
-        self.rows: Mapping[str, torch.Tensor] = {**source.rows, **self._rows_of_projector_file()}
-        self.dtype = _most_common_dtype(self.base)
+        rows = dict(source.rows)
+        files = self.base.token_rows
+        if files is not None and self.num_new_rows:  # trained with a projector alone
+            key = next(key for key in files.tensors if native_name(key) == EMBEDDINGS)
+            rows[EMBEDDINGS] = files.read([key])[key][-self.num_new_rows :]
+        self.rows: Mapping[str, torch.Tensor] = rows
+        num_bytes: Counter[torch.dtype] = Counter()
+        for info in self.base.sources[0].files.tensors.values():
+            num_bytes[info.dtype] += info.num_bytes
+        self.dtype = max(num_bytes, key=lambda dtype: num_bytes[dtype])
         for _, adapter in self.adapters:
             adapter.check_shapes(self.shapes)
         self._tower_is_changed = any(is_vision(name) for _, adapter in self.adapters for name in adapter.changed)
@@ -105,7 +107,7 @@ class FullModel:
         return found
 
     def origin(self, name: str) -> Origin:
-        """Say where a parameter's value comes from; see `ModelTensor`."""
+        """Say where a parameter's value comes from."""
         source = self.base.sources[self._plan[name][0]]
         if name in self._quantized or any(name in adapter.changed for _, adapter in self.adapters):
             return "changed"
@@ -122,7 +124,7 @@ class FullModel:
             with_tower: Whether a vision tower that lies in a directory of its own is yielded too; one that the base
                 holds, or that was trained or changed, always is.
         """
-        for name, source, tensor in self._values(with_tower):
+        for name, source, tensor in stream_planned(self._sources(with_tower), self._plan):
             yield self._finished(name, source, tensor, dtype)
 
     def before(self, name: str) -> torch.Tensor | None:
@@ -163,10 +165,12 @@ class FullModel:
             value = fit_rows(tensor.to(dtype=dtype, copy=True), self.shapes[name])
         if name in self.rows:
             value[-self.rows[name].shape[0] :] = self.rows[name].to(dtype)
-        return ModelTensor(name, value, origin, self._label(origin, source))
-
-    def _values(self, with_tower: bool) -> Iterator[tuple[str, WeightSource, torch.Tensor]]:
-        return stream_planned(self._sources(with_tower), self._plan)
+        label = f"{source.label} {source.files.path}"
+        if origin == "changed":
+            quantized = [f"being quantised as {self.quantization}"] * bool(self.quantization)
+            changes = [*quantized, *(f"adapter {adapter.path}" for _, adapter in self.adapters)]
+            label += f", changed by {' and '.join(changes)}"
+        return ModelTensor(name, value, origin, label)
 
     def _dtype(self, name: str, on_disk: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
         return wanted or (on_disk if self.origin(name) == "frozen" else self.dtype)
@@ -179,21 +183,6 @@ class FullModel:
             for source in self.base.sources
         ]
 
-    def _label(self, origin: Origin, source: WeightSource) -> str:
-        if origin != "changed":
-            return f"{source.label} {source.files.path}"
-        changes = [f"adapter {adapter.path}" for _, adapter in self.adapters]
-        changes = [f"being quantised as {self.quantization}", *changes] if self.quantization else changes
-        return f"{source.label} {source.files.path}, changed by {' and '.join(changes)}"
-
-    def _rows_of_projector_file(self) -> dict[str, torch.Tensor]:
-        """The rows of added tokens that were trained with a projector alone."""
-        files = self.base.token_rows
-        if files is None or not self.num_new_rows:
-            return {}
-        key = next(key for key in files.tensors if native_name(key) == EMBEDDINGS)
-        return {EMBEDDINGS: files.read([key])[key][-self.num_new_rows :]}
-
 
 def open_full_model(
     directory: ModelDirectory,
@@ -203,14 +192,9 @@ def open_full_model(
     force: Force = False,
     quantization: Quantization | None = None,
 ) -> FullModel:
-    """Open a whole model, or what was trained together with its base.
+    """Open a whole model, or what was trained together with its base; arguments as for `open_base_and_adapters`.
 
-    Args:
-        directory: A LLaVA model, a LoRA directory or a projector directory.
-        model_base: The base; when absent, the one that an adapter names.
-        vision_tower: The vision tower, if it is not where the model says.
-        force: What is passed over, such as a base other than the one the adapter was trained on.
-        quantization: Give linear layers the values that they are worth after being quantised like this.
+    With `quantization`, linear layers get the values that they are worth after being quantised like this.
 
     Raises:
         UserError: Something is missing, damaged or does not fit.
@@ -221,11 +205,3 @@ def open_full_model(
 
 def _mapped(source: WeightSource, key: str) -> torch.Tensor:
     return next(tensor for _, tensor in source.files.stream([key]))
-
-
-def _most_common_dtype(base: BaseModel) -> torch.dtype:
-    """The type most of the base's weights have on disk."""
-    by_dtype: dict[torch.dtype, int] = {}
-    for info in base.sources[0].files.tensors.values():
-        by_dtype[info.dtype] = by_dtype.get(info.dtype, 0) + info.num_bytes
-    return max(by_dtype, key=lambda dtype: by_dtype[dtype])

@@ -16,11 +16,11 @@ from typing import Any, Final, cast
 
 import yaml
 
-from llava_ft.checkpoint.directory import absolute_or_hub_name, identify
+from llava_ft.checkpoint.directory import absolute_or_hub_name, base_of_adapter, identify
 from llava_ft.checkpoint.fingerprint import language_model_fingerprint, weights_fingerprint
 from llava_ft.checkpoint.load import WeightSource
 from llava_ft.checkpoint.manifest import installed_versions, read_manifest, write_in_place
-from llava_ft.checkpoint.names import ADAPTER_CONFIG, RUN_CONFIG, native_name
+from llava_ft.checkpoint.names import RUN_CONFIG, native_name
 from llava_ft.checkpoint.provenance import git_state
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.errors import CheckpointError
@@ -77,14 +77,8 @@ def record_lineage(
 ) -> None:
     """Write `lineage.json` into a directory, in place at once; call it before the manifest is written.
 
-    Args:
-        directory: What was made.
-        action: What made it, such as `train`, `merge` or `export hf`.
-        parents: Directories that weights came from, besides the base; or what `describe_parent` said of them earlier.
-        base: Path or name, and fingerprint, of the base model.
-        data: What was trained on; see `Lineage`.
-        run_config: The resolved configuration of a run, as YAML.
-        details: What else is worth knowing; plain values.
+    Arguments as in `Lineage`, but `parents` are directories, or what `describe_parent` said of them earlier, `base` is
+    path or name, and fingerprint, and `run_config` is YAML.
 
     Raises:
         CheckpointError: A parent is no model directory.
@@ -136,7 +130,7 @@ def read_lineage(directory: Path) -> Lineage | None:
 
 
 def describe_parent(path: Path) -> dict[str, Any]:
-    """Describe what weights came from: path, kind, fingerprint of the weights, base, and its own record.
+    """Describe a directory or file that weights came from: path, kind, fingerprint, base, and its own record.
 
     A directory without weights that can be fingerprinted, such as DeepSpeed's shards alone, has an empty one.
     """
@@ -152,10 +146,8 @@ def describe_parent(path: Path) -> dict[str, Any]:
         manifest = read_manifest(path)
         if manifest is not None and manifest.base:
             described["base"] = {"path": manifest.base, "fingerprint": manifest.base_fingerprint}
-        elif (path / ADAPTER_CONFIG).is_file() and (
-            name := read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
-        ):
-            described["base"] = {"path": str(name), "fingerprint": ""}
+        elif name := base_of_adapter(path):
+            described["base"] = {"path": name, "fingerprint": ""}
     return described | {"lineage": None if record is None else asdict(record)}
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from llava_ft.checkpoint.names import EMBEDDINGS, HEAD, IMAGE_NEWLINE, is_derived
-from llava_ft.checkpoint.weights import TensorInfo, WeightFiles
+from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.errors import CheckpointError, some_of
 from llava_ft.models.llava import LlavaLlamaForCausalLM, part_of
 from llava_ft.tuning.quant import is_quantized, set_quantized_weight
@@ -72,20 +72,14 @@ class Division(Protocol):
 
 @dataclass
 class Ledger:
-    """Where each weight of a model came from.
-
-    Attributes:
-        loaded: Number of tensors and of bytes in memory, by part of the model and source.
-        initialised: Parameters that no file held and that were declared new.
-        grown: Parameters of which some rows are new, with the number of new rows.
-        unexpected: Tensors that the model has no place for, by source.
-    """
+    """Where each weight of a model came from."""
 
     loaded: Counter[tuple[str, str]] = field(default_factory=Counter[tuple[str, str]])
+    """Number of tensors, by part of the model and source; `num_bytes` of those in memory likewise."""
     num_bytes: Counter[tuple[str, str]] = field(default_factory=Counter[tuple[str, str]])
-    initialised: list[str] = field(default_factory=list[str])
-    grown: dict[str, int] = field(default_factory=dict[str, int])
-    unexpected: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    initialised: list[str] = field(default_factory=list[str])  # declared new, and in no file
+    grown: dict[str, int] = field(default_factory=dict[str, int])  # number of new rows, by parameter
+    unexpected: dict[str, list[str]] = field(default_factory=dict[str, list[str]])  # without a place, by source
 
     def lines(self) -> list[str]:
         """Return the ledger as lines for the log."""
@@ -142,7 +136,8 @@ def load_weights(
             division.divide(model.get_parameter(name))
     for name, source, tensor in stream_planned(sources, plan):
         shape = tuple(model.get_parameter(name).shape)
-        dtype = _dtype_to_read(model, name, tensor, dtype_of)
+        # A weight that is to be quantised is quantised from its values on disk.
+        dtype = tensor.dtype if _is_to_be_quantized(model, name) else dtype_of(name)
         if division is None or division.reads_files:
             value = fit_rows(tensor.to(device=device, dtype=dtype, copy=True), shape)
         else:
@@ -168,15 +163,8 @@ def plan_sources(
 ) -> Plan:
     """Choose where each parameter is read from, and check that everything is there and fits.
 
-    Args:
-        model: The model, with or without memory.
-        sources: Where the weights lie; a later one wins.
-        ledger: Gets what is unexpected and what is to be initialised.
-        num_new_rows: Rows by which embeddings and head may be larger than on disk.
-        new_modules: Names of modules, or of `image_newline`, that no source need hold.
-
-    Returns:
-        For each parameter the position of its source and the name on disk.
+    Arguments as for `load_weights`; the model need have no memory. `ledger` gets what is unexpected and what is to be
+    initialised.
 
     Raises:
         CheckpointError: A parameter is missing or has another shape, or a source that must fit does not.
@@ -199,7 +187,15 @@ def plan_sources(
             )
         if unexpected:
             ledger.unexpected[f"{source.label} {source.files.path}"] = unexpected
-    _check_shapes(parameters, sources, plan, num_new_rows)
+    for name, (index, key) in plan.items():
+        info = sources[index].files.tensors[key]
+        shape, needed = info.shape, parameters[name]
+        may_grow = name in (EMBEDDINGS, HEAD) and shape[1:] == needed[1:] and needed[0] - shape[0] == num_new_rows
+        if shape != needed and not may_grow:
+            raise CheckpointError(
+                f"{key} in {info.file} is {_size(shape)}, but the model needs {_size(needed)} for {name}. "
+                f"The {sources[index].label} belongs to another model or configuration."
+            )
     missing = [name for name in parameters if name not in plan]
     ledger.initialised = [name for name in missing if any(f"{name}.".startswith(f"{new}.") for new in new_modules)]
     undeclared = [name for name in missing if name not in ledger.initialised]
@@ -230,23 +226,6 @@ def fit_rows(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return grown
 
 
-def _check_shapes(
-    parameters: Mapping[str, tuple[int, ...]],
-    sources: Sequence[WeightSource],
-    plan: Mapping[str, tuple[int, str]],
-    num_new_rows: int,
-) -> None:
-    for name, (index, key) in plan.items():
-        info: TensorInfo = sources[index].files.tensors[key]
-        shape, needed = info.shape, parameters[name]
-        may_grow = name in (EMBEDDINGS, HEAD) and shape[1:] == needed[1:] and needed[0] - shape[0] == num_new_rows
-        if shape != needed and not may_grow:
-            raise CheckpointError(
-                f"{key} in {info.file} is {_size(shape)}, but the model needs {_size(needed)} for {name}. "
-                f"The {sources[index].label} belongs to another model or configuration."
-            )
-
-
 def _initialise(
     model: nn.Module, names: Sequence[str], dtype_of: Callable[[str], torch.dtype], device: torch.device | str
 ) -> None:
@@ -270,19 +249,15 @@ def _assign(model: nn.Module, name: str, value: torch.Tensor) -> int:
     """Give a parameter its value, quantised if its layer is; returns the bytes it takes."""
     module_name, _, leaf = name.rpartition(".")
     module = model.get_submodule(module_name)
-    if leaf == "weight" and is_quantized(module):
+    if _is_to_be_quantized(model, name):
         return set_quantized_weight(module, value)
     module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
     return value.nbytes
 
 
-def _dtype_to_read(
-    model: nn.Module, name: str, tensor: torch.Tensor, dtype_of: Callable[[str], torch.dtype]
-) -> torch.dtype:
-    """What a tensor is converted to as it is read; one to be quantised is quantised from its values on disk."""
+def _is_to_be_quantized(model: nn.Module, name: str) -> bool:
     module_name, _, leaf = name.rpartition(".")
-    is_to_be_quantized = leaf == "weight" and is_quantized(model.get_submodule(module_name))
-    return tensor.dtype if is_to_be_quantized else dtype_of(name)
+    return leaf == "weight" and is_quantized(model.get_submodule(module_name))
 
 
 def _head_is_tied(model: LlavaLlamaForCausalLM) -> bool:

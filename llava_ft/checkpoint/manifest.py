@@ -33,58 +33,38 @@ MERGED_BASE: Final = "merged_base"
 """A base inside the output directory of a run that merged it first: a model of its own, with its own manifest."""
 
 _HASHED = frozenset(
-    (
-        ADAPTER_BIN,
-        ADAPTER_SAFETENSORS,
-        NON_LORA_BIN,
-        NON_LORA_SAFETENSORS,
-        PROJECTOR_BIN,
-        PROJECTOR_SAFETENSORS,
-    )
+    (ADAPTER_BIN, ADAPTER_SAFETENSORS, NON_LORA_BIN, NON_LORA_SAFETENSORS, PROJECTOR_BIN, PROJECTOR_SAFETENSORS)
 )
-_PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "deepspeed",
-    "safetensors",
-    "pillow",
-    "tokenizers",
-)
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "pillow", "tokenizers")
 
 
 @dataclass
 class Manifest:
-    """Content of `llava_ft.json`.
+    """Content of `llava_ft.json`."""
 
-    Attributes:
-        kind: `lora`, `projector` or `full`.
-        base: Path of the base model.
-        base_fingerprint: See `language_model_fingerprint`.
-        step: Optimizer steps done.
-        template: Conversation template.
-        git_commit: Commit of the repository that the run was started in, and whether its files differed; "" if none.
-        files: Size in bytes of each file, and its SHA-256 where it holds trained weights beside frozen ones.
-        versions: Versions of Python and of the packages that made the directory.
-    """
-
-    kind: str
+    kind: str  # lora, projector or full
     base: str = ""
-    base_fingerprint: str = ""
+    base_fingerprint: str = ""  # see `language_model_fingerprint`
     step: int = 0
     template: str = ""
-    git_commit: str = ""
+    git_commit: str = ""  # of the repository that the run was started in, and whether its files differed
     files: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    """Size in bytes of each file, and its SHA-256 where it holds trained weights beside frozen ones."""
     versions: dict[str, str] = field(default_factory=dict[str, str])
 
     def write(self, directory: Path) -> None:
         """List the directory's files, without sub-checkpoints, and write the manifest, in place at once."""
-        self.files = {
-            str(path.relative_to(directory)): _describe(path)
-            for path in sorted(_files(directory))
-            if path.name != MANIFEST
-        }
+        found: list[Path] = []
+        for entry in directory.iterdir():
+            if entry.name.startswith((".", "checkpoint-", "runs", "wandb")) or entry.name == MERGED_BASE:
+                continue
+            found += [path for path in entry.rglob("*") if path.is_file()] if entry.is_dir() else [entry]
+        self.files = {}
+        for path in sorted(path for path in found if path.name != MANIFEST):
+            described: dict[str, Any] = {"size": path.stat().st_size}
+            if path.name in _HASHED:
+                described["sha256"] = file_sha256(path)
+            self.files[str(path.relative_to(directory))] = described
         self.versions = installed_versions()
         write_in_place(directory / MANIFEST, json.dumps(asdict(self), indent=1))
 
@@ -131,9 +111,7 @@ def what_is_incomplete(directory: Path) -> str | None:
 def check_pairing(directory: Path, *, force: Force = False) -> list[str]:
     """Check that the trained weights in a directory are those that were written together.
 
-    Args:
-        directory: What a run, a merge or a consolidation wrote; any other directory has no manifest to be checked by.
-        force: Whether files of other runs are used as they are.
+    A directory without a manifest has nothing to be checked by. With `force` files of other runs are used as they are.
 
     Returns:
         What is wrong and was passed over.
@@ -143,16 +121,13 @@ def check_pairing(directory: Path, *, force: Force = False) -> list[str]:
     """
     ignored: list[str] = []
     manifest = read_manifest(directory)
-    if manifest is None:
-        return ignored
-    for name, described in manifest.files.items():
-        if "sha256" not in described:
-            continue
+    hashed = {name: of["sha256"] for name, of in manifest.files.items() if "sha256" in of} if manifest else {}
+    for name, sha256 in hashed.items():
         path = directory / name
         if not path.is_file():
             problem = f"{path} is missing, though it was written with this checkpoint."
             ignored.append(refuse_unless(force is True, problem, "Copy it again."))
-        elif file_sha256(path) != described["sha256"]:
+        elif file_sha256(path) != sha256:
             problem = f"{path} is not the file that was written with this checkpoint: it is damaged or of another run."
             advice = "Put the right file back, or pass --force to use the files as they are."
             ignored.append(refuse_unless(force is True, problem, advice))
@@ -196,19 +171,3 @@ def sync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    described: dict[str, Any] = {"size": path.stat().st_size}
-    if path.name in _HASHED:
-        described["sha256"] = file_sha256(path)
-    return described
-
-
-def _files(directory: Path) -> list[Path]:
-    found: list[Path] = []
-    for entry in directory.iterdir():
-        if entry.name.startswith((".", "checkpoint-", "runs", "wandb")) or entry.name == MERGED_BASE:
-            continue
-        found += [path for path in entry.rglob("*") if path.is_file()] if entry.is_dir() else [entry]
-    return found

@@ -40,14 +40,8 @@ _WRAPPERS = re.compile(r"^(?:module\.|base_model\.model\.|_fsdp_wrapped_module\.
 _PEFT_MODULE_COPY = re.compile(r"\.modules_to_save(?:\.default)?(?=\.)")
 _PEFT_ADAPTER = re.compile(r"(\.lora_[A-Za-z_]+)\.(?!(?:weight|bias)$)[^.]+(?=\.|$)")
 _BARE = (
-    "mm_projector.",
-    "vision_tower.",
-    "embed_tokens.",
-    "layers.",
-    "norm.",
-    "image_newline",
-    "multi_modal_projector.",
-)
+    "mm_projector.", "vision_tower.", "embed_tokens.", "layers.", "norm.", "image_newline", "multi_modal_projector.",
+)  # fmt: skip
 _TRANSFORMERS_LAYOUT = (
     (re.compile(r"^(?:model\.)?language_model\.(?:model\.)?lm_head(?=\.|$)"), "lm_head"),
     (re.compile(r"^(?:model\.)?language_model\.(?:model\.)?"), "model."),

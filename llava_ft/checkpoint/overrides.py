@@ -15,10 +15,7 @@ from llava_ft.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 Force = bool | Literal["base"]
-"""What is passed over: nothing (False), everything that may be (True), or another base model alone ("base").
-
-Functions hand it on as it is; only those that find something wrong look at it.
-"""
+"""What is passed over: nothing (False), everything that may be (True), or another base model alone ("base")."""
 
 _collectors: ContextVar[tuple[list[str], ...]] = ContextVar("collectors of ignored problems", default=())
 
@@ -30,11 +27,7 @@ def force_from_flags(force: bool, allow_base_mismatch: bool) -> Force:
 
 @contextmanager
 def collect_ignored() -> Generator[list[str]]:
-    """Collect what is passed over inside the block, each problem once and logged once, by a block around it too.
-
-    Yields:
-        The list that grows, for a report.
-    """
+    """Collect what is passed over inside the block, each problem once and logged once, by a block around it too."""
     ignored: list[str] = []
     token = _collectors.set((*_collectors.get(), ignored))
     try:
@@ -45,11 +38,6 @@ def collect_ignored() -> Generator[list[str]]:
 
 def refuse_unless(is_forced: bool, problem: str, advice: str) -> str:
     """Refuse a request, or say that the problem is ignored.
-
-    Args:
-        is_forced: Whether the user passes over this kind of problem.
-        problem: What is wrong, with the actual values.
-        advice: What to do instead.
 
     Returns:
         The problem, which has been logged as a warning.

@@ -44,11 +44,8 @@ _OLD_PICKLES: Final = ("magic number", "version", "system", "content", "keys of 
 def load_pickle(path: Path, *, stand_ins: Mapping[str, Any] | None = None) -> Any:
     """Read a file of tensors and plain values that `torch.save` wrote. Tensors are views of the mapped file.
 
-    Files of PyTorch before 1.6 cannot be mapped and are read whole.
-
-    Args:
-        path: The file.
-        stand_ins: Further names that it may hold, each with the class that is put in its place.
+    Files of PyTorch before 1.6 cannot be mapped and are read whole. `stand_ins` are further names that it may hold,
+    each with the class that is put in its place.
 
     Raises:
         CheckpointError: It is missing or damaged, names anything else, or claims to hold more than it does.
@@ -73,12 +70,8 @@ def dict_or_empty(value: Any) -> dict[str, Any]:
 def check_pickle(path: Path, *, further: frozenset[str] = frozenset(), with_numpy: bool = False) -> None:
     """Check that a file names nothing but what tensors and plain values are made of, and that nothing is compressed.
 
-    Nothing is unpickled: this comes before `torch.load(weights_only=True)`, here or in a library.
-
-    Args:
-        path: A file that `torch.save` wrote.
-        further: Further names that it may hold.
-        with_numpy: Whether it may hold arrays of NumPy, as the state of random numbers does.
+    Nothing is unpickled: this comes before `torch.load(weights_only=True)`, here or in a library. It may also name what
+    is in `further`, and `with_numpy` what arrays are made of, which the state of random numbers holds.
 
     Raises:
         CheckpointError: It is missing or damaged, or names anything else.
@@ -151,26 +144,23 @@ def _check_sizes(path: Path, content: object) -> None:
             continue
         seen.add(id(value))
         if isinstance(value, torch.Tensor):
-            _check_tensor(path, value, num_bytes)
+            is_plain = type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout is torch.strided
+            if not is_plain or value.is_quantized or value.device.type != "cpu":
+                raise CheckpointError(
+                    f"{path} holds a {value.layout} tensor of type {type(value).__name__} on {value.device}; only "
+                    "plain tensors are read. Save it with dense tensors on the CPU."
+                )
+            held, needed = value.untyped_storage().nbytes(), value.numel() * value.itemsize
+            if needed > held or held > num_bytes:
+                raise CheckpointError(
+                    f"{path} holds a tensor of {' x '.join(map(str, value.shape))} values, {needed:,} bytes, but only "
+                    f"{min(held, num_bytes):,} bytes of it. It is damaged, or made to exhaust memory. Get it from its "
+                    "origin."
+                )
         elif isinstance(value, dict):
             waiting += cast("dict[object, object]", value).values()
         elif isinstance(value, list | tuple | set):
             waiting += cast("list[object]", value)
-
-
-def _check_tensor(path: Path, tensor: torch.Tensor, num_bytes: int) -> None:
-    is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
-    if not is_plain or tensor.is_quantized or tensor.device.type != "cpu":
-        raise CheckpointError(
-            f"{path} holds a {tensor.layout} tensor of type {type(tensor).__name__} on {tensor.device}; only plain "
-            "tensors are read. Save it with dense tensors on the CPU."
-        )
-    held, needed = tensor.untyped_storage().nbytes(), tensor.numel() * tensor.itemsize
-    if needed > held or held > num_bytes:
-        raise CheckpointError(
-            f"{path} holds a tensor of {' x '.join(map(str, tensor.shape))} values, {needed:,} bytes, but only "
-            f"{min(held, num_bytes):,} bytes of it. It is damaged, or made to exhaust memory. Get it from its origin."
-        )
 
 
 def _is_zip(path: Path) -> bool:

@@ -4,14 +4,14 @@ Such weights (bitsandbytes, GPTQ, AWQ and others) are packed integers with scale
 few bits once more, which loses most of what an adapter adds, so adapters are put into the model that was quantised.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 
-from llava_ft.checkpoint.directory import ModelDirectory
-from llava_ft.checkpoint.names import ADAPTER_CONFIG, CONFIG, RUN_CONFIG
+from llava_ft.checkpoint.directory import ModelDirectory, base_of_adapter
+from llava_ft.checkpoint.names import CONFIG, RUN_CONFIG
+from llava_ft.checkpoint.pickles import dict_or_empty
 from llava_ft.checkpoint.weights import read_json
 from llava_ft.errors import CheckpointError
 
@@ -29,7 +29,15 @@ def refuse_quantized(name: str, trained: ModelDirectory | None = None) -> None:
     method = _method(Path(name))
     if method is None:
         return
-    sources = [source for source in _named_sources(trained, Path(name)) if _method(Path(source)) is None]
+    # The 16-bit model may be named by the files of the run, of its adapter or of the base itself.
+    named: list[Any] = []
+    if trained is not None:
+        run_file = trained.path / RUN_CONFIG
+        run = yaml.safe_load(run_file.read_text(encoding="utf-8")) if run_file.is_file() else None
+        named += [dict_or_empty(run).get("model_name_or_path"), base_of_adapter(trained.path)]
+    named.append(read_json(Path(name) / CONFIG).get("_name_or_path"))
+    others = [str(other) for other in named if other and Path(other).resolve() != Path(name).resolve()]
+    sources = [other for other in others if _method(Path(other)) is None]
     advice = f"That seems to be {sources[0]}." if sources else "No file here names it; see where the base came from."
     raise CheckpointError(
         f"The base model {name} holds weights quantised by {method}. Nothing is added to such weights: the sum would "
@@ -40,7 +48,7 @@ def refuse_quantized(name: str, trained: ModelDirectory | None = None) -> None:
 
 def note_on_quantized(trained: ModelDirectory, base: ModelDirectory) -> list[str]:
     """Say that an adapter was trained on quantised weights of a model and not on those it is put into, if it was."""
-    named = _adapter_base(trained)
+    named = base_of_adapter(trained.path)
     method = _method(Path(named)) if named else None
     if method is None or Path(named).resolve() == base.path.resolve():
         return []
@@ -55,28 +63,10 @@ def _method(directory: Path) -> str | None:
     """How the weights of a directory are quantised, in words; None if they are not, or if it is not here."""
     if not (directory / CONFIG).is_file():
         return None
-    found = read_json(directory / CONFIG).get("quantization_config")
-    if not isinstance(found, Mapping):
+    fields = read_json(directory / CONFIG).get("quantization_config")
+    if not isinstance(fields, dict):
         return None
-    fields = cast("Mapping[str, Any]", found)
+    fields = dict_or_empty(fields)
     method = str(fields.get("quant_method") or "an unknown method")
     bits = 4 if fields.get("load_in_4bit") else 8 if fields.get("load_in_8bit") else fields.get("bits")
     return f"{method} to {bits} bits" if bits else method
-
-
-def _named_sources(trained: ModelDirectory | None, base: Path) -> list[str]:
-    """Models that the files of a run, of its adapter and of its base name, other than that base."""
-    named: list[Any] = []
-    if trained is not None:
-        run_file = trained.path / RUN_CONFIG
-        run = yaml.safe_load(run_file.read_text(encoding="utf-8")) if run_file.is_file() else None
-        settings = cast("dict[str, Any]", run) if isinstance(run, dict) else {}
-        named += [settings.get("model_name_or_path"), _adapter_base(trained)]
-    named.append(read_json(base / CONFIG).get("_name_or_path"))
-    return [str(name) for name in named if name and Path(name).resolve() != base.resolve()]
-
-
-def _adapter_base(trained: ModelDirectory) -> str:
-    if not (trained.path / ADAPTER_CONFIG).is_file():
-        return ""
-    return str(read_json(trained.path / ADAPTER_CONFIG).get("base_model_name_or_path") or "")

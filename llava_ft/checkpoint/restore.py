@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava_ft.checkpoint.directory import ModelDirectory, identify
+from llava_ft.checkpoint.directory import ModelDirectory, base_of_adapter, identify
 from llava_ft.checkpoint.manifest import check_pairing, read_manifest
 from llava_ft.checkpoint.names import (
     ADAPTER_ALL_BIN,
@@ -41,9 +41,7 @@ logger = logging.getLogger(__name__)
 def trained_files(directory: ModelDirectory, *, force: Force = False) -> list[WeightFiles]:
     """Return the weight files of a directory that a run wrote.
 
-    Args:
-        directory: The directory.
-        force: Whether files that were not written together are used as they are, and an adapter without its projector.
+    With `force` files that were not written together are used as they are, and an adapter without its projector.
 
     Returns:
         For an adapter its file, which may hold more than LoRA matrices, and `non_lora_trainables` if there is one.
@@ -52,15 +50,9 @@ def trained_files(directory: ModelDirectory, *, force: Force = False) -> list[We
         CheckpointError: One that belongs there is missing or damaged.
     """
     check_pairing(directory.path, force=force)
-    if directory.kind == "lora":
-        return _adapter_files(directory, force)
-    if directory.kind == "projector":
-        assert directory.projector_file is not None
-        return [WeightFiles.open(directory.projector_file)]
-    return [WeightFiles.open(directory.path)]
-
-
-def _adapter_files(directory: ModelDirectory, force: Force) -> list[WeightFiles]:
+    if directory.kind != "lora":
+        projector = directory.projector_file if directory.kind == "projector" else None
+        return [WeightFiles.open(projector or directory.path)]
     if directory.adapter_file is None:
         raise CheckpointError(
             f"{directory.path} has {ADAPTER_CONFIG} but no weights: neither {ADAPTER_BIN} nor {ADAPTER_SAFETENSORS}, "
@@ -136,16 +128,43 @@ def restore_trained(
     """
     directory = identify(path)
     trainable = {plain_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    _check_lora_config(model, directory, force)
+    peft_config = getattr(model, "peft_config", None)
+    if peft_config is None and directory.kind == "lora":
+        raise CheckpointError(f"{path} holds a LoRA adapter, but this run trains no LoRA.")
+    if peft_config is not None:
+        if directory.kind != "lora":
+            raise CheckpointError(f"{path} holds no LoRA adapter, but this run trains one (lora_enable).")
+        settings = {key: getattr(peft_config["default"], key) for key in (*_SHAPE_SETTINGS, *_SCALE_SETTINGS)}
+        check_adapter_settings(directory, settings, force=force)
     is_whole = directory.kind not in ("lora", "projector")
     may_be_frozen = {plain_name(name) for name, _ in model.named_parameters()} if is_whole or as_start else set[str]()
     restored: set[str] = set()
     unexpected: list[str] = []
     for files in trained_files(directory, force=force):
-        names = _target_names(files, trainable, directory.kind)
+        plain_names = {key: plain_name(key) for key in files.tensors}
+        names: dict[str, str] = {}
+        for key, name in plain_names.items():
+            rows_name = name.removesuffix(".weight") + NEW_ROWS_SUFFIX
+            if name not in (EMBEDDINGS, HEAD) or rows_name not in trainable:
+                names[key] = name
+            elif directory.kind == "projector" or rows_name not in plain_names.values():
+                # Files of the original hold the matrices alone; their last rows are those of the added tokens.
+                # Ours hold the rows too, and the matrix is left out: it is there for other programs.
+                names[key] = rows_name
+        names = {key: name for key, name in names.items() if not is_derived(name)}
         unexpected += [key for key, name in names.items() if name not in trainable and name not in may_be_frozen]
         wanted = {key: name for key, name in names.items() if name in trainable}
-        _check_shapes(files, wanted, trainable)
+        wrong: list[str] = []
+        for key, name in wanted.items():
+            shape, needed = files.tensors[key].shape, whole_shape(trainable[name])
+            has_rows_at_its_end = name.endswith(NEW_ROWS_SUFFIX) and shape[0] > needed[0] and shape[1:] == needed[1:]
+            if shape != needed and not has_rows_at_its_end:
+                wrong.append(f"{name} is {tuple(shape)} in the file and {needed} here")
+        if wrong:
+            raise CheckpointError(
+                f"{files.path} does not fit this run: {some_of(wrong, 2)}. Was it made with another rank or another "
+                "model?"
+            )
         for key, tensor in files.stream(wanted):
             parameter = trainable[wanted[key]]
             value = tensor[-whole_shape(parameter)[0] :] if wanted[key].endswith(NEW_ROWS_SUFFIX) else tensor
@@ -162,13 +181,10 @@ def restore_trained(
 
 
 def check_base(path: Path, fingerprint: str, base: str, *, force: Force = False) -> str | None:
-    """Check that trained weights are put on the language model they were trained on.
+    """Check that the trained weights in `path` are put on the language model they were trained on.
 
-    Args:
-        path: Directory of the trained weights.
-        fingerprint: Fingerprint of the language model at hand.
-        base: Its path, for messages.
-        force: Whether another base is used all the same.
+    `fingerprint` is that of the language model at hand; its path, `base`, is for messages. With `force` another base is
+    used all the same.
 
     Returns:
         What is wrong and was passed over, which has been logged; None if nothing is.
@@ -178,7 +194,17 @@ def check_base(path: Path, fingerprint: str, base: str, *, force: Force = False)
     """
     manifest = read_manifest(path)
     if manifest is None or not manifest.base_fingerprint:
-        _warn_of_another_name(path, base)
+        # Nothing but a name tells which base weights without a fingerprint belong to.
+        named = base_of_adapter(path)
+        if named and Path(named).name != Path(base).name:
+            logger.warning(
+                "%s was trained on %s, by its %s, and is put on %s. It has no fingerprint of its base, so only shapes "
+                "can be compared. See that it is the same model.",
+                path,
+                named,
+                ADAPTER_CONFIG,
+                base,
+            )
         return None
     if manifest.base_fingerprint == fingerprint:
         return None
@@ -190,81 +216,16 @@ def check_base(path: Path, fingerprint: str, base: str, *, force: Force = False)
     return refuse_unless(force is not False, problem, advice)
 
 
-def _warn_of_another_name(path: Path, base: str) -> None:
-    """Say that nothing but a name tells which base weights without a fingerprint belong to, if it is another one."""
-    config = read_json(path / ADAPTER_CONFIG) if (path / ADAPTER_CONFIG).is_file() else {}
-    named = config.get("base_model_name_or_path")
-    if isinstance(named, str) and named and Path(named).name != Path(base).name:
-        logger.warning(
-            "%s was trained on %s, by its %s, and is put on %s. It has no fingerprint of its base, so only shapes can "
-            "be compared. See that it is the same model.",
-            path,
-            named,
-            ADAPTER_CONFIG,
-            base,
-        )
-
-
-def _target_names(files: WeightFiles, trainable: Mapping[str, nn.Parameter], kind: str) -> dict[str, str]:
-    """Give each tensor of a file the name it has in the model, leaving out whole matrices kept for other programs."""
-    names: dict[str, str] = {}
-    plain_names = {plain_name(key) for key in files.tensors}
-    for key in files.tensors:
-        name = plain_name(key)
-        if is_derived(name):
-            continue
-        rows_name = name.removesuffix(".weight") + NEW_ROWS_SUFFIX
-        if name in (EMBEDDINGS, HEAD) and rows_name in trainable:
-            # Files of the original hold the matrices alone; their last rows are those of the added tokens.
-            if kind == "projector" or rows_name not in plain_names:
-                names[key] = rows_name
-            continue
-        names[key] = name
-    return names
-
-
 def whole_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     """Return the shape of a parameter, also where DeepSpeed's ZeRO-3 has divided it and left an empty tensor."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _fits(shape: tuple[int, ...], name: str, needed: tuple[int, ...]) -> bool:
-    has_rows_at_its_end = name.endswith(NEW_ROWS_SUFFIX) and shape[0] > needed[0] and shape[1:] == needed[1:]
-    return shape == needed or has_rows_at_its_end
-
-
-def _check_shapes(files: WeightFiles, wanted: Mapping[str, str], trainable: Mapping[str, nn.Parameter]) -> None:
-    wrong = [
-        f"{name} is {tuple(files.tensors[key].shape)} in the file and {whole_shape(trainable[name])} here"
-        for key, name in wanted.items()
-        if not _fits(files.tensors[key].shape, name, whole_shape(trainable[name]))
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"{files.path} does not fit this run: {some_of(wrong, 2)}. Was it made with another rank or another model?"
-        )
-
-
-def _check_lora_config(model: nn.Module, directory: ModelDirectory, force: Force) -> None:
-    peft_config = getattr(model, "peft_config", None)
-    if peft_config is None:
-        if directory.kind == "lora":
-            raise CheckpointError(f"{directory.path} holds a LoRA adapter, but this run trains no LoRA.")
-        return
-    if directory.kind != "lora":
-        raise CheckpointError(f"{directory.path} holds no LoRA adapter, but this run trains one (lora_enable).")
-    here = peft_config["default"]
-    settings = {key: getattr(here, key) for key in (*_SHAPE_SETTINGS, *_SCALE_SETTINGS)}
-    check_adapter_settings(directory, settings, force=force)
-
-
 def check_adapter_settings(directory: ModelDirectory, settings: Mapping[str, Any], *, force: Force = False) -> None:
-    """Check that an adapter was made with the settings of the run that is to train on it.
+    """Check that an adapter was made with the settings of the run that is to train on it, under PEFT's names.
 
-    Args:
-        directory: The adapter's directory.
-        settings: Settings of the run, under PEFT's names; one that is absent is not compared.
-        force: Whether its matrices are scaled anew where only the scale differs.
+    One that is absent from `settings` is not compared. With `force`, the matrices are scaled anew where only the scale
+    differs.
 
     Raises:
         CheckpointError: They differ, or are set module by module in it.

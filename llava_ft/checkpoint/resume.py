@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_ft.checkpoint.manifest import read_manifest, what_is_incomplete
-from llava_ft.checkpoint.names import OPTIMIZER, RANKS, SCHEDULER
+from llava_ft.checkpoint.names import OPTIMIZER, RANKS, SCHEDULER, TRAINER_STATE
 from llava_ft.checkpoint.pickles import check_pickle
 from llava_ft.checkpoint.weights import read_json
 from llava_ft.errors import CheckpointError
@@ -15,23 +15,15 @@ from llava_ft.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_SCALER = "scaler.pt"
-_RANDOM_NUMBERS = "rng_state*.pth"
 
 
 @dataclass(frozen=True)
 class RankLayout:
-    """How the samples of a step were divided.
-
-    Attributes:
-        world_size: Number of ranks.
-        batch: Samples, or packed rows, of an optimizer step, all ranks and accumulation together.
-        epoch: Samples, or packed rows, of an epoch; None in checkpoints that do not say it.
-    """
+    """How the samples of a step were divided."""
 
     world_size: int
-    batch: int
-    epoch: int | None = None
+    batch: int  # samples, or packed rows, of an optimizer step, all ranks and accumulation together
+    epoch: int | None = None  # samples, or packed rows, of an epoch; None in checkpoints that do not say it
 
     def difference(self, now: "RankLayout") -> str:
         """Say what makes a position in steps of this layout another one in steps of `now`; "" if nothing does."""
@@ -82,9 +74,9 @@ def check_checkpoint(path: Path) -> None:
         raise CheckpointError(
             f"The checkpoint {path} does not exist. Give one of the checkpoint-N directories of a run."
         )
-    if not (path / "trainer_state.json").is_file():
+    if not (path / TRAINER_STATE).is_file():
         raise CheckpointError(
-            f"{path} has no trainer_state.json, so it is no checkpoint to resume from. To start from its weights with "
+            f"{path} has no {TRAINER_STATE}, so it is no checkpoint to resume from. To start from its weights with "
             "a new optimizer, use --lora_weight_path or --pretrain_mm_mlp_adapter."
         )
     if read_manifest(path) is not None and (reason := what_is_incomplete(path)) is not None:
@@ -98,10 +90,10 @@ def check_training_state(checkpoint: Path) -> None:
     Raises:
         CheckpointError: One is damaged, or holds more than tensors, plain values and NumPy's random numbers.
     """
-    for name in (OPTIMIZER, SCHEDULER, _SCALER):
+    for name in (OPTIMIZER, SCHEDULER, "scaler.pt"):
         if (checkpoint / name).is_file():
             check_pickle(checkpoint / name)
-    for path in sorted(checkpoint.glob(_RANDOM_NUMBERS)):
+    for path in sorted(checkpoint.glob("rng_state*.pth")):
         check_pickle(path, with_numpy=True)
 
 

@@ -7,7 +7,7 @@ checkpoints. What is not found follows, as far as it can, from the names and sha
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,32 +43,20 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What was found.
+    """What was found; a file that is not there gives an empty mapping."""
 
-    Attributes:
-        places: Directories of the run, the checkpoint first.
-        flags: The run's flags, from `--config` or its `run_config.yaml`; empty if neither is there.
-        has_flags: Whether the flags are known, so that one that is absent had its default.
-        adapter_config: Content of `adapter_config.json`, empty if there is none.
-        config: Content of `config.json`, empty if there is none.
-        manifest: The manifest, if there is one.
-        sources: Where each of these was found, for the report.
-    """
-
-    places: tuple[Path, ...]
-    flags: Mapping[str, Any]
-    has_flags: bool
+    places: tuple[Path, ...]  # directories of the run, the checkpoint first
+    flags: Mapping[str, Any]  # from `--config` or the run's `run_config.yaml`
+    has_flags: bool  # so that one that is absent had its default
     adapter_config: Mapping[str, Any]
     config: Mapping[str, Any]
     manifest: Manifest | None
-    sources: tuple[str, ...] = field(default_factory=tuple[str, ...])
+    sources: tuple[str, ...]  # where each of these was found, for the report
 
     def copy_files(self, target: Path, *, tokenizer_from: Path | None = None) -> None:
         """Copy tokenizer, image settings and records of the run, each from the first place that has it.
 
-        Args:
-            target: Where to.
-            tokenizer_from: Where a tokenizer is taken from if the run left none.
+        If the run left no tokenizer, it is taken from `tokenizer_from`.
         """
         extra = (tokenizer_from,) if tokenizer_from is not None else ()
         home = _first((*self.places, *extra), _TOKENIZER_CONFIG)
@@ -82,12 +70,9 @@ class RunSettings:
 
 
 def find_settings(checkpoint: Path, step_directory: Path, config_file: Path | None) -> RunSettings:
-    """Look for what a run left behind.
+    """Look for what a run left behind, from what the user named: a checkpoint, or the `global_stepN` in it.
 
-    Args:
-        checkpoint: What the user named: a checkpoint, or the step in it.
-        step_directory: The `global_stepN`.
-        config_file: The configuration the run was started with, if the user gave it.
+    A `config_file` of the user's comes before the one that the run left.
 
     Raises:
         UserError: A file is damaged.
@@ -97,7 +82,6 @@ def find_settings(checkpoint: Path, step_directory: Path, config_file: Path | No
         places += _places(checkpoint.resolve().parent)
     adapter, config, manifest = (_first(places, name) for name in (ADAPTER_CONFIG, CONFIG, MANIFEST))
     flags_file = config_file or _first(places, RUN_CONFIG)
-    found = [str(path) for path in (adapter, config, flags_file) if path is not None]
     return RunSettings(
         places=places,
         flags=_read_flags(flags_file) if flags_file is not None else {},
@@ -105,7 +89,7 @@ def find_settings(checkpoint: Path, step_directory: Path, config_file: Path | No
         adapter_config=read_json(adapter) if adapter is not None else {},
         config=read_json(config) if config is not None else {},
         manifest=read_manifest(manifest.parent) if manifest is not None else None,
-        sources=tuple(found),
+        sources=tuple(str(path) for path in (adapter, config, flags_file) if path is not None),
     )
 
 
@@ -114,11 +98,7 @@ def settle_adapter_config(
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the content of `adapter_config.json`: as it was found, or inferred.
 
-    Args:
-        settings: What was found.
-        shapes: Shapes of the trained tensors.
-        lora_alpha: What the user gave.
-        base: The base model, "" if unknown.
+    `lora_alpha` is what the user gave; `base` is "" if unknown.
 
     Returns:
         The content, and what was inferred.
@@ -186,13 +166,7 @@ def settle_adapter_config(
 
 
 def settle_model_config(settings: RunSettings, shapes: Shapes, base_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of `config.json`; empty if too little is known.
-
-    Args:
-        settings: What was found.
-        shapes: Shapes of the trained tensors.
-        base_config: `config.json` of the base model, empty if unknown.
-    """
+    """Return the content of `config.json`; empty if too little is known. `base_config` is empty if unknown."""
     if settings.config:
         return dict(settings.config)
     if not settings.has_flags and not is_llava_config(base_config):
@@ -211,9 +185,8 @@ def settle_model_config(settings: RunSettings, shapes: Shapes, base_config: Mapp
         fields["vocab_size"] = shapes[EMBEDDINGS][0]
     projector = {name: shape for name, shape in shapes.items() if name.startswith(PROJECTOR_PREFIX) and len(shape) == 2}
     if projector:
-        depth = len(projector)
         is_linear = f"{PROJECTOR_PREFIX}weight" in projector
-        fields["mm_projector_type"] = "linear" if is_linear else f"mlp{depth}x_gelu"
+        fields["mm_projector_type"] = "linear" if is_linear else f"mlp{len(projector)}x_gelu"
         fields["mm_hidden_size"] = next(iter(projector.values()))[1]
     return fields
 

@@ -1,10 +1,8 @@
 """Writing what a run has trained, so that nothing is missing and nothing half-written is ever taken for complete.
 
 A LoRA directory holds two weight files: `adapter_model.bin` with the LoRA weights and `non_lora_trainables.bin` with
-everything else that was trained. A projector directory holds `mm_projector.bin`, a full one the whole model. All
-functions take tensors by name, so the caller decides how they are gathered.
-
-Files are written into a staging directory and then moved; the manifest comes last.
+everything else that was trained. A projector directory holds `mm_projector.bin`, a full one the whole model. Files are
+written into a staging directory and then moved; the manifest comes last.
 """
 
 import json
@@ -41,34 +39,12 @@ from llava_ft.models.config import LlavaLlamaConfig
 
 WeightsFormat = Literal["bin", "safetensors", "both"]
 
-_PEFT_0_10_KEYS = frozenset(
-    [
-        "alpha_pattern",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "fan_in_fan_out",
-        "inference_mode",
-        "init_lora_weights",
-        "layer_replication",
-        "layers_pattern",
-        "layers_to_transform",
-        "loftq_config",
-        "lora_alpha",
-        "lora_dropout",
-        "megatron_config",
-        "megatron_core",
-        "modules_to_save",
-        "peft_type",
-        "r",
-        "rank_pattern",
-        "revision",
-        "target_modules",
-        "task_type",
-        "use_dora",
-        "use_rslora",
-    ]
-)
+_PEFT_0_10_KEYS = frozenset((
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode",
+    "init_lora_weights", "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_dropout", "megatron_config", "megatron_core", "modules_to_save", "peft_type", "r", "rank_pattern", "revision",
+    "target_modules", "task_type", "use_dora", "use_rslora",
+))  # fmt: skip
 """What `adapter_config.json` held in PEFT 0.10, which refuses any other key."""
 
 
@@ -80,23 +56,17 @@ def write_lora(
     *,
     whole_matrices: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write the adapter and everything that was trained beside it.
+    """Write the adapter and everything else of `trained`, which holds tensors by their names in the PEFT model.
 
-    Args:
-        directory: Where to.
-        trained: Every trained tensor by its name in the PEFT model.
-        lora_config: The adapter's configuration.
-        weights_format: Kind of files.
-        whole_matrices: Embeddings and head with the rows of added tokens in place, by native name. Original LLaVA
-            needs them whole; this program reads the float32 rows that `trained` holds.
+    `whole_matrices` are embeddings and head with the rows of added tokens in place, by native name. Original LLaVA
+    needs them whole; this program reads the float32 rows that `trained` holds.
     """
     adapter: dict[str, torch.Tensor] = {}
     beside: dict[str, torch.Tensor] = {}
     for name, tensor in trained.items():
         is_bias = name.endswith("bias") and is_language_model(native_name(name))
         (adapter if "lora_" in name or is_bias else beside)[adapter_name(name)] = tensor
-    for name, tensor in (whole_matrices or {}).items():
-        beside[PEFT_PREFIX + name] = tensor
+    beside |= {PEFT_PREFIX + name: tensor for name, tensor in (whole_matrices or {}).items()}
     write_tensors(directory, adapter, weights_format, ADAPTER_BIN, ADAPTER_SAFETENSORS)
     write_tensors(directory, beside, weights_format, NON_LORA_BIN, NON_LORA_SAFETENSORS)
     write_json(directory / ADAPTER_CONFIG, adapter_config_fields(lora_config))
@@ -121,9 +91,7 @@ def adapter_config_fields(lora_config: LoraConfig) -> dict[str, Any]:
     defaults = cast("dict[str, Any]", LoraConfig(task_type="CAUSAL_LM").to_dict())
     kept = {key: value for key, value in fields.items() if key in _PEFT_0_10_KEYS or value != defaults.get(key)}
     kept["inference_mode"] = True
-    return {
-        key: sorted(cast("set[str]", value)) if isinstance(value, set) else value for key, value in sorted(kept.items())
-    }
+    return {k: sorted(cast("set[str]", v)) if isinstance(v, set) else v for k, v in sorted(kept.items())}
 
 
 def write_tensors(
@@ -158,7 +126,7 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 class ShardWriter:
@@ -166,7 +134,7 @@ class ShardWriter:
 
     Args:
         directory: Where to.
-        max_shard_bytes: Size of a shard in bytes; a single larger tensor gets a shard of its own.
+        max_shard_bytes: A single larger tensor gets a shard of its own.
         weights_format: `safetensors` (`model-*.safetensors`) or `bin` (`pytorch_model-*.bin`).
     """
 
@@ -198,10 +166,7 @@ class ShardWriter:
             shard = f"{self._stem}-{index + 1:05d}-of-{len(self._shards):05d}{self._suffix}"
             os.replace(self._unnumbered(index), self._directory / shard)
             weight_map.update(dict.fromkeys(names, shard))
-        content = {
-            "metadata": {"total_size": self._total_bytes},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
+        content = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(self._directory / f"{self._stem}{self._suffix}.index.json", content)
 
     def _unnumbered(self, index: int) -> Path:
@@ -218,9 +183,7 @@ class ShardWriter:
 def config_fields(config: LlavaLlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Return the content of `config.json`: what differs from the defaults, and every field that LLaVA reads.
 
-    Args:
-        config: The configuration.
-        dtype: Type of the weights, which loaders take as their own default.
+    Loaders take `dtype`, that of the weights, as their own default.
     """
     every = config.to_dict()
     fields = config.to_diff_dict()
@@ -300,10 +263,9 @@ def move_files(source: Path, target: Path) -> None:
 
 
 def vocabulary_matrices(native: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return embeddings and head, if rows of added tokens were trained apart, with those rows put in.
+    """Return embeddings and head, of a model's parameters by native name, with the rows of added tokens put in.
 
-    Args:
-        native: A model's parameters by native name.
+    A matrix whose added rows were not trained apart is left out.
     """
     whole: dict[str, torch.Tensor] = {}
     for name in (EMBEDDINGS, HEAD):

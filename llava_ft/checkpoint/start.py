@@ -17,43 +17,28 @@ from typing import Any, Literal
 
 import torch
 
+from llava_ft.checkpoint.adapter import replacements, rows_of_added_tokens
 from llava_ft.checkpoint.base import BaseModel
-from llava_ft.checkpoint.directory import ModelDirectory, identify, resolve_model_path
+from llava_ft.checkpoint.directory import ModelDirectory, base_of_adapter, identify, resolve_model_path
 from llava_ft.checkpoint.load import WeightSource
 from llava_ft.checkpoint.manifest import read_manifest
-from llava_ft.checkpoint.names import (
-    ADAPTER_CONFIG,
-    EMBEDDINGS,
-    HEAD,
-    IMAGE_NEWLINE,
-    NEW_ROWS_SUFFIX,
-    is_derived,
-    plain_name,
-)
+from llava_ft.checkpoint.names import IMAGE_NEWLINE
 from llava_ft.checkpoint.overrides import Force
 from llava_ft.checkpoint.restore import check_adapter_settings, trained_files
-from llava_ft.checkpoint.weights import WeightFiles, read_json
+from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import checkpoint_wishes
 
 AdapterMode = Literal["continue", "new", "merge_first"]
 
-_SOURCE_LABEL = "start"
-
 
 @dataclass(frozen=True)
 class Start:
-    """An earlier result that a run starts from.
-
-    Attributes:
-        directory: What `--init_from` names.
-        mode: What becomes of an adapter in it.
-        flag: The flag that named it, for messages.
-    """
+    """An earlier result that a run starts from."""
 
     directory: ModelDirectory
-    mode: AdapterMode
-    flag: str = "init_from"
+    mode: AdapterMode  # what becomes of an adapter in it
+    flag: str = "init_from"  # the flag that named it, for messages
 
     @property
     def path(self) -> Path:
@@ -85,10 +70,7 @@ class Start:
         return {} if self.is_whole else checkpoint_wishes(self.directory.config)
 
     def base_name(self, given: str) -> str:
-        """Return the base of the run.
-
-        Args:
-            given: `model_name_or_path`, "" if the user left it out.
+        """Return the base of the run; `given` is `model_name_or_path`, "" if the user left it out.
 
         Raises:
             CheckpointError: Nothing names a base, or two different ones are named.
@@ -100,7 +82,9 @@ class Start:
                     "one of the two."
                 )
             return str(self.path)
-        named = given or self._named_base()
+        named = given or (base_of_adapter(self.path) if self.has_adapter else "")
+        if not named and (manifest := read_manifest(self.path)) is not None:
+            named = manifest.base
         if not named:
             raise CheckpointError(
                 f"{self.path} does not name the model it was trained on. Give it with --model_name_or_path."
@@ -118,34 +102,22 @@ class Start:
             check_adapter_settings(self.directory, settings, force=force)
 
     def sources(self, *, force: Force = False) -> list[WeightSource]:
-        """Return what was trained beside an adapter, as weights that win over the base's.
-
-        Args:
-            force: Whether files that were not written together are used as they are.
+        """Return what was trained beside an adapter, as weights that win over the base's; see `trained_files`.
 
         Raises:
             CheckpointError: A file is missing, damaged or of another run.
         """
-        if not self.has_adapter:
-            return []
+        files = trained_files(self.directory, force=force) if self.has_adapter else []
         return [
-            WeightSource(f"{_SOURCE_LABEL} (beside the adapter)", files, names, must_fit=True)
-            for files in trained_files(self.directory, force=force)
-            if (names := _beside(files))
+            WeightSource("start (beside the adapter)", of_file, names, must_fit=True)
+            for of_file, names in zip(files, replacements(files), strict=True)
+            if names
         ]
 
     def token_rows(self) -> dict[str, torch.Tensor]:
         """Return the rows of added tokens trained beside an adapter, by the matrix whose last rows they are."""
-        found: dict[str, torch.Tensor] = {}
         file = self.directory.non_lora_file if self.has_adapter else None
-        if file is None:
-            return found
-        files = WeightFiles.open(file)
-        for key in files.tensors:
-            matrix = plain_name(key).removesuffix(NEW_ROWS_SUFFIX) + ".weight"
-            if plain_name(key).endswith(NEW_ROWS_SUFFIX) and matrix in (EMBEDDINGS, HEAD):
-                found[matrix] = files.read([key])[key]
-        return found
+        return rows_of_added_tokens([] if file is None else [WeightFiles.open(file)])
 
     def check_newline(self, base: BaseModel) -> None:
         """Refuse a start whose `image_newline` is nowhere: a random one would take its place.
@@ -160,22 +132,9 @@ class Start:
                 "that saved it; original LLaVA leaves it out of mm_projector.bin."
             )
 
-    def _named_base(self) -> str:
-        if self.has_adapter:
-            named = read_json(self.path / ADAPTER_CONFIG).get("base_model_name_or_path")
-            if named:
-                return str(named)
-        manifest = read_manifest(self.path)
-        return manifest.base if manifest is not None else ""
-
 
 def find_start(
-    path: str,
-    mode: AdapterMode | None,
-    *,
-    trains_adapter: bool,
-    flag: str = "init_from",
-    cache_dir: str | None = None,
+    path: str, mode: AdapterMode | None, *, trains_adapter: bool, flag: str = "init_from", cache_dir: str | None = None
 ) -> Start:
     """Find what a run starts from, reading small files alone.
 
@@ -211,14 +170,3 @@ def find_start(
             "with adapter_mode what becomes of it: merge_first trains the model it is merged into, new leaves it out."
         )
     return Start(directory, mode or "continue", flag)
-
-
-def _beside(files: WeightFiles) -> dict[str, str]:
-    """Names of the whole tensors in a file that are no LoRA matrices; rows of added tokens are put in afterwards."""
-    names = {key: plain_name(key) for key in files.tensors}
-    rows = {name.removesuffix(NEW_ROWS_SUFFIX) + ".weight" for name in names.values() if name.endswith(NEW_ROWS_SUFFIX)}
-    return {
-        key: name
-        for key, name in names.items()
-        if not ("lora_" in name or is_derived(name) or name.endswith(NEW_ROWS_SUFFIX) or name in rows)
-    }

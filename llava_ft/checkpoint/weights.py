@@ -48,17 +48,11 @@ SAFETENSORS_DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What is known of a tensor without reading it.
-
-    Attributes:
-        file: The file that holds it.
-        shape: Its size in each dimension.
-        dtype: Its type on disk.
-    """
+    """What is known of a tensor without reading it."""
 
     file: Path
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: torch.dtype  # on disk
 
     @property
     def num_bytes(self) -> int:
@@ -95,9 +89,7 @@ class WeightFiles:
                     f"{some_of(names, 12) or 'nothing'}."
                 )
             source = files[0]
-        if source.name.endswith(".index.json"):
-            return cls(path, _open_shards(source))
-        return cls(path, _inspect_file(source))
+        return cls(path, _open_shards(source) if source.name.endswith(".index.json") else _inspect_file(source))
 
     def stream(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield names and tensors, file by file. A tensor is only valid until the next one is asked for.
@@ -109,24 +101,20 @@ class WeightFiles:
         for name in self.tensors if names is None else names:
             by_file.setdefault(self.tensors[name].file, []).append(name)
         for file, wanted in by_file.items():
-            for group in self._split_by_bytes(wanted):
+            group: list[str] = []
+            num_bytes = 0
+            for name in wanted:
+                group.append(name)
+                num_bytes += self.tensors[name].num_bytes
+                if num_bytes >= _BYTES_PER_MAPPING:
+                    yield from _read(file, group)
+                    group, num_bytes = [], 0
+            if group:
                 yield from _read(file, group)
 
     def read(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
         """Return tensors in memory of their own. For small files, such as adapters."""
         return {name: tensor.clone() for name, tensor in self.stream(names)}
-
-    def _split_by_bytes(self, names: list[str]) -> Iterator[list[str]]:
-        group: list[str] = []
-        num_bytes = 0
-        for name in names:
-            group.append(name)
-            num_bytes += self.tensors[name].num_bytes
-            if num_bytes >= _BYTES_PER_MAPPING:
-                yield group
-                group, num_bytes = [], 0
-        if group:
-            yield group
 
 
 def has_model_weights(directory: Path) -> bool:
@@ -177,29 +165,27 @@ def _open_shards(index: Path) -> dict[str, TensorInfo]:
 def _inspect_file(file: Path) -> dict[str, TensorInfo]:
     if not file.is_file():
         raise CheckpointError(f"The weight file {file} does not exist.")
+    tensors: dict[str, TensorInfo] = {}
     if file.suffix == ".safetensors":
-        return _inspect_safetensors(file)
+        try:
+            with cast("Any", safe_open)(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - not a dict
+                    view = opened.get_slice(name)
+                    dtype = SAFETENSORS_DTYPES.get(view.get_dtype())
+                    if dtype is None:
+                        raise CheckpointError(
+                            f"{file}: {name} has the type {view.get_dtype()}, which is not supported."
+                        )
+                    tensors[name] = TensorInfo(file, tuple(view.get_shape()), dtype)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(damaged_file_message(file, error)) from None
+        return tensors
     tensors = {name: TensorInfo(file, tuple(tensor.shape), tensor.dtype) for name, tensor in _load_pickle(file).items()}
     if sum(info.num_bytes for info in tensors.values()) > _MOST_NAMES_OF_A_VALUE * file.stat().st_size:
         raise CheckpointError(
             f"{file} gives the same values many names: its {len(tensors)} tensors would take more than "
             f"{_MOST_NAMES_OF_A_VALUE} times the memory of the file. Tied weights have two; get it from its origin."
         )
-    return tensors
-
-
-def _inspect_safetensors(file: Path) -> dict[str, TensorInfo]:
-    tensors: dict[str, TensorInfo] = {}
-    try:
-        with cast("Any", safe_open)(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - not a dict
-                view = opened.get_slice(name)
-                dtype = SAFETENSORS_DTYPES.get(view.get_dtype())
-                if dtype is None:
-                    raise CheckpointError(f"{file}: {name} has the type {view.get_dtype()}, which is not supported.")
-                tensors[name] = TensorInfo(file, tuple(view.get_shape()), dtype)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(damaged_file_message(file, error)) from None
     return tensors
 
 

@@ -93,11 +93,8 @@ def native_fields(hf: Mapping[str, Any], where: str = "The model") -> dict[str, 
     }
     if kind == "llava_next":
         pinpoints = [[width, height] for height, width in config.image_grid_pinpoints]
-        fields |= {
-            "mm_patch_merge_type": "spatial_unpad",
-            "image_aspect_ratio": "anyres",
-            "image_grid_pinpoints": pinpoints,
-        }
+        fields |= {"mm_patch_merge_type": "spatial_unpad", "image_aspect_ratio": "anyres"}
+        fields["image_grid_pinpoints"] = pinpoints
     beyond = hf.get(NATIVE_KEY)
     return fields | dict(cast("Mapping[str, Any]", beyond) if isinstance(beyond, Mapping) else {})
 
@@ -122,7 +119,11 @@ def hf_fields(config: LlavaLlamaConfig, *, image_token_id: int, dtype: torch.dty
     assert geometry is not None
     is_next = geometry.merge_type == "spatial_unpad"
     type_name = str(dtype).removeprefix("torch.")
-    text = _text_fields(config, type_name)
+    # The language model's fields, with transformers 4's names beside those of 5.
+    names, every = {*LlamaConfig().to_dict(), *_ROPE_TWICE} - {*_NOT_SETTINGS}, config.to_dict()
+    types = {"dtype": type_name, "torch_dtype": type_name}
+    text = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **types}
+    text |= {key: every[key] for key in sorted(names) if key in every}
     fields: dict[str, Any] = {
         "architectures": [MODEL_CLASSES["llava_next" if is_next else "llava"]],
         "model_type": "llava_next" if is_next else "llava",
@@ -173,14 +174,6 @@ def why_not_hf(config: LlavaLlamaConfig) -> str | None:
     return None
 
 
-def _text_fields(config: LlavaLlamaConfig, dtype: str) -> dict[str, Any]:
-    """Return `text_config`: the language model's fields, with transformers 4's names beside those of 5."""
-    every = config.to_dict()
-    names = {*LlamaConfig().to_dict(), *_ROPE_TWICE} - {*_NOT_SETTINGS}
-    fields = {key: every[key] for key in sorted(names) if key in every}
-    return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": dtype, "torch_dtype": dtype} | fields
-
-
 def _check_supported(config: Any, where: str) -> None:
     text, vision = config.text_config, config.vision_config
     if text.model_type != "llama":
@@ -193,16 +186,13 @@ def _check_supported(config: Any, where: str) -> None:
             f"The vision tower of {where} is a {vision.model_type!r}. Supported are CLIP's (vision_config.model_type "
             "'clip_vision_model'), such as that of llava-hf/llava-1.5-7b-hf."
         )
-    is_next = config.model_type == "llava_next"
-    checks: list[tuple[str, bool, str]] = [
+    selects = "vision_feature_select_strategy"
+    is_fine = config.model_type != "llava_next" or getattr(config, selects) == "default"
+    checks = [
         ("vision_feature_layer", isinstance(config.vision_feature_layer, int), "one layer"),
         ("projector_hidden_act", config.projector_hidden_act == "gelu", "'gelu'"),
         ("multimodal_projector_bias", bool(config.multimodal_projector_bias), "a projector with bias, true"),
-        (
-            "vision_feature_select_strategy",
-            not is_next or config.vision_feature_select_strategy == "default",
-            "'default' with llava_next",
-        ),
+        (selects, is_fine, "'default' with llava_next"),
     ]
     for key, is_fine, supported in checks:
         if not is_fine:

@@ -47,9 +47,6 @@ _MODULES: Final = _rules(
 def hub_name(native: str) -> str:
     """Return the key of a parameter in model files, in the spelling of the checkpoints on the hub.
 
-    Args:
-        native: Native name of a parameter, such as `model.mm_projector.0.weight`.
-
     Raises:
         CheckpointError: The layout has no place for it.
     """
@@ -58,9 +55,6 @@ def hub_name(native: str) -> str:
 
 def module_name(native: str) -> str:
     """Return the name that a parameter, a module or a LoRA matrix has in a model that transformers has loaded.
-
-    Args:
-        native: Native name, such as `model.layers.0.self_attn.q_proj` or `model.mm_projector.0.weight`.
 
     Raises:
         CheckpointError: The layout has no place for it.

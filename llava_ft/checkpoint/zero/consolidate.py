@@ -7,7 +7,6 @@ projector; their shards have it.
 """
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -85,27 +84,16 @@ class ConsolidateOptions:
 
 @dataclass(frozen=True)
 class Consolidation:
-    """What was done.
-
-    Attributes:
-        kind: `lora`, `projector` or `full`.
-        output: Where the result is.
-        step: Optimizer steps done.
-        num_trained: Number of trained tensors; of all tensors for a whole model.
-        num_values: Number of their values.
-        base: The base model, "" if unknown.
-        is_usable: Whether everything is there to merge or use the result.
-        notes: What was inferred, is missing or is less exact.
-    """
+    """What was done."""
 
     kind: Kind
     output: Path
     step: int
-    num_trained: int
-    num_values: int
-    base: str
-    is_usable: bool
-    notes: list[str] = field(default_factory=list[str])
+    num_trained: int  # tensors; for a whole model all of them
+    num_values: int  # of these tensors
+    base: str  # "" if unknown
+    is_usable: bool  # whether everything is there to merge or use the result
+    notes: list[str] = field(default_factory=list[str])  # what was inferred, is missing or is less exact
 
 
 def consolidate(options: ConsolidateOptions) -> Consolidation:
@@ -117,7 +105,15 @@ def consolidate(options: ConsolidateOptions) -> Consolidation:
     step_directory = find_step_directory(options.checkpoint, options.tag)
     checkpoint = options.checkpoint.resolve()
     output = options.output or checkpoint.with_name(f"{checkpoint.name}-consolidated")
-    _check_output(output, step_directory)
+    if step_directory.resolve().is_relative_to(output.resolve()):
+        raise UserError(f"--output {output} holds the shards themselves and would be replaced. Give another place.")
+    if output.is_file():
+        raise UserError(f"--output {output} is a file. Give a directory.")
+    if output.is_dir() and any(output.iterdir()) and not (output / RECORD).is_file():
+        raise UserError(
+            f"{output} is there already and is no earlier consolidation. Give another place with --output, or remove "
+            "it."
+        )
     shards = ZeroShards.open(step_directory, from_model_states=options.from_model_states)
     kind, names = _what_was_trained(shards)
     tensors = shards.trained | shards.others
@@ -166,12 +162,16 @@ def consolidate(options: ConsolidateOptions) -> Consolidation:
     }
     with staged_directory(output) as staging:
         if kind == "lora":
-            _write_lora(staging, shards, names, adapter, options)
+            _write_lora(staging, shards, names, adapter, options.weights_format or "bin")
         elif kind == "projector":
             values = {native_name(name): value for name, value in shards.stream(names)}
             write_projector(staging, values, options.weights_format or "bin")
         else:
-            _write_model(staging, shards, names, options)
+            kind_of_files = options.weights_format or "safetensors"
+            writer = ShardWriter(staging, max_shard_bytes=options.max_shard_bytes, weights_format=kind_of_files)
+            for name, value in shards.stream(names):
+                writer.add(native_name(name), value.to(options.dtype) if value.is_floating_point() else value)
+            writer.finish()
             if config:
                 config |= dict.fromkeys(("dtype", "torch_dtype"), str(options.dtype).removeprefix("torch."))
         settings.copy_files(staging, tokenizer_from=Path(base) if kind == "full" and base_config else None)
@@ -209,19 +209,6 @@ def next_commands(result: Consolidation) -> list[str]:
     return [merge] * result.is_usable + [f"{train} --pretrain_mm_mlp_adapter {projector}"]
 
 
-def _check_output(output: Path, step_directory: Path) -> None:
-    shards = step_directory.resolve()
-    if output.resolve() == shards or output.resolve() in shards.parents:
-        raise UserError(f"--output {output} holds the shards themselves and would be replaced. Give another place.")
-    if output.is_file():
-        raise UserError(f"--output {output} is a file. Give a directory.")
-    if output.is_dir() and any(output.iterdir()) and not (output / RECORD).is_file():
-        raise UserError(
-            f"{output} is there already and is no earlier consolidation. Give another place with --output, or remove "
-            "it."
-        )
-
-
 def _what_was_trained(shards: ZeroShards) -> tuple[Kind, list[str]]:
     """Tell the kind of run, and which tensors make its result.
 
@@ -255,27 +242,19 @@ def _is_small_part(name: str) -> bool:
 
 
 def _write_lora(
-    staging: Path, shards: ZeroShards, names: list[str], adapter: dict[str, Any], options: ConsolidateOptions
+    staging: Path,
+    shards: ZeroShards,
+    names: list[str],
+    adapter: dict[str, Any],
+    weights_format: Literal["bin", "safetensors"],
 ) -> None:
     trained = {PEFT_PREFIX + native_name(name): value for name, value in shards.stream(names)}
     native = {native_name(name): value for name, value in trained.items()}
+    whole: dict[str, torch.Tensor] = {}
     if any(name.endswith(NEW_ROWS_SUFFIX) for name in native):
         frozen = [name for name in shards.others if native_name(name) in (EMBEDDINGS, HEAD)]
         native |= {native_name(name): value for name, value in shards.stream(frozen)}
-        has_both = {EMBEDDINGS, HEAD} <= native.keys()
-        whole = vocabulary_matrices(native) if has_both else {}
-    else:
-        whole: Mapping[str, torch.Tensor] = {}
-    write_lora(staging, trained, LoraConfig(), options.weights_format or "bin", whole_matrices=whole)
+        if {EMBEDDINGS, HEAD} <= native.keys():
+            whole = vocabulary_matrices(native)
+    write_lora(staging, trained, LoraConfig(), weights_format, whole_matrices=whole)
     write_json(staging / ADAPTER_CONFIG, adapter)  # over that of LoraConfig(), so that what was found is kept as it was
-
-
-def _write_model(staging: Path, shards: ZeroShards, names: list[str], options: ConsolidateOptions) -> None:
-    writer = ShardWriter(
-        staging,
-        max_shard_bytes=options.max_shard_bytes,
-        weights_format=options.weights_format or "safetensors",
-    )
-    for name, value in shards.stream(names):
-        writer.add(native_name(name), value.to(options.dtype) if value.is_floating_point() else value)
-    writer.finish()

@@ -27,12 +27,7 @@ _MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.p
 
 
 class Fragment:
-    """Stands in for DeepSpeed's `fragment_address`: where a parameter's part lies in a flat partition.
-
-    Attributes:
-        numel: Number of values.
-        start: Position of the first one.
-    """
+    """Stands in for DeepSpeed's `fragment_address`: where a parameter's part lies in a flat partition."""
 
     numel: int
     start: int
@@ -56,27 +51,18 @@ _STAND_INS: dict[str, type] = {
 
 @dataclass
 class StepFiles:
-    """DeepSpeed's files of one step.
-
-    Attributes:
-        directory: Where they lie.
-        optimizer: The optimizer file of each rank.
-        model: The model file of each rank; under stages 0 to 2 only that of rank 0.
-        is_divided: Whether every rank wrote a model file of its own, as under stage 3.
-    """
+    """DeepSpeed's files of one step, by rank."""
 
     directory: Path
     optimizer: dict[int, Path] = field(default_factory=dict[int, Path])
-    model: dict[int, Path] = field(default_factory=dict[int, Path])
-    is_divided: bool = False
+    model: dict[int, Path] = field(default_factory=dict[int, Path])  # under stages 0 to 2 only that of rank 0
+    is_divided: bool = False  # whether every rank wrote a model file of its own, as under stage 3
 
 
 def find_step_directory(path: Path, tag: str | None = None) -> Path:
-    """Find the directory that holds DeepSpeed's files.
+    """Find the directory that holds DeepSpeed's files, in a checkpoint or as the `global_stepN` in it.
 
-    Args:
-        path: A checkpoint, or the `global_stepN` in it.
-        tag: Which one; when absent the one that the file `latest` names, and without that file the newest.
+    Without a `tag` it is the one that the file `latest` names, and without that file the newest.
 
     Raises:
         CheckpointError: There is none, or not the one asked for.
@@ -90,7 +76,18 @@ def find_step_directory(path: Path, tag: str | None = None) -> Path:
         return path
     steps = _steps(path)
     if not steps:
-        raise CheckpointError(_nothing_there(path))
+        checkpoints = [entry.name for entry in sorted(path.glob("checkpoint-*")) if _steps(entry)]
+        if checkpoints:
+            raise CheckpointError(
+                f"{path} is the output directory of a run. Give one of its checkpoints: {', '.join(checkpoints)}, such "
+                f"as {path / checkpoints[-1]}."
+            )
+        names = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+        raise CheckpointError(
+            f"{path} holds no files of DeepSpeed: neither a global_stepN with *_optim_states.pt and "
+            f"*_model_states.pt, nor such files themselves. It holds {names}. A checkpoint of a run without DeepSpeed "
+            "needs no consolidation."
+        )
     if tag is None and (path / _LATEST).is_file():
         tag = (path / _LATEST).read_text(encoding="utf-8").strip()
     if tag is not None:
@@ -159,17 +156,3 @@ def _steps(path: Path) -> dict[str, Path]:
         return (int(match[1]) if match else -1, entry.name)
 
     return {entry.name: entry for entry in sorted(found, key=order)}
-
-
-def _nothing_there(path: Path) -> str:
-    checkpoints = [entry.name for entry in sorted(path.glob("checkpoint-*")) if _steps(entry)]
-    if checkpoints:
-        return (
-            f"{path} is the output directory of a run. Give one of its checkpoints: {', '.join(checkpoints)}, such as "
-            f"{path / checkpoints[-1]}."
-        )
-    names = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-    return (
-        f"{path} holds no files of DeepSpeed: neither a global_stepN with *_optim_states.pt and *_model_states.pt, nor "
-        f"such files themselves. It holds {names}. A checkpoint of a run without DeepSpeed needs no consolidation."
-    )

@@ -33,18 +33,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Consecutive values in a file.
-
-    Attributes:
-        file: The file.
-        keys: The way to the tensor inside it.
-        start: Position of the first value in the flat tensor.
-        length: Number of values.
-    """
+    """Consecutive values in a file."""
 
     file: Path
-    keys: tuple[str | int, ...]
-    start: int
+    keys: tuple[str | int, ...]  # the way to the tensor inside it
+    start: int  # in the flat tensor
     length: int
 
 
@@ -61,10 +54,8 @@ def plan_stages_1_2(
 ) -> dict[str, ShardedTensor]:
     """Lay each group's partitions end to end and cut the parameters out, one after the other.
 
-    Args:
-        files: The files, for messages and parts.
-        states: The optimizer state of every rank.
-        groups: Shapes of the parameters of each optimizer group, in DeepSpeed's order.
+    `states` is the optimizer state of every rank; `groups` are the shapes of the parameters of each optimizer group, in
+    DeepSpeed's order.
 
     Raises:
         CheckpointError: The sizes do not fit together.
@@ -108,11 +99,6 @@ def plan_stage_3(
 ) -> dict[str, ShardedTensor]:
     """Walk through every rank's vectors in step; each parameter takes the same number of values from each.
 
-    Args:
-        files: The files, for messages and parts.
-        states: The optimizer state of every rank.
-        shapes: Shapes of the parameters, in DeepSpeed's order.
-
     Raises:
         CheckpointError: The sizes do not fit together.
     """
@@ -149,10 +135,6 @@ def plan_stage_3(
 
 def plan_frozen_of_stage_3(files: StepFiles, models: Mapping[int, Mapping[str, Any]]) -> dict[str, ShardedTensor]:
     """Put the frozen parameters together, of which every rank's model file holds a part.
-
-    Args:
-        files: The files, for messages and parts.
-        models: The model files of all ranks.
 
     Raises:
         CheckpointError: A rank holds less than its part.

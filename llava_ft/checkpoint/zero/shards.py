@@ -39,31 +39,21 @@ _COMPUTED = "The trained weights are those of the model file, in the precision t
 
 @dataclass
 class ZeroShards:
-    """The tensors of one step, read lazily.
-
-    Attributes:
-        directory: Where the files are.
-        stage: ZeRO stage of the run; 0 when nothing is divided.
-        num_ranks: Number of ranks among which the trained parameters are divided.
-        step: Optimizer steps done.
-        version: DeepSpeed's version, "" if unknown.
-        trained: The trained parameters, in DeepSpeed's order. Empty under stage 0, which does not say which they are.
-        others: Everything else that is there: frozen parameters and buffers; under stage 0 all parameters.
-        shared: Second names of parameters, with the name under which the value is kept.
-        num_optimized: Number of parameters that the optimizer had, under stage 0; 0 if unknown.
-        notes: What is missing or less exact, for the reader of a report.
-    """
+    """The tensors of one step, read lazily."""
 
     directory: Path
-    stage: int
-    num_ranks: int
+    stage: int  # of ZeRO; 0 when nothing is divided
+    num_ranks: int  # among which the trained parameters are divided
     step: int = 0
-    version: str = ""
+    version: str = ""  # of DeepSpeed, if known
     trained: dict[str, ShardedTensor] = field(default_factory=dict[str, ShardedTensor])
+    """The trained parameters, in DeepSpeed's order. Empty under stage 0, which does not say which they are."""
     others: dict[str, ShardedTensor] = field(default_factory=dict[str, ShardedTensor])
+    """Everything else that is there: frozen parameters and buffers; under stage 0 all parameters."""
     shared: dict[str, str] = field(default_factory=dict[str, str])
-    num_optimized: int = 0
-    notes: list[str] = field(default_factory=list[str])
+    """Second names of parameters, with the name under which the value is kept."""
+    num_optimized: int = 0  # number of parameters that the optimizer had, under stage 0; 0 if unknown
+    notes: list[str] = field(default_factory=list[str])  # what is missing or less exact
 
     @classmethod
     def open(cls, directory: Path, *, from_model_states: bool = False) -> "ZeroShards":
@@ -213,7 +203,12 @@ def _read_optimizers(files: StepFiles, models: Mapping[int, Mapping[str, Any]]) 
                 f"{files.optimizer[rank]} is rank {rank} of {_partition_count(state)}, but by the model file the run "
                 f"had {ranks}. It is of another run; remove what is not of this one."
             )
-    steps = {rank: step for rank, state in states.items() if (step := _optimizer_step(state)) is not None}
+    steps: dict[int, float] = {}
+    for rank, state in states.items():  # by the optimizer's own count, if it keeps one
+        inner = dict_or_empty(state.get("base_optimizer_state") or state.get(OPTIMIZER_STATE))
+        entries: list[dict[str, Any]] = [*inner.get("state", {}).values(), *inner.get("param_groups", [])]
+        if counted := [float(entry["step"]) for entry in entries if "step" in entry]:
+            steps[rank] = counted[0]
     if len(set(steps.values())) > 1:
         raise CheckpointError(
             f"The files in {files.directory} are of different steps: "
@@ -249,13 +244,6 @@ def _stage(files: StepFiles, states: Mapping[int, Mapping[str, Any]]) -> int:
 def _partition_count(state: Mapping[str, Any]) -> int:
     count: Any = state.get("partition_count", 0)
     return max(cast("list[int]", count)) if isinstance(count, list) else int(count)
-
-
-def _optimizer_step(state: Mapping[str, Any]) -> float | None:
-    """The optimizer's own count of steps, or None if it keeps none."""
-    inner = dict_or_empty(state.get("base_optimizer_state") or state.get(OPTIMIZER_STATE))
-    entries: list[dict[str, Any]] = [*inner.get("state", {}).values(), *inner.get("param_groups", [])]
-    return next((float(entry["step"]) for entry in entries if "step" in entry), None)
 
 
 def _shapes(model: Mapping[str, Any]) -> dict[str, Shape]:
