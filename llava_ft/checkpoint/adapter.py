@@ -36,16 +36,15 @@ _OTHER_METHODS = (
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """The LoRA matrices of a directory.
+    """The LoRA matrices of a directory; mappings are by native name.
 
     Attributes:
-        path: The directory.
-        factors: A `(r, in)` and B `(out, r)`, as on disk, for each weight they change, by its native name.
+        factors: A `(r, in)` and B `(out, r)`, as on disk, for each weight they change.
         scales: Factor of B A for each such weight.
         beside: The files that hold what was trained beside them, under keys of `replaced`.
         replaced: For each of these files the native names, by key, of the values that replace the base's.
-        magnitudes: With DoRA: the length of each row of the weight, `(out,)`, by the weight's native name.
-        biases: With `lora_bias`: what is added to the bias of a layer, `(out,)` float32, by the bias's native name.
+        magnitudes: With DoRA: the length of each row of the weight, `(out,)`.
+        biases: With `lora_bias`: what is added to the bias of a layer, `(out,)` float32.
         alphas: `lora_alpha` of each weight.
         use_rslora: Whether alpha is divided by the root of the rank.
     """
@@ -71,7 +70,7 @@ class LoraAdapter:
         _refuse_other_kinds(config, directory.path)
         files = trained_files(directory, force=force)
         parts, name_in_file = _lora_parts(files[0])
-        _check_complete(files[0], parts, config)
+        _check_complete(files[0], parts, bool(config.get("use_dora")))
         use_rslora = bool(config.get("use_rslora"))
         factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         scales, alphas = dict[str, float](), dict[str, float]()
@@ -192,7 +191,7 @@ def _lora_parts(files: WeightFiles) -> tuple[dict[str, dict[str, torch.Tensor]],
     return parts, original
 
 
-def _check_complete(files: WeightFiles, parts: Mapping[str, Mapping[str, torch.Tensor]], config: Any) -> None:
+def _check_complete(files: WeightFiles, parts: Mapping[str, Mapping[str, torch.Tensor]], use_dora: bool) -> None:
     if not parts:
         raise CheckpointError(f"{files.path} holds no LoRA matrices.")
     lone = [module for module, found in parts.items() if not {"A.weight", "B.weight"} <= set(found)]
@@ -209,9 +208,9 @@ def _check_complete(files: WeightFiles, parts: Mapping[str, Mapping[str, torch.T
             f"{' x '.join(map(str, a.shape))} and B is {' x '.join(map(str, b.shape))}."
         )
     has_magnitude = [module for module, found in parts.items() if "magnitude_vector" in found]
-    if len(has_magnitude) != (len(parts) if config.get("use_dora") else 0):
+    if len(has_magnitude) != (len(parts) if use_dora else 0):
         raise CheckpointError(
-            f"{files.path} does not fit {ADAPTER_CONFIG} beside it: use_dora is {bool(config.get('use_dora'))}, but "
+            f"{files.path} does not fit {ADAPTER_CONFIG} beside it: use_dora is {use_dora}, but "
             f"{len(has_magnitude)} of {len(parts)} modules have a lora_magnitude_vector. Copy both files again."
         )
 

@@ -5,8 +5,7 @@ times its weight. What was trained beside the adapters, the projector above all,
 differs it is averaged with the weights divided by their sum, so that it keeps its size whatever they add up to.
 
 PEFT's `add_weighted_adapter` gives the same sum with `combination_type="cat"` (a test compares them), but on a model
-that is loaded whole, with the weights rounded into the matrices, and without what was trained beside the adapters. The
-sum itself is three lines in `adapter.merged`; this file is about the rest.
+that is loaded whole, and without what was trained beside the adapters, which this file is about.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

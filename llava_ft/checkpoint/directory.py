@@ -118,10 +118,7 @@ def absolute_or_hub_name(name: str) -> str:
 def resolve_model_path(name: str, *, cache_dir: str | None = None, relative_to: Path | None = None) -> Path:
     """Find the directory of a model given by path or by its name on the Hugging Face hub.
 
-    Args:
-        name: A directory, or `owner/name`.
-        cache_dir: Where downloads are kept; the hub's own default when absent.
-        relative_to: Another directory that a relative path may start from.
+    A relative path may also start from `relative_to`.
 
     Raises:
         CheckpointError: There is no such directory and it cannot be downloaded.

@@ -42,17 +42,13 @@ class FullModel:
     """A model as a stream of tensors.
 
     Attributes:
-        source: The base and what was trained on it.
+        source: The base and what was trained on it; most of it is repeated here.
         directory: What the user gave, the first of several: a whole model, or what was trained on a base.
-        base: The base, with what was trained beside an adapter among its sources.
-        adapters: The adapters and the weight of each.
-        tokenizer: Its tokenizer.
         config: Its configuration, with the vocabulary as large as the tokenizer's.
         num_new_rows: Rows by which the vocabulary is larger than the base's.
         shapes: Shape of each parameter by native name, after growth; the vision tower's included.
         dtype: Type of most of the base's bytes.
         rows: Trained rows of added tokens, by the native name of the matrix whose last rows they are.
-        fingerprint: Fingerprint of the base's language model.
         quantization: If set, linear layers have the values that they are worth after being quantised like this.
     """
 

@@ -7,10 +7,13 @@ parents are gone or have moved; each ancestor is described once, however many wa
 
 import hashlib
 import json
+import logging
 import re
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -21,15 +24,17 @@ from llava_ft.checkpoint.fingerprint import language_model_fingerprint, weights_
 from llava_ft.checkpoint.load import WeightSource
 from llava_ft.checkpoint.manifest import installed_versions, read_manifest, write_in_place
 from llava_ft.checkpoint.names import RUN_CONFIG, native_name
-from llava_ft.checkpoint.provenance import git_state
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 LINEAGE: Final = "lineage.json"
 SCHEMA_VERSION: Final = 1
 MAX_DEPTH: Final = 32
 """Generations that are copied; a longer chain says so where it ends."""
 
+_SECONDS_FOR_GIT = 10.0
 _SECRET = re.compile(r"token$|api_key|password|secret|credential", re.IGNORECASE)
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 
@@ -41,15 +46,14 @@ class Lineage:
     Attributes:
         action: What made the directory: `train`, `merge`, `consolidate`, `export hf` and the like.
         time: When, in UTC.
-        base: Path (or name on the hub) and fingerprint of the base's language model, and its own record if it has one;
-            None if there is no base.
+        base: Path (or name on the hub) and fingerprint of the base's language model, and its own record if it has one.
         data: What was trained on: for each source its path, fingerprint, number of records and, in a mixture, share.
         run_config: The resolved configuration of a run, without secrets, the SHA-256 of its file, and the directory
             that relative paths in it count from; empty otherwise.
         parents: What the weights came from, besides the base: path, kind, fingerprint and the record of each.
         details: What else belongs to the action, such as the step or the resumptions of a run.
         git_commit: Commit that the program was started in, and whether files differed from it; "" if none.
-        versions: Versions of this program, Python and the packages.
+        versions: See `installed_versions`.
         schema_version: Version of this layout.
     """
 
@@ -149,6 +153,44 @@ def describe_parent(path: Path) -> dict[str, Any]:
         elif name := base_of_adapter(path):
             described["base"] = {"path": name, "fingerprint": ""}
     return described | {"lineage": None if record is None else asdict(record)}
+
+
+@dataclass(frozen=True)
+class GitState:
+    """The repository around a directory at one moment."""
+
+    commit: str  # full hash
+    is_modified: bool  # whether tracked files differ from it
+    root: Path
+
+    def __str__(self) -> str:
+        """The commit, marked if the files differ from it."""
+        return self.commit + (" (modified)" if self.is_modified else "")
+
+
+@cache
+def git_state(directory: Path) -> GitState | None:
+    """Read the state of the repository that a directory belongs to; asked once, so that a run reports one state.
+
+    Returns:
+        The state, or None if there is no repository, no commit in it, or no usable git.
+    """
+    commit = _git(directory, "rev-parse", "HEAD")
+    root = _git(directory, "rev-parse", "--show-toplevel")
+    changes = _git(directory, "status", "--porcelain", "--untracked-files=no")
+    if commit is None or root is None or changes is None:
+        return None
+    return GitState(commit, bool(changes), Path(root))
+
+
+def _git(directory: Path, *arguments: str) -> str | None:
+    command = ["git", "--no-optional-locks", "-C", str(directory), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS_FOR_GIT, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.debug("git %s in %s: %s", " ".join(arguments), directory, error)
+        return None
+    return done.stdout.strip()
 
 
 def _kind_and_fingerprint(path: Path) -> dict[str, str]:

@@ -81,8 +81,8 @@ class Ledger:
     grown: dict[str, int] = field(default_factory=dict[str, int])  # number of new rows, by parameter
     unexpected: dict[str, list[str]] = field(default_factory=dict[str, list[str]])  # without a place, by source
 
-    def lines(self) -> list[str]:
-        """Return the ledger as lines for the log."""
+    def log(self) -> None:
+        """Write the ledger to the log."""
         lines = [
             f"{part}: {count} tensors, {self.num_bytes[part, source] / 2**20:,.1f} MiB from {source}"
             for (part, source), count in self.loaded.items()
@@ -91,11 +91,7 @@ class Ledger:
             lines.append(f"newly initialised: {some_of(self.initialised)}")
         lines += [f"{name}: {count} new rows" for name, count in self.grown.items()]
         lines += [f"not used from {source}: {some_of(names)}" for source, names in self.unexpected.items()]
-        return lines
-
-    def log(self) -> None:
-        """Write the ledger to the log."""
-        for line in self.lines():
+        for line in lines:
             logger.info("Weights: %s", line)
 
 

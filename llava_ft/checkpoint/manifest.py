@@ -5,12 +5,14 @@ no other. The weights of one run are tied together by their SHA-256, so an adapt
 another run's projector.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, cast
@@ -50,7 +52,7 @@ class Manifest:
     git_commit: str = ""  # of the repository that the run was started in, and whether its files differed
     files: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     """Size in bytes of each file, and its SHA-256 where it holds trained weights beside frozen ones."""
-    versions: dict[str, str] = field(default_factory=dict[str, str])
+    versions: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def write(self, directory: Path) -> None:
         """List the directory's files, without sub-checkpoints, and write the manifest, in place at once."""
@@ -134,19 +136,13 @@ def check_pairing(directory: Path, *, force: Force = False) -> list[str]:
     return ignored
 
 
-def installed_versions() -> dict[str, str]:
-    """Versions of this program, Python and the packages whose version can change a result."""
-    return dict(_versions())
-
-
 @functools.cache  # reading them takes longer than a small save, and every save asks
-def _versions() -> dict[str, str]:
+def installed_versions() -> Mapping[str, str]:
+    """Versions of this program, Python and the packages whose version can change a result."""
     versions = {"llava_ft": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions
 
 

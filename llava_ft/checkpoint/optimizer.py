@@ -74,9 +74,6 @@ class SavedOptimizer(ABC):
 class OptimizerFile(SavedOptimizer):
     """`optimizer.pt`: the state of a run whose ranks hold all of it.
 
-    Args:
-        path: The file.
-
     Raises:
         CheckpointError: It is damaged or of another format.
     """
@@ -109,9 +106,6 @@ class ZeroOptimizer(SavedOptimizer):
 
     The moments are vectors laid out like the float32 weights beside them, so where a parameter lies among the weights
     (`zero/layout.py`) it lies among the moments.
-
-    Args:
-        checkpoint: The directory that holds it.
 
     Raises:
         CheckpointError: A rank's file is missing, damaged or of another run.

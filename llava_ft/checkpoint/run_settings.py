@@ -77,9 +77,12 @@ def find_settings(checkpoint: Path, step_directory: Path, config_file: Path | No
     Raises:
         UserError: A file is damaged.
     """
-    places = _places(checkpoint.resolve())
-    if checkpoint == step_directory:
-        places += _places(checkpoint.resolve().parent)
+    places: tuple[Path, ...] = ()
+    for place in (checkpoint.resolve(), *([checkpoint.resolve().parent] if checkpoint == step_directory else [])):
+        # If its name says that it is a checkpoint, so is what else its run wrote, the newest first.
+        siblings = checkpoints_by_step(place.parent)
+        others = (place.parent, *(path for path in siblings if path != place)) if place in siblings else ()
+        places += (place, *others)
     adapter, config, manifest = (_first(places, name) for name in (ADAPTER_CONFIG, CONFIG, MANIFEST))
     flags_file = config_file or _first(places, RUN_CONFIG)
     return RunSettings(
@@ -189,14 +192,6 @@ def settle_model_config(settings: RunSettings, shapes: Shapes, base_config: Mapp
         fields["mm_projector_type"] = "linear" if is_linear else f"mlp{len(projector)}x_gelu"
         fields["mm_hidden_size"] = next(iter(projector.values()))[1]
     return fields
-
-
-def _places(checkpoint: Path) -> tuple[Path, ...]:
-    """The checkpoint and, if its name says that it is one, what else its run wrote, the newest first."""
-    siblings = checkpoints_by_step(checkpoint.parent)
-    if checkpoint not in siblings:
-        return (checkpoint,)
-    return (checkpoint, checkpoint.parent, *(path for path in siblings if path != checkpoint))
 
 
 def _first(places: Iterable[Path], name: str) -> Path | None:

@@ -28,23 +28,29 @@ _ALIGNMENT = 8
 class ShardFiles:
     """Writes a model as safetensors shards with an index; a model of one shard gets the plain file name.
 
-    Attributes:
-        total_bytes: Size of all tensors.
+    Nothing is written before the first tensor comes.
+
+    Args:
+        directory: Where to.
+        layout: The tensors that will come, in whatever order.
+        max_shard_bytes: A single larger tensor gets a shard of its own.
     """
 
     def __init__(self, directory: Path, layout: Layout, *, max_shard_bytes: int):
-        """Lay out the files. Nothing is written yet.
-
-        Args:
-            directory: Where to.
-            layout: The tensors that will come, in whatever order.
-            max_shard_bytes: Size of a shard in bytes; a single larger tensor gets a shard of its own.
-        """
         self._directory = directory
         self._layout = layout
         self._pending = set(layout)
-        shards = _split(layout, max_shard_bytes)
-        self._names = [_file_name(index, len(shards)) for index in range(len(shards))]
+        shards: list[list[str]] = [[]]
+        size = 0
+        for name in layout:
+            num_bytes = _num_bytes(layout, name)
+            if shards[-1] and size + num_bytes > max_shard_bytes:
+                shards.append([])
+                size = 0
+            shards[-1].append(name)
+            size += num_bytes
+        numbered = [f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors" for index in range(len(shards))]
+        self._names = numbered if len(shards) > 1 else ["model.safetensors"]
         self._headers: list[bytes] = []
         self._places: dict[str, tuple[int, int]] = {}
         for index, names in enumerate(shards):
@@ -59,9 +65,12 @@ class ShardFiles:
         assert (tuple(tensor.shape), tensor.dtype) == self._layout[name], name
         index, offset = self._places[name]
         data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        descriptor = self._descriptor(index)
+        if index not in self._descriptors:
+            file = self._directory / self._names[index]
+            self._descriptors[index] = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            os.pwrite(self._descriptors[index], self._headers[index], 0)
         while data:
-            written = os.pwrite(descriptor, data, offset)  # at most 2 GiB at a time
+            written = os.pwrite(self._descriptors[index], data, offset)  # at most 2 GiB at a time
             data, offset = data[written:], offset + written
         self._pending.discard(name)
 
@@ -80,20 +89,9 @@ class ShardFiles:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
-    def _descriptor(self, index: int) -> int:
-        if index not in self._descriptors:
-            file = self._directory / self._names[index]
-            self._descriptors[index] = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-            os.pwrite(self._descriptors[index], self._headers[index], 0)
-        return self._descriptors[index]
-
 
 def check_space(directory: Path, num_bytes: int) -> None:
-    """Refuse to write what the disk has no room for, before any weight is read.
-
-    Args:
-        directory: Where to; the staging directory of a result.
-        num_bytes: Size of the weights.
+    """Refuse to write more bytes into a staging directory than the disk has room for, before any weight is read.
 
     Raises:
         UserError: There is less room.
@@ -109,23 +107,6 @@ def check_space(directory: Path, num_bytes: int) -> None:
 def layout_bytes(layout: Layout) -> int:
     """Size of all tensors in bytes."""
     return sum(_num_bytes(layout, name) for name in layout)
-
-
-def _split(layout: Layout, max_shard_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name in layout:
-        num_bytes = _num_bytes(layout, name)
-        if shards[-1] and size + num_bytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += num_bytes
-    return shards
-
-
-def _file_name(index: int, num_shards: int) -> str:
-    return "model.safetensors" if num_shards == 1 else f"model-{index + 1:05d}-of-{num_shards:05d}.safetensors"
 
 
 def _header(layout: Layout, names: list[str]) -> tuple[bytes, dict[str, int]]:

@@ -66,7 +66,7 @@ class ConversionReport:
     ignored: list[str] = field(default_factory=list[str])
     notes: list[str] = field(default_factory=list[str])
     passed: bool = False
-    versions: dict[str, str] = field(default_factory=installed_versions)
+    versions: Mapping[str, str] = field(default_factory=installed_versions)
 
     def count(self, piece: ModelTensor) -> None:
         """Count a tensor that is written under its source."""

@@ -20,6 +20,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from llava_ft.checkpoint.lineage import git_state
 from llava_ft.checkpoint.manifest import Manifest
 from llava_ft.checkpoint.names import (
     CONFIG,
@@ -31,7 +32,6 @@ from llava_ft.checkpoint.names import (
     is_vision,
     native_name,
 )
-from llava_ft.checkpoint.provenance import git_state
 from llava_ft.checkpoint.save import (
     ShardWriter,
     WeightsFormat,

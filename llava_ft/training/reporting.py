@@ -30,8 +30,8 @@ from transformers.integrations.integration_utils import (
 )
 
 from llava_ft.args import ParsedArgs, resolved_config, to_yaml
+from llava_ft.checkpoint.lineage import git_state
 from llava_ft.checkpoint.names import RUN_CONFIG, TRAINABLE_TABLE
-from llava_ft.checkpoint.provenance import git_state
 from llava_ft.version import __version__
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,7 @@
 """The loader: one pass, a ledger, and no weight that nobody asked for."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ def load(path, **options):
     return load_base(base, num_new_rows=grown, dtype_of=lambda name: torch.float32)
 
 
-def test_three_sources_make_one_model():
+def test_three_sources_make_one_model(caplog: pytest.LogCaptureFixture):
     model, ledger = load(
         "ckpt/base-llm", vision_tower="ckpt/clip-tiny", projector_file="ckpt/mm_projector.bin", wishes=WISHES
     )
@@ -41,7 +42,9 @@ def test_three_sources_make_one_model():
     whole = load_file("ckpt/llava15-tiny/model.safetensors")
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, whole[name]), name
-    assert any("projector: 4 tensors" in line for line in ledger.lines())
+    with caplog.at_level(logging.INFO):
+        ledger.log()
+    assert "Weights: projector: 4 tensors" in caplog.text
 
 
 def test_a_language_model_without_a_tower_is_text_only():

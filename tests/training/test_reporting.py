@@ -17,8 +17,8 @@ import yaml
 from transformers.integrations import TensorBoardCallback
 
 from llava_ft.args import parse_args
+from llava_ft.checkpoint.lineage import git_state
 from llava_ft.checkpoint.manifest import read_manifest, what_is_incomplete
-from llava_ft.checkpoint.provenance import git_state
 from llava_ft.errors import UserError
 from llava_ft.training.reporting import GuardedReporter, attach_reporters
 from llava_ft.training.run import prepare_run

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Final, cast
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig, PretrainedConfig
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig
 
 from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import vision_fields
@@ -73,12 +73,16 @@ def native_fields(hf: Mapping[str, Any], where: str = "The model") -> dict[str, 
     _check_supported(config, where)
     assert isinstance(text, LlamaConfig)
     assert isinstance(vision, CLIPVisionConfig)
+    pad_ids = (getattr(each, "pad_token_id", None) for each in (text, config))
+    # OpenAI's tower of this architecture, for programs that look it up by name; the weights are inside.
+    large = (vision.hidden_size, vision.num_hidden_layers, vision.patch_size, vision.intermediate_size)
+    assert isinstance(vision.image_size, int)
     fields: dict[str, Any] = {key: value for key, value in text.to_dict().items() if key not in _NOT_SETTINGS}
     fields |= {
         "model_type": LlavaLlamaConfig.model_type,
         "tie_word_embeddings": bool(config.tie_word_embeddings),
-        "pad_token_id": _pad_token_id(config, text),
-        "mm_vision_tower": _known_tower(vision),
+        "pad_token_id": next((i for i in pad_ids if isinstance(i, int) and 0 <= i < text.vocab_size), None),
+        "mm_vision_tower": _OPENAI_TOWERS.get(vision.image_size) if large == (1024, 24, 14, 4096) else None,
         "mm_vision_config": vision_fields(vision.to_dict(), where),
         "mm_hidden_size": vision.hidden_size,
         "mm_projector_type": "mlp2x_gelu",
@@ -199,16 +203,3 @@ def _check_supported(config: Any, where: str) -> None:
             raise CheckpointError(
                 f"{key} of {where} is {getattr(config, key)!r}; supported is {supported}. Use a model trained so."
             )
-
-
-def _pad_token_id(config: PretrainedConfig, text: PretrainedConfig) -> int | None:
-    found = [getattr(each, "pad_token_id", None) for each in (text, config)]
-    vocab_size: int = getattr(text, "vocab_size", 0)
-    return next((index for index in found if isinstance(index, int) and 0 <= index < vocab_size), None)
-
-
-def _known_tower(vision: CLIPVisionConfig) -> str | None:
-    """Return the name of OpenAI's tower of this architecture, for programs that look it up; the weights are inside."""
-    large = (vision.hidden_size, vision.num_hidden_layers, vision.patch_size, vision.intermediate_size)
-    assert isinstance(vision.image_size, int)
-    return _OPENAI_TOWERS.get(vision.image_size) if large == (1024, 24, 14, 4096) else None

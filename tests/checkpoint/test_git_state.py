@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_ft.checkpoint.provenance import git_state
+from llava_ft.checkpoint.lineage import git_state
 
 
 @pytest.fixture
