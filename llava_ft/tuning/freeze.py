@@ -30,17 +30,11 @@ DECODER_LAYER: Final = r"model\.layers\.\d+\."
 
 @dataclass(frozen=True)
 class TuningPlan:
-    """What a run trains.
-
-    Attributes:
-        method: Which of the three kinds of run it is.
-        train_projector: Whether the projector, and `image_newline` with it, is trained.
-        train_language_model: Whether the language model's own weights are trained.
-    """
+    """What a run trains."""
 
     method: Method
-    train_projector: bool
-    train_language_model: bool
+    train_projector: bool  # and `image_newline` with it
+    train_language_model: bool  # its own weights, apart from adapters
 
     @classmethod
     def from_flags(

@@ -22,27 +22,17 @@ from llava_ft.tuning.lora_weights import Flat, LoraWeights
 
 
 class Kept(NamedTuple):
-    """What the backward pass of adapted products needs beside their input.
+    """What the backward pass of adapted products needs beside their input."""
 
-    Attributes:
-        low_TS: The input times each A; None without adapters.
-        mask_LTI: Where dropout kept the input of each adapter; None without dropout.
-    """
-
-    low_TS: torch.Tensor | None
-    mask_LTI: torch.Tensor | None
+    low_TS: torch.Tensor | None  # the input times each A; None without adapters
+    mask_LTI: torch.Tensor | None  # where dropout kept the input of each adapter; None without dropout
 
 
 class Gradients(NamedTuple):
-    """Gradients of adapted products; None for what has none.
+    """Gradients of adapted products; None for what has none."""
 
-    Attributes:
-        input: `(T, I)`.
-        adapters: Of A and B, for each layer.
-    """
-
-    input: torch.Tensor | None
-    adapters: list[tuple[torch.Tensor | None, torch.Tensor | None]]
+    input: torch.Tensor | None  # (T, I)
+    adapters: list[tuple[torch.Tensor | None, torch.Tensor | None]]  # of A and B, for each layer
 
 
 def adapted_products(

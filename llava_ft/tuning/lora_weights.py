@@ -23,21 +23,13 @@ _PEFT_LINEARS = (PeftLinear.__name__, "Linear4bit")
 
 
 class Packing(NamedTuple):
-    """How a weight in 4 bits is packed.
+    """How a weight in 4 bits is packed."""
 
-    Attributes:
-        shape: `(O, I)`.
-        quant_type: `nf4` or `fp4`.
-        blocksize: Values that share a scale.
-        scale_blocksize: Scales that share a scale of their own; 0 where scales are not quantised.
-        dtype: In which products with it are computed.
-    """
-
-    shape: tuple[int, int]
-    quant_type: str
-    blocksize: int
-    scale_blocksize: int
-    dtype: torch.dtype
+    shape: tuple[int, int]  # (O, I)
+    quant_type: str  # nf4 or fp4
+    blocksize: int  # values that share a scale
+    scale_blocksize: int  # scales that share a scale of their own; 0 where scales are not quantised
+    dtype: torch.dtype  # in which products with it are computed
 
     @property
     def num_tensors(self) -> int:
@@ -46,21 +38,13 @@ class Packing(NamedTuple):
 
 
 class LoraWeights(NamedTuple):
-    """A frozen linear layer without bias and its adapter.
+    """A frozen linear layer without bias and its adapter."""
 
-    Attributes:
-        weight: `(O, I)` alone, or the tensors that `packing` says.
-        down: LoRA A, `(R, I)`; None without an adapter.
-        up: LoRA B, `(O, R)`; None without an adapter.
-        scale: Factor of the adapter's part.
-        packing: How the weight is packed; None where it is one tensor.
-    """
-
-    weight: tuple[torch.Tensor, ...]
-    down: torch.Tensor | None
-    up: torch.Tensor | None
-    scale: float
-    packing: Packing | None = None
+    weight: tuple[torch.Tensor, ...]  # (O, I) alone, or the tensors that `packing` says
+    down: torch.Tensor | None  # LoRA A, (R, I); None without an adapter
+    up: torch.Tensor | None  # LoRA B, (O, R); None without an adapter
+    scale: float  # factor of the adapter's part
+    packing: Packing | None = None  # None where the weight is one tensor
 
     @property
     def rank(self) -> int:
@@ -87,15 +71,10 @@ class LoraWeights(NamedTuple):
 
 
 class Flat(NamedTuple):
-    """Weights of several layers as the flat arguments of an autograd function.
+    """Weights of several layers as the flat arguments of an autograd function."""
 
-    Attributes:
-        tensors: Weight, A and B of each layer in turn; None for an adapter that is not there.
-        layout: Scale of each layer, and how its weight is packed.
-    """
-
-    tensors: tuple[torch.Tensor | None, ...]
-    layout: tuple[tuple[float, Packing | None], ...]
+    tensors: tuple[torch.Tensor | None, ...]  # weight, A and B of each layer in turn; None where no adapter is
+    layout: tuple[tuple[float, Packing | None], ...]  # scale of each layer, and how its weight is packed
 
     @classmethod
     def of(cls, layers: Sequence[LoraWeights]) -> "Flat":

@@ -33,17 +33,11 @@ _QUANTIZED_PARAMETERS = ("Params4bit", "Int8Params")
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the language model's linear layers are held.
-
-    Attributes:
-        bits: 4 or 8.
-        quant_type: Data type of 4-bit values: nf4 for normally distributed weights, or fp4.
-        double_quant: With 4 bits, whether the scales of the blocks are quantised as well.
-    """
+    """How the language model's linear layers are held."""
 
     bits: Literal[4, 8]
-    quant_type: Literal["nf4", "fp4"] = "nf4"
-    double_quant: bool = True
+    quant_type: Literal["nf4", "fp4"] = "nf4"  # of 4-bit values; nf4 is for normally distributed weights
+    double_quant: bool = True  # with 4 bits, whether the scales of the blocks are quantised as well
 
     @classmethod
     def from_flags(cls, bits: int, quant_type: Literal["nf4", "fp4"], double_quant: bool) -> "Quantization | None":

@@ -63,17 +63,11 @@ _CHEAP: Final = 4
 
 @dataclass(frozen=True)
 class Recomputation:
-    """What a run computes again in the backward pass.
+    """What a run computes again in the backward pass."""
 
-    Attributes:
-        mode: What of a layer.
-        every: Of which layers: the first of each so many.
-        offload: Whether the inputs of these layers wait in the host's memory; with `full` alone.
-    """
-
-    mode: Mode = "none"
-    every: int = 1
-    offload: bool = False
+    mode: Mode = "none"  # what of a layer
+    every: int = 1  # of which layers: the first of each so many
+    offload: bool = False  # whether the inputs of these layers wait in the host's memory; with `full` alone
 
     @classmethod
     def of_run(cls, mode: Mode, every: int, *, offload: bool, is_compiled: bool) -> "Recomputation":
