@@ -57,12 +57,7 @@ class AttentionMachine:
 
 
 def this_machine(*, has_gpu: bool, is_half: bool) -> AttentionMachine:
-    """Look at this machine.
-
-    Args:
-        has_gpu: Whether the run is on a GPU.
-        is_half: Whether it computes in bf16 or fp16.
-    """
+    """Look at this machine, for a run that is on a GPU or not, and computes in bf16 or fp16 or not."""
     is_here = has_gpu and torch.cuda.is_available()
     return AttentionMachine(
         has_gpu=has_gpu,

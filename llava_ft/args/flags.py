@@ -68,20 +68,12 @@ def fields_of_transformers() -> dict[str, dict[str, Any]]:
             kind = ValueType.of(hints[field.name])
         except TypeError:  # it takes an object, such as parallelism_config
             continue
-        fields[field.name] = {
-            "kinds": sorted(kind.kinds),
-            "choices": list(kind.choices),
-            "optional": kind.optional,
-        }
+        fields[field.name] = {"kinds": sorted(kind.kinds), "choices": list(kind.choices), "optional": kind.optional}
     return fields
 
 
 def format_help(program: str) -> str:
-    """Return the usage of a training command: every own flag with its values, default and meaning.
-
-    Args:
-        program: How the command is called, such as "train.py".
-    """
+    """Return the usage of a training command: every own flag with its values, default and meaning."""
     lines = [
         f"usage: {program} [--config FILE.yaml] [--print-config] [--FLAG VALUE ...]",
         "",

@@ -18,19 +18,12 @@ _FLOAT_WITHOUT_POINT: Final = re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One value as written, and where.
+    """One value as written, and where."""
 
-    Attributes:
-        key: Name without dashes, with underscores.
-        value: As written.
-        where: For messages: `--lora_r` or `lora.yaml, line 12: lora_r`.
-        is_bare: Whether a flag stands on the command line without a value; `value` is None then.
-    """
-
-    key: str
+    key: str  # without dashes, with underscores
     value: Raw
-    where: str
-    is_bare: bool = False
+    where: str  # for messages: `--lora_r` or `lora.yaml, line 12: lora_r`
+    is_bare: bool = False  # a flag on the command line without a value; `value` is None then
 
 
 def read_command_line(argv: Sequence[str]) -> list[Entry]:
@@ -101,11 +94,7 @@ def write_yaml(values: Mapping[str, object]) -> str:
 def find_config(name: str) -> Path | None:
     """Look up a YAML configuration: as a path, in `./configs`, then in the source tree's `configs`.
 
-    Args:
-        name: A path, or a bare file name with or without suffix.
-
-    Returns:
-        The file, or None if there is none.
+    A bare file name may lack its suffix. None is returned if there is no such file.
     """
     path = Path(name).expanduser()
     candidates = [path]
