@@ -208,14 +208,14 @@ READERS = {
     "hf_speaker: model_class.from_pretrained",
     "indexed: np.load",
     "mixture: yaml.load",
-    "peft_keys: LoraConfig.from_pretrained",
+    "export_adapter: LoraConfig.from_pretrained",
     "pickles: torch.load",
     "tables: _hf.load_dataset",
     "tables: _hf.load_from_disk",
     "tokenizer: AutoTokenizer.from_pretrained",
 }
 """Calls that a library could unpickle in, or run code of a directory in. Each was looked at; the first three read what
-an export has just written, `peft_keys` JSON."""
+an export has just written, `export_adapter` JSON."""
 
 SAFE = {
     "torch.load": "weights_only=True",

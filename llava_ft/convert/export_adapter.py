@@ -15,10 +15,11 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from peft import get_peft_model_state_dict as _state_dict  # pyright: ignore[reportUnknownVariableType]
 
 from llava_ft.checkpoint.adapter import LoraAdapter
 from llava_ft.checkpoint.full_model import FullModel
@@ -41,11 +42,13 @@ from llava_ft.checkpoint.names import (
 from llava_ft.checkpoint.save import adapter_config_fields, config_fields, save_tensors, write_json
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.convert.export_hf import hf_config, image_settings, write_image_processor
+from llava_ft.convert.hf_speaker import build_hf_skeleton
 from llava_ft.convert.native_record import num_native_rows, read_weight_record
 from llava_ft.convert.options import ExportOptions
-from llava_ft.convert.peft_keys import check_taken
 from llava_ft.convert.proof import ConversionReport
 from llava_ft.errors import CheckpointError, RunError
+from llava_ft.models.builder import build_skeleton
+from llava_ft.models.config import LlavaLlamaConfig
 
 Layout = Literal["llava", "hf"]
 
@@ -266,6 +269,41 @@ def _compare(target: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, value in tensors.items():
         if written[name].dtype != value.dtype or not torch.equal(written[name], value):
             raise RunError(f"{name} was written with other values. Is the disk damaged?")
+
+
+def check_taken(directory: Path, config: LlavaLlamaConfig, layout: Layout) -> None:
+    """Check that PEFT takes every tensor of an adapter's file, and finds every tensor that it looks for.
+
+    `PeftModel.from_pretrained` passes over keys that it does not know, and starts modules anew whose keys it does not
+    find; both look like success. Here it is asked on a model without memory, of the configuration and layout given.
+
+    Raises:
+        RunError: It does not.
+    """
+    model: Any
+    if layout == "hf":
+        model = build_hf_skeleton(config, "float32")
+    else:  # as original LLaVA has it when it puts an adapter on: the tower is loaded afterwards
+        model = build_skeleton(config)
+        del model.model.vision_tower
+    adapter = cast("Any", LoraConfig).from_pretrained(str(directory))
+    model.name_or_path = adapter.base_model_name_or_path  # PEFT compares the two, and warns
+    wrapped = cast("Any", get_peft_model)(model, adapter, low_cpu_mem_usage=True)
+    state = cast("Any", _state_dict)(wrapped, save_embedding_layers=False)  # or PEFT looks into the base's directory
+    looked_for = {key: tuple(value.shape) for key, value in state.items()}
+    files = [directory / name for name in (ADAPTER_BIN, ADAPTER_SAFETENSORS) if (directory / name).is_file()]
+    found = {
+        key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): info.shape
+        for file in files
+        for key, info in WeightFiles.open(file).tensors.items()
+    }
+    wrong = sorted(key for key in looked_for.keys() | found.keys() if looked_for.get(key) != found.get(key))
+    if wrong:
+        key = wrong[0]
+        raise RunError(
+            f"PEFT would not take the exported adapter as it is: {len(wrong)} keys, such as {key} "
+            f"({looked_for.get(key, 'not looked for')} in its model, {found.get(key, 'missing')} in the file)."
+        )
 
 
 def _advice(whole: FullModel, tensors: Mapping[str, torch.Tensor], layout: Layout) -> list[str]:

@@ -79,7 +79,8 @@ def export_llava(whole: FullModel, target: Path, options: ExportOptions, report:
                 writer.add(piece.name, _cut(piece, num_rows))
         writer.finish()
     tokenizer = write_native_tokenizer(whole.tokenizer, num_rows, target, source)
-    _write_configs(whole, target, options, (num_rows, cast("int | None", tokenizer.pad_token_id), not without_tower))
+    pad_token_id = cast("int | None", tokenizer.pad_token_id)
+    _write_configs(whole, target, options, num_rows, pad_token_id, has_tower=not without_tower)
     if without_tower:
         report.notes.append(
             f"the vision tower is left out, as before the export it came from: its values are those of "
@@ -167,18 +168,16 @@ def _write_recorded_files(whole: FullModel, target: Path, record: WeightRecord, 
 
 
 def _write_configs(
-    whole: FullModel, target: Path, options: ExportOptions, vocabulary: tuple[int, int | None, bool]
+    whole: FullModel,
+    target: Path,
+    options: ExportOptions,
+    num_rows: int,
+    pad_token_id: int | None,
+    *,
+    has_tower: bool,
 ) -> None:
-    """Write configuration, generation settings and image settings.
-
-    Args:
-        whole: The model.
-        target: Where to.
-        options: The type of the weights.
-        vocabulary: Rows of the vocabulary, id of the padding token, and whether the tower is inside.
-    """
+    """Write configuration, generation settings and image settings."""
     source = whole.base.directory.path
-    num_rows, pad_token_id, has_tower = vocabulary
     is_unchanged = whole.directory.kind == "llava" and whole.base.directory.layout == "hf" and options.dtype is None
     if not (is_unchanged and config_is_as_exported(source) and copy_native_files(source, target, [CONFIG])):
         config = copy.deepcopy(whole.config)
@@ -201,12 +200,7 @@ def _write_configs(
 
 
 class CompletedFiles(WeightFiles):
-    """What was written, under native names, with what was left out taken from the source.
-
-    Args:
-        directory: Where it was written.
-        whole: Its source.
-    """
+    """What was written, under native names, with what was left out taken from the source."""
 
     def __init__(self, directory: Path, whole: FullModel):
         written = WeightFiles.open(directory)

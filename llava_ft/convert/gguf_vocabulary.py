@@ -47,16 +47,10 @@ _SAMPLES: Final = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The entries of a vocabulary, in the order of their ids.
+    """The entries of a vocabulary, in the order of their ids."""
 
-    Attributes:
-        pieces: Text of each, blanks written as U+2581, in user-defined ones as they are.
-        scores: Preference of each when neighbours are joined; the highest comes first.
-        types: What each is.
-    """
-
-    pieces: list[str]
-    scores: list[float]
+    pieces: list[str]  # blanks written as U+2581, in user-defined ones as they are
+    scores: list[float]  # when neighbours are joined, the highest comes first
     types: list[TokenType]
 
 
@@ -88,13 +82,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerFast, num_rows: int) -> Vocabu
 
 
 def vocabulary_fields(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerFast, chat_template: str | None) -> Fields:
-    """Return the description of a vocabulary for a GGUF file.
-
-    Args:
-        vocabulary: Its entries.
-        tokenizer: Where the special tokens are read from.
-        chat_template: Jinja text that writes a conversation; None leaves it out.
-    """
+    """Return the description of a vocabulary for a GGUF file; `chat_template` is Jinja text, None leaves it out."""
     backend = cast("Any", tokenizer)
     fields: dict[str, Field] = {
         "tokenizer.ggml.model": text("llama"),

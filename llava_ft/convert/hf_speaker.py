@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+from accelerate import init_empty_weights  # pyright: ignore[reportMissingTypeStubs]
 from peft import PeftModel
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
 from llava_ft.checkpoint.full_model import FullModel
+from llava_ft.checkpoint.hf.config import hf_fields
 from llava_ft.checkpoint.hf.names import module_name
 from llava_ft.checkpoint.load import fit_rows
 from llava_ft.checkpoint.names import CONFIG, EMBEDDINGS, HEAD
@@ -19,11 +21,22 @@ from llava_ft.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_ft.convert.export_hf import write_hf_files
 from llava_ft.convert.hf_tokenizer import image_token_id
 from llava_ft.convert.options import ExportOptions
-from llava_ft.convert.peft_keys import build_hf_skeleton
 from llava_ft.convert.verify import Question
 from llava_ft.errors import RunError
+from llava_ft.models.config import LlavaLlamaConfig
 
 MODEL_CLASSES: Any = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
+
+
+def build_hf_skeleton(config: LlavaLlamaConfig, dtype: Any) -> Any:
+    """Build transformers' own model for a configuration, with its parameters on the meta device.
+
+    `dtype` is what the model's configuration says.
+    """
+    fields = hf_fields(config, image_token_id=config.vocab_size - 1, dtype=dtype)
+    model_class = MODEL_CLASSES[fields["model_type"]]
+    with init_empty_weights(include_buffers=False):
+        return model_class(model_class.config_class.from_dict(fields))
 
 
 class Processor(Protocol):

@@ -10,8 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
-from llava_ft.convert.export_adapter import target_expression
-from llava_ft.convert.peft_keys import check_taken
+from llava_ft.convert.export_adapter import check_taken, target_expression
 from llava_ft.errors import RunError
 from llava_ft.inference.load import load_model
 from tests.conftest import RECORDINGS
