@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from llava_ft.args import parse_args
 from llava_ft.planning.disk import WHOLE_MODEL, checkpoint_files
@@ -108,7 +109,8 @@ class TestVisionCache:
         changes = {**extra, "vision_cache": tmp_path / "cache"}
         planned = plan_of(flags(tmp_path / "run", "lora", **changes)).vision_cache
         prepare(tmp_path / "run", "lora", **changes)
-        assert planned == sum(path.stat().st_size for path in (tmp_path / "cache").glob("features-*/*.bin"))
+        files = (tmp_path / "cache").rglob("features-*.safetensors")
+        assert planned == sum(tensor.nbytes for file in files for tensor in load_file(file).values())
 
     def test_it_is_in_the_report(self, in_recordings, tmp_path):
         plan = plan_of(flags(tmp_path / "run", "lora", vision_cache=tmp_path / "cache"))
