@@ -236,7 +236,7 @@ def child(argv: list[str], warm_up: list[str]) -> None:
     on_gpu = torch.cuda.is_available() and "--use_cpu" not in argv
     baseline = 0 if on_gpu else resident("VmRSS")
     args = parse_args(argv)
-    _, watch = join_ranks(args)
+    watch = join_ranks(args)
     run = prepare_run(args)
     gc.collect()
     if on_gpu:

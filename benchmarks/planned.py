@@ -125,7 +125,7 @@ def child(argv: list[str]) -> None:
             return time.perf_counter()
 
     args = parse_args(argv)
-    _, watch = join_ranks(args)
+    watch = join_ranks(args)
     run, clock = prepare_run(args), Clock()
     run.trainer.add_callback(clock)
     if torch.cuda.is_available():

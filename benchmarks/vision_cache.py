@@ -103,10 +103,10 @@ def child(argv: list[str]) -> None:
     from transformers import TrainerCallback
 
     from llava_ft.args import parse_args
-    from llava_ft.training import vision_fill
+    from llava_ft.training import vision_cache
     from llava_ft.training.run import prepare_run
 
-    encoded, fill = [0.0], vision_fill.Encoder.__call__
+    encoded, fill = [0.0], vision_cache.Encoder.__call__
 
     def timed_fill(self, pixels):
         start = time.process_time()
@@ -114,7 +114,7 @@ def child(argv: list[str]) -> None:
         encoded[0] += time.process_time() - start
         return features
 
-    vision_fill.Encoder.__call__ = timed_fill
+    vision_cache.Encoder.__call__ = timed_fill
 
     class Clock(TrainerCallback):
         def __init__(self):

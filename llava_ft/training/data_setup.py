@@ -46,10 +46,7 @@ def prepare_datasets(args: ParsedArgs, base: BaseModel, tokenizer: PreTrainedTok
     return build_datasets(
         args.data.data_path,
         tokenize=SampleTokenizer(
-            tokenizer,
-            template,
-            mm_use_im_start_end=base.config.mm_use_im_start_end,
-            supervise=args.data.supervise,
+            tokenizer, template, mm_use_im_start_end=base.config.mm_use_im_start_end, supervise=args.data.supervise
         ),
         image_transform=transform,
         image_folder=args.data.image_folder,
@@ -63,34 +60,18 @@ def prepare_datasets(args: ParsedArgs, base: BaseModel, tokenizer: PreTrainedTok
         validation_path=args.data.validation_data_path,
         validation_fraction=args.data.validation_fraction,
         seed=data_seed(args),
-        preparation=preparation_settings(args, goes_first=args.training.local_process_index == 0),
+        preparation=PreparationSettings(
+            Path(args.data.data_cache_dir) if args.data.data_cache_dir else None,
+            args.data.preprocessing_num_workers,
+            goes_first=args.training.local_process_index == 0,
+        ),
     )
-
-
-def preparation_settings(args: ParsedArgs, *, goes_first: bool = True) -> PreparationSettings:
-    """Settle where prepared records are kept, and how many processes prepare them.
-
-    Args:
-        args: The request.
-        goes_first: Whether this process begins at once, or lets another one of its machine go first.
-    """
-    cache_dir = Path(args.data.data_cache_dir) if args.data.data_cache_dir else None
-    return PreparationSettings(cache_dir, args.data.preprocessing_num_workers, goes_first)
 
 
 def arrange_rows(
     args: ParsedArgs, samples: ConversationDataset, pad_token_id: int
 ) -> tuple[ConversationDataset | RowDataset, PaddingCollator | PackedCollator]:
-    """Decide what a row of a batch is.
-
-    Args:
-        args: The request.
-        samples: What is trained on.
-        pad_token_id: Vocabulary entry in what no sample fills.
-
-    Returns:
-        Rows, and what makes a batch of several.
-    """
+    """Return the rows of batches, one sample or several joined, and what makes a batch of several rows."""
     training, multiple = args.training, length_multiple(args)
     if args.data.padding_free:
         collator = PackedCollator(pad_token_id, flatten=True, length_multiple=multiple)
@@ -130,16 +111,8 @@ def data_seed(args: ParsedArgs) -> int:
     return args.training.seed if args.training.data_seed is None else args.training.data_seed
 
 
-def write_data_report(datasets: BuiltDatasets, output_dir: Path) -> Path:
-    """Write what the checks before training found beside the run.
-
-    Args:
-        datasets: The data sets, with their reports.
-        output_dir: Directory of the run.
-
-    Returns:
-        The file, `data_report.json`.
-    """
+def write_data_report(datasets: BuiltDatasets, output_dir: Path) -> None:
+    """Write what the checks before training found beside the run, as `data_report.json`."""
     content = {"train": datasets.report.to_dict()}
     if datasets.validation_report is not None:
         content["validation"] = datasets.validation_report.to_dict()
@@ -147,4 +120,4 @@ def write_data_report(datasets: BuiltDatasets, output_dir: Path) -> Path:
     path = output_dir / DATA_REPORT
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return unfinished.replace(path)
+    unfinished.replace(path)

@@ -1,4 +1,4 @@
-"""Several ranks: joining them, loading a model divided among them, and ending together.
+"""Several ranks: joining them, checking that they write and resume in the same place, and ending together.
 
 A rank is one process with one device. Launchers (`deepspeed`, `torchrun`) say through RANK, LOCAL_RANK, WORLD_SIZE,
 MASTER_ADDR and MASTER_PORT which one a process is; a process that was started alone is the only one.
@@ -6,9 +6,13 @@ MASTER_ADDR and MASTER_PORT which one a process is; a process that was started a
 
 import logging
 import os
+import secrets
 import socket
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import TrainingArguments
@@ -21,36 +25,16 @@ from llava_ft.training.watch import RankWatch
 logger = logging.getLogger(__name__)
 
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_SECONDS_BETWEEN_LOOKS = 0.2
+
+_Value = TypeVar("_Value")
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those of the run.
-
-    Attributes:
-        rank: Position among all ranks, from 0.
-        local_rank: Position among the ranks on this machine, from 0.
-        world_size: Number of ranks.
-    """
-
-    rank: int
-    local_rank: int
-    world_size: int
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is the rank that speaks and writes."""
-        return self.rank == 0
-
-
-def join_ranks(args: ParsedArgs) -> tuple[Ranks, RankWatch | None]:
+def join_ranks(args: ParsedArgs) -> RankWatch | None:
     """Make this process one of the run's ranks. Call before `args.training`, which takes the device.
 
-    Args:
-        args: The request.
-
     Returns:
-        Which rank it is, and a watch over the others if there are any.
+        A watch over the other ranks, if there are any.
 
     Raises:
         UserError: The environment of a launcher is incomplete.
@@ -75,12 +59,19 @@ def join_ranks(args: ParsedArgs) -> tuple[Ranks, RankWatch | None]:
             "its own needs none: start with deepspeed or torchrun, or remove them from the environment."
         )
     if uses_deepspeed and uses_cpu:
-        _start_deepspeed_on_cpu(timedelta(seconds=int(str(args.inherited.get("ddp_timeout", 1800)))))
-    _ = args.training  # joins the process group
-    ranks = Ranks(args.training.process_index, args.training.local_process_index, args.training.world_size)
-    if ranks.world_size == 1:
-        return ranks, None
-    return ranks, RankWatch.connect(ranks.rank, ranks.world_size, ranks.local_rank)
+        # DeepSpeed divides models only in a group it opened itself. Its shared-memory reduction is switched off first:
+        # training does not use it, building it takes a compiler and a minute, and it leaves 66 MB per rank in /dev/shm.
+        import deepspeed
+        import deepspeed.ops
+        from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+        setattr(deepspeed.ops, "__compatible_ops__", {ShareMemCommBuilder.NAME: False})  # noqa: B010 - it has no such name yet
+        timeout = timedelta(seconds=int(str(args.inherited.get("ddp_timeout", 1800))))
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    training = args.training  # joins the process group
+    if training.world_size == 1:
+        return None
+    return RankWatch.connect(training.process_index, training.world_size, training.local_process_index)
 
 
 def zero_division(training: TrainingArguments) -> ZeroDivision | None:
@@ -108,15 +99,101 @@ def is_communication_error(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in marks)
 
 
-def _start_deepspeed_on_cpu(timeout: timedelta) -> None:
-    """Open the process group through DeepSpeed, which divides models only in a group it opened itself.
+def check_shared_output(training: TrainingArguments) -> None:
+    """Check that all ranks see the same output directory, or that each machine is to write its own.
 
-    DeepSpeed's shared-memory reduction is switched off first: training does not use it, building it takes a compiler
-    and a minute, and it leaves 66 MB per rank in /dev/shm.
+    Every rank writes its part of a checkpoint: its random numbers, and under DeepSpeed its share of the optimizer. If
+    `output_dir` is a folder of its own on each machine, the parts never come together, and a resumed rank may find
+    another checkpoint than the others, or none. Nothing would tell before the run is lost, so it is asked first.
+
+    Raises:
+        UserError: They do not, or all would write over one another.
     """
-    import deepspeed
-    import deepspeed.ops
-    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+    if training.world_size == 1:
+        return
+    directory = Path(training.output_dir or ".")
+    blind = blind_ranks(directory, training)
+    machines = len(set(from_all_ranks(training.process_index - training.local_process_index, training.world_size)))
+    if blind and not training.save_on_each_node:
+        raise UserError(
+            f"output_dir={directory} on the machine of rank 0 is another folder than on that of {_named(blind)}. "
+            "Checkpoints need one folder that all machines share: give its path, or keep a folder per machine with "
+            "--save_on_each_node True."
+        )
+    if not blind and training.save_on_each_node and machines > 1:
+        raise UserError(
+            f"save_on_each_node=True, but all {machines} machines share output_dir={directory} and would write over "
+            "one another. Leave out save_on_each_node, or give a folder that each machine has for itself."
+        )
 
-    setattr(deepspeed.ops, "__compatible_ops__", {ShareMemCommBuilder.NAME: False})  # noqa: B010 - it has no such name yet
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, timeout=timeout, verbose=False)
+
+def blind_ranks(directory: Path, training: TrainingArguments) -> list[int]:
+    """Return the ranks for which a path leads to another folder than for the first rank, which makes it.
+
+    All ranks call this together.
+    """
+    if training.world_size == 1:
+        return []
+    mark = directory / f".seen-by-all-{from_first_rank(secrets.token_hex(8), training.world_size)}"
+    if training.process_index == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    torch.distributed.barrier()
+    blind = [rank for rank, sees in enumerate(from_all_ranks(mark.exists(), training.world_size)) if not sees]
+    if training.process_index == 0:
+        mark.unlink(missing_ok=True)
+    return blind
+
+
+def check_same_checkpoint(checkpoint: Path | None, world_size: int) -> None:
+    """Check that all ranks found the checkpoint of the same step, or none to resume from.
+
+    Raises:
+        UserError: They do not.
+    """
+    if world_size == 1:
+        return
+    found = from_all_ranks(checkpoint.name if checkpoint else "none", world_size)
+    if len(set(found)) > 1:
+        listed = "; ".join(
+            f"{_named([rank for rank, name in enumerate(found) if name == other])}: {other}"
+            for other in dict.fromkeys(found)
+        )
+        raise UserError(
+            f"The newest complete checkpoint is not the same on all machines: {listed}. Name one that all of them have "
+            "with --resume_from_checkpoint, or copy the missing one."
+        )
+
+
+def from_first_rank(value: _Value, world_size: int) -> _Value:
+    """Return what the first rank calls this with. All ranks call it together."""
+    box = [value]
+    if world_size > 1:
+        torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def from_all_ranks(value: _Value, world_size: int) -> list[_Value]:
+    """Return what each rank calls this with, which is not None. All ranks call it together."""
+    if world_size == 1:
+        return [value]
+    values: list[_Value | None] = [None] * world_size
+    torch.distributed.all_gather_object(values, value)
+    return [value for value in values if value is not None]
+
+
+def wait_for_first(is_done: Callable[[], bool], training: TrainingArguments) -> None:
+    """Wait for files that the writing rank makes, however long it takes. All ranks call this together.
+
+    An operation of all ranks would give up after `ddp_timeout`. If the writing rank fails, the watch over the ranks
+    ends those that wait.
+    """
+    if training.world_size == 1:
+        return
+    while not is_done():
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    torch.distributed.barrier()
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

@@ -1,22 +1,24 @@
 """The model of a run: weights loaded once, in the dtype they are held in; adapters added; what is trained marked."""
 
 import logging
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from llava_ft.args import ParsedArgs
 from llava_ft.checkpoint.base import BaseModel, load_base
+from llava_ft.checkpoint.base_and_adapters import quantization_in_training
 from llava_ft.checkpoint.directory import absolute_or_hub_name
 from llava_ft.checkpoint.names import EMBEDDINGS, HEAD
 from llava_ft.errors import UserError
 from llava_ft.models.attention.kernels import limit
+from llava_ft.models.config import LlavaLlamaConfig
 from llava_ft.training.distributed import zero_division
 from llava_ft.training.fragments import gathered
 from llava_ft.tuning.freeze import TuningPlan
 from llava_ft.tuning.lora import add_lora
-from llava_ft.tuning.quant import Quantization
+from llava_ft.tuning.quant import Quantization, check_quantization
 from llava_ft.tuning.recompute import Recomputation, recompute_activations
 
 logger = logging.getLogger(__name__)
@@ -67,15 +69,8 @@ def load_model_to_train(
     return result
 
 
-def settle_attention(args: ParsedArgs, config: Any) -> ParsedArgs:
-    """Check that the kernel goes with the model; where `auto` took one that does not, use sdpa.
-
-    Args:
-        args: The request.
-        config: The model's configuration.
-
-    Returns:
-        The request, with a kernel that goes with the model.
+def settle_attention(args: ParsedArgs, config: LlavaLlamaConfig) -> ParsedArgs:
+    """Return the request with a kernel that goes with the model: where `auto` took one that does not, sdpa.
 
     Raises:
         UserError: A kernel was named that does not.
@@ -91,6 +86,43 @@ def settle_attention(args: ParsedArgs, config: Any) -> ParsedArgs:
         )
     logger.info("attn_implementation=auto takes sdpa instead of %s for this model: %s.", kernel, reason)
     return args.with_attention("sdpa")
+
+
+def check_bits(args: ParsedArgs, checkpoint: Path | None) -> None:
+    """Refuse quantised weights where they cannot be trained on, and other ones than a checkpoint was trained on.
+
+    Raises:
+        UserError: They cannot, or they are.
+    """
+    wanted = quantization_of(args)
+    check_quantization(wanted, zero_stage=3 if zero_division(args.training) is not None else 0)
+    if checkpoint is None:
+        return
+    before = quantization_in_training(checkpoint)
+    if before != wanted:
+        raise UserError(
+            f"{checkpoint} was trained with the language model in {before or '16 bits'}, and this run asks for "
+            f"{wanted or '16 bits'}. Use the same bits, quant_type and double_quant; to go on from its weights with "
+            "others, start a new run with --lora_weight_path or --pretrain_mm_mlp_adapter."
+        )
+
+
+def complete_config(args: ParsedArgs, config: LlavaLlamaConfig) -> None:
+    """Note in config.json what original LLaVA notes there, and the template."""
+    config.tune_mm_mlp_adapter = args.model.tune_mm_mlp_adapter
+    config.freeze_mm_mlp_adapter = args.flags.freeze_mm_mlp_adapter
+    config.mm_projector_lr = args.flags.mm_projector_lr
+    config.tokenizer_model_max_length = args.flags.model_max_length
+    config.tokenizer_padding_side = "right"
+    config.conversation_template = args.model.version
+    if config.mm_vision_tower is not None:
+        config.mm_vision_tower = absolute_or_hub_name(config.mm_vision_tower)
+    if args.flags.model_max_length > config.max_position_embeddings:
+        logger.warning(
+            "model_max_length is %d, but the model was trained with at most %d positions.",
+            args.flags.model_max_length,
+            config.max_position_embeddings,
+        )
 
 
 def recomputation_of(args: ParsedArgs) -> Recomputation:

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerFast, PrinterCallback, ProgressCallback, set_seed
+from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from llava_ft.args import ParsedArgs, to_yaml
-from llava_ft.checkpoint.base import BaseModel, check_added_tokens
-from llava_ft.checkpoint.base_and_adapters import quantization_in_training
+from llava_ft.checkpoint.base import check_added_tokens
 from llava_ft.checkpoint.directory import absolute_or_hub_name
 from llava_ft.checkpoint.fingerprint import language_model_fingerprint
 from llava_ft.checkpoint.overrides import collect_ignored
@@ -28,34 +27,31 @@ from llava_ft.data.sampler import EpochSampler
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.errors import RunError, UserError
 from llava_ft.resolve import settle_base, start_of, tuning_plan
-from llava_ft.training.artifacts import RunArtifacts
+from llava_ft.training.artifacts import RunArtifacts, lineage_writer
 from llava_ft.training.callbacks import LogLines, Progress, SetSamplerEpoch, StopOnSignal
 from llava_ft.training.compile import compile_layers
 from llava_ft.training.data_setup import arrange_rows, data_seed, prepare_datasets, write_data_report
-from llava_ft.training.distributed import is_communication_error, join_ranks, leave_ranks, zero_division
+from llava_ft.training.distributed import (
+    check_same_checkpoint,
+    check_shared_output,
+    is_communication_error,
+    join_ranks,
+    leave_ranks,
+)
 from llava_ft.training.log_setup import adopt_libraries
 from llava_ft.training.model_setup import (
+    check_bits,
+    complete_config,
     compute_dtype,
     load_model_to_train,
-    quantization_of,
     saves_tower,
     settle_attention,
 )
 from llava_ft.training.reporting import attach_reporters
-from llava_ft.training.run_lineage import lineage_writer
-from llava_ft.training.shared_output import check_same_checkpoint, check_shared_output
 from llava_ft.training.speed import SpeedMeter, flops_of_run
-from llava_ft.training.start_from import (
-    check_resumed_start,
-    check_start,
-    find_model,
-    force_of,
-    merged_base,
-    put_start,
-)
+from llava_ft.training.start_from import check_resumed_start, find_model, force_of, merged_base, put_start
 from llava_ft.training.trainer import LlavaTrainer
 from llava_ft.training.vision_cache import use_vision_cache
-from llava_ft.tuning.quant import check_quantization
 
 logger = logging.getLogger(__name__)
 
@@ -64,18 +60,11 @@ _SECONDS_TO_FIND_THE_CAUSE = 30.0
 
 @dataclass
 class Run:
-    """A run that is ready to start.
-
-    Attributes:
-        trainer: The trainer.
-        stop: The callback that ends the run on a signal.
-        checkpoint: The checkpoint to resume from, or None to start from the beginning.
-        datasets: What is trained on, with the report of what was left out.
-    """
+    """A run that is ready to start."""
 
     trainer: LlavaTrainer
     stop: StopOnSignal
-    checkpoint: Path | None
+    checkpoint: Path | None  # to resume from; None to start from the beginning
     datasets: BuiltDatasets
 
 
@@ -89,10 +78,11 @@ def run_training(args: ParsedArgs) -> bool:
         UserError: The request cannot be carried out.
         RunError: The run failed.
     """
-    ranks, watch = join_ranks(args)
+    watch = join_ranks(args)
+    is_first = args.training.process_index == 0
     adopt_libraries()
     try:
-        finished = _train(args, is_first=ranks.is_first, is_alone=ranks.world_size == 1)
+        finished = _train(args, is_first=is_first)
     except Exception as raised:
         error = raised
         if isinstance(raised, torch.OutOfMemoryError):
@@ -110,12 +100,12 @@ def run_training(args: ParsedArgs) -> bool:
             raise
         raise error from raised
     leave_ranks(watch)
-    if finished and ranks.is_first:
+    if finished and is_first:
         logger.info("Done. The result is in %s.", args.training.output_dir)
     return finished
 
 
-def _train(args: ParsedArgs, *, is_first: bool, is_alone: bool) -> bool:
+def _train(args: ParsedArgs, *, is_first: bool) -> bool:
     _ = args.attn_implementation  # settles what `auto` means, and may add a note
     for note in args.notes:
         logger.info("%s", note)
@@ -128,7 +118,7 @@ def _train(args: ParsedArgs, *, is_first: bool, is_alone: bool) -> bool:
     try:
         trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     except BaseException:
-        if is_alone:
+        if args.training.world_size == 1:
             run.stop.release()
         else:
             run.stop.ignore()  # a launcher ends the other ranks at once, and they have yet to say why
@@ -145,11 +135,7 @@ def _train(args: ParsedArgs, *, is_first: bool, is_alone: bool) -> bool:
         logger.error(
             "Stopped by %s at step %d of %d. checkpoint-%d in %s is complete; start the same command again to resume "
             "from it.",
-            run.stop.received,
-            step,
-            trainer.state.max_steps,
-            step,
-            args.training.output_dir,
+            *(run.stop.received, step, trainer.state.max_steps, step, args.training.output_dir),
         )
     return False
 
@@ -170,7 +156,7 @@ def prepare_run(args: ParsedArgs) -> Run:
         check_shared_output(args.training)
         checkpoint = choose_checkpoint(args)
         check_same_checkpoint(checkpoint, args.training.world_size)
-        _check_bits(args, checkpoint)
+        check_bits(args, checkpoint)
         check_resumed_start(args, start, checkpoint)
         base = find_model(args, start)
         args = settle_attention(args, base.config)
@@ -188,14 +174,15 @@ def prepare_run(args: ParsedArgs) -> Run:
         # Check the base against what was trained on one, which reads its files; merge if asked, which loads a model.
         fingerprint = language_model_fingerprint(base.sources[:1])
         if start is not None:
-            check_start(args, start, fingerprint, base)
+            if not start.is_whole:
+                check_base(start.path, fingerprint, str(base.directory.path), force=force_of(args))
             if start.mode == "merge_first":
                 args = args.with_model(str(merged_base(args, start)))
                 base = find_model(args, None)
                 fingerprint = language_model_fingerprint(base.sources[:1])
         if checkpoint is not None:
             check_base(checkpoint, fingerprint, str(base.directory.path), force=force_of(args))
-        _complete_config(args, base)
+        complete_config(args, base.config)
 
         # Load the weights and mark what is trained. The vision cache is filled first, so that the tower and the model
         # are never in memory together. Compiling replaces forwards, which adapters and hooks must find in place.
@@ -233,7 +220,7 @@ def prepare_run(args: ParsedArgs) -> Run:
         )
         speed = SpeedMeter(flops_of_run(model, base.config, runs_tower=encodes_images))
         stop = StopOnSignal()
-        trainer = _make_trainer(args, model, artifacts, tokenizer, datasets, speed, stop)
+        trainer = _make_trainer(args, model, artifacts, datasets, speed, stop)
         return Run(trainer, stop, checkpoint, datasets)
 
 
@@ -264,19 +251,21 @@ def _make_trainer(
     args: ParsedArgs,
     model: nn.Module,
     artifacts: RunArtifacts,
-    tokenizer: PreTrainedTokenizerFast,
     datasets: BuiltDatasets,
     speed: SpeedMeter,
     stop: StopOnSignal,
 ) -> LlavaTrainer:
     """Arrange rows in batches, and connect model, data and reports."""
     training, vision = args.training, artifacts.vision_directory
-    pad = tokenizer.pad_token_id
-    assert isinstance(pad, int)
-    train_dataset, collator = arrange_rows(args, datasets.train, pad)
+    pad_token_id = artifacts.tokenizer.pad_token_id
+    assert isinstance(pad_token_id, int)
+    train_dataset, collator = arrange_rows(args, datasets.train, pad_token_id)
+    strategy = str(getattr(training.train_sampling_strategy, "value", training.train_sampling_strategy))
+    if args.flags.group_by_modality_length:
+        strategy = "modality_length"
     sampler = EpochSampler(
         train_dataset,
-        strategy=_sampling_strategy(args),
+        strategy="length" if strategy == "group_by_length" else strategy,
         batch_size=training.per_device_train_batch_size,
         world_size=training.world_size * training.gradient_accumulation_steps,
         seed=data_seed(args),
@@ -305,45 +294,3 @@ def _make_trainer(
     trainer.add_callback(Progress() if shows_bar else LogLines())
     attach_reporters(trainer, args, lambda: artifacts.table)
     return trainer
-
-
-def _sampling_strategy(args: ParsedArgs) -> str:
-    if args.flags.group_by_modality_length:
-        return "modality_length"
-    given = args.training.train_sampling_strategy
-    name = str(getattr(given, "value", given))
-    return "length" if name == "group_by_length" else name
-
-
-def _complete_config(args: ParsedArgs, base: BaseModel) -> None:
-    """Note in config.json what original LLaVA notes there, and the template."""
-    config = base.config
-    config.tune_mm_mlp_adapter = args.model.tune_mm_mlp_adapter
-    config.freeze_mm_mlp_adapter = args.flags.freeze_mm_mlp_adapter
-    config.mm_projector_lr = args.flags.mm_projector_lr
-    config.tokenizer_model_max_length = args.flags.model_max_length
-    config.tokenizer_padding_side = "right"
-    config.conversation_template = args.model.version
-    if config.mm_vision_tower is not None:
-        config.mm_vision_tower = absolute_or_hub_name(config.mm_vision_tower)
-    if args.flags.model_max_length > config.max_position_embeddings:
-        logger.warning(
-            "model_max_length is %d, but the model was trained with at most %d positions.",
-            args.flags.model_max_length,
-            config.max_position_embeddings,
-        )
-
-
-def _check_bits(args: ParsedArgs, checkpoint: Path | None) -> None:
-    """Refuse quantised weights where they cannot be trained on, and other ones than a checkpoint was trained on."""
-    wanted = quantization_of(args)
-    check_quantization(wanted, zero_stage=3 if zero_division(args.training) is not None else 0)
-    if checkpoint is None:
-        return
-    before = quantization_in_training(checkpoint)
-    if before != wanted:
-        raise UserError(
-            f"{checkpoint} was trained with the language model in {before or '16 bits'}, and this run asks for "
-            f"{wanted or '16 bits'}. Use the same bits, quant_type and double_quant; to go on from its weights with "
-            "others, start a new run with --lora_weight_path or --pretrain_mm_mlp_adapter."
-        )

@@ -4,12 +4,9 @@
 """
 
 import logging
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
-from transformers import TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from llava_ft.args import ParsedArgs
@@ -18,12 +15,12 @@ from llava_ft.checkpoint.lineage import describe_parent, read_lineage
 from llava_ft.checkpoint.manifest import MERGED_BASE, what_is_incomplete
 from llava_ft.checkpoint.names import NEW_ROWS_SUFFIX, NON_LORA_BIN, is_language_model, plain_name
 from llava_ft.checkpoint.overrides import Force, force_from_flags, refuse_unless
-from llava_ft.checkpoint.restore import check_base, restore_trained
+from llava_ft.checkpoint.restore import restore_trained
 from llava_ft.checkpoint.start import Start
 from llava_ft.errors import UserError
 from llava_ft.resolve import config_wishes
+from llava_ft.training.distributed import wait_for_first
 from llava_ft.training.fragments import gathered, value_setter
-from llava_ft.training.shared_output import wait_for_first
 
 logger = logging.getLogger(__name__)
 
@@ -66,16 +63,6 @@ def find_model(args: ParsedArgs, start: Start | None) -> BaseModel:
             "If it was frozen in that run, give it with --pretrain_mm_mlp_adapter beside --lora_weight_path.",
         )
     return base
-
-
-def check_start(args: ParsedArgs, start: Start, fingerprint: str, base: BaseModel) -> None:
-    """Refuse a start that was trained on another language model.
-
-    Raises:
-        UserError: It was, and that is not passed over.
-    """
-    if not start.is_whole:
-        check_base(start.path, fingerprint, str(base.directory.path), force=force_of(args))
 
 
 def put_start(args: ParsedArgs, start: Start, model: nn.Module) -> None:
@@ -125,10 +112,10 @@ def check_resumed_start(args: ParsedArgs, start: Start | None, checkpoint: Path 
     same = ("fingerprint", "mode")
     if [(before or {}).get(key) for key in same] == [(now or {}).get(key) for key in same]:
         return
+    old, new = (f"{one['path']} ({one['mode']})" if one else "its base alone" for one in (before, now))
     refuse_unless(
         force_of(args) is True,
-        f"{checkpoint} belongs to a run that started from {_named(before)}, and this one is to start from "
-        f"{_named(now)}.",
+        f"{checkpoint} belongs to a run that started from {old}, and this one is to start from {new}.",
         "Give the same --init_from and --adapter_mode; or start anew with another --output_dir or "
         "--resume_from_checkpoint False.",
     )
@@ -154,47 +141,27 @@ def merged_base(args: ParsedArgs, start: Start) -> Path:
     training = args.training
     target = Path(training.output_dir or ".") / MERGED_BASE
     if training.should_save:
-        if not _is_merged_from(target, start):
+        if target.exists() and what_is_incomplete(target) is None:
+            lineage = read_lineage(target)
+            merged = [parent.get("fingerprint") for parent in lineage.parents] if lineage is not None else []
+            if merged != [describe_parent(start.path)["fingerprint"]]:
+                raise UserError(
+                    f"{target} was merged from something else than {start.path}. Give another --output_dir, or remove "
+                    f"{target.name} and the checkpoints beside it to start anew."
+                )
+            logger.info("The adapter in %s was merged before: %s.", start.path, target)
+        else:
             logger.info("Merging the adapter in %s into its base %s.", start.path, args.model.model_name_or_path)
             tower = args.model.vision_tower or start.vision_tower
-            with _without_zero3(training):
+            # transformers divides every model among the ranks under ZeRO-3, and its `generate` waits in each step for
+            # the other ranks, which do not take part here.
+            deepspeed = getattr(training, "hf_deepspeed_config", None)  # set by transformers only with DeepSpeed
+            if deepspeed is not None:
+                unset_hf_deepspeed_config()
+            try:
                 merge_first(start.path, args.model.model_name_or_path, target, vision_tower=tower, force=force_of(args))
-        else:
-            logger.info("The adapter in %s was merged before: %s.", start.path, target)
+            finally:
+                if deepspeed is not None:
+                    set_hf_deepspeed_config(deepspeed)
     wait_for_first(lambda: what_is_incomplete(target) is None, training)
     return target
-
-
-@contextmanager
-def _without_zero3(training: TrainingArguments) -> Generator[None]:
-    """Let one rank use a model of its own while transformers would divide every model among the ranks.
-
-    Under ZeRO-3 its `generate` waits in each step for the other ranks, which do not take part.
-    """
-    deepspeed = getattr(training, "hf_deepspeed_config", None)  # set by transformers only with DeepSpeed
-    if deepspeed is None:
-        yield
-        return
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        set_hf_deepspeed_config(deepspeed)
-
-
-def _is_merged_from(target: Path, start: Start) -> bool:
-    """Whether the merged base is there, complete and made from this adapter."""
-    if not target.exists() or what_is_incomplete(target) is not None:
-        return False
-    lineage = read_lineage(target)
-    merged = [parent.get("fingerprint") for parent in lineage.parents] if lineage is not None else []
-    if merged != [describe_parent(start.path)["fingerprint"]]:
-        raise UserError(
-            f"{target} was merged from something else than {start.path}. Give another --output_dir, or remove "
-            f"{target.name} and the checkpoints beside it to start anew."
-        )
-    return True
-
-
-def _named(start: dict[str, str] | None) -> str:
-    return f"{start['path']} ({start['mode']})" if start else "its base alone"

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 
 from llava_ft.cli import main
-from llava_ft.training import resumable_trainer
+from llava_ft.training import trainer
 from llava_ft.training.trainer import LlavaTrainer
 
 
@@ -44,8 +44,8 @@ def arrange(fault: str) -> None:
     elif what == "disk":
         before("_save_optimizer_and_scheduler", fill_disk, after_steps=int(step))
     elif what == "kill_resuming":
-        assert resumable_trainer.load_optimizer
-        resumable_trainer.load_optimizer = lambda *_: kill()
+        assert trainer.load_optimizer
+        trainer.load_optimizer = lambda *_: kill()
     elif what == "nan":
         compute_loss = LlavaTrainer.compute_loss
 

@@ -72,7 +72,7 @@ def _train(argv: list[str], callbacks: Sequence[Any]) -> Result:
 
     vars(speed).update(_SECONDS_TO_MEASURE=0.0, _SIDE={"cpu": 64})
     args = parse_args(argv)
-    _, watch = join_ranks(args)
+    watch = join_ranks(args)
     try:
         run = prepare_run(args)
         for callback in callbacks:
@@ -118,7 +118,7 @@ def peak_of_loading(directory: str, config_file: str) -> tuple[int, int]:
 
     given = ["--model_name_or_path", directory, "--data_path", "none", "--output_dir", "none", "--use_cpu", "True"]
     args = parse_args([*given, "--deepspeed", config_file])
-    _, watch = join_ranks(args)
+    watch = join_ranks(args)
     done = threading.Event()
     readings = [_memory()]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llava_ft.errors import UserError
-from llava_ft.training.shared_output import check_same_checkpoint, check_shared_output
+from llava_ft.training.distributed import check_same_checkpoint, check_shared_output
 from tests.distributed import faulty_train
 from tests.distributed.matrix import Pools
 from tests.distributed.pool import Pool, run_once

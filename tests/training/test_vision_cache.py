@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from llava_ft.data.features.reader import FeatureReader
 from llava_ft.data.features.store import FeatureStore
 from llava_ft.errors import RunError, UserError
-from llava_ft.training import vision_cache, vision_fill
+from llava_ft.training import vision_cache
 from llava_ft.training.run import Run
 from llava_ft.tuning.freeze import TuningPlan
 from tests.conftest import RECORDINGS
@@ -232,8 +232,8 @@ class TestReuse:
 class TestFilling:
     @pytest.fixture(autouse=True)
     def _small_batches(self, monkeypatch):
-        monkeypatch.setattr(vision_fill, "_IMAGES_PER_BATCH", 2)
-        monkeypatch.setattr(vision_fill, "_BATCHES_PER_ROUND", 2)
+        monkeypatch.setattr(vision_cache, "_IMAGES_PER_BATCH", 2)
+        monkeypatch.setattr(vision_cache, "_BATCHES_PER_ROUND", 2)
 
     @pytest.mark.parametrize("num_workers", ["0", "2"])
     def test_any_batches_give_the_same_features(self, tmp_path, num_workers):
@@ -248,9 +248,9 @@ class TestFilling:
             "import os, signal, sys\n"
             "from llava_ft.args import parse_args\n"
             "from llava_ft.data.features.store import FeatureStore\n"
-            "from llava_ft.training import vision_fill\n"
+            "from llava_ft.training import vision_cache\n"
             "from llava_ft.training.run import prepare_run\n"
-            "vision_fill._IMAGES_PER_BATCH = 2\n"
+            "vision_cache._IMAGES_PER_BATCH = 2\n"
             "add, left = FeatureStore.add, [2]\n"
             "def add_or_die(*args):\n"
             "    if not left[0]: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -265,10 +265,13 @@ class TestFilling:
         done = subprocess.run([sys.executable, "-c", script, *argv], env=environment, timeout=120, check=False)
         assert done.returncode == -signal.SIGKILL
         encoded: list[int] = []
-        encode = vision_fill.Encoder.__call__
-        monkeypatch.setattr(
-            vision_fill.Encoder, "__call__", lambda self, pixels: (encoded.append(len(pixels)), encode(self, pixels))[1]
-        )
+        encode = vision_cache.Encoder.__call__
+
+        def count(self, pixels):
+            encoded.append(len(pixels))
+            return encode(self, pixels)
+
+        monkeypatch.setattr(vision_cache.Encoder, "__call__", count)
         cached = train(tmp_path / "cached", vision_cache=cache, **SHORT)
         assert sum(encoded) == NUM_IMAGES - 4
         same(train(tmp_path / "plain", **SHORT), cached)
@@ -376,7 +379,7 @@ class TestFilling:
 
     def test_numbers_that_are_not_finite(self, tmp_path, monkeypatch):
         infinite = torch.tensor(float("inf"))
-        monkeypatch.setattr(vision_fill.Encoder, "__call__", lambda self, pixels: infinite.expand(len(pixels), 16, 32))
+        monkeypatch.setattr(vision_cache.Encoder, "__call__", lambda self, pixels: infinite.expand(len(pixels), 16, 32))
         with pytest.raises(RunError, match=r"numbers that are not finite for .* in torch.float32. Use bf16"):
             prepare(tmp_path / "one", vision_cache=tmp_path / "cache")
 
@@ -384,7 +387,7 @@ class TestFilling:
         cache = tmp_path / "cache"
         run = prepare(tmp_path / "one", vision_cache=tmp_path / "other")
         store = run.datasets.train.image_reader.store
-        encode, encoded = vision_fill.Encoder.__call__, []
+        encode, encoded = vision_cache.Encoder.__call__, []
 
         def encode_and_copy(self, pixels):
             if not encoded:
@@ -392,7 +395,7 @@ class TestFilling:
             encoded.append(len(pixels))
             return encode(self, pixels)
 
-        monkeypatch.setattr(vision_fill.Encoder, "__call__", encode_and_copy)
+        monkeypatch.setattr(vision_cache.Encoder, "__call__", encode_and_copy)
         monkeypatch.setattr(vision_cache, "_MOST_WORKERS", 0)
         same(train(tmp_path / "plain", **SHORT), train(tmp_path / "two", vision_cache=cache, **SHORT))
         assert sum(encoded) == 2 * 2 < NUM_IMAGES  # one round
