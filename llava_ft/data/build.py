@@ -15,7 +15,7 @@ from llava_ft.data.images import ImageTransform
 from llava_ft.data.preparation.image_facts import ImageChecks, look_at_images
 from llava_ft.data.preparation.prepare import PreparationSettings, prepare_rows
 from llava_ft.data.preparation.samples import Samples, find_samples
-from llava_ft.data.preparation.truncation import CountsTokens, Limits, TruncationPolicy, check_policy
+from llava_ft.data.preparation.truncation import TRUNCATION_POLICIES, Limits, TruncationPolicy
 from llava_ft.data.records import parse_record
 from llava_ft.data.report import (
     BAD_SAMPLE_POLICIES,
@@ -27,30 +27,24 @@ from llava_ft.data.report import (
     total,
 )
 from llava_ft.data.sources.base import RecordSource
-from llava_ft.data.sources.mixture import open_mixture
+from llava_ft.data.sources.mixture import holds_out
 from llava_ft.data.sources.open import is_mixture
 from llava_ft.data.sources.selection import DataSources
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.errors import BadSampleError, UserError
+from llava_ft.geometry import ImageGeometry
 
 _RECORDS_TO_PEEK_AT = 100
 
 
 @dataclass(frozen=True)
 class BuiltDatasets:
-    """What a run trains and evaluates on.
-
-    Attributes:
-        train: The training data.
-        validation: The validation data, or None.
-        report: What was found in the training data, held-out records included.
-        validation_report: What was found in validation data of its own; None without.
-    """
+    """What a run trains and evaluates on."""
 
     train: ConversationDataset
     validation: ConversationDataset | None
-    report: DataReport
-    validation_report: DataReport | None = None
+    report: DataReport  # of the training data, held-out records included
+    validation_report: DataReport | None = None  # of validation data of its own
 
 
 def build_datasets(
@@ -59,7 +53,7 @@ def build_datasets(
     tokenize: SampleTokenizer,
     image_transform: ImageTransform | None,
     image_folder: str | PathLike[str] | None,
-    geometry: CountsTokens | None,
+    geometry: ImageGeometry | None,
     model_max_length: int,
     truncation: TruncationPolicy = "truncate",
     on_bad_sample: BadSamplePolicy = "error",
@@ -78,7 +72,7 @@ def build_datasets(
         tokenize: Template and tokenizer.
         image_transform: Prepares one picture; None for a model without vision tower.
         image_folder: Folder that relative paths of images start from, where a source has none of its own.
-        geometry: Counts the tokens of images, usually an `ImageGeometry`; None for a model without vision tower.
+        geometry: Counts the tokens of images; None for a model without vision tower.
         model_max_length: Tokens that a sample may have.
         truncation: What is done with one that has more: "error", "drop" or "truncate".
         on_bad_sample: "error" raises if any record cannot be used; "skip" leaves it out, counts and logs it.
@@ -94,7 +88,35 @@ def build_datasets(
         UserError: The records, or what is asked of them, cannot be used.
         RunError: They could not be prepared.
     """
-    _check_split(str(data_path), validation_fraction, None if validation_path is None else str(validation_path))
+    # Contradictions about what is validated on, before anything takes time.
+    if not 0.0 <= validation_fraction < 1.0:
+        raise UserError(f"validation_fraction is {validation_fraction}; it must be at least 0 and below 1.")
+    if validation_fraction and validation_path is not None:
+        raise UserError(
+            "validation_fraction and validation_data_path are both given. Use one of them: a share of the "
+            "training records, or records of their own."
+        )
+    if validation_fraction and is_mixture(data_path):
+        raise UserError(
+            f"validation_fraction is {validation_fraction}, and {data_path} is a mixture, which may take a record "
+            "several times. Say in it, with held_out, what each source keeps for validation."
+        )
+    if validation_path is not None and holds_out(data_path):
+        raise UserError(
+            f"{data_path} holds out records for validation (held_out), and validation_data_path is given. Use one of "
+            "the two."
+        )
+    if validation_path is not None and holds_out(validation_path):
+        raise UserError(
+            f"The validation data {validation_path} holds out records itself (held_out). Take held_out out of it, or "
+            "train on it and leave validation_data_path out."
+        )
+    if on_bad_sample not in BAD_SAMPLE_POLICIES:
+        raise UserError(f"on_bad_sample is {on_bad_sample!r}; it can be 'error' or 'skip'.")
+    if check_images not in IMAGE_CHECKS:
+        raise UserError(f"check_images is {check_images!r}; it can be {', '.join(IMAGE_CHECKS)}.")
+    if truncation not in TRUNCATION_POLICIES:
+        raise UserError(f"truncation is {truncation!r}; it can be {', '.join(TRUNCATION_POLICIES)}.")
     builder = _Builder(
         tokenize=tokenize,
         image_transform=image_transform,
@@ -115,43 +137,10 @@ def build_datasets(
     return BuiltDatasets(train, held_out, report)
 
 
-def _check_split(data_path: str, validation_fraction: float, validation_path: str | None) -> None:
-    """Refuse contradictions about what is validated on, before anything takes time."""
-    if not 0.0 <= validation_fraction < 1.0:
-        raise UserError(f"validation_fraction is {validation_fraction}; it must be at least 0 and below 1.")
-    if validation_fraction and validation_path is not None:
-        raise UserError(
-            "validation_fraction and validation_data_path are both given. Use one of them: a share of the "
-            "training records, or records of their own."
-        )
-    if validation_fraction and is_mixture(data_path):
-        raise UserError(
-            f"validation_fraction is {validation_fraction}, and {data_path} is a mixture, which may take a record "
-            "several times. Say in it, with held_out, what each source keeps for validation."
-        )
-    if validation_path is not None and _holds_out(data_path):
-        raise UserError(
-            f"{data_path} holds out records for validation (held_out), and validation_data_path is given. Use one of "
-            "the two."
-        )
-    if validation_path is not None and _holds_out(validation_path):
-        raise UserError(
-            f"The validation data {validation_path} holds out records itself (held_out). Take held_out out of it, or "
-            "train on it and leave validation_data_path out."
-        )
-
-
-def _holds_out(path: str) -> bool:
-    return is_mixture(path) and any(entry.held_out for entry in open_mixture(path).entries)
-
-
 def split_dataset(
     dataset: ConversationDataset, fraction: float, seed: int
 ) -> tuple[ConversationDataset, ConversationDataset]:
-    """Hold out a share of the samples, at least one; both parts keep the order of the records.
-
-    Returns:
-        The rest, and what is held out.
+    """Give the samples without a share, at least one, and that share; both keep the order of the records.
 
     Raises:
         UserError: There are fewer than two samples.
@@ -180,14 +169,6 @@ class _Builder:
     fast_decode: bool
     seed: int
     preparation: PreparationSettings
-
-    def __post_init__(self) -> None:
-        if self.on_bad_sample not in BAD_SAMPLE_POLICIES:
-            raise UserError(f"on_bad_sample is {self.on_bad_sample!r}; it can be 'error' or 'skip'.")
-        if self.checks.level not in IMAGE_CHECKS:
-            known = ", ".join(IMAGE_CHECKS)
-            raise UserError(f"check_images is {self.checks.level!r}; it can be {known}.")
-        check_policy(self.limits.truncation)
 
     def build(self, path: str) -> tuple[ConversationDataset, ConversationDataset | None, DataReport]:
         """Make the data set of a path, that of what a mixture holds out, and the report."""

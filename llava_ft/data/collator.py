@@ -12,7 +12,6 @@ Item = Mapping[str, Any]
 IMAGE_KEYS: Final = ("pixel_values", "image_features", "image_sizes")
 """Entries of an item that have one entry per tile or image, and are put one after the other in reading order."""
 
-
 _VALUES_LOOKED_AT: Final = 64
 """Values of a tile that are hashed before all of them are compared."""
 
@@ -25,7 +24,7 @@ class PaddingCollator:
 
     Args:
         pad_token_id: Vocabulary entry in padded positions. It may also occur in the text.
-        with_mask: Whether to say which positions are padding all the same, for models that want it.
+        with_mask: Say which positions are padding all the same, for models that want it.
         length_multiple: Rows are filled up to a multiple of so many positions; 0 leaves them as long as the longest.
     """
 
@@ -35,10 +34,7 @@ class PaddingCollator:
         self.length_multiple = length_multiple
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
-        """Put items of `ConversationDataset` together.
-
-        Args:
-            items: At least one item.
+        """Put items of `ConversationDataset` together; at least one.
 
         Returns:
             `input_ids` `(B, T)` int64, already expanded: each image position holds `IMAGE_TOKEN_INDEX`;
@@ -90,9 +86,6 @@ class PackedCollator:
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         """Put rows of a `RowDataset` together; plain samples, as validation data has them, are padded instead.
 
-        Args:
-            items: At least one row.
-
         Returns:
             `input_ids`, `labels` and `position_ids`, `(B, T)` int64 or, flattened, `(1, sum of T)`; flattened also
             `sample_lengths`, a list of the positions of each sample, the rest of a row being one more; what `collect`
@@ -140,10 +133,7 @@ class PackedCollator:
 
 
 def collect(samples: Sequence[Item]) -> dict[str, Any]:
-    """Gather what a batch has beside its tokens.
-
-    Args:
-        samples: Items of `ConversationDataset`, in reading order.
+    """Gather what a batch has beside its tokens, from items of `ConversationDataset` in reading order.
 
     Returns:
         `pixel_values` `(num_tiles, 3, H, W)` uint8 or float32, or `image_features` `(num_tiles, N, C)` instead, and
@@ -170,13 +160,10 @@ def collect(samples: Sequence[Item]) -> dict[str, Any]:
 
 
 def distinct_tiles(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Find equal tiles.
+    """Find equal tiles among `(K, 3, H, W)` pixels.
 
     Records about one picture are common in LLaVA's data, and packing puts up to a dozen records into a row. A tile that
     is there once is sent to the device once, and the vision tower sees it once.
-
-    Args:
-        tiles: `(K, 3, H, W)` pixels.
 
     Returns:
         The different ones in the order of their first occurrence, `(L, 3, H, W)`, and which of them each tile is,

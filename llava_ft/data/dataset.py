@@ -22,10 +22,6 @@ from llava_ft.errors import BadSampleError, ImageError
 class JoinedSamples:
     """The usable samples of several sources, one source after the other.
 
-    Args:
-        parts: The samples of each source; at least one.
-        names: What each source is called in messages.
-
     Attributes:
         lengths: `(S,)` int32, tokens of each sample after expansion and truncation.
         num_supervised: `(S,)` int32, how many of these have to be predicted.
@@ -78,7 +74,6 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     """Conversations about images as tensors.
 
     Args:
-        samples: The samples to choose from.
         image_reader: Gives the entries of an item that stand for its images, usually an `ImageReader`; None when no
             sample has images.
         rows: Which of the samples belong to this data set, in order, some perhaps several times; None means all.

@@ -31,8 +31,7 @@ MAX_SIDE: Final = 65_535
 ImageCheck = Literal["none", "exists", "header", "decode"]
 """How much of an image file is read before training."""
 
-IMAGE_CHECKS: Final = ("none", "exists", "header", "decode")
-"""From nothing to everything."""
+IMAGE_CHECKS: Final = ("none", "exists", "header", "decode")  # from nothing to everything
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +73,7 @@ class ImagePlace:
 
 
 def resolve_image_path(image: str, image_folder: str | os.PathLike[str] | None) -> str:
-    """Find the file that a record names.
-
-    Args:
-        image: Path as the record has it: absolute, or relative to `image_folder`.
-        image_folder: Folder of the images; None allows absolute paths only.
+    """Find the file that a record names by an absolute path, or by one relative to `image_folder`.
 
     Raises:
         ImageError: The path is relative and leaves the folder ("image-outside-folder") or there is no folder
@@ -100,13 +95,7 @@ def resolve_image_path(image: str, image_folder: str | os.PathLike[str] | None) 
 
 
 def refuse_unreadable_images(owner: str, images: Sequence[str], place: ImagePlace, *, has_tower: bool) -> None:
-    """Refuse a request under which no image could be read at all.
-
-    Args:
-        owner: The record or source that has the images, for messages.
-        images: As records name them.
-        place: Where they are.
-        has_tower: Whether the model can see images.
+    """Refuse a request under which no image of `owner`, a record or source, could be read at all.
 
     Raises:
         UserError: There are images, but no vision tower, or no folder that their relative paths start from.
@@ -117,11 +106,13 @@ def refuse_unreadable_images(owner: str, images: Sequence[str], place: ImagePlac
             "checkpoint, or take the images out of the records."
         )
     relative = next((image for image in images if is_relative(image)), None)
-    if relative is not None and place.folder is None:
+    if relative is None:
+        return
+    if place.folder is None:
         raise UserError(
             f"{owner} has the image {relative!r}, a relative path, but there is no image folder. Pass --image_folder."
         )
-    if relative is not None and place.folder is not None and not Path(place.folder).is_dir():
+    if not Path(place.folder).is_dir():
         raise UserError(
             f"The image folder {str(place.folder)!r} is not a directory, but {owner} has images in it. Check "
             "--image_folder."

@@ -76,16 +76,21 @@ class ImageProcessorSettings:
             shapes = " or ".join(f"a mapping with {' and '.join(sorted(keys))}" for keys in known)
             value = read(name, lambda value: _is_size(value, known), f"a number of pixels or {shapes}")
             return (
-                dict(cast("dict[str, int]", value))
-                if isinstance(value, dict)
-                else dict.fromkeys(number_means, cast("int", value))
+                dict(cast("dict[str, int]", value)) if isinstance(value, dict) else dict.fromkeys(number_means, value)
             )
 
         def switch(name: str) -> bool:
             return read(name, lambda value: isinstance(value, bool), "true or false")
 
+        def is_filter(value: Any) -> bool:
+            return value in [int(known) for known in Image.Resampling] and not isinstance(value, bool)
+
+        def are_channels(value: Any) -> bool:
+            numbers = list(cast("list[Any]", value)) if isinstance(value, (list, tuple)) else []
+            return len(numbers) == 3 and all(map(_is_finite, numbers))
+
         def channels(name: str) -> tuple[float, float, float]:
-            red, green, blue = read(name, _is_three_numbers, "a list of three numbers: red, green, blue")
+            red, green, blue = read(name, are_channels, "a list of three numbers: red, green, blue")
             return float(red), float(green), float(blue)
 
         settings = cls(
@@ -95,7 +100,7 @@ class ImageProcessorSettings:
             do_center_crop=switch("do_center_crop"),
             do_rescale=switch("do_rescale"),
             do_normalize=switch("do_normalize"),
-            resample=int(read("resample", _is_filter, "the number of a Pillow filter, 0 to 5")),
+            resample=int(read("resample", is_filter, "the number of a Pillow filter, 0 to 5")),
             rescale_factor=float(read("rescale_factor", _is_finite, "a number")),
             image_mean=channels("image_mean"),
             image_std=channels("image_std"),
@@ -108,8 +113,7 @@ class ImageProcessorSettings:
     def from_pretrained(cls, path: str | os.PathLike[str]) -> "ImageProcessorSettings":
         """Read how a vision tower, or a model in transformers' own layout, prepares images.
 
-        Args:
-            path: A directory, the file itself, or the name of a model on the Hugging Face hub.
+        `path` is a directory, the file itself, or the name of a model on the Hugging Face hub.
 
         Raises:
             UserError: There is no such file, or it is not usable.
@@ -150,9 +154,6 @@ class PixelNormalizer:
     """Turns the bytes of prepared pictures into what the vision tower reads, on whatever device they are.
 
     The values are CLIP's, bit for bit: rescaled in float64, rounded to float32, and normalised in float32.
-
-    Args:
-        settings: Rescaling and normalisation.
     """
 
     def __init__(self, settings: ImageProcessorSettings):
@@ -165,14 +166,7 @@ class PixelNormalizer:
         self._table = torch.as_tensor(table)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Normalise pictures.
-
-        Args:
-            pixels: `(..., 3, H, W)` uint8: red, green and blue.
-
-        Returns:
-            `(..., 3, H, W)` float32 on the same device.
-        """
+        """Normalise `(..., 3, H, W)` uint8 (red, green, blue) to float32 of the same shape on the same device."""
         table = self._table.to(pixels.device)
         channels = [
             table[channel].index_select(0, pixels.select(-3, channel).reshape(-1).int()) for channel in range(3)
@@ -200,20 +194,8 @@ def _is_size(value: Any, known: Sequence[set[str]]) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _is_filter(value: Any) -> bool:
-    return value in [int(known) for known in Image.Resampling] and not isinstance(value, bool)
-
-
 def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_three_numbers(value: Any) -> bool:
-    return (
-        isinstance(value, (list, tuple))
-        and len(cast("list[Any]", value)) == 3
-        and all(map(_is_finite, cast("list[Any]", value)))
-    )
 
 
 def image_settings_file(directory: Path) -> Path | None:
@@ -243,9 +225,7 @@ def pads_to_square(directory: Path) -> bool:
 def copy_image_settings(source: Path, target: Path) -> None:
     """Write preprocessor_config.json for a model whose images are prepared as those of another directory.
 
-    Args:
-        source: A directory with the settings. A file that describes CLIP's own processor is copied as it is.
-        target: The directory to write into.
+    A file that describes CLIP's own processor is copied as it is.
 
     Raises:
         UserError: The settings are missing or not usable.

@@ -54,8 +54,8 @@ class ImageReader:
     Args:
         transform: Prepares one picture.
         places: Where the images of each source are.
-        exif_transpose: Whether pictures are turned as their EXIF orientation says.
-        fast_decode: Whether large photographs may be shrunk while they are decoded.
+        exif_transpose: Turn pictures as their EXIF orientation says.
+        fast_decode: Large photographs may be shrunk while they are decoded.
     """
 
     def __init__(

@@ -38,10 +38,6 @@ class ImageTransform:
         aspect_ratio: "square" or "pad"; None means "square".
         geometry: How the model takes images, instead of `aspect_ratio`; anyres and S2 need it.
 
-    Attributes:
-        output_size: Height and width of each tile, in pixels.
-        normalizer: Turns `pixels` into what the tower reads.
-
     Raises:
         UserError: `aspect_ratio` is unknown, `settings` would give pictures of different sizes, or they belong to
             another tower than `geometry`.
@@ -55,7 +51,22 @@ class ImageTransform:
         geometry: ImageGeometry | None = None,
     ):
         if geometry is not None:
-            settings, aspect_ratio = _fitting(settings, geometry), geometry.aspect_ratio
+            aspect_ratio = geometry.aspect_ratio
+            height, width = settings.output_size
+            if (height, width) != (geometry.image_size, geometry.image_size):
+                raise UserError(
+                    f"The image processor makes images of {height} x {width} pixels, but the vision tower takes "
+                    f"{geometry.image_size} x {geometry.image_size}. Its preprocessor_config.json belongs to another "
+                    "tower."
+                )
+            largest = max((w * h for w, h in geometry.grid_pinpoints), default=0)
+            if largest > MAX_CANVAS_PIXELS:
+                raise UserError(
+                    f"image_grid_pinpoints has a size of {largest:,} pixels; {MAX_CANVAS_PIXELS:,} are allowed. Give "
+                    "smaller ones."
+                )
+            if geometry.s2_scales:
+                settings = settings.resized_to(geometry.input_size)
         elif aspect_ratio is not None and aspect_ratio not in ASPECT_RATIOS:
             raise UserError(
                 f"image_aspect_ratio is {aspect_ratio!r}; it can be {' or '.join(map(repr, ASPECT_RATIOS))}."
@@ -63,7 +74,7 @@ class ImageTransform:
         self.settings = settings
         self.aspect_ratio = aspect_ratio or "square"
         self.geometry = geometry
-        self.output_size = settings.output_size
+        self.output_size = settings.output_size  # height and width of each tile, in pixels
         self.normalizer = PixelNormalizer(settings)
         self._fill = tuple(int(mean * 255) for mean in settings.image_mean)
         self._resample = Image.Resampling(settings.resample)
@@ -109,14 +120,7 @@ class ImageTransform:
         return torch.as_tensor(pixels_KHWC).permute(0, 3, 1, 2).contiguous()
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Prepare one picture of any mode and size.
-
-        Returns:
-            `(3, H, W)` float32, red, green and blue; `(K, 3, H, W)` for the K tiles of anyres.
-
-        Raises:
-            ImageError: The picture cannot be prepared within the memory limits.
-        """
+        """Give the normalised `pixels`: `(3, H, W)` float32, or `(K, 3, H, W)` for the K tiles of anyres."""
         values = self.normalizer(self.pixels(image))
         return values if self.aspect_ratio.startswith("anyres") else values[0]
 
@@ -133,12 +137,7 @@ class ImageTransform:
         return self._resized_size(width, height)
 
     def blank(self, num_images: int, size_wh: SizeWH | None = None) -> torch.Tensor:
-        """Give uint8 zeros in the shape of `pixels`: what stands for pictures that could not be read.
-
-        Args:
-            num_images: How many pictures.
-            size_wh: With anyres their width and height.
-        """
+        """Give uint8 zeros in the shape of `pixels` of pictures (with anyres: of one size) that cannot be read."""
         num_tiles = 1 if self.geometry is None else self.geometry.num_tiles(size_wh)
         return torch.zeros(num_images * num_tiles, 3, *self.output_size, dtype=torch.uint8)
 
@@ -203,25 +202,6 @@ class ImageTransform:
         return picture.crop((left, top, left + width, top + height))
 
 
-def _fitting(settings: ImageProcessorSettings, geometry: ImageGeometry) -> ImageProcessorSettings:
-    """Check that settings belong to a model's tower; with S2 bring them to the largest scale."""
-    height, width = settings.output_size
-    if (height, width) != (geometry.image_size, geometry.image_size):
-        raise UserError(
-            f"The image processor makes images of {height} x {width} pixels, but the vision tower takes "
-            f"{geometry.image_size} x {geometry.image_size}. Its preprocessor_config.json belongs to another tower."
-        )
-    largest = max((w * h for w, h in geometry.grid_pinpoints), default=0)
-    if largest > MAX_CANVAS_PIXELS:
-        raise UserError(
-            f"image_grid_pinpoints has a size of {largest:,} pixels; {MAX_CANVAS_PIXELS:,} are allowed. Give smaller "
-            "ones."
-        )
-    if not geometry.s2_scales:
-        return settings
-    return settings.resized_to(geometry.input_size)
-
-
 def resize_in_two_passes(picture: Image.Image, size_wh: SizeWH, resample: Image.Resampling) -> Image.Image:
     """Resize along the rows and then along the columns.
 
@@ -242,11 +222,7 @@ def cut_into_tiles(
     Source: `process_anyres_image` of `llava/mm_utils.py`, which resizes with Pillow's default filter whatever the
     processor says.
 
-    Args:
-        picture: The picture, in mode "RGB".
-        geometry: Says which resolutions there are and how large a tile is.
-        overview_wh: Size of the overview, in pixels.
-        size_wh: Size of the picture as it is stored, which decides the grid; the decoder may have shrunk it since.
+    `size_wh` is the size of the picture as it is stored, which decides the grid; the decoder may have shrunk it since.
 
     Returns:
         The overview, then the tiles row by row.

@@ -58,14 +58,7 @@ class Rows:
         return self.members[self.ends[row] : self.ends[row + 1]]
 
     def totals(self, values: Sequence[int] | Array) -> Array:
-        """Add up a value of each sample over each row.
-
-        Args:
-            values: `(N,)` whole numbers, one for each sample.
-
-        Returns:
-            `(R,)` int64.
-        """
+        """Add up a value of each sample, `(N,)` whole numbers, over each row: `(R,)` int64."""
         sums = np.concatenate(([0], np.cumsum(np.asarray(values, dtype=np.int64)[self.members])))
         return np.diff(sums[self.ends])
 
@@ -73,12 +66,8 @@ class Rows:
 def pack(lengths: Sequence[int] | Array, max_length: int, seed: int) -> Rows:
     """Put samples into rows of at most `max_length` tokens.
 
-    The result depends on the arguments alone, so every rank comes to the same one.
-
-    Args:
-        lengths: `(N,)` tokens of each sample.
-        max_length: Tokens that a row has room for.
-        seed: Seed of the shuffle that the windows are cut from.
+    The result depends on the arguments alone, so every rank comes to the same one. `lengths` are the tokens of each
+    sample, `(N,)`; `seed` is that of the shuffle which the windows are cut from.
 
     Raises:
         UserError: A sample is longer than a row.
@@ -95,8 +84,9 @@ def pack(lengths: Sequence[int] | Array, max_length: int, seed: int) -> Rows:
     window = _Window(order.tolist(), tokens.tolist(), max_length)
     members: list[int] = []
     ends = [0]
+    slack = min(MOST_SLACK, max_length // 256)
     while window.refill():
-        members += _next_row(window, max_length, min(MOST_SLACK, max_length // 256))
+        members += window.take_row(slack)
         ends.append(len(members))
     return Rows(np.array(members, dtype=np.int64), np.array(ends, dtype=np.int64))
 
@@ -111,11 +101,6 @@ class _Window:
 
     Which lengths there are is a bit mask, and a mirrored copy of it: bit n of the first and bit `max_length - n` of the
     second. Shifted against each other they show all pairs of a given sum at once.
-
-    Args:
-        order: All samples in the order in which they enter the window.
-        lengths: Tokens of each sample.
-        max_length: Longest length there is.
     """
 
     def __init__(self, order: Sequence[int], lengths: Sequence[int], max_length: int):
@@ -131,7 +116,7 @@ class _Window:
         self._is_taken = bytearray(len(order))
 
     def refill(self) -> bool:
-        """Let samples in until the window is full or none is left; say whether there is any."""
+        """Let samples in, in their order, until the window is full or none is left; say whether there is any."""
         while self._size < WINDOW and self._next < len(self._order):
             sample = self._order[self._next]
             length = self._lengths[sample]
@@ -142,7 +127,26 @@ class _Window:
             self._size += 1
         return self._size > 0
 
-    def take(self, length: int) -> int:
+    def take_row(self, slack: int) -> list[int]:
+        """Take out the samples of one row, which may have `slack` positions left over."""
+        # First the sample that has waited longest of all.
+        while self._is_taken[self._order[self._oldest]]:
+            self._oldest += 1
+        length = self._lengths[self._order[self._oldest]]
+        row, room = [self._take(length)], self._max_length - length
+        while room > slack:
+            longest = (self._mask & ((2 << room) - 1)).bit_length() - 1  # that fits; -1 without any
+            if longest < 0:
+                break
+            if room - longest > slack:
+                sums = range(room, max(room - slack, 2) - 1, -1)
+                if pair := next(filter(None, map(self._pair, sums)), None):
+                    return [*row, *map(self._take, pair)]
+            row.append(self._take(longest))
+            room -= longest
+        return row
+
+    def _take(self, length: int) -> int:
         """Take out the sample of a length that has waited longest."""
         sample = self._waiting[length].popleft()
         if not self._waiting[length]:
@@ -151,17 +155,7 @@ class _Window:
         self._is_taken[sample] = 1
         return sample
 
-    def oldest(self) -> int:
-        """Give the length of the sample that has waited longest of all."""
-        while self._is_taken[self._order[self._oldest]]:
-            self._oldest += 1
-        return self._lengths[self._order[self._oldest]]
-
-    def longest(self, room: int) -> int:
-        """Give the longest length that fits, or -1."""
-        return (self._mask & ((2 << room) - 1)).bit_length() - 1
-
-    def pair(self, total: int) -> tuple[int, int] | None:
+    def _pair(self, total: int) -> tuple[int, int] | None:
         """Give two lengths with this sum, as similar as possible, or None."""
         half = total // 2
         pairs = (self._mask & (self._mirror >> (self._max_length - total))) >> (total - half)
@@ -177,27 +171,8 @@ class _Window:
         self._mirror ^= 1 << (self._max_length - length)
 
 
-def _next_row(window: _Window, max_length: int, slack: int) -> list[int]:
-    """Take the samples of one row out of the window."""
-    length = window.oldest()
-    row, room = [window.take(length)], max_length - length
-    while room > slack and (longest := window.longest(room)) >= 0:
-        if room - longest > slack:
-            sums = range(room, max(room - slack, 2) - 1, -1)
-            if pair := next(filter(None, map(window.pair, sums)), None):
-                return [*row, *map(window.take, pair)]
-        row.append(window.take(longest))
-        room -= longest
-    return row
-
-
 class RowDataset(Dataset[dict[str, Any]]):
-    """The samples of a data set, row by row.
-
-    Args:
-        dataset: The samples.
-        rows: Which of them stand together.
-    """
+    """The samples of a data set, row by row."""
 
     def __init__(self, dataset: DatasetWithLengths, rows: Rows):
         self.dataset = dataset
@@ -224,16 +199,7 @@ class RowDataset(Dataset[dict[str, Any]]):
 
 
 class PackedDataset(RowDataset):
-    """Samples in rows of at most `max_length` tokens; see `pack`.
-
-    Args:
-        dataset: The samples.
-        max_length: Tokens that a row has room for.
-        seed: Decides, with the lengths, which samples share a row.
-
-    Raises:
-        UserError: A sample is longer than a row.
-    """
+    """Samples in rows of at most `max_length` tokens; see `pack`."""
 
     def __init__(self, dataset: DatasetWithLengths, max_length: int, seed: int):
         super().__init__(dataset, pack(dataset.lengths, max_length, seed))

@@ -47,17 +47,11 @@ _SPEAKERS: Final[Mapping[str, Speaker]] = {
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one side says once.
-
-    Attributes:
-        role: Which side.
-        text: What it says.
-        weight: 0 takes an assistant's turn out of what is learnt, 1 leaves it in.
-    """
+    """What one side says once."""
 
     role: Role
     text: str
-    weight: Literal[0, 1] = 1
+    weight: Literal[0, 1] = 1  # 0 takes an assistant's turn out of what is learnt
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +76,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class BrokenRecord:
-    """Stands in a source for a record that could not even be read, while its neighbours can.
-
-    Attributes:
-        id: What the source calls it.
-        kind: As in `BadSampleError`.
-        reason: As in `BadSampleError`.
-    """
+    """Stands in a source for a record that could not even be read, while its neighbours can; see `BadSampleError`."""
 
     id: str
     kind: str
@@ -97,13 +85,9 @@ class BrokenRecord:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedImage:
-    """Stands in a raw record for the content of an image, which the source reads when it is needed.
+    """Stands in a raw record for the content of an image, which the source reads when it is needed."""
 
-    Attributes:
-        address: Where in the record's row the content is; the source that made it knows how to follow it.
-    """
-
-    address: tuple[str | int, ...]
+    address: tuple[str | int, ...]  # the source that made it knows how to follow it
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +113,9 @@ def parse_embedded(image: str) -> tuple[int, int] | None:
 
 
 def parse_record(record: object, index: int) -> Sample:
-    """Check one raw record and give it its type.
+    """Check the raw record at a position of its source and give it its type.
 
     Whether placeholders and images fit each other is left to the tokenisation, which knows the template.
-
-    Args:
-        record: What the source holds at this position.
-        index: The position, for messages and for the names of embedded images.
 
     Raises:
         BadSampleError: The record cannot be used. Kinds: "not-an-object", "bad-id", "bad-image", "image-is-url",
@@ -156,11 +136,7 @@ def image_values(record: object, index: int) -> list[ImageValue]:
 
 
 def decode_content(value: bytes | DataUri, name: str) -> bytes:
-    """Give the file content of an image that is written in the record itself.
-
-    Args:
-        value: From `image_values`.
-        name: Name of the image, for messages.
+    """Give the file content of an image that is written in the record itself; `name` is for messages.
 
     Raises:
         ImageError: The base64 text is damaged ("image-corrupt").
@@ -250,7 +226,13 @@ class _Parser:
         self._columns = self._column_images(record)
         self._unused = dict.fromkeys(range(len(self._columns)))
         form = self._form_of(record)
-        value = self._turns_of_pairs(record[form.turns]) if form is _CAULDRON else record[form.turns]
+        value = record[form.turns]
+        if form is _CAULDRON and is_list(value):
+            pairs, value = value, []
+            for position, pair in enumerate(pairs):
+                if not is_mapping(pair) or "user" not in pair or "assistant" not in pair:
+                    self._fail("bad-turn", f"'texts'[{position}] is not an object with 'user' and 'assistant'.")
+                value += [{"from": "human", "text": pair["user"]}, {"from": "gpt", "text": pair["assistant"]}]
         turns, system = self._parse_turns(value, form)
         values = self._columns
         if form is _OPENAI:
@@ -304,16 +286,6 @@ class _Parser:
             )
         return (given or present)[0]
 
-    def _turns_of_pairs(self, value: object) -> object:
-        if not is_list(value):
-            return value
-        turns: list[object] = []
-        for position, pair in enumerate(value):
-            if not is_mapping(pair) or "user" not in pair or "assistant" not in pair:
-                self._fail("bad-turn", f"'texts'[{position}] is not an object with 'user' and 'assistant'.")
-            turns += [{"from": "human", "text": pair["user"]}, {"from": "gpt", "text": pair["assistant"]}]
-        return turns
-
     def _parse_turns(self, value: object, form: _Form) -> tuple[tuple[Turn, ...], str | None]:
         """Check a list of turns; give them without a leading system turn, and the text of that."""
         if not is_list(value):
@@ -349,8 +321,7 @@ class _Parser:
                 other = _LLAVA if form is _OPENAI else _OPENAI
                 hint = f" Turns with {other.role!r} belong into {other.turns!r}." if other.role in item else ""
                 self._fail(
-                    "bad-turn",
-                    f"{where} has no {key!r}. Each turn needs {form.role!r} and {form.text!r}.{hint}",
+                    "bad-turn", f"{where} has no {key!r}. Each turn needs {form.role!r} and {form.text!r}.{hint}"
                 )
         speaker = self._parse_speaker(item[form.role], where, form)
         if any(item.get(key) for key in _TOOL_KEYS):
@@ -391,10 +362,8 @@ class _Parser:
                 "leave it out.",
             )
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-            self._fail(
-                "bad-weight",
-                f"the 'weight' of {where} is {kind_of(value)}. Allowed are 1 (learnt) and 0 (only read).",
-            )
+            allowed = "Allowed are 1 (learnt) and 0 (only read)."
+            self._fail("bad-weight", f"the 'weight' of {where} is {kind_of(value)}. {allowed}")
         return 1 if value else 0
 
     # The content of a message: text and images in turn. A part that holds its image brings it along; a part without
@@ -481,14 +450,11 @@ class _Parser:
             if not value:
                 self._fail("bad-image", f"{where} holds no bytes. For a record without image leave it out.")
             return value
-        if is_mapping(value):
-            return self._parse_image_object(value, where)
         if isinstance(value, str):
             return self._parse_path(value, where)
-        self._fail("bad-image", f"{where} is {kind_of(value)}. Give the path of a file as a string.")
-
-    def _parse_image_object(self, value: Mapping[str, object], where: str) -> ImageValue:
-        """Check what the image column of a Hugging Face data set holds; its bytes come before its path."""
+        if not is_mapping(value):
+            self._fail("bad-image", f"{where} is {kind_of(value)}. Give the path of a file as a string.")
+        # What the image column of a Hugging Face data set holds; its bytes come before its path.
         if not value or not set(value) <= {"bytes", "path"}:
             self._fail(
                 "bad-image",
@@ -496,9 +462,8 @@ class _Parser:
             )
         content, path = value.get("bytes"), value.get("path")
         if content is None and path is None:
-            self._fail(
-                "bad-image", f"{where} has neither 'bytes' nor a 'path'. For a record without image leave it out."
-            )
+            hint = "For a record without image leave it out."
+            self._fail("bad-image", f"{where} has neither 'bytes' nor a 'path'. {hint}")
         if content is None:
             return self._parse_image(path, f"the 'path' of {where}")
         if not isinstance(content, (bytes, EmbeddedImage)):
@@ -512,20 +477,16 @@ class _Parser:
     def _parse_path(self, path: str, where: str) -> ImageValue:
         if path[:5].lower() == "data:":
             if not _DATA_URI.match(path):
-                told = shown(path)
-                self._fail(
-                    "bad-image", f"{where} is {told}; allowed is 'data:image/TYPE;base64,' followed by the image."
-                )
+                allowed = "'data:image/TYPE;base64,' followed by the image"
+                self._fail("bad-image", f"{where} is {shown(path)}; allowed is {allowed}.")
             return DataUri(path)
         if not path.strip():
             self._fail("bad-image", f"{where} is an empty path. For a record without image leave it out.")
         if path[:7].lower() == "file://":
             parts = urlsplit(path)
             if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
-                told = shown(path)
-                self._fail(
-                    "bad-image", f"{where} is {told}; a file on this machine is written 'file:///absolute/path'."
-                )
+                allowed = "a file on this machine is written 'file:///absolute/path'"
+                self._fail("bad-image", f"{where} is {shown(path)}; {allowed}.")
             path = unquote(path[len("file://") + len(parts.netloc) :])
         elif _ADDRESS.match(path):
             self._fail(
@@ -533,10 +494,8 @@ class _Parser:
                 f"{where} is {shown(path)}, which is an address; download it and give the path of the file.",
             )
         if path.startswith(EMBEDDED):
-            self._fail(
-                "bad-image",
-                f"{where} is {shown(path)}; names that start with {EMBEDDED!r} are reserved. Write './' first.",
-            )
+            reserved = f"names that start with {EMBEDDED!r} are reserved. Write './' first"
+            self._fail("bad-image", f"{where} is {shown(path)}; {reserved}.")
         if "\0" in path or PurePosixPath(path).name in ("", "..") or PureWindowsPath(path).name == "":
             self._fail("bad-image", f"{where} is {shown(path)}, which does not name a file.")
         self._check_text(path, where, "bad-image")

@@ -14,12 +14,8 @@ BadSamplePolicy = Literal["error", "skip"]
 """What is done with records that cannot be used: refuse the run, or leave them out."""
 
 BAD_SAMPLE_POLICIES: Final = ("error", "skip")
-
-_NUM_SHOWN: Final = 8
-"""Errors that a message repeats in full."""
-
-_NUM_NAMED: Final = 100
-"""Records left out that a log line names; the report names all of them."""
+_NUM_SHOWN: Final = 8  # errors that a message repeats in full
+_NUM_NAMED: Final = 100  # records left out that a log line names; the report names all of them
 
 
 @dataclass(frozen=True)
@@ -27,8 +23,6 @@ class DataReport:
     """What the checks before training found in one source of records, or in several together.
 
     Attributes:
-        path: The source.
-        num_records: Records in it.
         num_usable: Records that are left.
         errors: Why others cannot be used, in the order of the records.
         num_truncated: Usable records that are cut off at `model_max_length`.
@@ -133,13 +127,7 @@ def total(path: str, sources: Sequence[DataReport]) -> DataReport:
 
 
 def check_policies(report: DataReport, on_bad_sample: BadSamplePolicy, *, max_length: int, refuses_long: bool) -> None:
-    """Refuse what was found, if the user wants that.
-
-    Args:
-        report: What was found.
-        on_bad_sample: "error" refuses records that cannot be used.
-        max_length: Tokens that a record may have, for messages.
-        refuses_long: Whether to refuse records that have more.
+    """Refuse what was found, if the user wants that; `max_length` is the tokens of a record allowed, for messages.
 
     Raises:
         UserError: There are such records, or no record is left.

@@ -26,11 +26,6 @@ def even_chunks(positions: Sequence[int], lengths: Sequence[int], num_chunks: in
 
     Each position in turn goes to the chunk that is shortest so far and not yet full. When the chunks cannot
     have the same size, the positions are dealt like cards instead.
-
-    Args:
-        positions: What to deal, usually from the longest to the shortest.
-        lengths: Length in tokens of each position of the data set.
-        num_chunks: Number of chunks, at least 1.
     """
     if len(positions) % num_chunks:
         return [list(positions[first::num_chunks]) for first in range(num_chunks)]
@@ -73,13 +68,8 @@ def sorted_order(
     """Draw a random order in which neighbours have similar lengths, so that little is padded.
 
     The samples are shuffled, cut into groups of up to 50 steps, and each group is sorted from long to short.
-    The longest sample comes first of all: what does not fit into memory fails at once.
-
-    Args:
-        lengths: Length in tokens of each sample.
-        batch_size: As in `balanced_order`.
-        world_size: As in `balanced_order`.
-        generator: As in `balanced_order`.
+    The longest sample comes first of all: what does not fit into memory fails at once. For the arguments see
+    `balanced_order`.
     """
     step_size = batch_size * world_size
     num_steps = max(1, min(len(lengths) // (step_size * 4), SORTED_BATCHES))
@@ -97,14 +87,8 @@ def modality_order(
 ) -> list[int]:
     """Draw a random order whose steps are all with images or all without, balanced over the ranks.
 
-    What is left over of the two kinds makes one mixed step at the end.
-
-    Args:
-        signed_lengths: Length in tokens of each sample, negative for a sample without images. 0 counts as one
-            without images (the original fails on it).
-        batch_size: As in `balanced_order`.
-        world_size: As in `balanced_order`.
-        generator: As in `balanced_order`.
+    What is left over of the two kinds makes one mixed step at the end. Lengths are negative for samples without images;
+    0 counts as one of these (the original fails on it). For the other arguments see `balanced_order`.
     """
     kinds = [[i for i, n in enumerate(signed_lengths) if (n > 0) == has_images] for has_images in (True, False)]
     if not all(kinds):
@@ -118,13 +102,7 @@ def modality_order(
 
 
 def mixed_steps(orders: Sequence[Sequence[int]], step_size: int, generator: torch.Generator | None = None) -> list[int]:
-    """Cut each order into steps, shuffle the steps, and put the last step of every order together at the end.
-
-    Args:
-        orders: One order for each kind of sample; none of them empty.
-        step_size: Samples of one step on all ranks.
-        generator: Source of randomness; None is torch's global one.
-    """
+    """Cut each order (none empty) into steps, shuffle these, and put the last steps of all together at the end."""
     steps: list[list[int]] = []
     leftover: list[int] = []
     for order in orders:

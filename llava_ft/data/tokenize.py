@@ -56,11 +56,7 @@ def place_images(text: str, *, wraps_images: bool = False, mm_use_im_start_end: 
 
     A single placeholder moves to the front, on a line of its own, and the turn loses the white space around
     it. Differs from LLaVA: several placeholders stay where they are (LLaVA joins them into one).
-
-    Args:
-        text: What the human says.
-        wraps_images: Whether the template writes `<Image><image></Image>`.
-        mm_use_im_start_end: Whether `<im_start>` and `<im_end>` go around each placeholder.
+    `wraps_images` writes `<Image><image></Image>`, `mm_use_im_start_end` puts `<im_start>` and `<im_end>` around each.
     """
     num_images = text.count(IMAGE_TOKEN)
     if num_images == 0:
@@ -77,7 +73,16 @@ def place_images(text: str, *, wraps_images: bool = False, mm_use_im_start_end: 
 
 
 class SampleTokenizer:
-    """Turns samples into ids and labels with one tokenizer and one template."""
+    """Turns samples into ids and labels with one tokenizer (from `load_tokenizer`) and one template.
+
+    Args:
+        mm_use_im_start_end: Whether `<im_start>` and `<im_end>` go around each image.
+        supervise: "answers": what the assistant says; "last_answer": its last turn that has text; "all": every token of
+            the text, the prompt's too, but for the begin token. An assistant's turn of weight 0 is never supervised.
+
+    Raises:
+        UserError: `mm_use_im_start_end` without these entries in the vocabulary, or `supervise` is unknown.
+    """
 
     def __init__(
         self,
@@ -87,19 +92,6 @@ class SampleTokenizer:
         mm_use_im_start_end: bool = False,
         supervise: Supervise = "answers",
     ):
-        """Set up for one tokenizer and template.
-
-        Args:
-            tokenizer: From `load_tokenizer`.
-            template: From `get_template`.
-            mm_use_im_start_end: Whether `<im_start>` and `<im_end>` go around each image.
-            supervise: "answers": what the assistant says; "last_answer": its last turn that has text; "all": every
-                token of the text, the prompt's too, but for the begin token. An assistant's turn of weight 0 is never
-                supervised.
-
-        Raises:
-            UserError: `mm_use_im_start_end` without these entries in the vocabulary, or `supervise` is unknown.
-        """
         if supervise not in SUPERVISE_CHOICES:
             raise UserError(f"supervise is {supervise!r}; it can be {', '.join(SUPERVISE_CHOICES)}.")
         if mm_use_im_start_end:
@@ -133,12 +125,25 @@ class SampleTokenizer:
         """
         segments = self._turn_segments(sample)
         input_ids, spans = self._encoder.encode("".join(segment.text for segment in segments))
-        labels = _label(input_ids, spans, _target_spans(join_segments(self._supervised(segments, sample))))
+        targets: Spans = []
+        end = 0
+        for segment in join_segments(self._supervised(segments, sample)):
+            start, end = end, end + len(segment.text)
+            if segment.is_target:
+                targets.append((start, end))
+        labels = _label(input_ids, spans, targets)
         if labels.count(IGNORE_INDEX) == len(labels):
             reason = f"{self._why_unsupervised(sample)}, so there is nothing to learn. {_SKIP_HINT}"
             raise BadSampleError(sample.index, sample.id, "no-supervised-token", reason)
+        # Behind the last character of each turn of the assistant that has text and is in the prompt.
+        ends: dict[int, int] = {}
+        end = 0
+        for segment in segments:
+            end += len(segment.text)
+            if segment.is_target and segment.turn is not None and _has_answer(sample.turns[segment.turn]):
+                ends[segment.turn] = end
         starts = [first for first, _ in spans]
-        answer_ends = [bisect_left(starts, end) for end in _answer_ends(segments, sample)]
+        answer_ends = [bisect_left(starts, end) for end in ends.values()]
         return TokenizedSample(input_ids, labels, len(sample.images), answer_ends)
 
     def _turn_segments(self, sample: Sample) -> list[Segment]:
@@ -198,12 +203,7 @@ class SampleTokenizer:
 
 
 def tokenize_prompt(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Tokenise a prompt for inference.
-
-    Returns:
-        Ids with the tokenizer's begin token in front if it sets one, and one `IMAGE_TOKEN_INDEX` for each
-        `<image>` in `text`.
-    """
+    """Tokenise a prompt for inference: begin token if the tokenizer sets one, an `IMAGE_TOKEN_INDEX` per `<image>`."""
     return _PieceEncoder(tokenizer).encode(text)[0]
 
 
@@ -243,28 +243,6 @@ class _PieceEncoder:
 
 def _has_answer(turn: Turn) -> bool:
     return turn.role == "gpt" and bool(turn.text)
-
-
-def _target_spans(segments: Sequence[Segment]) -> Spans:
-    spans: Spans = []
-    start = 0
-    for segment in segments:
-        end = start + len(segment.text)
-        if segment.is_target:
-            spans.append((start, end))
-        start = end
-    return spans
-
-
-def _answer_ends(segments: Sequence[Segment], sample: Sample) -> list[int]:
-    """Find the past-the-end character of each turn of the assistant that has text and is in the prompt."""
-    ends: dict[int, int] = {}
-    end = 0
-    for segment in segments:
-        end += len(segment.text)
-        if segment.is_target and segment.turn is not None and _has_answer(sample.turns[segment.turn]):
-            ends[segment.turn] = end
-    return list(ends.values())
 
 
 def _label(input_ids: Sequence[int], spans: Spans, targets: Spans) -> list[int]:

@@ -41,6 +41,8 @@ _BPE_MODEL: Final = 2
 _NORMAL_PIECE, _CONTROL_PIECE, _USER_PIECE = 1, 3, 4
 """Values of SentencePiece's `ModelProto.SentencePiece.Type`; `_BPE_MODEL` is a `TrainerSpec.ModelType`."""
 
+_TOKEN_FIELDS: Final = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+
 
 class LlamaSpmTokenizer(PreTrainedTokenizerFast):
     """A LLaMA tokenizer with the ids of transformers 4's slow one.
@@ -48,9 +50,7 @@ class LlamaSpmTokenizer(PreTrainedTokenizerFast):
     `save_pretrained` also writes what loaders of the slow one read: `tokenizer.model`, the class name, the
     `legacy` flag and the added tokens.
 
-    Attributes:
-        legacy: Where the leading blank goes, see the module's text.
-        spm_model: The bytes of `tokenizer.model`; None when the directory had only a `tokenizer.json`.
+    `spm_model` is the content of `tokenizer.model`; None when the directory had only a `tokenizer.json`.
     """
 
     def __init__(self, *args: Any, legacy: bool = True, spm_model: bytes | None = None, **kwargs: Any):
@@ -72,7 +72,7 @@ class LlamaSpmTokenizer(PreTrainedTokenizerFast):
             add_bos_token=self.add_bos_token,
             add_eos_token=self.add_eos_token,
             added_tokens_decoder={
-                str(index): {**_token_fields(token), "special": token.special}
+                str(index): {name: getattr(token, name) for name in _TOKEN_FIELDS}
                 for index, token in sorted(self.added_tokens_decoder.items())
             },
         )
@@ -95,11 +95,7 @@ def load_tokenizer(path: str | Path, *, model_max_length: int | None = None) -> 
     """Load the tokenizer of a model directory.
 
     Padding is on the right. Without a padding token the unknown token (or else the end token) takes that
-    part, so the vocabulary does not grow.
-
-    Args:
-        path: A local directory.
-        model_max_length: Tokens, replaces what the directory says.
+    part, so the vocabulary does not grow. `model_max_length` replaces what the directory says.
 
     Raises:
         UserError: There is no such directory, it holds no tokenizer, or a file in it is damaged.
@@ -195,26 +191,16 @@ def _as_added_token(value: object, directory: Path, *, special: bool) -> AddedTo
     return AddedToken(fields["content"], normalized=False, special=special, **flags)
 
 
-def _token_fields(token: AddedToken) -> dict[str, Any]:
-    names = ("content", "lstrip", "normalized", "rstrip", "single_word")
-    return {name: getattr(token, name) for name in names}
-
-
 def _load_from_spm(directory: Path, config: dict[str, Any]) -> LlamaSpmTokenizer:
     path = directory / _SPM_FILE
     data = path.read_bytes()
     proto = _parse_spm(data, path)
     vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     mergeable = {p.piece: p.score for p in proto.pieces if p.type in (_NORMAL_PIECE, _USER_PIECE)}
-    unk_token = proto.trainer_spec.unk_piece
+    trained = proto.trainer_spec
+    merges = merges_by_score(mergeable)
     backend = Tokenizer(
-        BPE(
-            vocab=vocab,
-            merges=merges_by_score(mergeable),
-            unk_token=unk_token,
-            fuse_unk=True,
-            byte_fallback=proto.trainer_spec.byte_fallback,
-        )
+        BPE(vocab, merges, unk_token=trained.unk_piece, fuse_unk=True, byte_fallback=trained.byte_fallback)
     )
     # The slow class's own defaults, for directories that name no tokens.
     for name, content in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>")):
@@ -276,14 +262,8 @@ def _set_leading_blank(backend: Tokenizer, legacy: bool) -> None:
                 pre_tokenizers.Metaspace(replacement=SPIECE_BLANK, prepend_scheme="never", split=False),
             ]
         )
-    backend.decoder = decoders.Sequence(
-        [
-            decoders.Replace(SPIECE_BLANK, " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
+    steps = [decoders.Replace(SPIECE_BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
 
 
 def _add_tokens(backend: Tokenizer, tokens: Iterable[AddedToken]) -> None:

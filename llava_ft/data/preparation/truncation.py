@@ -7,10 +7,10 @@ after the end of an earlier answer. Only where not even the first supervised ans
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, Protocol
+from typing import Final, Literal
 
-from llava_ft.errors import BadSampleError, UserError
-from llava_ft.geometry import SizeWH
+from llava_ft.errors import BadSampleError
+from llava_ft.geometry import ImageGeometry
 
 TruncationPolicy = Literal["error", "drop", "truncate"]
 """What is done with a sample that is too long: refuse the run, leave the sample out, or cut it off."""
@@ -18,82 +18,36 @@ TruncationPolicy = Literal["error", "drop", "truncate"]
 TRUNCATION_POLICIES: Final = ("error", "drop", "truncate")
 
 
-def check_policy(policy: str) -> None:
-    """Check the name of a policy.
-
-    Raises:
-        UserError: It is unknown.
-    """
-    if policy not in TRUNCATION_POLICIES:
-        raise UserError(f"truncation is {policy!r}; it can be {', '.join(TRUNCATION_POLICIES)}.")
-
-
-class CountsTokens(Protocol):
-    """Knows how many tokens an image takes; `ImageGeometry` is one."""
-
-    @property
-    def needs_image_sizes(self) -> bool:
-        """Whether that depends on the image's size."""
-        ...
-
-    def num_tokens(self, size_wh: SizeWH | None = None) -> int:
-        """Count the tokens of an image, by its width and height in pixels where they matter."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What decides how long a sample is, and what is done with one that is too long.
+    """What decides how long a sample is, and what is done with one that is too long."""
 
-    Attributes:
-        geometry: Counts the tokens of images; None for a model without vision tower.
-        max_length: Tokens that a sample may have.
-        truncation: What is done with one that has more.
-    """
-
-    geometry: CountsTokens | None
-    max_length: int
+    geometry: ImageGeometry | None  # counts the tokens of images; None for a model without vision tower
+    max_length: int  # tokens, an image with all of its own
     truncation: TruncationPolicy = "truncate"
 
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """How much of a record there is up to one of its tokens.
+    """How much of a record there is up to one of its tokens."""
 
-    Attributes:
-        ids: Tokens, an image counted as one.
-        tokens: Tokens, an image with all of its own.
-        images: Images; they are the first ones.
-        supervised: Tokens that have to be predicted; the very first has nothing to be predicted from.
-        answers: Answers that are whole.
-    """
-
-    ids: int
-    tokens: int
-    images: int
-    supervised: int
-    answers: int
+    ids: int  # tokens, an image counted as one
+    tokens: int  # tokens, an image with all of its own
+    images: int  # the first ones
+    supervised: int  # tokens that have to be predicted; the very first has nothing to be predicted from
+    answers: int  # whole ones
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLayout:
-    """Where images, answers and supervised tokens of a tokenised record are. Positions count an image as one token.
-
-    Attributes:
-        index: Position of the record in its source.
-        sample_id: Its id, "" without one.
-        num_ids: Its tokens, an image counted as one.
-        images: Position of each image, ascending, and the tokens it is expanded to.
-        target_spans: Starts and ends of the supervised stretches, ascending.
-        answer_ends: Position after each answer, ascending.
-    """
+    """Where images, answers and supervised tokens of a tokenised record are. Positions count an image as one token."""
 
     index: int
     sample_id: str
     num_ids: int
-    images: Sequence[tuple[int, int]]
-    target_spans: Sequence[tuple[int, int]]
-    answer_ends: Sequence[int]
+    images: Sequence[tuple[int, int]]  # position of each, ascending, and the tokens it is expanded to
+    target_spans: Sequence[tuple[int, int]]  # starts and ends of the supervised stretches, ascending
+    answer_ends: Sequence[int]  # position after each answer, ascending: where a conversation may end
 
     def extent(self, end: int) -> Extent:
         """Measure the record up to the token before `end`."""
@@ -147,21 +101,22 @@ def find_cut(
     answer_ends: Sequence[int],
     max_length: int,
 ) -> int | None:
-    """Find how many tokens of a sample stay.
-
-    All positions count an image as one token.
-
-    Args:
-        num_tokens: Tokens of the sample.
-        images: Position of each image, ascending, and the tokens it is expanded to.
-        target_spans: Starts and ends of the supervised stretches, ascending.
-        answer_ends: Position after each answer, ascending: where a conversation may end.
-        max_length: Tokens that may stay after expansion.
+    """Find how many tokens of a sample stay; see `TokenLayout`. Only `max_length` counts images with all their tokens.
 
     Returns:
         Tokens that stay, `num_tokens` for a sample that fits; None if nothing would stay that has to be predicted.
     """
-    last = _last_fitting(num_tokens, images, max_length)
+    # The last token that fits, an image either whole or not at all.
+    room, start = max_length, 0
+    last = None
+    for position, size in images:
+        if position - start + size > room:
+            last = min(position, start + room)
+            break
+        room -= position - start + size
+        start = position + 1
+    if last is None:
+        last = min(num_tokens, start + room)
     if last == num_tokens:
         return num_tokens
     first_target = first_predicted(target_spans)
@@ -177,14 +132,3 @@ def first_predicted(target_spans: Sequence[tuple[int, int]]) -> int | None:
         if end > max(start, 1):
             return max(start, 1)
     return None
-
-
-def _last_fitting(num_tokens: int, images: Sequence[tuple[int, int]], max_length: int) -> int:
-    """Count the tokens that fit, an image either whole or not at all."""
-    room, start = max_length, 0
-    for position, size in images:
-        if position - start + size > room:
-            return min(position, start + room)
-        room -= position - start + size
-        start = position + 1
-    return min(num_tokens, start + room)

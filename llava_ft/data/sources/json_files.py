@@ -23,7 +23,7 @@ from typing import BinaryIO, Final, NoReturn
 
 import numpy as np
 
-from llava_ft.data.sources.indexed import Array, IndexedSource
+from llava_ft.data.sources.base import Array, IndexedSource
 from llava_ft.errors import UserError
 
 _LINES_SUFFIXES: Final = (".jsonl", ".ndjson")
@@ -114,10 +114,6 @@ def _state_of(file: BufferedReader) -> tuple[int, ...]:
 def scan_lines(file: BufferedReader, path: Path) -> "array[int]":
     """Find the records of a file that holds one JSON value a line; blank lines are passed over.
 
-    Args:
-        file: The file, open for reading.
-        path: Its name, for messages.
-
     Returns:
         The offset of each record in bytes, and that of the end of the file.
 
@@ -149,10 +145,6 @@ def scan_lines(file: BufferedReader, path: Path) -> "array[int]":
 
 def scan_list(file: BinaryIO, path: Path) -> "array[int]":
     """Find the records of a file that holds one JSON list.
-
-    Args:
-        file: The file, open for reading.
-        path: Its name, for messages.
 
     Returns:
         The offset of each record in bytes, and that of the end of the last one.
@@ -194,15 +186,11 @@ class _Window:
     """The part of the file that is being looked at.
 
     It is decoded as Latin-1: one character a byte, so that positions in the text are offsets in the file.
-
-    Attributes:
-        text: The part.
-        position: Where in `text` the next thing is.
     """
 
     def __init__(self, file: BinaryIO, path: Path):
         self.text = ""
-        self.position = 0
+        self.position = 0  # where in `text` the next thing is
         self._path = path
         self._file = file
         self._start = 0
@@ -241,11 +229,7 @@ class _Window:
             self._fill()
 
     def skip_value(self) -> None:
-        """Go behind the next value.
-
-        Raises:
-            UserError: It is not JSON.
-        """
+        """Go behind the next value, or refuse it."""
         while True:
             try:
                 end = _decoder.raw_decode(self.text, self.position)[1]
@@ -265,7 +249,14 @@ class _Window:
         """Raise the error for what is wrong at an offset."""
         is_last = offset - self._start >= len(self.text.rstrip()) - 1 or problem.startswith("Unterminated")
         is_cut = self._at_end and is_last and problem.startswith(("Expecting", "Unterminated"))
-        line, column = _line_and_column(self._path, offset)
+        line, column = 1, 1  # in characters up to the offset
+        with self._path.open("rb") as file:
+            if file.read(len(_BOM)) != _BOM:
+                file.seek(0)
+            while piece := file.readline(min(_CHUNK_BYTES, offset - file.tell())):
+                column += int(np.count_nonzero(np.frombuffer(piece, np.uint8) & 0xC0 != 0x80))
+                if piece.endswith(b"\n"):
+                    line, column = line + 1, 1
         raise UserError(
             f"Data file {self._path} is not valid JSON (line {line}, column {column}): {problem}."
             + " It looks truncated." * is_cut
@@ -274,16 +265,3 @@ class _Window:
 
 def _refuse_encoding(path: Path, offset: int) -> NoReturn:
     raise UserError(f"Data file {path} is not UTF-8 text (byte {offset}). Save it as UTF-8.") from None
-
-
-def _line_and_column(path: Path, offset: int) -> tuple[int, int]:
-    """Count lines and characters up to a byte, both from 1."""
-    line, column = 1, 1
-    with path.open("rb") as file:
-        if file.read(len(_BOM)) != _BOM:
-            file.seek(0)
-        while piece := file.readline(min(_CHUNK_BYTES, offset - file.tell())):
-            column += int(np.count_nonzero(np.frombuffer(piece, np.uint8) & 0xC0 != 0x80))
-            if piece.endswith(b"\n"):
-                line, column = line + 1, 1
-    return line, column

@@ -14,12 +14,13 @@
 
 import difflib
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, TypeGuard, cast
 
 import yaml
 
@@ -106,7 +107,7 @@ def with_prompt_prefix(sample: Sample, prefix: str) -> Sample:
     return replace(sample, turns=tuple(turns))
 
 
-def open_mixture(path: str | Path) -> Mixture:
+def open_mixture(path: str | os.PathLike[str]) -> Mixture:
     """Read a mixture file. Its sources are not opened yet.
 
     Raises:
@@ -124,9 +125,37 @@ def open_mixture(path: str | Path) -> Mixture:
             "each with a 'path'."
         )
     entries = tuple(_read_entry(item, f"{path}, source {number}") for number, item in enumerate(items, start=1))
-    mixture = Mixture(path, entries, cast("int | None", value.get("epoch_size")))
-    _check_together(mixture)
-    return mixture
+    epoch_size = cast("int | None", value.get("epoch_size"))
+    with_weight = [entry for entry in entries if entry.weight is not None]
+    if with_weight and len(with_weight) < len(entries):
+        bare = next(entry for entry in entries if entry.weight is None)
+        raise UserError(
+            f"Mixture {path}: {with_weight[0].name!r} has a weight and {bare.name!r} has none. Weights are shares of "
+            "the epoch, so all sources need one; or use 'count' and 'repeat' everywhere."
+        )
+    if epoch_size is not None and not with_weight:
+        raise UserError(
+            f"Mixture {path}: 'epoch_size' is {epoch_size}, but no source has a weight. Give each a 'weight', "
+            "or say with 'count' how many records to take of each."
+        )
+    seen: dict[tuple[str, str | None], MixtureEntry] = {}
+    for entry in entries:
+        place = (resolve_source(entry.path, path.parent), entry.split)
+        other = seen.setdefault(place, entry)
+        if other is not entry and (entry.held_out or other.held_out):
+            raise UserError(
+                f"Mixture {path}: {entry.path!r} is there twice, and one of the two has 'held_out'. What one holds out "
+                "the other would train on; join the two entries."
+            )
+    for name, count in Counter(entry.name for entry in entries if entry.name != entry.path).items():
+        if count > 1:
+            raise UserError(f"Mixture {path}: two sources are named {name!r}. Give each a name of its own.")
+    return Mixture(path, entries, epoch_size)
+
+
+def holds_out(path: str | os.PathLike[str]) -> bool:
+    """Whether a path names a mixture that keeps records for validation."""
+    return is_mixture(path) and any(entry.held_out for entry in open_mixture(path).entries)
 
 
 def check_holds_out(path: str | Path) -> None:
@@ -135,38 +164,34 @@ def check_holds_out(path: str | Path) -> None:
     Raises:
         UserError: No source of the mixture has `held_out`.
     """
-    if is_mixture(path) and not any(entry.held_out for entry in open_mixture(path).entries):
+    if is_mixture(path) and not holds_out(path):
         raise UserError(
             f"Mixture {path} holds out no records, and eval_strategy needs some. Give a source 'held_out', name "
             "records with --validation_data_path, or set --eval_strategy no."
         )
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_weight(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def _is_held_out(value: object) -> bool:
-    if isinstance(value, float):
-        return 0 < value < 1
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-_TEXT: Final = (_is_text, "not a text. Put it into quotes")
-_COUNT: Final = (_is_count, "Allowed are whole numbers from 1 on")
-_ALLOWED: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
+_Rule = tuple[Callable[[object], bool], str]
+_TEXT: Final[_Rule] = (lambda value: isinstance(value, str), "not a text. Put it into quotes")
+_COUNT: Final[_Rule] = (
+    lambda value: _is_number(value) and isinstance(value, int) and value >= 1,
+    "Allowed are whole numbers from 1 on",
+)
+_ALLOWED: Final[Mapping[str, _Rule]] = {
     **dict.fromkeys(("path", "name", "split", "image_folder", "prompt_prefix"), _TEXT),
     **dict.fromkeys(("count", "repeat", "epoch_size"), _COUNT),
-    "weight": (_is_weight, "Allowed are numbers above 0; leave out a source of no weight"),
-    "held_out": (_is_held_out, "Allowed are a share between 0 and 1, and a whole number of records"),
+    "weight": (
+        lambda value: _is_number(value) and 0 < value < math.inf,
+        "Allowed are numbers above 0; leave out a source of no weight",
+    ),
+    "held_out": (
+        lambda value: _is_number(value) and (0 < value < 1 if isinstance(value, float) else value >= 0),
+        "Allowed are a share between 0 and 1, and a whole number of records",
+    ),
 }
 """What each key may be, and how that is said."""
 
@@ -208,34 +233,6 @@ def _read_entry(item: object, where: str) -> MixtureEntry:
     values["weight"] = float(values["weight"]) if "weight" in values else None
     values["held_out"] = values.get("held_out") or None
     return MixtureEntry(**values)
-
-
-def _check_together(mixture: Mixture) -> None:
-    path, entries = mixture.path, mixture.entries
-    with_weight = [entry for entry in entries if entry.weight is not None]
-    if with_weight and len(with_weight) < len(entries):
-        bare = next(entry for entry in entries if entry.weight is None)
-        raise UserError(
-            f"Mixture {path}: {with_weight[0].name!r} has a weight and {bare.name!r} has none. Weights are shares of "
-            "the epoch, so all sources need one; or use 'count' and 'repeat' everywhere."
-        )
-    if mixture.epoch_size is not None and not with_weight:
-        raise UserError(
-            f"Mixture {path}: 'epoch_size' is {mixture.epoch_size}, but no source has a weight. Give each a 'weight', "
-            "or say with 'count' how many records to take of each."
-        )
-    seen: dict[tuple[str, str | None], MixtureEntry] = {}
-    for entry in entries:
-        place = (resolve_source(entry.path, path.parent), entry.split)
-        other = seen.setdefault(place, entry)
-        if other is not entry and (entry.held_out or other.held_out):
-            raise UserError(
-                f"Mixture {path}: {entry.path!r} is there twice, and one of the two has 'held_out'. What one holds out "
-                "the other would train on; join the two entries."
-            )
-    for name, count in Counter(entry.name for entry in entries if entry.name != entry.path).items():
-        if count > 1:
-            raise UserError(f"Mixture {path}: two sources are named {name!r}. Give each a name of its own.")
 
 
 def _read_yaml(path: Path) -> object:

@@ -1,6 +1,7 @@
 """From what `--data_path` says to a source of records."""
 
 import glob
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ _HUB_NAME: Final = re.compile(
 _MAX_SHARDS: Final = 100_000
 
 
-def is_mixture(path: str | Path) -> bool:
+def is_mixture(path: str | os.PathLike[str]) -> bool:
     """Whether a path names a YAML file, which describes several sources."""
     return Path(path).suffix.lower() in _MIXTURE
 

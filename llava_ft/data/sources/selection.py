@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_ft.data.sources.base import RecordSource
-from llava_ft.data.sources.indexed import Array
+from llava_ft.data.sources.base import Array, RecordSource
 from llava_ft.data.sources.mixture import Mixture, MixtureEntry, open_mixture
 from llava_ft.data.sources.open import is_mixture, open_source
 from llava_ft.errors import UserError

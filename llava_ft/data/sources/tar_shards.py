@@ -17,8 +17,7 @@ import numpy as np
 
 from llava_ft.constants import IMAGE_TOKEN
 from llava_ft.data.records import BrokenRecord, DataUri, EmbeddedImage, is_list, is_mapping
-from llava_ft.data.sources.base import fingerprint_files
-from llava_ft.data.sources.indexed import Array, IndexedSource
+from llava_ft.data.sources.base import Array, IndexedSource, fingerprint_files
 from llava_ft.errors import ImageError, UserError
 
 _BAD: Final = "bad-member"
@@ -47,13 +46,6 @@ class TarSource(IndexedSource):
     index_kind = "tar-1"
 
     def __init__(self, name: str, files: Sequence[Path], image_folder: str | None = None):
-        """Set up for shards.
-
-        Args:
-            name: For messages.
-            files: The shards, in order.
-            image_folder: As in `RecordSource`; for records that name images outside the shard.
-        """
         super().__init__(name, image_folder)
         self.files = list(files)
 
@@ -131,42 +123,32 @@ class TarSource(IndexedSource):
                 "belongs together shares its name up to the first dot, and nothing else may.",
             )
         images = {names[place]: EmbeddedImage((place,)) for place in of_kind[_IMAGE]}
-        if of_kind[_JSON]:
-            return _json_record(key, self._content(of_kind[_JSON][0], file), images)
-        if of_kind[_TEXT] and images:
-            return _caption_record(key, self._content(of_kind[_TEXT][0], file), images)
-        has, needs = ("a .txt", "an image") if of_kind[_TEXT] else ("an image", "a .json or .txt")
-        return BrokenRecord(key, _BAD, f"the shard holds {has} for it, but not {needs}. Add it, or take both out.")
-
-
-def _caption_record(key: str, text: bytes, images: Mapping[str, EmbeddedImage]) -> object:
-    try:
-        caption = text.decode("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        return BrokenRecord(key, _BAD, f"its .txt is not UTF-8 text (byte {error.start}). Save it as UTF-8.")
-    question = "\n".join([IMAGE_TOKEN] * len(images))
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": caption}]
-    return {"id": key, "images": list(images.values()), "conversations": turns}
-
-
-def _json_record(key: str, text: bytes, images: Mapping[str, EmbeddedImage]) -> object:
-    try:
-        value: object = json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        return BrokenRecord(key, _BAD, f"its .json is not valid JSON: {error}. Write the member again.")
-    if not isinstance(value, dict):
-        return value
-    record = cast("dict[str, object]", value)
-    if record.get("id") is None:
-        record["id"] = key
-    if not images:
+        if of_kind[_TEXT] and images and not of_kind[_JSON]:
+            try:
+                caption = self._content(of_kind[_TEXT][0], file).decode("utf-8-sig").strip()
+            except UnicodeDecodeError as error:
+                return BrokenRecord(key, _BAD, f"its .txt is not UTF-8 text (byte {error.start}). Save it as UTF-8.")
+            question = "\n".join([IMAGE_TOKEN] * len(images))
+            turns = [{"from": "human", "value": question}, {"from": "gpt", "value": caption}]
+            return {"id": key, "images": list(images.values()), "conversations": turns}
+        if not of_kind[_JSON]:
+            has, needs = ("a .txt", "an image") if of_kind[_TEXT] else ("an image", "a .json or .txt")
+            return BrokenRecord(key, _BAD, f"the shard holds {has} for it, but not {needs}. Add it, or take both out.")
+        try:
+            value: object = json.loads(self._content(of_kind[_JSON][0], file).decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            return BrokenRecord(key, _BAD, f"its .json is not valid JSON: {error}. Write the member again.")
+        if not isinstance(value, dict):
+            return value
+        record = cast("dict[str, object]", value)
+        if record.get("id") is None:
+            record["id"] = key
+        by_name = {name.rpartition("/")[2]: image for name, image in images.items()} | images
+        if images and not _place_members(record, by_name):
+            # A path from before the shard was packed says nothing about its members.
+            record.pop("image", None)
+            record["images"] = list(images.values())
         return record
-    by_name = {name.rpartition("/")[2]: image for name, image in images.items()} | dict(images)
-    if not _place_members(record, by_name):
-        # A path from before the shard was packed says nothing about its members.
-        record.pop("image", None)
-        record["images"] = list(images.values())
-    return record
 
 
 def _place_members(record: dict[str, object], by_name: Mapping[str, EmbeddedImage]) -> bool:
@@ -221,6 +203,11 @@ def index_shards(files: Sequence[Path]) -> dict[str, Array]:
     Raises:
         UserError: A shard is missing, compressed, truncated or damaged, or holds links.
     """
+
+    def by_kind_and_name(member: _Member) -> tuple[int, list[str | int]]:  # numbers in names counted as numbers
+        pieces = _NUMBERS.split(member[0])
+        return member[3], [int(piece) if piece.isdecimal() else piece for piece in pieces]
+
     members: list[Array] = []
     names = bytearray()
     record_ends, shard_ends = array("q", [0]), array("q", [0])
@@ -229,7 +216,7 @@ def index_shards(files: Sequence[Path]) -> dict[str, Array]:
     for file in files:
         rows: list[tuple[int, int, int, int]] = []
         for record in _records_in(file, states):
-            for name, offset, size, kind in sorted(record, key=_place_in_record):
+            for name, offset, size, kind in sorted(record, key=by_kind_and_name):
                 names += name.encode("utf-8", "surrogateescape")
                 rows.append((offset, size, len(names), kind))
             record_ends.append(num_members + len(rows))
@@ -243,12 +230,6 @@ def index_shards(files: Sequence[Path]) -> dict[str, Array]:
         "shard_ends": np.array(shard_ends, dtype=np.int64),
         "states": np.array(states, dtype=np.int64).reshape(-1, 2),
     }
-
-
-def _place_in_record(member: _Member) -> tuple[int, list[str | int]]:
-    """Sort by kind, then by name, with numbers in names counted as numbers."""
-    pieces: list[str | int] = [int(piece) if piece.isdecimal() else piece for piece in _NUMBERS.split(member[0])]
-    return member[3], pieces
 
 
 def _records_in(file: Path, states: list[tuple[int, int]]) -> list[list[_Member]]:
