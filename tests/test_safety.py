@@ -206,7 +206,7 @@ READERS = {
     "hf_speaker: AutoProcessor.from_pretrained",
     "hf_speaker: PeftModel.from_pretrained",
     "hf_speaker: model_class.from_pretrained",
-    "indexed: np.load",
+    "base: np.load",
     "mixture: yaml.load",
     "export_adapter: LoraConfig.from_pretrained",
     "pickles: torch.load",

@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from llava_ft.data.records import parse_record
-from llava_ft.data.sources import indexed, json_files
+from llava_ft.data.sources import base, json_files
 from llava_ft.data.sources.open import open_source
 from llava_ft.errors import ImageError, UserError
 
@@ -174,7 +174,7 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path):
 def test_a_long_search_is_announced(tmp_path, monkeypatch, caplog):
     path = write(tmp_path, "a.json", "[1]")
     opened(write(tmp_path, "b.json", "[2]"), tmp_path)
-    monkeypatch.setattr(indexed, "_BYTES_WORTH_A_NOTE", 3)
+    monkeypatch.setattr(base, "_BYTES_WORTH_A_NOTE", 3)
     with caplog.at_level("INFO"):
         opened(path, tmp_path)
         opened(path, tmp_path)
