@@ -75,9 +75,9 @@ class ImageProcessorSettings:
         def read_size(name: str, number_means: Sequence[str], *known: set[str]) -> dict[str, int]:
             shapes = " or ".join(f"a mapping with {' and '.join(sorted(keys))}" for keys in known)
             value = read(name, lambda value: _is_size(value, known), f"a number of pixels or {shapes}")
-            return (
-                dict(cast("dict[str, int]", value)) if isinstance(value, dict) else dict.fromkeys(number_means, value)
-            )
+            if isinstance(value, dict):
+                return dict(cast("dict[str, int]", value))
+            return dict.fromkeys(number_means, cast("int", value))
 
         def switch(name: str) -> bool:
             return read(name, lambda value: isinstance(value, bool), "true or false")

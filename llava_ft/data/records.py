@@ -228,11 +228,12 @@ class _Parser:
         form = self._form_of(record)
         value = record[form.turns]
         if form is _CAULDRON and is_list(value):
-            pairs, value = value, []
-            for position, pair in enumerate(pairs):
+            turns_of_pairs: list[object] = []
+            for position, pair in enumerate(value):
                 if not is_mapping(pair) or "user" not in pair or "assistant" not in pair:
                     self._fail("bad-turn", f"'texts'[{position}] is not an object with 'user' and 'assistant'.")
-                value += [{"from": "human", "text": pair["user"]}, {"from": "gpt", "text": pair["assistant"]}]
+                turns_of_pairs += [{"from": "human", "text": pair["user"]}, {"from": "gpt", "text": pair["assistant"]}]
+            value = turns_of_pairs
         turns, system = self._parse_turns(value, form)
         values = self._columns
         if form is _OPENAI:
