@@ -29,7 +29,7 @@ from llava_ft.args import parse_args
 from llava_ft.data.sampler import SORTED_BATCHES, balanced_order
 from llava_ft.models.flops import Counts, Flops, model_flops, tower_layers_read
 from llava_ft.planning.model import ModelOutline, ParameterShape, build_model, find_outline, parameter_shapes
-from llava_ft.planning.optimizers import optimizer_kind
+from llava_ft.planning.placement import optimizer_kind
 from llava_ft.planning.request import Machine, PlanRequest, plan_request
 
 PAGE: Final = Path(__file__).resolve().parents[1] / "docs/scaling.md"

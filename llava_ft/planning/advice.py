@@ -5,7 +5,7 @@ micro-batch with more accumulation, ZeRO), the precision of frozen weights (4 bi
 run can learn (a smaller rank, LoRA instead of the whole model).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -37,34 +37,21 @@ FLOPs."""
 
 @dataclass(frozen=True)
 class Way:
-    """One way to recompute.
-
-    Attributes:
-        recomputation: What is computed again.
-        share: FLOPs that are computed again, as a share of those that training needs.
-        memory: What a rank takes.
-    """
+    """One way to recompute."""
 
     recomputation: Recomputation
-    share: float
+    share: float  # FLOPs that are computed again, of those that training needs
     memory: RankMemory
 
 
 @dataclass(frozen=True)
 class Change:
-    """A change and what it leads to.
+    """A change and what it leads to."""
 
-    Attributes:
-        flags: What to add to the command line.
-        cost: What is given up for it.
-        alone: Memory with it alone.
-        together: Memory with it and those changes before it that have one too; None if they led to a run that fits, or
-            if it would take more on top of them.
-    """
-
-    flags: str
-    cost: str
+    flags: str  # what to add to the command line
+    cost: str  # what is given up for it
     alone: RankMemory
+    # With those changes before it that have one too; None if they led to a run that fits, or if it would take more.
     together: RankMemory | None
 
 
@@ -122,11 +109,11 @@ def recomputed_flops(outline: ModelOutline, shapes: Sequence[ParameterShape], re
 
 
 def advise(planner: MemoryPlanner, request: PlanRequest, workload: Workload, capacity: int) -> list[Change]:
-    """Plan every change that applies, alone and on top of those before it until the run fits.
+    """Plan every change that applies to a run that does not fit, alone and on top of those before it until it fits.
 
     Args:
         planner: Plans memory.
-        request: The run that does not fit.
+        request: The run.
         workload: Its data.
         capacity: Bytes that a rank has.
     """
@@ -134,20 +121,19 @@ def advise(planner: MemoryPlanner, request: PlanRequest, workload: Workload, cap
     def memory(changed: PlanRequest) -> RankMemory:
         return planner.plan(changed, workload.largest_batch(changed.batch_size))
 
-    changes: list[Change] = []
+    found, changes = _changes(request), list[Change]()
     so_far, least = request, memory(request).total
     as_it_is = least
-    for apply, cost in _KINDS:
-        found = apply(request)
-        if found is None:
+    for kind, cost in _COSTS.items():
+        if kind not in found:
             continue
-        flags, alone = found[0], memory(found[1])
-        together = None
-        following = apply(so_far) if least > capacity else None
+        flags, changed = found[kind]
+        alone, together = memory(changed), None
+        _, following = _changes(so_far).get(kind, (None, None)) if least > capacity else (None, None)
         if following is not None:
-            together = memory(following[1])
+            together = memory(following)
             if together.total <= least:  # one that saves nothing yet may do so on top of a later one
-                so_far, least = following[1], together.total
+                so_far, least = following, together.total
             else:
                 together = None
         if alone.total < as_it_is or together is not None:
@@ -155,104 +141,65 @@ def advise(planner: MemoryPlanner, request: PlanRequest, workload: Workload, cap
     return changes
 
 
-_Change = tuple[str, PlanRequest]
-"""The flags of a change, and the request with it."""
+_COSTS: Final = {
+    "selective": "norms and activations computed twice",
+    "full": "a third to a half more computation",
+    "batch of one": "speed; the steps stay the same",
+    "stage 2": "communication",
+    "stage 3": "more communication",
+    "4 bits": "speed, and the precision of frozen weights",
+    "layer inputs on host": "layers computed again, and copies to the host's memory and back",
+    "stage 2 with offload": "much speed",
+    "stage 3 with offload": "much speed",
+    "smaller rank": "what the adapter can learn",
+    "LoRA": "the language model itself stays fixed",
+}
+"""What each kind of change gives up, in the order in which they are tried."""
 
 
-def _selective(request: PlanRequest) -> _Change | None:
-    if request.recomputation.mode != "none" or request.keeps_little:
-        return None
-    return _recompute(request, Recomputation("selective"))
+def _changes(request: PlanRequest) -> dict[str, tuple[str, PlanRequest]]:
+    """Find the kinds of change that make a difference: the flags of each, and the request with it."""
+    recomputation, zero, lora = request.recomputation, request.zero, request.lora
+    found: dict[str, tuple[str, PlanRequest]] = {}
 
+    def configured(file: str) -> ZeroSettings:
+        config, _ = read_deepspeed_config(file, [])
+        return ZeroSettings.from_config(config, hidden_size=0)
 
-def _full(request: PlanRequest) -> _Change | None:
-    recomputation = request.recomputation
-    if recomputation.mode == "full" and recomputation.every == 1:
-        return None
-    _, changed = _recompute(request, Recomputation("full", offload=recomputation.offload))
-    return "--gradient_checkpointing full", changed
+    if recomputation.mode == "none" and not request.keeps_little:
+        way = Recomputation("selective")
+        found["selective"] = way.flags, request.changed(recomputation=way)
+    if recomputation.mode != "full" or recomputation.every != 1:
+        way = Recomputation("full", offload=recomputation.offload)
+        found["full"] = "--gradient_checkpointing full", request.changed(recomputation=way)
+    if request.on_gpu and not recomputation.offload:
+        way = Recomputation("full", offload=True)
+        found["layer inputs on host"] = way.flags, request.changed(recomputation=way)
 
+    if request.batch_size > 1:
+        accumulation = request.accumulation * request.batch_size
+        flags = f"--per_device_train_batch_size 1 --gradient_accumulation_steps {accumulation}"
+        found["batch of one"] = flags, request.changed(batch_size=1, accumulation=accumulation)
 
-def _layer_inputs_on_host(request: PlanRequest) -> _Change | None:
-    if not request.on_gpu or request.recomputation.offload:
-        return None
-    return _recompute(request, Recomputation("full", offload=True))
+    stage, ranks = zero.stage if zero else 0, request.machine.world_size
+    for wanted in (2, 3) if request.quantization is None else (2,):  # ZeRO-3 cannot divide packed weights
+        file = f"zero{wanted}.json"
+        if stage < wanted and ranks > 1:
+            found[f"stage {wanted}"] = f"--deepspeed {file}", request.changed(zero=configured(file))
+        file = f"zero{wanted}_offload.json"
+        if request.on_gpu and zero != configured(file):
+            found[f"stage {wanted} with offload"] = f"--deepspeed {file}", request.changed(zero=configured(file))
+    if request.quantization != Quantization(4) and not request.tuning.train_language_model:
+        zero2 = configured("zero2.json")
+        settings = zero2 if ranks > 1 or stage == 3 else zero
+        flags = "--bits 4 --deepspeed zero2.json" if settings == zero2 else "--bits 4"
+        found["4 bits"] = flags, request.changed(quantization=Quantization(4), zero=settings)
 
-
-def _recompute(request: PlanRequest, recomputation: Recomputation) -> _Change:
-    return recomputation.flags, request.changed(recomputation=recomputation)
-
-
-def _batch_of_one(request: PlanRequest) -> _Change | None:
-    if request.batch_size == 1:
-        return None
-    accumulation = request.accumulation * request.batch_size
-    flags = f"--per_device_train_batch_size 1 --gradient_accumulation_steps {accumulation}"
-    return flags, request.changed(batch_size=1, accumulation=accumulation)
-
-
-def _stage(stage: int) -> Callable[[PlanRequest], _Change | None]:
-    def apply(request: PlanRequest) -> _Change | None:
-        current = request.zero.stage if request.zero else 0
-        if current >= stage or request.machine.world_size == 1 or (stage == 3 and request.quantization is not None):
-            return None
-        return _deepspeed(request, f"zero{stage}.json")
-
-    return apply
-
-
-def _offload(stage: int) -> Callable[[PlanRequest], _Change | None]:
-    def apply(request: PlanRequest) -> _Change | None:
-        flags, changed = _deepspeed(request, f"zero{stage}_offload.json")
-        if not request.on_gpu or request.zero == changed.zero or (stage == 3 and request.quantization is not None):
-            return None
-        return flags, changed
-
-    return apply
-
-
-def _deepspeed(request: PlanRequest, file: str) -> _Change:
-    """Use one of the configurations in configs/."""
-    config, _ = read_deepspeed_config(file, [])
-    return f"--deepspeed {file}", request.changed(zero=ZeroSettings.from_config(config, hidden_size=0))
-
-
-def _four_bits(request: PlanRequest) -> _Change | None:
-    if request.quantization == Quantization(4) or request.tuning.train_language_model:
-        return None
-    zero2, changed = _deepspeed(request.changed(quantization=Quantization(4)), "zero2.json")
-    if request.machine.world_size == 1 and (request.zero is None or request.zero.stage != 3):
-        changed = changed.changed(zero=request.zero)
-        zero2 = zero2 if request.zero == _deepspeed(request, "zero2.json")[1].zero else ""
-    return f"--bits 4 {zero2}".strip(), changed
-
-
-def _smaller_rank(request: PlanRequest) -> _Change | None:
-    if request.lora is None or request.lora.r <= _SMALLEST_RANK:
-        return None
-    return f"--lora_r {_SMALLEST_RANK}", request.changed(lora=replace(request.lora, r=_SMALLEST_RANK))
-
-
-def _lora_instead(request: PlanRequest) -> _Change | None:
-    if not request.tuning.train_language_model:
-        return None
-    tuning = TuningPlan("lora", request.tuning.train_projector, train_language_model=False)
-    lora = LoraSettings(_RANK_OF_ADVICE, 2 * _RANK_OF_ADVICE, 0.05, "none", None)
-    flags = f"--lora_enable True --lora_r {lora.r} --lora_alpha {lora.alpha}"
-    return flags, request.changed(tuning=tuning, lora=lora)
-
-
-_KINDS: Final[tuple[tuple[Callable[[PlanRequest], _Change | None], str], ...]] = (
-    (_selective, "norms and activations computed twice"),
-    (_full, "a third to a half more computation"),
-    (_batch_of_one, "speed; the steps stay the same"),
-    (_stage(2), "communication"),
-    (_stage(3), "more communication"),
-    (_four_bits, "speed, and the precision of frozen weights"),
-    (_layer_inputs_on_host, "layers computed again, and copies to the host's memory and back"),
-    (_offload(2), "much speed"),
-    (_offload(3), "much speed"),
-    (_smaller_rank, "what the adapter can learn"),
-    (_lora_instead, "the language model itself stays fixed"),
-)
-"""Each change gives None where it makes no difference; and what it costs."""
+    if lora is not None and lora.r > _SMALLEST_RANK:
+        found["smaller rank"] = f"--lora_r {_SMALLEST_RANK}", request.changed(lora=replace(lora, r=_SMALLEST_RANK))
+    if request.tuning.train_language_model:
+        tuning = TuningPlan("lora", request.tuning.train_projector, train_language_model=False)
+        adapters = LoraSettings(_RANK_OF_ADVICE, 2 * _RANK_OF_ADVICE, 0.05, "none", None)
+        flags = f"--lora_enable True --lora_r {adapters.r} --lora_alpha {adapters.alpha}"
+        found["LoRA"] = flags, request.changed(tuning=tuning, lora=adapters)
+    return found

@@ -23,7 +23,7 @@ from llava_ft.checkpoint.names import (
 from llava_ft.checkpoint.weights import WeightFiles, has_model_weights
 from llava_ft.data.features.store import FeatureFormat
 from llava_ft.planning.model import ModelOutline, ParameterShape
-from llava_ft.planning.optimizers import optimizer_kind
+from llava_ft.planning.placement import optimizer_kind
 from llava_ft.planning.request import PlanRequest
 
 KeptAs = Literal["compute", "int8"]

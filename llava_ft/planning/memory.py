@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from llava_ft.planning.model import ModelOutline, ParameterShape, build_model, parameter_shapes
-from llava_ft.planning.placement import TEMPORARIES, Placement, place
+from llava_ft.planning.placement import TEMPORARIES, place
 from llava_ft.planning.request import Machine, PlanRequest, ZeroSettings
 from llava_ft.planning.step import (
     ACTIVATIONS,
@@ -50,17 +50,11 @@ FRAGMENTATION: Final = 0.05
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Memory of one rank, in bytes.
+    """Memory of one rank, in bytes."""
 
-    Attributes:
-        components: For each phase of a step what is alive at its highest point, by what it is for.
-        allowances: What is added because it is not tensors.
-        host: What is offloaded to the host's memory.
-    """
-
-    components: Mapping[str, Mapping[str, int]]
-    allowances: Mapping[str, int]
-    host: Mapping[str, int]
+    components: Mapping[str, Mapping[str, int]]  # by phase of a step, what is alive at its highest point, by purpose
+    allowances: Mapping[str, int]  # what is added because it is not tensors
+    host: Mapping[str, int]  # what is offloaded to the host's memory
 
     @property
     def phases(self) -> dict[str, int]:
@@ -85,11 +79,7 @@ class RankMemory:
 
 
 class MemoryPlanner:
-    """Plans the memory of runs of one model; what was traced once is kept.
-
-    Args:
-        outline: The model.
-    """
+    """Plans the memory of runs of one model; what was traced once is kept."""
 
     def __init__(self, outline: ModelOutline):
         self.outline = outline
@@ -104,12 +94,7 @@ class MemoryPlanner:
         return self._shapes[key]
 
     def plan(self, request: PlanRequest, batch: Batch) -> RankMemory:
-        """Plan one rank's memory.
-
-        Args:
-            request: The run.
-            batch: The micro-batch that takes most.
-        """
+        """Plan one rank's memory with the micro-batch that takes most."""
         placement = place(self.shapes(request), request)
         needs_mask = batch.is_padded and request.attention == "eager"  # others are told where samples are
         batch = replace(batch, is_padded=needs_mask)
@@ -127,37 +112,35 @@ class MemoryPlanner:
         key = (seen, batch, placement.gradients)
         if key not in self._traces:
             self._traces[key] = trace_step(build_model(self.outline, request), request, batch, placement.gradients)
-        return _put_together(placement, self._traces[key], request)
+        trace = self._traces[key]
 
-
-def _put_together(placement: Placement, trace: StepTrace, request: PlanRequest) -> RankMemory:
-    always = {"weights": placement.weights, "optimizer state": placement.optimizer, "buckets": placement.buckets}
-    components: dict[str, dict[str, int]] = {START: {"weights": placement.start}}
-    for phase in PHASES:
-        peak = trace.peaks[phase]
-        if peak.total == 0:
-            continue
-        parts = always | {"gathered weights": placement.gathered}
-        for label, size in peak.by_label.items():
-            parts[label] = parts.get(label, 0) + size
-        if phase == BACKWARD:
-            parts[GRADIENTS] = parts.get(GRADIENTS, 0) + placement.backward_gradients
-            parts["buckets"] += placement.backward_buckets
-        components[phase] = parts
-    components[OPTIMIZER_STEP] = always | {
-        GRADIENTS: placement.step_gradients,
-        TEMPORARIES: placement.step_temporaries,
-    }
-    host = placement.host | ({LAYER_INPUTS: trace.on_host} if trace.on_host else {})
-    if not request.on_gpu:  # what is offloaded is the rank's own, where both are one memory
-        temporaries = host.pop(TEMPORARIES, 0)
-        for phase, parts in components.items():
-            if phase != START:
-                parts[OFFLOADED] = sum(host.values())
-        components[OPTIMIZER_STEP][TEMPORARIES] += temporaries
-        return RankMemory(components, {}, {})
-    most = max(sum(parts.values()) for parts in components.values())
-    allowances = {"CUDA context": CUDA_CONTEXT, "allocator": round(most * FRAGMENTATION)}
-    if request.machine.world_size > 1:
-        allowances["communication"] = COMMUNICATION
-    return RankMemory(components, allowances, host)
+        always = {"weights": placement.weights, "optimizer state": placement.optimizer, "buckets": placement.buckets}
+        components: dict[str, dict[str, int]] = {START: {"weights": placement.start}}
+        for phase in PHASES:
+            peak = trace.peaks[phase]
+            if peak.total == 0:
+                continue
+            parts = always | {"gathered weights": placement.gathered}
+            for label, size in peak.by_label.items():
+                parts[label] = parts.get(label, 0) + size
+            if phase == BACKWARD:
+                parts[GRADIENTS] = parts.get(GRADIENTS, 0) + placement.backward_gradients
+                parts["buckets"] += placement.backward_buckets
+            components[phase] = parts
+        components[OPTIMIZER_STEP] = always | {
+            GRADIENTS: placement.step_gradients,
+            TEMPORARIES: placement.step_temporaries,
+        }
+        host = placement.host | ({LAYER_INPUTS: trace.on_host} if trace.on_host else {})
+        if not request.on_gpu:  # what is offloaded is the rank's own, where both are one memory
+            temporaries = host.pop(TEMPORARIES, 0)
+            for phase, parts in components.items():
+                if phase != START:
+                    parts[OFFLOADED] = sum(host.values())
+            components[OPTIMIZER_STEP][TEMPORARIES] += temporaries
+            return RankMemory(components, {}, {})
+        most = max(sum(parts.values()) for parts in components.values())
+        allowances = {"CUDA context": CUDA_CONTEXT, "allocator": round(most * FRAGMENTATION)}
+        if request.machine.world_size > 1:
+            allowances["communication"] = COMMUNICATION
+        return RankMemory(components, allowances, host)

@@ -17,46 +17,104 @@ pass and copy what is in one to reduce it; stage 3 keeps one. Stage 3 also holds
 `_gathered`.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from llava_ft.planning.model import ParameterShape, largest
-from llava_ft.planning.optimizers import OptimizerKind, optimizer_kind
 from llava_ft.planning.request import PlanRequest, ZeroSettings
 from llava_ft.planning.step import Gradients
 
 TEMPORARIES = "optimizer temporaries"
 
+_MIN_8BIT_VALUES: Final = 4096
+_BLOCK_8BIT: Final = 256
+
+
+@dataclass(frozen=True)
+class OptimizerKind:
+    """How an optimizer uses memory.
+
+    Sizes of state are those of torch, transformers and bitsandbytes: bitsandbytes' 8-bit state is a byte for each value
+    and moment with a float32 scale for each block of 256, and parameters below 4096 values keep 32-bit state.
+    """
+
+    moments: int  # values kept for each trained value
+    bits: int = 32  # of each
+    is_factored: bool = False  # a matrix keeps one value for each row and column instead (Adafactor)
+    is_foreach: bool = False  # a step on a GPU makes a temporary of all parameters of a group at once
+
+    def state_bytes(self, shapes: Iterable[tuple[int, ...]]) -> int:
+        """Return the bytes of the state for parameters of these shapes."""
+        total = 0
+        for shape in shapes:
+            count = math.prod(shape)
+            if self.is_factored and len(shape) >= 2:
+                total += 4 * (count // shape[-1] + count // shape[-2])
+            elif self.bits == 8 and count >= _MIN_8BIT_VALUES:
+                total += self.moments * (count + 4 * math.ceil(count / _BLOCK_8BIT))
+            else:
+                total += 4 * self.moments * count
+        return total
+
+    def step_bytes(self, sizes: Iterable[int], *, on_gpu: bool) -> int:
+        """Return the bytes that a step takes beside gradients and state.
+
+        Args:
+            sizes: Numbers of values of the parameters that are updated together, float32.
+            on_gpu: Whether the kernels are those of a GPU.
+        """
+        counts = list(sizes)
+        if self.is_foreach and on_gpu:
+            return 4 * sum(counts)
+        if self.bits == 8 and on_gpu:
+            return 0
+        temporaries = 2 if self.bits == 32 else 5
+        return 4 * temporaries * max(counts, default=0)
+
+
+KINDS: Final = {
+    "adamw_torch": OptimizerKind(2, is_foreach=True),
+    "adamw_torch_fused": OptimizerKind(2),
+    "adamw_8bit": OptimizerKind(2, bits=8),
+    "adamw_bnb_8bit": OptimizerKind(2, bits=8),
+    "paged_adamw_32bit": OptimizerKind(2),
+    "paged_adamw_8bit": OptimizerKind(2, bits=8),
+    "adafactor": OptimizerKind(1, is_factored=True),
+    "lion_32bit": OptimizerKind(1),
+    "lion_8bit": OptimizerKind(1, bits=8),
+    "paged_lion_32bit": OptimizerKind(1),
+    "paged_lion_8bit": OptimizerKind(1, bits=8),
+    "sgd": OptimizerKind(0),
+    "adagrad": OptimizerKind(1, is_foreach=True),
+    "rmsprop": OptimizerKind(1, is_foreach=True),
+}
+"""By transformers' name for `optim`."""
+
+
+def optimizer_kind(name: str) -> tuple[OptimizerKind, str | None]:
+    """Return how an optimizer uses memory, and a note if it is not known and was taken for AdamW."""
+    if name in KINDS:
+        return KINDS[name], None
+    return KINDS["adamw_torch"], f"optim {name} is not known here; its state is counted like adamw_torch's."
+
 
 @dataclass
 class Placement:
-    """Bytes of one rank. "Device" is the GPU, or the process's memory on a CPU.
+    """Bytes of one rank. "Device" is the GPU, or the process's memory on a CPU."""
 
-    Attributes:
-        weights: On the device, always.
-        gathered: Weights of other ranks that are on the device while modules run (stage 3).
-        optimizer: Master weights and optimizer state on the device.
-        buckets: Buffers on the device, always.
-        backward_gradients: Gradients in the backward pass that the traced step does not have.
-        backward_buckets: Buffers in the backward pass.
-        step_gradients: Gradients while the optimizer runs.
-        step_temporaries: What the optimizer's step takes on top.
-        start: Most that is on the device before the first step.
-        host: What is in the host's memory because it was offloaded.
-        gradients: What becomes of gradients in the traced step.
-    """
-
-    weights: int = 0
-    gathered: int = 0
-    optimizer: int = 0
-    buckets: int = 0
-    backward_gradients: int = 0
-    backward_buckets: int = 0
-    step_gradients: int = 0
-    step_temporaries: int = 0
-    start: int = 0
-    host: dict[str, int] = field(default_factory=dict[str, int])
-    gradients: Gradients = "fresh"
+    weights: int = 0  # on the device, always
+    gathered: int = 0  # weights of other ranks that are on the device while modules run (stage 3)
+    optimizer: int = 0  # master weights and optimizer state on the device
+    buckets: int = 0  # buffers on the device, always
+    backward_gradients: int = 0  # in the backward pass, those that the traced step does not have
+    backward_buckets: int = 0  # buffers in the backward pass
+    step_gradients: int = 0  # while the optimizer runs
+    step_temporaries: int = 0  # what the optimizer's step takes on top
+    start: int = 0  # most that is on the device before the first step
+    host: dict[str, int] = field(default_factory=dict[str, int])  # offloaded to the host's memory
+    gradients: Gradients = "fresh"  # in the traced step
 
 
 def place(shapes: Sequence[ParameterShape], request: PlanRequest) -> Placement:

@@ -10,8 +10,7 @@ from llava_ft.planning.advice import Change, Way, advise, find_ways
 from llava_ft.planning.disk import checkpoint_files, merged_base_bytes, vision_cache_bytes
 from llava_ft.planning.memory import MemoryPlanner, RankMemory
 from llava_ft.planning.model import ModelOutline, ParameterShape, find_outline
-from llava_ft.planning.optimizers import optimizer_kind
-from llava_ft.planning.placement import weight_bytes
+from llava_ft.planning.placement import optimizer_kind, weight_bytes
 from llava_ft.planning.request import Machine, PlanRequest, plan_request
 from llava_ft.planning.step import Batch
 from llava_ft.planning.workload import find_workload
@@ -27,57 +26,32 @@ PARTS: Final = (
 
 @dataclass(frozen=True)
 class PartSummary:
-    """One part of the model.
-
-    Attributes:
-        part: Its name.
-        parameters: Number of values.
-        trained: How many of them are trained.
-        dtype: Type in memory, several joined by a plus sign.
-        num_bytes: Memory of a rank that holds it whole.
-    """
+    """One part of the model."""
 
     part: str
-    parameters: int
-    trained: int
-    dtype: str
-    num_bytes: int
+    parameters: int  # number of values
+    trained: int  # how many of them
+    dtype: str  # in memory, several joined by a plus sign
+    num_bytes: int  # on a rank that holds it whole
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a run before it starts.
-
-    Attributes:
-        model: Its model.
-        request: How it is trained, and where.
-        batch: The micro-batch that takes most.
-        parts: The model by part.
-        memory: What a rank takes.
-        most_if_supervised: What a rank takes if every text position is supervised; None if the records are known.
-        epoch: Counts of records, tokens and steps; empty without records.
-        checkpoint: Bytes by file of one checkpoint.
-        result: Bytes by file of the result.
-        vision_cache: Most bytes that the features of all images take; None without a vision cache or the records.
-        merged_base: Bytes of the base that the run merges first; None if it merges none.
-        changes: What to change; empty if the run fits or it is not known whether it does.
-        ways: Ways to recompute that were tried, if one was to be chosen; the last one is the run's if it fits.
-        notes: What was assumed or left out.
-    """
+    """What is known of a run before it starts."""
 
     model: ModelOutline
     request: PlanRequest
-    batch: Batch
+    batch: Batch  # the micro-batch that takes most
     parts: list[PartSummary]
     memory: RankMemory
-    most_if_supervised: int | None
-    epoch: dict[str, Any]
-    checkpoint: dict[str, int]
-    result: dict[str, int]
-    vision_cache: int | None
-    merged_base: int | None
-    changes: list[Change]
-    ways: list[Way]
+    most_if_supervised: int | None  # bytes of a rank if every text position is supervised; None if records are known
+    epoch: dict[str, Any]  # counts of records, tokens and steps; empty without records
+    checkpoint: dict[str, int]  # bytes by file
+    result: dict[str, int]  # bytes by file
+    vision_cache: int | None  # most bytes of all images' features; None without a vision cache or the records
+    merged_base: int | None  # bytes of the base that the run merges first, if it merges one
+    changes: list[Change]  # empty if the run fits or it is not known whether it does
+    ways: list[Way]  # that were tried, if one was to be chosen; the last one is the run's if it fits
     notes: list[str]
 
     @property

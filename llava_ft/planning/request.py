@@ -29,21 +29,13 @@ load it because a vision cache stands in its place."""
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the run is to take place.
-
-    Attributes:
-        device: `cuda` or `cpu`.
-        gpus_per_node: Ranks on each machine.
-        num_nodes: Machines.
-        memory: Bytes that a rank has; None if that is not known.
-        memory_source: Where that number is from, for the report.
-    """
+    """Where the run is to take place."""
 
     device: Literal["cuda", "cpu"] = "cuda"
-    gpus_per_node: int = 1
+    gpus_per_node: int = 1  # ranks on each machine
     num_nodes: int = 1
-    memory: int | None = None
-    memory_source: str = ""
+    memory: int | None = None  # bytes that a rank has, if known
+    memory_source: str = ""  # where that number is from, for the report
 
     @property
     def world_size(self) -> int:
@@ -70,39 +62,22 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """DeepSpeed's settings as far as they decide memory; the defaults are DeepSpeed's own.
+    """DeepSpeed's settings as far as they decide memory; the defaults are DeepSpeed's own. Sizes count values."""
 
-    Attributes:
-        stage: What is divided among the ranks: nothing (0), optimizer state (1), gradients too (2), weights too (3).
-        offload_optimizer: Whether master weights, optimizer state and gradients are in the host's memory.
-        offload_param: Whether weights wait in the host's memory (stage 3).
-        reduce_bucket_size: Values that are reduced at a time; such a buffer is there during the backward pass.
-        overlap_comm: Whether reducing overlaps with the backward pass, which takes a second buffer (stages 1 and 2).
-        prefetch_bucket_size: Values that are gathered ahead of their use (stage 3).
-        param_persistence_threshold: Parameters with fewer values stay whole on every rank (stage 3).
-        max_live_parameters: No more is gathered ahead when so many values are whole (stage 3).
-        max_reuse_distance: A weight stays whole if it is used again within so many values (stage 3).
-        sub_group_size: Values that the optimizer updates at a time (stage 3).
-    """
-
-    stage: int = 0
-    offload_optimizer: bool = False
-    offload_param: bool = False
-    reduce_bucket_size: int = 500_000_000
-    overlap_comm: bool = False
-    prefetch_bucket_size: int = 50_000_000
-    param_persistence_threshold: int = 100_000
-    max_live_parameters: int = 1_000_000_000
-    max_reuse_distance: int = 1_000_000_000
-    sub_group_size: int = 1_000_000_000
+    stage: int = 0  # divided among the ranks: nothing (0), optimizer state (1), gradients too (2), weights too (3)
+    offload_optimizer: bool = False  # master weights, optimizer state and gradients are in the host's memory
+    offload_param: bool = False  # weights wait in the host's memory (stage 3)
+    reduce_bucket_size: int = 500_000_000  # reduced at a time; such a buffer is there during the backward pass
+    overlap_comm: bool = False  # reducing overlaps with the backward pass: a second buffer (stages 1 and 2)
+    prefetch_bucket_size: int = 50_000_000  # gathered ahead of their use (stage 3)
+    param_persistence_threshold: int = 100_000  # parameters with fewer stay whole on every rank (stage 3)
+    max_live_parameters: int = 1_000_000_000  # no more is gathered ahead when so many are whole (stage 3)
+    max_reuse_distance: int = 1_000_000_000  # a weight stays whole if it is used again within so many (stage 3)
+    sub_group_size: int = 1_000_000_000  # updated at a time by the optimizer (stage 3)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], hidden_size: int) -> "ZeroSettings":
-        """Read DeepSpeed's configuration.
-
-        Args:
-            config: The whole configuration.
-            hidden_size: Width of the language model, by which transformers fills in "auto".
+        """Read DeepSpeed's whole configuration; transformers fills in "auto" by the language model's width.
 
         Raises:
             UserError: A size is no number.
@@ -148,40 +123,22 @@ class ZeroSettings:
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """A run to be planned.
-
-    Attributes:
-        machine: Where.
-        tuning: What is trained.
-        lora: The adapters, if any.
-        quantization: How the language model's linear layers are held; None for 16 bits.
-        compute_dtype: Type of frozen weights and of matrix products.
-        attention: Attention kernel of the language model.
-        recomputation: What the backward pass computes again.
-        batch_size: Samples of one rank in one forward pass.
-        accumulation: Forward passes of one optimizer step.
-        optimizer: transformers' name.
-        projector_has_own_rate: Whether the projector is a parameter group of its own.
-        zero: DeepSpeed's settings; None without DeepSpeed.
-        tower: What becomes of the vision tower.
-        max_steps: Optimizer steps of the run; with a number below 1 `num_epochs` counts.
-        num_epochs: Times that each sample is trained on.
-    """
+    """A run to be planned."""
 
     machine: Machine
     tuning: TuningPlan
     lora: LoraSettings | None
-    quantization: Quantization | None
-    compute_dtype: torch.dtype
-    attention: str
+    quantization: Quantization | None  # of the language model's linear layers; None for 16 bits
+    compute_dtype: torch.dtype  # of frozen weights and of matrix products
+    attention: str  # kernel of the language model
     recomputation: Recomputation
-    batch_size: int
-    accumulation: int
-    optimizer: str
-    projector_has_own_rate: bool
-    zero: ZeroSettings | None
+    batch_size: int  # samples of one rank in one forward pass
+    accumulation: int  # forward passes of one optimizer step
+    optimizer: str  # transformers' name
+    projector_has_own_rate: bool  # the projector is a parameter group of its own
+    zero: ZeroSettings | None  # None without DeepSpeed
     tower: Tower = "runs"
-    max_steps: int = -1
+    max_steps: int = -1  # with a number below 1 `num_epochs` counts
     num_epochs: float = 1.0
 
     @property
@@ -210,7 +167,7 @@ class PlanRequest:
 
 
 def plan_request(args: ParsedArgs, machine: Machine, *, hidden_size: int, has_vision: bool) -> PlanRequest:
-    """Read the request from the run's flags.
+    """Read the request from the run's flags; notes of what they come to are added to `args.notes`.
 
     Args:
         args: The flags.
@@ -221,8 +178,20 @@ def plan_request(args: ParsedArgs, machine: Machine, *, hidden_size: int, has_vi
     Raises:
         UserError: Such a run would be refused.
     """
-    values, flags = _training_values(args, machine), args.flags
-    zero = _zero_settings(values, hidden_size, args.notes)
+    flags, notes = args.flags, args.notes
+    # Every training flag with its value or default, as the run would use it on that machine.
+    fields = dataclasses.fields(transformers.TrainingArguments)
+    wanted: dict[str, Any] = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    wanted |= {f.name: getattr(flags, f.name) for f in dataclasses.fields(flags)}
+    wanted |= dict(args.inherited)
+    values, adapted = adapt_to_device(wanted, has_cuda=machine.device == "cuda", has_tf32=True)
+    notes.extend(adapted)
+
+    zero = None
+    if values["deepspeed"]:
+        config, source = read_deepspeed_config(values["deepspeed"], notes)
+        notes.extend(check_deepspeed_config(config, source, values))
+        zero = ZeroSettings.from_config(config, hidden_size)
     quantization = Quantization.from_flags(flags.bits, flags.quant_type, flags.double_quant)
     check_quantization(quantization, zero_stage=zero.stage if zero else 0)
     tuning = tuning_plan(args, has_vision=has_vision)
@@ -234,7 +203,7 @@ def plan_request(args: ParsedArgs, machine: Machine, *, hidden_size: int, has_vi
         )
     is_compiled = bool(values["torch_compile"])
     if is_compiled:
-        args.notes.append("Memory is planned as without torch_compile, which keeps less of a compiled layer.")
+        notes.append("Memory is planned as without torch_compile, which keeps less of a compiled layer.")
     # A kernel that is named counts as installed on that machine, others if they are here.
     wish, is_half = args.model.attn_implementation, bool(values["bf16"] or values["fp16"])
     kernels = AttentionMachine(machine.device == "cuda", is_half, installed=installed_kernels() | {wish})
@@ -263,17 +232,6 @@ def plan_request(args: ParsedArgs, machine: Machine, *, hidden_size: int, has_vi
         max_steps=int(values["max_steps"]),
         num_epochs=float(values["num_train_epochs"]),
     )
-
-
-def _training_values(args: ParsedArgs, machine: Machine) -> dict[str, Any]:
-    """Return every training flag with its value or default, as the run would use it on that machine."""
-    fields = dataclasses.fields(transformers.TrainingArguments)
-    values: dict[str, Any] = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
-    values |= {f.name: getattr(args.flags, f.name) for f in dataclasses.fields(args.flags)}
-    values |= dict(args.inherited)
-    adapted, notes = adapt_to_device(values, has_cuda=machine.device == "cuda", has_tf32=True)
-    args.notes.extend(notes)
-    return adapted
 
 
 def plan_machine(inherited: Mapping[str, object], *, gpus: int | None, nodes: int, gpu_memory: str | None) -> Machine:
@@ -315,11 +273,3 @@ def parse_memory(text: str) -> int:
     if match is None or float(match.group(1)) == 0:
         raise UserError(f"--gpu-memory is {text!r}. Allowed is a size with its unit, such as 24GiB, 80GB or 24576MiB.")
     return int(float(match.group(1)) * _BYTES[match.group(2).upper()])
-
-
-def _zero_settings(values: Mapping[str, Any], hidden_size: int, notes: list[str]) -> ZeroSettings | None:
-    if not values["deepspeed"]:
-        return None
-    config, source = read_deepspeed_config(values["deepspeed"], notes)
-    notes.extend(check_deepspeed_config(config, source, values))
-    return ZeroSettings.from_config(config, hidden_size)

@@ -22,15 +22,10 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass
 class Peak:
-    """The moment at which most was alive.
+    """The moment at which most was alive."""
 
-    Attributes:
-        total: Bytes.
-        by_label: What they were for; see `MemoryTracker.label`.
-    """
-
-    total: int = 0
-    by_label: dict[str, int] = field(default_factory=dict[str, int])
+    total: int = 0  # bytes
+    by_label: dict[str, int] = field(default_factory=dict[str, int])  # what they were for
 
 
 @dataclass

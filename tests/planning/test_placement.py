@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from llava_ft.planning.model import ParameterShape
-from llava_ft.planning.optimizers import KINDS, optimizer_kind
-from llava_ft.planning.placement import Placement, place
+from llava_ft.planning.placement import KINDS, Placement, optimizer_kind, place
 from llava_ft.planning.request import Machine, PlanRequest, ZeroSettings
 from llava_ft.tuning.freeze import TuningPlan
 from llava_ft.tuning.recompute import Recomputation
