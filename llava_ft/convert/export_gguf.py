@@ -115,10 +115,12 @@ def export_gguf(whole: FullModel, target: Path, options: ExportOptions, report: 
         report.count(replace(found, value=rounded))
         return rounded
 
-    tensors_of = {file: [tensor for tensor in plan if tensor.file == file] for file in paths}
+    tensors_of: dict[File, list[GgufTensor]] = {
+        file: [tensor for tensor in plan if tensor.file == file] for file in paths
+    }
     for file, tensors in tensors_of.items():
         write_gguf(paths[file], ARCHITECTURES[file], fields[file], tensors, value_of)
-    files = {file: GgufContent(paths[file]) for file in paths}
+    files: dict[File, GgufContent] = {file: GgufContent(paths[file]) for file in paths}
     for file, content in files.items():
         expected_fields = {"general.architecture": Field("STRING", ARCHITECTURES[file]), **fields[file]}
         for key, field in expected_fields.items():
