@@ -72,7 +72,8 @@ def _state() -> dict[str, Any]:
     """What would make another test fail or pass, by name."""
     state: dict[str, Any] = {
         "working directory": os.getcwd(),
-        "sys.path": tuple(sys.path),
+        # setuptools puts its own packages there when it is imported, as a compiler of torch does
+        "sys.path": tuple(path for path in sys.path if not path.endswith("setuptools/_vendor")),
         "sys.argv": tuple(sys.argv),
         "sys.excepthook": sys.excepthook,
         "threads": {thread for thread in threading.enumerate() if not thread.daemon},
