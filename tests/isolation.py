@@ -76,7 +76,7 @@ def _state() -> dict[str, Any]:
         "sys.path": tuple(path for path in sys.path if not path.endswith("setuptools/_vendor")),
         "sys.argv": tuple(sys.argv),
         "sys.excepthook": sys.excepthook,
-        "threads": {thread for thread in threading.enumerate() if not thread.daemon},
+        "threads": {thread for thread in threading.enumerate() if not thread.daemon} - _compiler_threads(),
         "processes": _children(),
         "way to start processes": multiprocessing.get_start_method(),
         "way to share tensors": torch.multiprocessing.get_sharing_strategy(),
@@ -115,6 +115,14 @@ _OF_MODULES: tuple[tuple[str, str, Callable[[], Any]], ...] = (
 
 def _wandb_console() -> Any:
     return sys.modules["wandb.sdk.lib.console_capture"]
+
+
+def _compiler_threads() -> set[threading.Thread]:
+    """Threads of torch's compiler, which starts them once, for as long as the process lives."""
+    compiler = sys.modules.get("torch._inductor.async_compile")
+    if compiler is None or not compiler.AsyncCompile.pool.cache_info().currsize:
+        return set()
+    return set(compiler.AsyncCompile.pool()._threads)
 
 
 def _children() -> set[str]:
