@@ -8,22 +8,22 @@ import hashlib
 import json
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
 import tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from llava_ft.data.preparation.build_once import open_or_build
 from llava_ft.data.preparation.processes import num_cores, run_tasks
 from llava_ft.data.preparation.progress import Progress
-from llava_ft.data.preparation.tokenized_rows import RowWriter, TokenizedRows, write_manifest
-from llava_ft.data.records import parse_record
+from llava_ft.data.preparation.tokenized_rows import TokenizedRows, write_manifest, write_rows
+from llava_ft.data.records import Sample, parse_record
 from llava_ft.data.sources.base import RecordSource
 from llava_ft.data.sources.mixture import with_prompt_prefix
-from llava_ft.data.tokenize import SampleTokenizer
+from llava_ft.data.tokenize import SampleTokenizer, TokenizedSample
 from llava_ft.errors import BadSampleError, UserError
 
 logger = logging.getLogger(__name__)
@@ -98,11 +98,15 @@ def prepare_rows(
         UserError: The source cannot be read, or the cache cannot be written.
         RunError: The disk is full, or a process was killed.
     """
+    # Calls of the tokenizer set these two; they do not change the ids of a text.
+    backend: dict[str, Any] = json.loads(tokenize.tokenizer.backend_tokenizer.to_str())
+    state = {name: value for name, value in backend.items() if name not in ("padding", "truncation")}
+    begin = tokenize.tokenizer("")["input_ids"]
     # Everything that a row depends on; the name of the directory changes with it.
     depends_on = {
         "source_fingerprint": source.fingerprint(),
         "template": repr(tokenize.template),
-        "tokenizer": _tokenizer_fingerprint(tokenize.tokenizer),
+        "tokenizer": _digest(json.dumps([tokenizers.__version__, begin, state], sort_keys=True).encode()),
         "supervise": tokenize.supervise,
         "mm_use_im_start_end": str(tokenize.mm_use_im_start_end),
         "prompt_prefix": prompt_prefix,
@@ -119,7 +123,7 @@ def prepare_rows(
         size = math.ceil(len(source) / (_SHARDS_PER_PROCESS * processes))
         size = min(max(size, _MIN_SHARD), _MAX_SHARD)
         parts = [range(start, min(start + size, len(source))) for start in range(0, len(source), size)]
-        work = _Tokenising(source, tokenize, prompt_prefix, empty)
+        work = partial(_tokenize_part, source, tokenize, prompt_prefix, empty)
         files: list[Path] = []
         with Progress(f"Tokenising {source.name}", len(source), "records") as progress:
             for part, file in zip(parts, run_tasks(work, parts, processes), strict=True):
@@ -137,35 +141,20 @@ def prepare_rows(
     return rows
 
 
-@dataclass(frozen=True, slots=True)
-class _Tokenising:
-    """The work of one process."""
+def _tokenize_part(source: RecordSource, tokenize: SampleTokenizer, prefix: str, directory: Path, part: range) -> Path:
+    """Tokenise some records into a file: the work of one process."""
 
-    source: RecordSource
-    tokenize: SampleTokenizer
-    prompt_prefix: str
-    directory: Path
+    def rows() -> Iterator[tuple[Sample, TokenizedSample] | BadSampleError]:
+        for index, record in zip(part, source.read(part.start, part.stop), strict=True):
+            try:
+                sample = with_prompt_prefix(parse_record(record, index), prefix)
+                yield sample, tokenize(sample)
+            except BadSampleError as error:
+                yield error
 
-    def __call__(self, part: range) -> Path:
-        """Tokenise some records into a file."""
-        path = self.directory / f"records-{part.start:09d}.arrow"
-        with RowWriter(path) as writer:
-            for index, record in zip(part, self.source.read(part.start, part.stop), strict=True):
-                try:
-                    sample = with_prompt_prefix(parse_record(record, index), self.prompt_prefix)
-                    writer.add(sample, self.tokenize(sample))
-                except BadSampleError as error:
-                    writer.add_error(error)
-        return path
-
-
-def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Give a text that changes when the tokenizer may give other ids."""
-    backend: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Calls set these two; they do not change the ids of a text.
-    state = {name: value for name, value in backend.items() if name not in ("padding", "truncation")}
-    begin = tokenizer("")["input_ids"]
-    return _digest(json.dumps([tokenizers.__version__, begin, state], sort_keys=True).encode())
+    path = directory / f"records-{part.start:09d}.arrow"
+    write_rows(path, rows())
+    return path
 
 
 @cache

@@ -1,6 +1,5 @@
 """Records are tokenised once: kept, shared, found again, and made again when they are damaged."""
 
-import errno
 import json
 import logging
 import os
@@ -13,10 +12,11 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from llava_ft.conversation import get_template
-from llava_ft.data.preparation import prepare
+from llava_ft.data.preparation import prepare, tokenized_rows
 from llava_ft.data.preparation.build_once import NotUsableError
 from llava_ft.data.preparation.prepare import PreparationSettings, prepare_rows
 from llava_ft.data.preparation.samples import find_samples, lay_out
@@ -299,10 +299,8 @@ class TestDamage:
         assert "is damaged" in caplog.text
 
     def test_a_full_disk_is_said_and_leaves_nothing(self, source_of, settings, tokenize, monkeypatch):
-        def fill(self, *args):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        monkeypatch.setattr("datasets.arrow_writer.ArrowWriter.write_table", fill)
+        open_file = pa.OSFile
+        monkeypatch.setattr(tokenized_rows.pa, "OSFile", lambda path, mode: open_file("/dev/full", mode))
         with pytest.raises(RunError, match=r"The disk with .* is full .* --data_cache_dir on another disk"):
             prepare_rows(source_of(), tokenize, settings)
         assert [path.suffix for path in (settings.directory / "tokens").iterdir()] == [".lock"]
