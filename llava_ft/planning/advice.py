@@ -7,7 +7,7 @@ run can learn (a smaller rank, LoRA instead of the whole model).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 from llava_ft.args.deepspeed_file import read_deepspeed_config
 from llava_ft.models.flops import Counts, Flops, decoder_forward, model_flops
@@ -56,13 +56,7 @@ class Change:
 
 
 def find_ways(planner: MemoryPlanner, request: PlanRequest, batch: Batch, capacity: int) -> list[Way]:
-    """Plan one way to recompute after the other until one fits.
-
-    Args:
-        planner: Plans memory.
-        request: The run; what it says of recomputation is not looked at.
-        batch: The micro-batch that takes most.
-        capacity: Bytes that a rank has.
+    """Plan one way to recompute after the other until one fits into `capacity` bytes.
 
     Returns:
         What was tried, by FLOPs and in the order of `WAYS` where these are equal. If any fits it is the last one.
@@ -109,31 +103,21 @@ def recomputed_flops(outline: ModelOutline, shapes: Sequence[ParameterShape], re
 
 
 def advise(planner: MemoryPlanner, request: PlanRequest, workload: Workload, capacity: int) -> list[Change]:
-    """Plan every change that applies to a run that does not fit, alone and on top of those before it until it fits.
-
-    Args:
-        planner: Plans memory.
-        request: The run.
-        workload: Its data.
-        capacity: Bytes that a rank has.
-    """
+    """Plan every change that applies to a run that does not fit, alone and on top of those before it until it fits."""
 
     def memory(changed: PlanRequest) -> RankMemory:
         return planner.plan(changed, workload.largest_batch(changed.batch_size))
 
-    found, changes = _changes(request), list[Change]()
-    so_far, least = request, memory(request).total
-    as_it_is = least
-    for kind, cost in _COSTS.items():
-        if kind not in found:
-            continue
-        flags, changed = found[kind]
+    changes: list[Change] = []
+    so_far = request
+    as_it_is = least = memory(request).total
+    for name, (flags, cost, changed) in _changes(request).items():
         alone, together = memory(changed), None
-        _, following = _changes(so_far).get(kind, (None, None)) if least > capacity else (None, None)
-        if following is not None:
-            together = memory(following)
+        if least > capacity and name in (following := _changes(so_far)):
+            candidate = following[name][2]
+            together = memory(candidate)
             if together.total <= least:  # one that saves nothing yet may do so on top of a later one
-                so_far, least = following, together.total
+                so_far, least = candidate, together.total
             else:
                 together = None
         if alone.total < as_it_is or together is not None:
@@ -141,65 +125,57 @@ def advise(planner: MemoryPlanner, request: PlanRequest, workload: Workload, cap
     return changes
 
 
-_COSTS: Final = {
-    "selective": "norms and activations computed twice",
-    "full": "a third to a half more computation",
-    "batch of one": "speed; the steps stay the same",
-    "stage 2": "communication",
-    "stage 3": "more communication",
-    "4 bits": "speed, and the precision of frozen weights",
-    "layer inputs on host": "layers computed again, and copies to the host's memory and back",
-    "stage 2 with offload": "much speed",
-    "stage 3 with offload": "much speed",
-    "smaller rank": "what the adapter can learn",
-    "LoRA": "the language model itself stays fixed",
-}
-"""What each kind of change gives up, in the order in which they are tried."""
+def _changes(request: PlanRequest) -> dict[str, tuple[str, str, PlanRequest]]:
+    """Find the changes that make a difference, in the order in which they are tried.
 
-
-def _changes(request: PlanRequest) -> dict[str, tuple[str, PlanRequest]]:
-    """Find the kinds of change that make a difference: the flags of each, and the request with it."""
+    Returns:
+        For each its flags, what is given up for it, and the request with it.
+    """
     recomputation, zero, lora = request.recomputation, request.zero, request.lora
-    found: dict[str, tuple[str, PlanRequest]] = {}
+    stage, ranks = zero.stage if zero else 0, request.machine.world_size
+    stages = (2, 3) if request.quantization is None else (2,)  # ZeRO-3 cannot divide packed weights
+    found: dict[str, tuple[str, str, PlanRequest]] = {}
+
+    def add(name: str, flags: str, cost: str, **values: Any) -> None:
+        found[name] = flags, cost, request.changed(**values)
 
     def configured(file: str) -> ZeroSettings:
-        config, _ = read_deepspeed_config(file, [])
-        return ZeroSettings.from_config(config, hidden_size=0)
+        return ZeroSettings.from_config(read_deepspeed_config(file, [])[0], hidden_size=0)
 
     if recomputation.mode == "none" and not request.keeps_little:
         way = Recomputation("selective")
-        found["selective"] = way.flags, request.changed(recomputation=way)
+        add("selective", way.flags, "norms and activations computed twice", recomputation=way)
     if recomputation.mode != "full" or recomputation.every != 1:
         way = Recomputation("full", offload=recomputation.offload)
-        found["full"] = "--gradient_checkpointing full", request.changed(recomputation=way)
-    if request.on_gpu and not recomputation.offload:
-        way = Recomputation("full", offload=True)
-        found["layer inputs on host"] = way.flags, request.changed(recomputation=way)
-
+        add("full", "--gradient_checkpointing full", "a third to a half more computation", recomputation=way)
     if request.batch_size > 1:
         accumulation = request.accumulation * request.batch_size
         flags = f"--per_device_train_batch_size 1 --gradient_accumulation_steps {accumulation}"
-        found["batch of one"] = flags, request.changed(batch_size=1, accumulation=accumulation)
-
-    stage, ranks = zero.stage if zero else 0, request.machine.world_size
-    for wanted in (2, 3) if request.quantization is None else (2,):  # ZeRO-3 cannot divide packed weights
-        file = f"zero{wanted}.json"
+        add("batch of one", flags, "speed; the steps stay the same", batch_size=1, accumulation=accumulation)
+    for wanted, cost in zip(stages, ("communication", "more communication"), strict=False):
         if stage < wanted and ranks > 1:
-            found[f"stage {wanted}"] = f"--deepspeed {file}", request.changed(zero=configured(file))
-        file = f"zero{wanted}_offload.json"
-        if request.on_gpu and zero != configured(file):
-            found[f"stage {wanted} with offload"] = f"--deepspeed {file}", request.changed(zero=configured(file))
+            file = f"zero{wanted}.json"
+            add(f"stage {wanted}", f"--deepspeed {file}", cost, zero=configured(file))
     if request.quantization != Quantization(4) and not request.tuning.train_language_model:
         zero2 = configured("zero2.json")
         settings = zero2 if ranks > 1 or stage == 3 else zero
         flags = "--bits 4 --deepspeed zero2.json" if settings == zero2 else "--bits 4"
-        found["4 bits"] = flags, request.changed(quantization=Quantization(4), zero=settings)
-
+        cost = "speed, and the precision of frozen weights"
+        add("4 bits", flags, cost, quantization=Quantization(4), zero=settings)
+    if request.on_gpu and not recomputation.offload:
+        way = Recomputation("full", offload=True)
+        cost = "layers computed again, and copies to the host's memory and back"
+        add("layer inputs on host", way.flags, cost, recomputation=way)
+    for wanted in stages:
+        file = f"zero{wanted}_offload.json"
+        if request.on_gpu and zero != configured(file):
+            add(f"stage {wanted} with offload", f"--deepspeed {file}", "much speed", zero=configured(file))
     if lora is not None and lora.r > _SMALLEST_RANK:
-        found["smaller rank"] = f"--lora_r {_SMALLEST_RANK}", request.changed(lora=replace(lora, r=_SMALLEST_RANK))
+        smaller = replace(lora, r=_SMALLEST_RANK)
+        add("smaller rank", f"--lora_r {_SMALLEST_RANK}", "what the adapter can learn", lora=smaller)
     if request.tuning.train_language_model:
         tuning = TuningPlan("lora", request.tuning.train_projector, train_language_model=False)
         adapters = LoraSettings(_RANK_OF_ADVICE, 2 * _RANK_OF_ADVICE, 0.05, "none", None)
         flags = f"--lora_enable True --lora_r {adapters.r} --lora_alpha {adapters.alpha}"
-        found["LoRA"] = flags, request.changed(tuning=tuning, lora=adapters)
+        add("LoRA", flags, "the language model itself stays fixed", tuning=tuning, lora=adapters)
     return found

@@ -9,36 +9,32 @@ every sample is taken to be as long as `model_max_length` allows, with one image
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 
 from llava_ft.args import ParsedArgs
 from llava_ft.data.image_files import ImagePlace
 from llava_ft.data.packing import pack
-from llava_ft.data.preparation.image_facts import ImageChecks, ImageFacts, look_at_images
+from llava_ft.data.preparation.image_facts import ImageChecks, look_at_images
 from llava_ft.data.preparation.prepare import PreparationSettings, prepare_rows
 from llava_ft.data.preparation.samples import Samples, find_samples
-from llava_ft.data.preparation.tokenized_rows import TokenizedRows
+from llava_ft.data.preparation.tokenized_rows import Array
 from llava_ft.data.preparation.truncation import Limits
 from llava_ft.data.sampler import steps_per_epoch
 from llava_ft.data.sources.selection import DataSources
 from llava_ft.errors import UserError
-from llava_ft.geometry import ImageGeometry, SizeWH
+from llava_ft.geometry import SizeWH
 from llava_ft.planning.model import ModelOutline
 from llava_ft.planning.request import PlanRequest
 from llava_ft.planning.step import Batch
 from llava_ft.resolve import sample_tokenizer
 
-SUPERVISED_SHARE: Final = 0.5
+_SUPERVISED_SHARE: Final = 0.5
 """Share of the text positions that is taken to be supervised where the records are not here."""
 
 _DEFAULT_SEED: Final = 42
 """That of `transformers.TrainingArguments`."""
-
-_TOKENIZER_FILES: Final = ("tokenizer.model", "tokenizer.json")
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
@@ -47,8 +43,7 @@ class Records:
 
     Attributes:
         num_records: Records in the file.
-        num_usable: Samples that can be tokenised, of a mixture those that it takes; what is planned for. Images were
-            not looked at.
+        num_usable: Samples that can be tokenised, of a mixture those that it takes. Images were not looked at.
         lengths: Positions of each row after truncation, longest first; empty without a tokenizer.
         num_supervised: Tokens of each row that have to be predicted, most first.
         num_images: Images of each row, most first.
@@ -61,11 +56,6 @@ class Records:
     num_supervised: Array
     num_images: Array
     num_tiles: int = 0
-
-    @property
-    def are_measured(self) -> bool:
-        """Whether they were tokenised and not only counted."""
-        return len(self.lengths) > 0
 
 
 @dataclass(frozen=True)
@@ -88,27 +78,26 @@ class Workload:
     tokens_per_image: int
     image_size_wh: SizeWH | None
     validation_fraction: float
-    notes: tuple[str, ...]
-    rows: Literal["padded", "packed", "joined"] = "padded"
+    notes: list[str]
+    rows: Literal["padded", "packed", "joined"]
 
     @property
     def measured(self) -> Records | None:
-        """The records if they were tokenised."""
-        return self.records if self.records is not None and self.records.are_measured else None
+        """The records if they were tokenised and not only counted."""
+        return self.records if self.records is not None and len(self.records.lengths) else None
 
     def largest_batch(self, size: int, *, supervise_all: bool = False) -> Batch:
         """Return the micro-batch that takes most memory.
 
         Args:
             size: Samples in it, or packed rows.
-            supervise_all: Whether every text position is to be supervised, which is the most that can be; for records
-                that are not here.
+            supervise_all: Whether all text is supervised, the most that can be; for records that are not here.
         """
         records, length = self.measured, self.max_length
         if records is None:
             num_images = size if 0 < self.tokens_per_image < length else 0
             text = size * (length - 1) - num_images * self.tokens_per_image
-            supervised = round(text * (1.0 if supervise_all else SUPERVISED_SHARE))
+            supervised = text if supervise_all else round(text * _SUPERVISED_SHARE)
             is_padded = size > 1
         else:
             if self.rows != "packed":
@@ -126,7 +115,7 @@ class Workload:
         room = num_rows * length // max(1, self.tokens_per_image)
         return Batch(num_rows, length, min(num_images, room), max(1, supervised), is_padded, self.image_size_wh)
 
-    def epoch(self, request: PlanRequest) -> dict[str, Any]:
+    def epoch(self, request: PlanRequest) -> dict[str, int]:
         """Count what an epoch and the run hold; empty without records."""
         records = self.records
         if records is None:
@@ -134,18 +123,15 @@ class Workload:
         num_train = records.num_usable
         if self.validation_fraction and num_train > 1:
             num_train -= min(max(1, round(num_train * self.validation_fraction)), num_train - 1)
-        is_packed, share = self.rows == "packed" and records.are_measured, num_train / records.num_usable
-        num_rows = math.ceil(len(records.lengths) * num_train / records.num_usable) if is_packed else num_train
+        share, num_rows = num_train / records.num_usable, num_train
+        counted = {"records": records.num_records, "usable_records": records.num_usable, "training_records": num_train}
+        if self.rows == "packed" and self.measured:
+            num_rows = math.ceil(len(records.lengths) * num_train / records.num_usable)
+            counted["packed_rows"] = num_rows
         steps = steps_per_epoch(num_rows, request.batch_size, request.machine.world_size, request.accumulation)
-        counted = {
-            "records": records.num_records,
-            "usable_records": records.num_usable,
-            "training_records": num_train,
-            **({"packed_rows": num_rows} if is_packed else {}),
-            "steps_per_epoch": steps,
-            "steps": request.max_steps if request.max_steps > 0 else math.ceil(request.num_epochs * steps),
-        }
-        if records.are_measured:
+        counted["steps_per_epoch"] = steps
+        counted["steps"] = request.max_steps if request.max_steps > 0 else math.ceil(request.num_epochs * steps)
+        if self.measured:
             counted["tokens_per_epoch"] = round(int(records.lengths.sum()) * share)
             counted["supervised_tokens_per_epoch"] = round(int(records.num_supervised.sum()) * share)
             counted["images_per_epoch"] = round(int(records.num_images.sum()) * share)
@@ -158,88 +144,102 @@ def find_workload(args: ParsedArgs, outline: ModelOutline) -> Workload:
     Raises:
         UserError: The records are here but cannot be read, or none is usable.
     """
+    path, max_length, geometry = args.data.data_path, args.flags.model_max_length, outline.config.image_geometry
     notes: list[str] = []
     records = None
-    if not args.data.data_path:
+    if not path:
         notes.append("No data_path is given, so steps and tokens per epoch are left out.")
-    elif not Path(args.data.data_path).exists():
-        notes.append(f"{args.data.data_path} is not on this machine, so steps and tokens per epoch are left out.")
+    elif not Path(path).exists():
+        notes.append(f"{path} is not on this machine, so steps and tokens per epoch are left out.")
     else:
-        records = _measure(args, outline, notes)
-    if records is None or not records.are_measured:
+        records = _measure(path, args, outline, notes)
+    if records is None or not len(records.lengths):
         images = "one image, " if outline.has_vision else ""
         notes.append(
-            f"Samples are taken to be {args.flags.model_max_length} positions long (model_max_length), with {images}"
-            f"{SUPERVISED_SHARE:.0%} of their text supervised. Shorter ones take less."
+            f"Samples are taken to be {max_length} positions long (model_max_length), with {images}"
+            f"{_SUPERVISED_SHARE:.0%} of their text supervised. Shorter ones take less."
         )
-    tokens_per_image, image_size_wh = _largest_image(outline, args.flags.model_max_length, notes)
+    tokens_per_image, image_size_wh = outline.config.tokens_per_image, None
+    if geometry is not None and geometry.needs_image_sizes:
+        image_size_wh = geometry.largest_size_within(max_length - 1)
+        tokens_per_image = 0 if image_size_wh is None else geometry.num_tokens(image_size_wh)
+        if image_size_wh is None:
+            notes.append(
+                f"No image fits into model_max_length={max_length}: the overview alone takes "
+                f"{geometry.tokens_per_tile}."
+            )
+        else:
+            notes.append(
+                f"{geometry.aspect_ratio}: every image is taken to be {image_size_wh[0]} x {image_size_wh[1]} pixels, "
+                f"the size that takes the most positions: {tokens_per_image:,}, from "
+                f"{geometry.num_tiles(image_size_wh)} tiles. Other images take less."
+            )
+            if tokens_per_image < geometry.max_tokens:
+                notes.append(
+                    f"An image can take {geometry.max_tokens:,} positions, which model_max_length={max_length} has no "
+                    "room for."
+                )
     return Workload(
         records=records,
-        max_length=args.flags.model_max_length,
+        max_length=max_length,
         tokens_per_image=tokens_per_image,
         image_size_wh=image_size_wh,
         validation_fraction=args.data.validation_fraction,
-        notes=tuple(notes),
+        notes=notes,
         rows="packed" if args.data.packing else "joined" if args.data.padding_free else "padded",
     )
 
 
-def _largest_image(outline: ModelOutline, max_length: int, notes: list[str]) -> tuple[int, SizeWH | None]:
-    """Find the image that takes the most positions of those that fit into a sample: what is planned for with anyres."""
-    geometry = outline.config.image_geometry
-    if geometry is None or not geometry.needs_image_sizes:
-        return outline.config.tokens_per_image, None
-    size_wh = geometry.largest_size_within(max_length - 1)
-    if size_wh is None:
-        notes.append(
-            f"No image fits into model_max_length={max_length}: the overview alone takes {geometry.tokens_per_tile}."
-        )
-        return 0, None
-    tokens = geometry.num_tokens(size_wh)
-    notes.append(
-        f"{geometry.aspect_ratio}: every image is taken to be {size_wh[0]} x {size_wh[1]} pixels, the size that takes "
-        f"the most positions: {tokens:,}, from {geometry.num_tiles(size_wh)} tiles. Other images take less."
-    )
-    if tokens < geometry.max_tokens:
-        notes.append(
-            f"An image can take {geometry.max_tokens:,} positions, which model_max_length={max_length} has no room for."
-        )
-    return tokens, size_wh
-
-
-def _measure(args: ParsedArgs, outline: ModelOutline, notes: list[str]) -> Records:
-    assert args.data.data_path is not None
+def _measure(path: str, args: ParsedArgs, outline: ModelOutline, notes: list[str]) -> Records:
+    """Tokenise the records as `data/build.py` does, without refusing what is wrong with some of them."""
     cache_dir = Path(args.data.data_cache_dir) if args.data.data_cache_dir else None
     settings = PreparationSettings(cache_dir, args.data.preprocessing_num_workers)
-    path, config, directory = args.data.data_path, outline.config, outline.directory
-    data = DataSources.open(path, settings.directory)
+    data, directory = DataSources.open(path, settings.directory), outline.directory
     num_records = sum(map(len, data.sources))
     given = (args.inherited.get("data_seed"), args.inherited.get("seed"), _DEFAULT_SEED)
     seed = next(value for value in given if isinstance(value, int))
-    if directory is None or not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+    if directory is None or not any((directory / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         notes.append(f"{outline.name} has no tokenizer on this machine, so the records are counted but not tokenised.")
         nothing = np.empty(0, dtype=np.int64)
         num_taken = sum(map(len, data.choose([len(source) for source in data.sources], seed).train))
         return Records(num_records, num_taken, nothing, nothing, nothing)
-    tokenize = sample_tokenizer(args, config, directory)
-    limits = Limits(config.image_geometry, args.flags.model_max_length, args.data.truncation)
+
+    tokenize, geometry = sample_tokenizer(args, outline.config, directory), outline.config.image_geometry
+    limits = Limits(geometry, args.flags.model_max_length, args.data.truncation)
+    checks = ImageChecks("none", needs_sizes=True, exif_transpose=args.data.image_exif_transpose)
     parts: list[Samples] = []
     num_tiles = 0
     for source, prefix in zip(data.sources, data.prompt_prefixes, strict=True):
-        rows = prepare_rows(source, tokenize, settings, prompt_prefix=prefix)
-        facts = None
-        if config.image_geometry is not None and config.image_geometry.needs_image_sizes:
+        rows, facts = prepare_rows(source, tokenize, settings, prompt_prefix=prefix), None
+        if geometry is not None and geometry.needs_image_sizes:  # lengths depend on them
             place = ImagePlace(source.image_folder or args.data.image_folder, source)
-            facts = _image_sizes(args, config.image_geometry, rows, place, settings, notes)
+            facts = look_at_images(rows, place, checks, settings)
+            if facts.errors:
+                facts.sizes_wh[list(facts.errors)] = geometry.largest_size_within(limits.max_length - 1) or (1, 1)
+                notes.append(
+                    f"{len(facts.errors)} of {len(facts.sizes_wh)} images cannot be read on this machine; they are "
+                    "taken to be as long as any."
+                )
+                facts.errors.clear()
+            num_tiles += sum(geometry.num_tiles((width, height)) for width, height in facts.sizes_wh.tolist())
+        elif geometry is not None:
+            num_tiles += len(rows.numbered_images()[1])
         parts.append(find_samples(rows, limits, facts))
-        num_tiles += _count_tiles(rows, facts, config.image_geometry)
     num_usable = [len(part) for part in parts]
     if not any(num_usable):
         raise UserError(
             f"None of the {num_records} records of {path} can be used. `llava-ft inspect data` with the same flags "
             "says why for each."
         )
-    _note_losses(parts, num_records, limits, notes)
+    num_bad, num_long = sum(len(part.errors) for part in parts), sum(len(part.too_long) for part in parts)
+    if num_bad:
+        notes.append(f"{num_bad} of {num_records} records cannot be used; `llava-ft inspect data` names them.")
+    if limits.truncation != "truncate" and num_long:
+        outcome = "the run will be refused" if limits.truncation == "error" else "they are left out"
+        notes.append(
+            f"{num_long} of {num_records} records are longer than model_max_length = {limits.max_length} (the longest "
+            f"has {max(part.longest for part in parts)} tokens); with truncation {limits.truncation} {outcome}."
+        )
     taken = np.concatenate(data.choose(num_usable, seed).train)
     counts = [
         np.concatenate([getattr(part, name) for part in parts])[taken].astype(np.int64)
@@ -248,47 +248,4 @@ def _measure(args: ParsedArgs, outline: ModelOutline, notes: list[str]) -> Recor
     if args.data.packing:
         packed = pack(counts[0], limits.max_length, seed)
         counts = [packed.totals(values) for values in counts]
-    most_first = [np.sort(values)[::-1] for values in counts]
-    return Records(num_records, len(taken), *most_first, num_tiles=num_tiles)
-
-
-def _image_sizes(
-    args: ParsedArgs,
-    geometry: ImageGeometry,
-    rows: TokenizedRows,
-    place: ImagePlace,
-    settings: PreparationSettings,
-    notes: list[str],
-) -> ImageFacts:
-    """Read how large the images are, on which lengths depend; one that is not here is taken to be as long as any."""
-    checks = ImageChecks("none", needs_sizes=True, exif_transpose=args.data.image_exif_transpose)
-    facts = look_at_images(rows, place, checks, settings)
-    if facts.errors:
-        facts.sizes_wh[list(facts.errors)] = geometry.largest_size_within(args.flags.model_max_length - 1) or (1, 1)
-        notes.append(
-            f"{len(facts.errors)} of {len(facts.sizes_wh)} images cannot be read on this machine; they are taken to be "
-            "as long as any."
-        )
-    return ImageFacts(facts.numbers, facts.sizes_wh, {})
-
-
-def _count_tiles(rows: TokenizedRows, facts: ImageFacts | None, geometry: ImageGeometry | None) -> int:
-    """Count the tiles of the different images of a source."""
-    if geometry is None or not rows.counts("image_positions").any():
-        return 0
-    if facts is None:
-        return len(rows.numbered_images()[1])
-    return sum(geometry.num_tiles((int(width), int(height))) for width, height in facts.sizes_wh.tolist())
-
-
-def _note_losses(parts: list[Samples], num_records: int, limits: Limits, notes: list[str]) -> None:
-    num_bad = sum(len(part.errors) for part in parts)
-    if num_bad:
-        notes.append(f"{num_bad} of {num_records} records cannot be used; `llava-ft inspect data` names them.")
-    num_long = sum(len(part.too_long) for part in parts)
-    if limits.truncation != "truncate" and num_long:
-        outcome = "the run will be refused" if limits.truncation == "error" else "they are left out"
-        notes.append(
-            f"{num_long} of {num_records} records are longer than model_max_length = {limits.max_length} (the longest "
-            f"has {max(part.longest for part in parts)} tokens); with truncation {limits.truncation} {outcome}."
-        )
+    return Records(num_records, len(taken), *(np.sort(values)[::-1] for values in counts), num_tiles=num_tiles)

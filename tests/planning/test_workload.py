@@ -94,7 +94,7 @@ class TestRecordsAreHere:
         argv = [*write_configs(tmp_path), "--data_path", str(RECORDINGS / "data" / "text.json")]
         workload = workload_of(argv)
         assert workload.records is not None
-        assert not workload.records.are_measured
+        assert workload.measured is None
         assert "counted but not tokenised" in workload.notes[0]
         epoch = epoch_of(argv)
         assert "tokens_per_epoch" not in epoch
