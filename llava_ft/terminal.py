@@ -1,7 +1,8 @@
-"""Text from data on a terminal: whether it may be coloured, and what must not reach it."""
+"""Text on a terminal: in columns, whether it may be coloured, and what of data must not reach it."""
 
 import os
 import re
+from collections.abc import Sequence
 from typing import Final, TextIO
 
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -17,3 +18,18 @@ def has_color(stream: TextIO) -> bool:
 def visible(text: str) -> str:
     """Show control characters, which could steer a terminal, as escapes."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
+
+
+def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Align the cells of each column, of those named in `right` on the right.
+
+    No line is cut or wrapped, as rich would do, so that names and flags can be searched for and copied.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

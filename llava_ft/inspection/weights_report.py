@@ -9,7 +9,7 @@ from typing import TextIO
 from llava_ft.inspection.weight_facts import fold
 from llava_ft.inspection.weights import Description, describe
 from llava_ft.inspection.weights_difference import Difference, TensorDifference, compare
-from llava_ft.terminal import visible
+from llava_ft.terminal import columns, visible
 
 _MOST_LINES = 8
 
@@ -48,7 +48,7 @@ def _lines(found: Description, all_keys: bool) -> list[str]:
             parts = ", ".join(dict.fromkeys(tensor.part for tensor in file.tensors)) or "nothing that can be read"
             parts = parts if file.path.name in found.read else f"not read ({parts})"
             rows.append((file.path.name, _size(file.num_bytes), f"{len(file.tensors)} tensors", parts))
-        lines += ["", *_table(rows, right=(1, 2))]
+        lines += ["", *columns(rows, right=(1, 2))]
     if found.parts:
         rows = [("part", "tensors", "values", "size", "type", "shape", "names")]
         for part in found.parts:
@@ -57,10 +57,10 @@ def _lines(found: Description, all_keys: bool) -> list[str]:
                 rows.append((*(("",) * 4 if number else first), one.dtype, _shape(one.shape), one.names))
         num_values, num_bytes = (sum(p.num_values for p in found.parts), sum(p.num_bytes for p in found.parts))
         rows.append(("all", f"{len(found.tensors)}", f"{num_values:,}", _size(num_bytes), "", "", ""))
-        lines += ["", *_table(rows, right=(1, 2, 3))]
+        lines += ["", *columns(rows, right=(1, 2, 3))]
     if all_keys:
         rows = [(t.key, t.dtype, _shape(t.shape), _size(t.num_bytes), t.file) for t in found.tensors]
-        lines += ["", *_table(rows, right=(3,))]
+        lines += ["", *columns(rows, right=(3,))]
     return lines
 
 
@@ -102,10 +102,10 @@ def _difference_lines(found: Difference, all_keys: bool) -> list[str]:
         for part in found.parts:
             numbers = (_number(part.max_difference), _number(part.relative)) if part.worst else ("", "")
             rows.append((part.part, f"{part.num_common}", f"{part.num_equal}", *numbers, part.worst))
-        lines += ["", *_table(rows, right=(1, 2))]
+        lines += ["", *columns(rows, right=(1, 2))]
     shown = found.different if all_keys else sorted(found.different, key=_order)[:_MOST_LINES]
     if shown:
-        lines += ["", *_table([_tensor_row(one) for one in shown])]
+        lines += ["", *columns([_tensor_row(one) for one in shown])]
         if len(shown) < len(found.different):
             lines.append(f"and {len(found.different) - len(shown)} more, which --keys lists")
     return lines
@@ -128,18 +128,6 @@ def _tensor_row(one: TensorDifference) -> Row:
     else:
         values = f"max |difference| {_number(one.max_difference)}, relative {_number(one.relative)}"
     return one.name, shape, dtype, values + (f" in the {one.num_rows:,} rows of both" if one.num_rows else "")
-
-
-def _table(rows: Sequence[Row], right: Sequence[int] = ()) -> list[str]:
-    """Align columns. No line is cut or wrapped, so that names can be searched for and copied."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def _shape(shape: tuple[int, ...]) -> str:

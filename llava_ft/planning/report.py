@@ -1,15 +1,13 @@
 """A plan as text to read, and as JSON."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from llava_ft.planning.memory import COMPONENTS, RankMemory
 from llava_ft.planning.plan import Plan
+from llava_ft.terminal import columns
 
-_GIB = 2**30
-_SMALLEST_SHOWN = _GIB // 200
-_INDENT = "  "
 _EPOCH = {
     "usable_records": "records",
     "training_records": "of which trained on",
@@ -24,41 +22,60 @@ _EPOCH = {
 
 def as_text(plan: Plan) -> str:
     """Return the plan for a terminal, its verdict first."""
-    machine = plan.request.machine
+    machine, memory, batch = plan.request.machine, plan.memory, plan.batch
+    each = f"per {machine.rank_name}"
 
     def verdict_of(memory: RankMemory | None) -> str:
         if memory is None:
             return ""
         return gib(memory.total) + (" fits" if memory.total <= (machine.memory or 0) else "     ")
 
-    def host(memory: RankMemory) -> int:
-        return sum(memory.host.values()) * machine.gpus_per_node
+    def host(memory: RankMemory) -> str:
+        size = sum(memory.host.values()) * machine.gpus_per_node
+        return gib(size) if size else ""
 
-    on_host = {name: size * machine.gpus_per_node for name, size in plan.memory.host.items()}
+    ways = [
+        (way.recomputation.flags, f"{way.share:.1%}", verdict_of(way.memory), host(way.memory)) for way in plan.ways
+    ]
+    num_parameters, num_trained = sum(part.parameters for part in plan.parts), sum(part.trained for part in plan.parts)
+    parameters = [(p.part, f"{p.parameters:,}", f"{p.trained:,}", p.dtype, gib(p.num_bytes)) for p in plan.parts]
+    share, held = f"{num_trained / num_parameters:.2%} trained", sum(part.num_bytes for part in plan.parts)
+    parameters.append(("total", f"{num_parameters:,}", f"{num_trained:,}", share, gib(held)))
+
+    phases = [memory.components[phase] for phase in memory.components]
+    sizes = [(name, *(_in_gib(phase.get(name, 0)) for phase in phases)) for name in COMPONENTS]
+    sizes = [(name, *("" if size == "0.00" else size for size in row)) for name, *row in sizes if {*row} != {"0.00"}]
+    sizes.append(("total", *map(_in_gib, memory.phases.values())))
+    allowances = {f"{name} (allowance)": size for name, size in memory.allowances.items()}
+    micro_batch = [
+        f"Micro-batch: {batch.size} x {batch.length} positions, {batch.num_images} images, "
+        f"{batch.num_supervised:,} supervised positions."
+    ]
+    if plan.most_if_supervised is not None:
+        fits = machine.memory is None or plan.most_if_supervised <= machine.memory or not plan.fits
+        warning = "" if fits else ", which does not fit"
+        micro_batch.append(f"If all text is supervised the total is {gib(plan.most_if_supervised)}{warning}.")
+
+    on_host = {name: size * machine.gpus_per_node for name, size in memory.host.items()}
     disk = plan.checkpoint | {"total": sum(plan.checkpoint.values()), "the run's result": sum(plan.result.values())}
     once = {"the vision cache, at most": plan.vision_cache, "merged_base, once": plan.merged_base}
-    ways = [
-        (way.recomputation.flags, f"{way.share:.1%}", verdict_of(way.memory), gib(size) if size else "")
-        for way in plan.ways
-        for size in [host(way.memory)]
-    ]
     changes = [
         (change.flags, verdict_of(change.alone), verdict_of(change.together), change.cost + needs)
         for change in plan.changes
-        for size in [host(change.alone)]
-        for needs in [f"; {gib(size)} of host memory per machine" if size else ""]
+        for needs in [f"; {host(change.alone)} of host memory per machine" if host(change.alone) else ""]
     ]
-    tried = ("Tried, the cheapest first", "computed again", f"per {machine.rank_name}     ", "of the host")
     sections = [
         [*_verdict(plan), _describe_run(plan)],
-        _table(tried, ways),
-        _parameters(plan),
-        *_memory(plan),
+        _table(("Tried, the cheapest first", "computed again", f"{each}     ", "of the host"), ways),
+        _table(("Parameters", "all", "trained", "held as", "size"), parameters, right=(1, 2, 4)),
+        _table((f"Memory {each} in GiB", *memory.components), sizes),
+        _sizes(f"Needed {each}", {f"tensors, most in: {memory.peak_phase}": memory.tensors} | allowances, total=True),
+        micro_batch,
         _sizes("Host memory per machine, for what is offloaded", on_host, total=True),
         _table(("Data", ""), [(text, f"{plan.epoch[key]:,}") for key, text in _EPOCH.items() if key in plan.epoch]),
         _sizes("Disk per checkpoint", disk | {name: size for name, size in once.items() if size is not None}),
-        _table(("What to change", "alone", "with those above", "costs"), changes, left=(0, 3)),
-        ["Notes", *(f"{_INDENT}{note}" for note in plan.notes)] if plan.notes else [],
+        _table(("What to change", "alone", "with those above", "costs"), changes, right=(1, 2)),
+        ["Notes", *(f"  {note}" for note in plan.notes)] if plan.notes else [],
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
@@ -116,7 +133,11 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 
 def gib(num_bytes: int) -> str:
     """Return a size as people read it: `13.05 GiB`."""
-    return f"{num_bytes / _GIB:,.2f} GiB"
+    return f"{_in_gib(num_bytes)} GiB"
+
+
+def _in_gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.2f}"
 
 
 def _verdict(plan: Plan) -> list[str]:
@@ -161,59 +182,16 @@ def _describe_run(plan: Plan) -> str:
     return ", ".join(word for word in words if word)
 
 
-def _parameters(plan: Plan) -> list[str]:
-    rows = [
-        (part.part, f"{part.parameters:,}", f"{part.trained:,}", part.dtype, gib(part.num_bytes)) for part in plan.parts
-    ]
-    total, trained = sum(part.parameters for part in plan.parts), sum(part.trained for part in plan.parts)
-    share = f"{trained / total:.2%} trained"
-    rows.append(("total", f"{total:,}", f"{trained:,}", share, gib(sum(part.num_bytes for part in plan.parts))))
-    return _table(("Parameters", "all", "trained", "held as", "size"), rows, left=(0, 3))
-
-
-def _memory(plan: Plan) -> Iterable[list[str]]:
-    memory, machine, batch = plan.memory, plan.request.machine, plan.batch
-    phases = list(memory.components)
-
-    def cells(name: str) -> list[str]:
-        sizes = [memory.components[phase].get(name, 0) for phase in phases]
-        return [f"{size / _GIB:,.2f}" if size >= _SMALLEST_SHOWN else "" for size in sizes]
-
-    rows = [(name, *cells(name)) for name in COMPONENTS if any(cells(name))]
-    rows.append(("total", *(f"{size / _GIB:,.2f}" for size in memory.phases.values())))
-    yield _table((f"Memory per {machine.rank_name} in GiB", *phases), rows)
-    allowances = {f"{name} (allowance)": size for name, size in memory.allowances.items()}
-    needed = {f"tensors, most in: {memory.peak_phase}": memory.tensors} | allowances
-    yield _sizes(f"Needed per {machine.rank_name}", needed, total=True)
-    lines = [
-        f"Micro-batch: {batch.size} x {batch.length} positions, {batch.num_images} images, "
-        f"{batch.num_supervised:,} supervised positions."
-    ]
-    if plan.most_if_supervised is not None:
-        fits = machine.memory is None or plan.most_if_supervised <= machine.memory or not plan.fits
-        warning = "" if fits else ", which does not fit"
-        lines.append(f"If all text is supervised the total is {gib(plan.most_if_supervised)}{warning}.")
-    yield lines
-
-
 def _sizes(heading: str, sizes: Mapping[str, int], *, total: bool = False) -> list[str]:
-    if total and sizes:
-        sizes = {**sizes, "total": sum(sizes.values())}
-    return _table((heading, ""), [(name, gib(size)) for name, size in sizes.items()])
+    with_total = {**sizes, "total": sum(sizes.values())} if total and sizes else sizes
+    return _table((heading, ""), [(name, gib(size)) for name, size in with_total.items()])
 
 
-def _table(heading: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
-    """Align columns; those not in `left` are aligned on the right. Without rows there is no table."""
-    cells = [list(heading), *([f"{_INDENT}{row[0]}", *row[1:]] for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(heading))]
-    lines = [
-        "  ".join(
-            text.ljust(width) if column in left else text.rjust(width)
-            for column, (text, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in cells
-    ]
-    return lines if rows else []
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] | None = None) -> list[str]:
+    """Align columns, all but the first on the right if it is not said which. Without rows there is no table."""
+    if not rows:
+        return []
+    return columns([heading, *((f"  {row[0]}", *row[1:]) for row in rows)], right or range(1, len(heading)))
 
 
 def _memory_as_dict(memory: RankMemory) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from llava_ft.checkpoint.restore import whole_shape
 from llava_ft.models.llava import part_of
+from llava_ft.terminal import columns
 from llava_ft.tuning.quant import dtype_name, is_quantized, size_in_memory
 
 
@@ -127,11 +128,8 @@ def format_table(rows: Sequence[TrainableRow], num_parameters: int) -> str:
         )
         for row in rows
     ]
-    widths = [max(len(line[column]) for line in [header, *cells]) for column in range(len(header))]
-    lines = [
-        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
-        for line in [header, *cells]
-    ]
     trained = sum(row.parameters for row in rows if row.trained)
     share = 100 * trained / max(num_parameters, 1)
-    return "\n".join([*lines, f"trained: {trained:,} of {num_parameters:,} parameters ({share:.2f}%)"])
+    return "\n".join(
+        [*columns([header, *cells]), f"trained: {trained:,} of {num_parameters:,} parameters ({share:.2f}%)"]
+    )
