@@ -178,8 +178,8 @@ class TokenizedRows:
             order in which they first occur.
         """
         # In one piece: the dictionaries of many pieces would have to be brought together, which takes minutes.
-        names = pa.concat_arrays(pc.list_flatten(self._table.column("images")).chunks)
-        encoded = names.cast(pa.large_string()).dictionary_encode()
+        names = pc.list_flatten(self._table.column("images")).cast(pa.large_string()).combine_chunks()
+        encoded = names.dictionary_encode()
         return encoded.indices.to_numpy().astype(np.int64), encoded.dictionary.to_pylist()
 
     def errors(self) -> dict[int, tuple[str, str]]:

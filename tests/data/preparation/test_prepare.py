@@ -139,6 +139,8 @@ class TestRows:
         numbers, images = rows.numbered_images()
         assert [images[number] for number in numbers] == names
         assert images == ["b.png", "a.png", "c.png"]
+        numbers, images = prepare_rows(source_of([record()]), tokenize, settings).numbered_images()
+        assert (len(numbers), images) == (0, [])
 
     def test_batches(self, source_of, settings, tokenize, monkeypatch):
         monkeypatch.setattr("llava_ft.data.preparation.tokenized_rows._ROWS_PER_BATCH", 3)
