@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,12 +13,6 @@ from llava_ft.checkpoint.lineage import LINEAGE, read_lineage
 from llava_ft.errors import UserError
 from llava_ft.terminal import visible
 
-_DIGITS = 12
-"""Of a fingerprint: enough to tell two apart."""
-
-_WIDTH = 10_000
-"""No line is cut or wrapped, so that paths can be copied."""
-
 
 def run_inspect_lineage(path: Path, output: TextIO, *, as_json: bool) -> None:
     """Write the lineage of a directory.
@@ -29,24 +22,23 @@ def run_inspect_lineage(path: Path, output: TextIO, *, as_json: bool) -> None:
     """
     if not path.is_dir():
         raise UserError(f"{path} {'is a file' if path.exists() else 'does not exist'}. Give a directory of weights.")
-    lineage = read_lineage(path)
-    if lineage is None:
+    record = read_lineage(path)
+    if record is None:
         raise UserError(
             f"{path} has no {LINEAGE}: another program wrote it, or a version of this one that kept none. `llava-ft "
             "inspect weights` says what it holds."
         )
     if as_json:
-        output.write(json.dumps(asdict(lineage), indent=1) + "\n")
+        output.write(json.dumps(record, indent=1) + "\n")
         return
-    tree = _branch(None, str(path.resolve()))
-    _add_record(tree, asdict(lineage))
-    Console(file=output, width=_WIDTH).print(tree)
+    tree = Tree(_line(str(path.resolve())), guide_style="dim")
+    _add_record(tree, record)
+    Console(file=output, width=10_000).print(tree)  # so wide that no line is cut, and paths can be copied
 
 
-def _branch(tree: Tree | None, line: str) -> Tree:
-    """Put a line under another; a path in it can neither steer the terminal nor be taken for markup."""
-    label = Text(visible(line))
-    return Tree(label, guide_style="dim") if tree is None else tree.add(label)
+def _line(text: str) -> Text:
+    """Return a line of the tree; a path in it can neither steer the terminal nor be taken for markup."""
+    return Text(visible(text))
 
 
 def _add_record(tree: Tree, record: Mapping[str, Any]) -> None:
@@ -59,16 +51,16 @@ def _add_record(tree: Tree, record: Mapping[str, Any]) -> None:
     heading.append(str(record.get("time")))
     heading += [f"llava_ft {version}"] if version else []
     heading += [f"git {record['git_commit']}"] if record.get("git_commit") else []
-    made = _branch(tree, ", ".join(heading))
+    made = tree.add(_line(", ".join(heading)))
     for resumption in details.get("resumptions") or ():
-        _branch(made, f"resumed from {resumption.get('from')} ({resumption.get('time')})")
+        made.add(_line(f"resumed from {resumption.get('from')} ({resumption.get('time')})"))
     for problem in details.get("ignored") or ():
-        _branch(made, f"ignored: {problem}")
+        made.add(_line(f"ignored: {problem}"))
     for source in record.get("data") or ():
         facts = [f"{source.get('num_usable')} of {source.get('num_records')} records used", str(source.get("use"))]
         facts += [f"weight {source['weight']:g}"] if source.get("weight") is not None else []
         facts += [f"{source['num_taken']} an epoch"] if source.get("num_taken") is not None else []
-        _branch(made, f"data {source.get('path')} ({', '.join([*facts, _short(source.get('fingerprint'))])})")
+        made.add(_line(f"data {source.get('path')} ({', '.join([*facts, _short(source.get('fingerprint'))])})"))
     if record.get("base") is not None:
         _add_ancestor(made, "base", record["base"])
     for parent in record.get("parents") or ():
@@ -79,9 +71,9 @@ def _add_ancestor(tree: Tree, role: str, entry: Mapping[str, Any]) -> None:
     path = str(entry.get("path"))
     facts = [str(entry[key]) for key in ("kind", "role") if entry.get(key)] + [_short(entry.get("fingerprint"))]
     facts += ["not there any more"] if Path(path).is_absolute() and not Path(path).exists() else []
-    branch = _branch(tree, f"{role} {path} ({', '.join(fact for fact in facts if fact)})")
+    branch = tree.add(_line(f"{role} {path} ({', '.join(fact for fact in facts if fact)})"))
     if entry.get("left_out"):
-        _branch(branch, str(entry["left_out"]))
+        branch.add(_line(str(entry["left_out"])))
     if entry.get("lineage") is not None:
         _add_record(branch, entry["lineage"])
     if entry.get("base") is not None:
@@ -89,5 +81,6 @@ def _add_ancestor(tree: Tree, role: str, entry: Mapping[str, Any]) -> None:
 
 
 def _short(fingerprint: object) -> str:
+    """Leave the scheme and 12 digits of a fingerprint, enough to tell two apart."""
     scheme, colon, digits = str(fingerprint or "").rpartition(":")
-    return scheme + colon + digits[:_DIGITS]
+    return scheme + colon + digits[:12]

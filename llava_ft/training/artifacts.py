@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llava_ft.args import ParsedArgs, to_yaml
 from llava_ft.checkpoint.directory import absolute_or_hub_name
-from llava_ft.checkpoint.lineage import describe_parent, git_state, read_lineage, record_lineage
+from llava_ft.checkpoint.lineage import describe_parent, git_commit, read_lineage, record_lineage
 from llava_ft.checkpoint.manifest import Manifest
 from llava_ft.checkpoint.names import (
     CONFIG,
@@ -126,7 +126,7 @@ class RunArtifacts:
     def write_manifest(self, directory: Path, step: int) -> None:
         """Write `lineage.json` and then `llava_ft.json`, after which the directory counts as complete."""
         self.write_lineage(directory, step)
-        commit = str(git_state(Path.cwd()) or "")
+        commit = git_commit(Path.cwd())
         Manifest(self.method, self.base, self.base_fingerprint, step, self.template, commit).write(directory)
 
     def _trained_values(self, model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
@@ -196,25 +196,26 @@ def lineage_writer(
         lists it, is written.
     """
     earlier = read_lineage(checkpoint) if checkpoint is not None else None
-    details: dict[str, Any] = {"start": None if start is None else describe_start(start)}
+    earlier_details: dict[str, Any] = (earlier or {}).get("details", {})
+    start_now = None if start is None else describe_start(start)
+    details: dict[str, Any] = {"start": earlier_details.get("start", start_now)}
     if args.model.vision_tower:
         details["vision_tower"] = absolute_or_hub_name(args.model.vision_tower)
     if ignored:
         details["ignored"] = list(ignored)
-    parents: list[Mapping[str, Any]] = []
-    # With `merge_first` the adapter is no parent of the run: it is that of the merged base.
-    if start is not None and not start.is_whole and start.mode != "merge_first":
-        role = "adapter left out" if start.has_adapter and start.mode == "new" else "trained on"
-        parents.append(describe_parent(start.path) | {"role": role})
-    if args.model.pretrain_mm_mlp_adapter:
-        parents.append(describe_parent(Path(args.model.pretrain_mm_mlp_adapter)) | {"role": "projector"})
     if checkpoint is not None:
-        before: list[Any] = list(earlier.details.get("resumptions", [])) if earlier is not None else []
         here = {"from": str(checkpoint.resolve()), "time": datetime.now(UTC).isoformat(timespec="seconds")}
-        details["resumptions"] = [*before, here]
+        details["resumptions"] = [*earlier_details.get("resumptions", ()), here]
+    parents: list[Mapping[str, Any]] = []
     if earlier is not None:
-        parents = list(earlier.parents)
-        details["start"] = earlier.details.get("start", details["start"])
+        parents = earlier.get("parents", [])
+    else:
+        # With `merge_first` the adapter is no parent of the run: it is that of the merged base.
+        if start is not None and not start.is_whole and start.mode != "merge_first":
+            role = "adapter left out" if start.has_adapter and start.mode == "new" else "trained on"
+            parents.append(describe_parent(start.path) | {"role": role})
+        if args.model.pretrain_mm_mlp_adapter:
+            parents.append(describe_parent(Path(args.model.pretrain_mm_mlp_adapter)) | {"role": "projector"})
     data = _describe_data(args, args.data.data_path, datasets.report, "train")
     data += _describe_data(args, args.data.validation_data_path, datasets.validation_report, "validation")
     run_config = to_yaml(args)

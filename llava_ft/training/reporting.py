@@ -30,7 +30,7 @@ from transformers.integrations.integration_utils import (
 )
 
 from llava_ft.args import ParsedArgs, resolved_config, to_yaml
-from llava_ft.checkpoint.lineage import git_state
+from llava_ft.checkpoint.lineage import git_commit
 from llava_ft.checkpoint.names import RUN_CONFIG, TRAINABLE_TABLE
 from llava_ft.version import __version__
 
@@ -74,8 +74,9 @@ def attach_reporters(trainer: Trainer, args: ParsedArgs, table: Callable[[], Tab
 
     def describe() -> RunDescription:
         code: dict[str, Any] = {"llava_ft_version": __version__}
-        if git := git_state(Path.cwd()):
-            code |= {"git_commit": git.commit, "git_modified": git.is_modified}
+        commit, _, modified = git_commit(Path.cwd()).partition(" ")
+        if commit:
+            code |= {"git_commit": commit, "git_modified": bool(modified)}
         return RunDescription(resolved_config(args), to_yaml(args), code, table())
 
     names = {callback: name for name, callback in INTEGRATION_TO_CALLBACK.items()}

@@ -5,6 +5,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -105,9 +106,10 @@ def check_resumed_start(args: ParsedArgs, start: Start | None, checkpoint: Path 
         UserError: It did, and that is not passed over.
     """
     lineage = read_lineage(checkpoint) if checkpoint is not None else None
-    if checkpoint is None or lineage is None or "start" not in lineage.details:
+    details: dict[str, Any] = (lineage or {}).get("details", {})
+    if checkpoint is None or "start" not in details:
         return
-    before: dict[str, str] | None = lineage.details["start"]
+    before: dict[str, str] | None = details["start"]
     now = None if start is None else describe_start(start)
     same = ("fingerprint", "mode")
     if [(before or {}).get(key) for key in same] == [(now or {}).get(key) for key in same]:
@@ -143,7 +145,7 @@ def merged_base(args: ParsedArgs, start: Start) -> Path:
     if training.should_save:
         if target.exists() and what_is_incomplete(target) is None:
             lineage = read_lineage(target)
-            merged = [parent.get("fingerprint") for parent in lineage.parents] if lineage is not None else []
+            merged = [parent.get("fingerprint") for parent in (lineage or {}).get("parents", ())]
             if merged != [describe_parent(start.path)["fingerprint"]]:
                 raise UserError(
                     f"{target} was merged from something else than {start.path}. Give another --output_dir, or remove "

@@ -92,8 +92,8 @@ def test_projectors_that_differ_are_averaged(tmp_path: Path):
     ]
     lineage = read_lineage(tmp_path / "merged")
     assert lineage is not None
-    assert [parent["path"] for parent in lineage.parents] == [str(path) for path in paths]
-    assert lineage.details == {"weights": [1.5, 0.75]}
+    assert [parent["path"] for parent in lineage["parents"]] == [str(path) for path in paths]
+    assert lineage["details"] == {"weights": [1.5, 0.75]}
 
 
 def test_a_projector_that_one_run_did_not_train_is_the_base_s(tmp_path: Path):

@@ -76,7 +76,7 @@ def ignored_by(run: Run, folder: Path) -> list[str]:
     run.trainer.artifacts.write_lineage(folder, 0)
     lineage = read_lineage(folder)
     assert lineage is not None
-    return lineage.details["ignored"]
+    return lineage["details"]["ignored"]
 
 
 class TestLosses:
@@ -180,8 +180,8 @@ class TestResuming:
         assert all(torch.equal(one[name], other[name]) for name in one)
         lineage = read_lineage(tmp_path / "out/checkpoint-6")
         assert lineage is not None
-        assert [entry["from"] for entry in lineage.details["resumptions"]] == [str(resumed.checkpoint)]
-        assert len(lineage.parents) == (0 if mode == "merge_first" else 1)
+        assert [entry["from"] for entry in lineage["details"]["resumptions"]] == [str(resumed.checkpoint)]
+        assert len(lineage["parents"]) == (0 if mode == "merge_first" else 1)
         if mode == "merge_first":
             assert merged.stat().st_mtime_ns == written
             assert "was merged before" in caplog.text
@@ -321,12 +321,12 @@ def test_from_the_command_line_to_a_merged_answer(tmp_path, earlier, capsys):
         assert answers[0] == answers[1] != ""
         lineage = read_lineage(merged)
         assert lineage is not None
-        (parent,) = lineage.parents
+        (parent,) = lineage["parents"]
         assert parent["path"] == str(out.resolve())
         if mode == "merge_first":  # the merged base is the base of both, and described once
-            assert lineage.base is not None
+            assert lineage["base"] is not None
             assert parent["lineage"]["base"]["left_out"] == "described above"
-            chain = lineage.base["lineage"]["parents"]
+            chain = lineage["base"]["lineage"]["parents"]
         else:
             chain = parent["lineage"]["parents"]
         assert [entry["path"] for entry in chain] == [str(earlier.resolve())]

@@ -17,7 +17,7 @@ import yaml
 from transformers.integrations import TensorBoardCallback
 
 from llava_ft.args import parse_args
-from llava_ft.checkpoint.lineage import git_state
+from llava_ft.checkpoint.lineage import git_commit
 from llava_ft.checkpoint.manifest import read_manifest, what_is_incomplete
 from llava_ft.errors import UserError
 from llava_ft.training.reporting import GuardedReporter, attach_reporters
@@ -104,9 +104,8 @@ class TestWandbOffline:
         resolved = yaml.safe_load((folder / "files/run_config.yaml").read_text())
         assert resolved == yaml.safe_load((tmp_path / "first run/run_config.yaml").read_text())
         assert stored.config["run_config"]["lora_r"] == resolved["lora_r"] == 4
-        state = git_state(Path.cwd())
-        assert state is not None
-        assert (stored.config["git_commit"], stored.config["git_modified"]) == (state.commit, state.is_modified)
+        commit, _, modified = git_commit(Path.cwd()).partition(" ")
+        assert (stored.config["git_commit"], stored.config["git_modified"]) == (commit, bool(modified))
         table = json.loads((tmp_path / "first run/trainable_parameters.json").read_text())
         assert stored.config["trainable_parameters"] == table
         assert json.loads((folder / "files/trainable_parameters.json").read_text()) == table
@@ -119,7 +118,7 @@ class TestWandbOffline:
         assert manifest is not None
         assert not [name for name in manifest.files if "wandb" in name]
         assert what_is_incomplete(tmp_path / "out") is None
-        assert manifest.git_commit == str(git_state(Path.cwd()))
+        assert manifest.git_commit == git_commit(Path.cwd())
 
     def test_a_resumed_run_goes_on_in_the_same_one(self, tmp_path: Path, server: WandbServer, monkeypatch):
         monkeypatch.setenv("WANDB_MODE", "offline")
@@ -224,9 +223,7 @@ class TestTensorBoard:
         written = texts(found)
         resolved = written["run_config"].removeprefix("```yaml\n").removesuffix("```")
         assert resolved == (tmp_path / "out/run_config.yaml").read_text()
-        state = git_state(Path.cwd())
-        assert state is not None
-        assert state.commit in written["code"]
+        assert git_commit(Path.cwd()).partition(" ")[0] in written["code"]
         table = json.loads((tmp_path / "out/trainable_parameters.json").read_text())
         lines = written["trainable_parameters"].splitlines()
         assert [line.split(" | ")[2] for line in lines[2:]] == [str(row["parameters"]) for row in table]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_ft.checkpoint.lineage import git_state
+from llava_ft.checkpoint.lineage import git_commit
 
 
 @pytest.fixture
@@ -28,40 +28,33 @@ def test_the_commit_of_a_folder_inside_a_repository(repository: Path):
     inside = repository / "runs"
     inside.mkdir()
     (inside / "notes.txt").write_text("not tracked")
-    state = git_state(inside)
-    assert state is not None
-    assert state.commit == git(repository, "rev-parse", "HEAD")
-    assert state.root == repository.resolve()
-    assert not state.is_modified
-    assert str(state) == state.commit
+    git(repository, "tag", "v1")  # whose name is not that of the commit
+    assert git_commit(inside) == git(repository, "rev-parse", "HEAD")
 
 
 def test_changed_files_are_told(repository: Path):
     (repository / "code.py").write_text("2\n")
-    state = git_state(repository)
-    assert state is not None
-    assert state.is_modified
-    assert str(state) == f"{state.commit} (modified)"
+    assert git_commit(repository) == f"{git(repository, 'rev-parse', 'HEAD')} (modified)"
 
 
 def test_it_is_asked_once(repository: Path):
-    before = git_state(repository)
+    before = git_commit(repository)
     (repository / "code.py").write_text("2\n")
-    assert git_state(repository) is before
+    assert git_commit(repository) == before
 
 
 def test_no_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     folder = tmp_path / "plain"
     folder.mkdir()
-    assert git_state(folder) is None
+    assert git_commit(folder) == ""
 
 
 def test_a_repository_without_a_commit(tmp_path: Path):
     git(tmp_path, "init", "--quiet")
-    assert git_state(tmp_path) is None
+    assert git_commit(tmp_path) == ""
 
 
 def test_no_git(repository: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", "")
-    assert git_state(repository) is None
+    assert git_commit(repository) == ""
