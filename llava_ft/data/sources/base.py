@@ -6,12 +6,12 @@ pickled, so that processes which read different parts of it each get their own c
 
 import hashlib
 import logging
+import os
 from abc import ABC, abstractmethod
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 
@@ -88,48 +88,8 @@ class RecordSource(ABC):
         return decode_content(value, name)
 
 
-class ChainSource(RecordSource):
-    """The records of several sources, each in turn, numbered through."""
-
-    def __init__(self, name: str, sources: Sequence[RecordSource], image_folder: str | None = None):
-        super().__init__(name, image_folder)
-        self.sources = list(sources)
-        self._starts: list[int] = []
-
-    def fingerprint(self) -> str:
-        """Give a hash of the sources' fingerprints, in order."""
-        parts = "\n".join(source.fingerprint() for source in self.sources)
-        return hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
-
-    def prepare(self, cache_dir: Path) -> None:
-        """Prepare each source."""
-        for source in self.sources:
-            source.prepare(cache_dir)
-        self._starts = list(accumulate(map(len, self.sources), initial=0))
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def read(self, start: int, stop: int) -> Iterator[object]:
-        """Read a range across sources."""
-        while start < stop:
-            source, first = self._find(start)
-            last = min(len(source), first + stop - start)
-            yield from source.read(first, last)
-            start += last - first
-
-    def image_bytes(self, index: int, position: int) -> bytes:
-        """Read an image from the source that holds it."""
-        source, number = self._find(index)
-        return source.image_bytes(number, position)
-
-    def _find(self, index: int) -> tuple[RecordSource, int]:
-        place = bisect_right(self._starts, index) - 1
-        return self.sources[place], index - self._starts[place]
-
-
 class IndexedSource(RecordSource):
-    """A source whose files are searched once for their records.
+    """Files that are searched once for their records.
 
     Where these are is kept in arrays on disk, which any number of processes map into memory.
     """
@@ -137,8 +97,10 @@ class IndexedSource(RecordSource):
     index_kind: str
     """Begins the name of the index; to be changed with its content."""
 
-    def __init__(self, name: str, image_folder: str | None = None):
+    def __init__(self, name: str, files: Sequence[Path], image_folder: str | None = None):
         super().__init__(name, image_folder)
+        self.files = list(files)
+        self._states: dict[int, tuple[int, int]] = {}  # of each file when it was first looked at
         self._index: Path | None = None
         self._arrays: dict[str, Array] = {}
 
@@ -148,15 +110,29 @@ class IndexedSource(RecordSource):
 
     @abstractmethod
     def _find_records(self) -> Mapping[str, Array]:
-        """Search the files; give arrays by name, none of them empty. Errors leave nothing behind."""
+        """Search the files; give arrays by name, none of them empty.
+
+        One is `file_ends`, `(F + 1,)` int64: the records of each file start and end there.
+        """
+
+    @abstractmethod
+    def _read_file(self, place: int, file: BinaryIO, records: range) -> Iterator[object]:
+        """Give some of the records of the file at a place among the files."""
 
     def prepare(self, cache_dir: Path) -> None:
         """Find the records, unless that was done before. One process does it, others wait."""
+        for place, path in enumerate(self.files):
+            self._states.setdefault(place, _state_of(path))
         self._index = Path(cache_dir) / "records" / f"{self.index_kind}-{self.fingerprint()}"
 
         def write(unfinished: Path) -> None:
+            num_bytes = sum(size for size, _ in self._states.values())
+            if num_bytes >= _BYTES_WORTH_A_NOTE:
+                logger.info("Finding the records of %s (%.1f GB), once.", self.name, num_bytes / 1e9)
             for name, array in self._find_records().items():
                 np.save(unfinished / f"{name}.npy", array, allow_pickle=False)
+            for place in range(len(self.files)):
+                self._open(place).close()  # It may have changed meanwhile.
 
         def map_all(index: Path) -> int:
             try:
@@ -165,6 +141,41 @@ class IndexedSource(RecordSource):
                 raise NotUsableError(str(error)) from error
 
         open_or_build(self._index, map_all, write)
+
+    def __len__(self) -> int:
+        return int(self._array("file_ends")[-1])
+
+    def read(self, start: int, stop: int) -> Iterator[object]:
+        """Read a range of records across files."""
+        while start < stop:
+            place = self._file_of(start)
+            last = min(stop, int(self._array("file_ends")[place + 1]))
+            with self._open(place) as file:
+                yield from self._read_file(place, file, range(start, last))
+            start = last
+
+    def _file_of(self, index: int) -> int:
+        return int(np.searchsorted(self._array("file_ends"), index, side="right")) - 1
+
+    def _open(self, place: int) -> BufferedReader:
+        """Open a file, and refuse it if it is not as it was when it was first looked at."""
+        path = self.files[place]
+        try:
+            if path.exists() and not path.is_file():
+                raise UserError(
+                    f"Data file {path} is a pipe or a device, which can be read only once. Write the records to a file."
+                )
+            file = path.open("rb")
+        except OSError as error:
+            raise UserError(f"Data file {path} cannot be read: {error.strerror}. Check --data_path.") from None
+        status = os.fstat(file.fileno())
+        state = (status.st_size, status.st_mtime_ns)
+        if self._states.setdefault(place, state) != state:
+            file.close()
+            raise UserError(
+                f"Data file {path} changed after it was first read. Leave it as it is during a run, and start again."
+            )
+        return file
 
     def _array(self, name: str) -> Array:
         if name not in self._arrays:
@@ -178,14 +189,18 @@ class IndexedSource(RecordSource):
                 ) from None
         return self._arrays[name]
 
-    def _note_long_search(self, num_bytes: int) -> None:
-        """Say that the records are being looked for, where this takes more than a moment."""
-        if num_bytes >= _BYTES_WORTH_A_NOTE:
-            logger.info("Finding the records of %s (%.1f GB), once.", self.name, num_bytes / 1e9)
-
 
 def _map(file: Path) -> Array:
     return np.load(file, mmap_mode="r", allow_pickle=False)
+
+
+def _state_of(file: Path) -> tuple[int, int]:
+    """Give size and time of change of a file."""
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise UserError(f"Data file {file} cannot be read: {error.strerror}. Check --data_path.") from None
+    return status.st_size, status.st_mtime_ns
 
 
 def fingerprint_files(files: Sequence[Path]) -> str:
@@ -196,9 +211,6 @@ def fingerprint_files(files: Sequence[Path]) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
-        try:
-            status = file.stat()
-        except OSError as error:
-            raise UserError(f"Data file {file} cannot be read: {error.strerror}. Check --data_path.") from None
-        digest.update(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
+        num_bytes, mtime_ns = _state_of(file)
+        digest.update(f"{file.resolve()}\0{num_bytes}\0{mtime_ns}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

@@ -11,10 +11,9 @@ over a window of the file; it is written in C and says where a value ends.
 import codecs
 import hashlib
 import json
-import os
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BufferedReader
 from itertools import pairwise
 from json import JSONDecodeError
@@ -38,77 +37,51 @@ _decoder = json.JSONDecoder()
 
 
 class JsonSource(IndexedSource):
-    """One file of records. A suffix other than `.jsonl` and `.ndjson` means one JSON list."""
+    """Files of records. A suffix other than `.jsonl` and `.ndjson` means one JSON list."""
 
-    def __init__(self, path: str | Path, image_folder: str | None = None):
-        super().__init__(str(path), image_folder)
-        self.path = Path(path)
-        self.has_lines = self.path.suffix.lower() in _LINES_SUFFIXES
-        self.index_kind = f"json-{'lines' if self.has_lines else 'list'}-1"
-        self._fingerprint: str | None = None
-        self._state: tuple[int, ...] = ()
+    def __init__(self, name: str, files: Sequence[Path], image_folder: str | None = None):
+        super().__init__(name, files, image_folder)
+        self._has_lines = [file.suffix.lower() in _LINES_SUFFIXES for file in self.files]
+        self.index_kind = f"json-{'lines' if all(self._has_lines) else 'list'}-2"
+        self._fingerprint = ""
 
     def fingerprint(self) -> str:
-        """Give the hash of the file's content."""
-        if self._fingerprint is None:
-            with self._open() as file:
-                self._state = _state_of(file)
-                digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
-            self._fingerprint = digest.hexdigest()
+        """Give the hash of the files' content."""
+        if not self._fingerprint:
+            digests: list[str] = []
+            for place in range(len(self.files)):
+                with self._open(place) as file:
+                    digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+                digests.append(digest.hexdigest())
+            several = hashlib.blake2b("\n".join(digests).encode(), digest_size=16).hexdigest()
+            self._fingerprint = digests[0] if len(digests) == 1 else several
         return self._fingerprint
 
-    def __len__(self) -> int:
-        return len(self._array("offsets")) - 1
-
-    def read(self, start: int, stop: int) -> Iterator[object]:
+    def _read_file(self, place: int, file: BinaryIO, records: range) -> Iterator[object]:
         """Decode a range of records."""
-        offsets = self._array("offsets")
-        with self._open() as file:
-            while start < stop:
-                first = int(offsets[start])
-                end = int(np.searchsorted(offsets, first + _BLOCK_BYTES, side="right")) - 1
-                end = min(max(end, start + 1), stop)
-                file.seek(first)
-                block = file.read(int(offsets[end]) - first)
-                bounds: list[int] = (offsets[start : end + 1] - first).tolist()
-                for left, right in pairwise(bounds):
-                    yield _decoder.raw_decode(block[left:right].decode("utf-8"))[0]
-                start = end
+        offsets = self._array("offsets")[place:]  # each file before this one has an end more than it has records
+        start, stop = records.start, records.stop
+        while start < stop:
+            first = int(offsets[start])
+            end = int(np.searchsorted(offsets[start : stop + 1], first + _BLOCK_BYTES, side="right")) - 1 + start
+            end = max(end, start + 1)
+            file.seek(first)
+            block = file.read(int(offsets[end]) - first)
+            bounds: list[int] = (offsets[start : end + 1] - first).tolist()
+            for left, right in pairwise(bounds):
+                yield _decoder.raw_decode(block[left:right].decode("utf-8"))[0]
+            start = end
 
     def _find_records(self) -> dict[str, Array]:
-        with self._open() as file:
-            self._note_long_search(self._state[0])
-            offsets = scan_lines(file, self.path) if self.has_lines else scan_list(file, self.path)
-        self._open().close()  # It may have changed meanwhile.
-        if len(offsets) == 1:
-            raise UserError(f"Data file {self.path} holds no record. It needs at least one.")
-        return {"offsets": np.asarray(offsets, dtype=np.int64)}
-
-    def _open(self) -> BufferedReader:
-        """Open the file, and refuse it if it is not as it was when it was first looked at."""
-        try:
-            if self.path.exists() and not self.path.is_file():
-                raise UserError(
-                    f"Data file {self.path} is a pipe or a device, which can be read only once. "
-                    "Write the records to a file."
-                )
-            file = self.path.open("rb")
-        except FileNotFoundError:
-            raise UserError(f"Data file {self.path} does not exist. Check --data_path.") from None
-        except OSError as error:
-            raise UserError(f"Data file {self.path} cannot be read: {error.strerror}.") from None
-        if self._state and _state_of(file) != self._state:
-            file.close()
-            raise UserError(
-                f"Data file {self.path} changed after it was first read. Leave it as it is during a run, "
-                "and start again."
-            )
-        return file
-
-
-def _state_of(file: BufferedReader) -> tuple[int, ...]:
-    status = os.fstat(file.fileno())
-    return status.st_size, status.st_mtime_ns
+        offsets, file_ends = array("q"), [0]
+        for place, path in enumerate(self.files):
+            with self._open(place) as file:
+                found = scan_lines(file, path) if self._has_lines[place] else scan_list(file, path)
+            if len(found) == 1:
+                raise UserError(f"Data file {path} holds no record. It needs at least one.")
+            offsets += found
+            file_ends.append(file_ends[-1] + len(found) - 1)
+        return {"offsets": np.asarray(offsets, dtype=np.int64), "file_ends": np.array(file_ends)}
 
 
 def scan_lines(file: BufferedReader, path: Path) -> "array[int]":

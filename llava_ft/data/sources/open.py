@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from llava_ft.data.sources.base import ChainSource, RecordSource
+from llava_ft.data.sources.base import RecordSource
 from llava_ft.data.sources.json_files import JsonSource
 from llava_ft.data.sources.tables import HubSource, SavedSource, ShardsSource, choose_split
 from llava_ft.data.sources.tar_shards import TarSource
@@ -108,9 +108,7 @@ def _open_files(name: str, files: Sequence[Path], split: str | None, image_folde
         return TarSource(name, files, image_folder)
     if kind != "json":
         return ShardsSource(name, files, image_folder)
-    if len(files) == 1:
-        return JsonSource(files[0], image_folder)
-    return ChainSource(name, [JsonSource(file) for file in files], image_folder)
+    return JsonSource(str(files[0]) if len(files) == 1 else name, files, image_folder)
 
 
 def _open_folder(folder: Path, split: str | None, image_folder: str | None) -> RecordSource:

@@ -9,7 +9,7 @@ import os
 import re
 import tarfile
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, Final, cast
 
@@ -43,60 +43,68 @@ _COMPRESSED: Final = {
 class TarSource(IndexedSource):
     """The records of one or more shards, one after the other."""
 
-    index_kind = "tar-1"
-
-    def __init__(self, name: str, files: Sequence[Path], image_folder: str | None = None):
-        super().__init__(name, image_folder)
-        self.files = list(files)
+    index_kind = "tar-2"
 
     def fingerprint(self) -> str:
         """Give a hash of the names, sizes and times of the shards."""
         return fingerprint_files(self.files)
 
-    def __len__(self) -> int:
-        return len(self._array("record_ends")) - 1
-
-    def read(self, start: int, stop: int) -> Iterator[object]:
+    def _read_file(self, place: int, file: BinaryIO, records: range) -> Iterator[object]:
         """Read the text members of a range of records."""
-        shard_ends = self._array("shard_ends")
-        while start < stop:
-            shard = int(np.searchsorted(shard_ends, start, side="right")) - 1
-            last = min(stop, int(shard_ends[shard + 1]))
-            with self._open(shard) as file:
-                for row in range(start, last):
-                    yield self._record(row, file)
-            start = last
+        return (self._record(row, file) for row in records)
 
     def _image_content(self, index: int, value: EmbeddedImage | bytes | DataUri, name: str) -> bytes:
         if not isinstance(value, EmbeddedImage):
             return super()._image_content(index, value, name)
-        shard = int(np.searchsorted(self._array("shard_ends"), index, side="right")) - 1
-        with self._open(shard) as file:
+        with self._open(self._file_of(index)) as file:
             content = self._content(int(value.address[0]), file)
         if not content:
             raise ImageError(name, "image-empty", "is an empty file")
         return content
 
     def _find_records(self) -> dict[str, Array]:
-        self._note_long_search(sum(file.stat().st_size for file in self.files if file.exists()))
-        arrays = index_shards(self.files)
-        if len(arrays["record_ends"]) == 1:
+        """Walk through the headers of all shards.
+
+        Members of one key make one record, in the order in which the keys appear.
+
+        Returns:
+            `members`: `(M,)` of `_MEMBER`, those of a record together, images in the order of their names; `names`:
+            `(B,)` uint8, their names in a row; `record_ends`: `(R + 1,)` int64, where each record starts and ends in
+            `members`; `file_ends`.
+        """
+
+        def by_kind_and_name(member: _Member) -> tuple[int, list[str | int]]:  # numbers in names counted as numbers
+            pieces = _NUMBERS.split(member[0])
+            return member[3], [int(piece) if piece.isdecimal() else piece for piece in pieces]
+
+        members: list[Array] = []
+        names = bytearray()
+        record_ends, file_ends = array("q", [0]), [0]
+        num_members = 0
+        for place, path in enumerate(self.files):
+            records: dict[str, list[_Member]] = {}
+            with self._open(place) as file:
+                for member in _members_of(file, path):
+                    records.setdefault(_key_of(member[0]), []).append(member)
+            rows: list[tuple[int, int, int, int]] = []
+            for record in records.values():
+                for name, offset, size, kind in sorted(record, key=by_kind_and_name):
+                    names += name.encode("utf-8", "surrogateescape")
+                    rows.append((offset, size, len(names), kind))
+                record_ends.append(num_members + len(rows))
+            num_members += len(rows)
+            members.append(np.array(rows, dtype=_MEMBER))
+            file_ends.append(len(record_ends) - 1)
+        if not num_members:
             raise UserError(
                 f"Data set {self.name} holds no record. Its shards need members such as 0001.json and 0001.jpg."
             )
-        return arrays
-
-    def _open(self, shard: int) -> BinaryIO:
-        path = self.files[shard]
-        try:
-            status = path.stat()
-            if (status.st_size, status.st_mtime_ns) != tuple(self._array("states")[shard].tolist()):
-                raise UserError(
-                    f"Shard {path} changed after it was first read. Leave it as it is during a run, and start again."
-                )
-            return path.open("rb")
-        except OSError as error:
-            raise UserError(f"Shard {path} cannot be read: {error.strerror}.") from None
+        return {
+            "members": np.concatenate(members),
+            "names": np.frombuffer(bytes(names), dtype=np.uint8),
+            "record_ends": np.array(record_ends, dtype=np.int64),
+            "file_ends": np.array(file_ends),
+        }
 
     def _content(self, member: int, file: BinaryIO) -> bytes:
         found = self._array("members")[member]
@@ -188,90 +196,42 @@ def _key_of(name: str) -> str:
     return folder + slash + file.partition(".")[0]
 
 
-def index_shards(files: Sequence[Path]) -> dict[str, Array]:
-    """Walk through the headers of all shards.
-
-    Members of one key make one record, in the order in which the keys appear. Members that are neither JSON nor text
-    nor images are passed over.
-
-    Returns:
-        `members`: `(M,)` of `_MEMBER`, those of a record together, images in the order of their names; `names`: `(B,)`
-        uint8, their names in a row; `record_ends`: `(R + 1,)` int64, where each record starts and ends in `members`;
-        `shard_ends`: `(S + 1,)` int64, where each shard starts and ends in the records; `states`: `(S, 2)` int64, size
-        and time of each shard.
+def _members_of(file: BinaryIO, path: Path) -> Iterator[_Member]:
+    """Walk through a shard. Members that are neither JSON nor text nor images are passed over.
 
     Raises:
-        UserError: A shard is missing, compressed, truncated or damaged, or holds links.
+        UserError: The shard is compressed, truncated or damaged, or holds links.
     """
-
-    def by_kind_and_name(member: _Member) -> tuple[int, list[str | int]]:  # numbers in names counted as numbers
-        pieces = _NUMBERS.split(member[0])
-        return member[3], [int(piece) if piece.isdecimal() else piece for piece in pieces]
-
-    members: list[Array] = []
-    names = bytearray()
-    record_ends, shard_ends = array("q", [0]), array("q", [0])
-    states: list[tuple[int, int]] = []
-    num_members = 0
-    for file in files:
-        rows: list[tuple[int, int, int, int]] = []
-        for record in _records_in(file, states):
-            for name, offset, size, kind in sorted(record, key=by_kind_and_name):
-                names += name.encode("utf-8", "surrogateescape")
-                rows.append((offset, size, len(names), kind))
-            record_ends.append(num_members + len(rows))
-        shard_ends.append(len(record_ends) - 1)
-        num_members += len(rows)
-        members.append(np.array(rows, dtype=_MEMBER))
-    return {
-        "members": np.concatenate(members),
-        "names": np.frombuffer(bytes(names), dtype=np.uint8),
-        "record_ends": np.array(record_ends, dtype=np.int64),
-        "shard_ends": np.array(shard_ends, dtype=np.int64),
-        "states": np.array(states, dtype=np.int64).reshape(-1, 2),
-    }
-
-
-def _records_in(file: Path, states: list[tuple[int, int]]) -> list[list[_Member]]:
-    """Group the members of one shard by key, and note the shard's state."""
-    records: dict[str, list[_Member]] = {}
+    start = file.read(8)
+    for magic, name in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise UserError(
+                f"Shard {path} is compressed ({name}), and records are read from anywhere in it. Unpack it to "
+                "a plain .tar; the images in it are compressed as they are."
+            )
+    file.seek(0)
     try:
-        with file.open("rb") as opened:
-            status = os.fstat(opened.fileno())
-            start = opened.read(8)
-            for magic, name in _COMPRESSED.items():
-                if start.startswith(magic):
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (info := tar.next()) is not None:
+                tar.__dict__["members"] = []  # They would pile up.
+                if info.isdir() or info.name.rpartition("/")[2].startswith("."):
+                    continue
+                if not info.isreg() or info.issparse():
                     raise UserError(
-                        f"Shard {file} is compressed ({name}), and records are read from anywhere in it. Unpack it to "
-                        "a plain .tar; the images in it are compressed as they are."
+                        f"Shard {path} holds {info.name!r}, which is a link or not a plain file. Pack the files "
+                        "themselves (tar --dereference)."
                     )
-            opened.seek(0)
-            with tarfile.open(fileobj=opened, mode="r:") as tar:
-                while (info := tar.next()) is not None:
-                    tar.__dict__["members"] = []  # They would pile up.
-                    if info.isdir() or info.name.rpartition("/")[2].startswith("."):
-                        continue
-                    if not info.isreg() or info.issparse():
-                        raise UserError(
-                            f"Shard {file} holds {info.name!r}, which is a link or not a plain file. Pack the files "
-                            "themselves (tar --dereference)."
-                        )
-                    kind = _KINDS.get(os.path.splitext(info.name)[1].lower())
-                    if kind is not None:
-                        member = (info.name, info.offset_data, info.size, kind)
-                        records.setdefault(_key_of(info.name), []).append(member)
-                opened.seek(tar.offset)
-                end = opened.read(_BLOCK)
-    except OSError as error:
-        raise UserError(f"Shard {file} cannot be read: {error.strerror or error}. Check --data_path.") from None
+                kind = _KINDS.get(os.path.splitext(info.name)[1].lower())
+                if kind is not None:
+                    yield info.name, info.offset_data, info.size, kind
+            file.seek(tar.offset)
+            end = file.read(_BLOCK)
     except tarfile.TarError as error:
         raise UserError(
-            f"Shard {file} is truncated or not a tar file ({error}). Fetch it again, or leave it out."
+            f"Shard {path} is truncated or not a tar file ({error}). Fetch it again, or leave it out."
         ) from None
     # tarfile stops without a word at a fault in the middle, as it does at the end.
     if len(end) < _BLOCK:
-        raise UserError(f"Shard {file} is truncated: the mark of its end is missing. Fetch it again, or leave it out.")
+        raise UserError(f"Shard {path} is truncated: the mark of its end is missing. Fetch it again, or leave it out.")
     if end.count(0) != _BLOCK:
-        raise UserError(f"Shard {file} is damaged: no member starts where one should. Fetch it again, or leave it out.")
-    states.append((status.st_size, status.st_mtime_ns))
-    return list(records.values())
+        raise UserError(f"Shard {path} is damaged: no member starts where one should. Fetch it again, or leave it out.")

@@ -8,8 +8,8 @@ import tarfile
 import pytest
 
 from llava_ft.data.records import parse_record
-from llava_ft.data.sources import tar_shards
 from llava_ft.data.sources.open import open_source
+from llava_ft.data.sources.tar_shards import TarSource
 from llava_ft.errors import BadSampleError, ImageError, UserError
 
 
@@ -176,7 +176,7 @@ def test_compressed_shards_links_and_empty_ones_are_refused(tmp_path):
 def test_shards_are_walked_once(tmp_path, monkeypatch):
     path = pack(tmp_path / "a.tar", [("x.json", talk(0))])
     opened(path, tmp_path)
-    monkeypatch.setattr(tar_shards, "index_shards", lambda *_: pytest.fail("walked again"))
+    monkeypatch.setattr(TarSource, "_find_records", lambda _: pytest.fail("walked again"))
     source = opened(path, tmp_path)
     pack(path, [("x.json", talk(0)), ("y.json", talk(0))])
     with pytest.raises(UserError, match=r"a.tar changed after it was first read"):
