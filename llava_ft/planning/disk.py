@@ -124,7 +124,7 @@ def vision_cache_bytes(num_tiles: int, outline: ModelOutline, dtype: torch.dtype
     geometry, width = outline.config.image_geometry, outline.config.mm_hidden_size
     assert geometry is not None
     assert width is not None
-    return num_tiles * FeatureFormat.of_tower(geometry, width, dtype, kept_as).bytes_per_tile
+    return num_tiles * FeatureFormat(geometry.tokens_per_tile, width, dtype, kept_as == "int8").bytes_per_tile
 
 
 def _count(shapes: Sequence[ParameterShape]) -> int:

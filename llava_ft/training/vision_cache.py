@@ -10,12 +10,11 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,9 +27,8 @@ from llava_ft.args import ParsedArgs
 from llava_ft.checkpoint.base import BaseModel, load_tower
 from llava_ft.checkpoint.fingerprint import vision_tower_fingerprint
 from llava_ft.data.build import BuiltDatasets
-from llava_ft.data.features.contents import NO_CONTENT, RunImage, as_array, known_contents, read_contents
-from llava_ft.data.features.reader import FeatureReader
-from llava_ft.data.features.store import DIGEST, Array, FeatureFormat, FeatureSettings, FeatureStore
+from llava_ft.data.features.contents import NO_CONTENT, RunImage, content_digests
+from llava_ft.data.features.store import DIGEST, FeatureFormat, FeatureReader, FeatureStore, as_array, name_digest
 from llava_ft.data.image_processor import PixelNormalizer
 from llava_ft.data.image_reader import ImageReader
 from llava_ft.data.preparation.processes import num_cores
@@ -46,7 +44,6 @@ logger = logging.getLogger(__name__)
 _IMAGES_PER_BATCH: Final = 32
 """Written together, so it is what a killed run loses."""
 _TILES_PER_PASS: Final = 32
-_BATCHES_PER_ROUND: Final = 16
 _MOST_WORKERS: Final = 16
 _MOST_NAMED: Final = 5
 _SECONDS_TILL_SEEN = 120.0
@@ -59,13 +56,6 @@ def use_vision_cache(
 ) -> bool:
     """Let the data sets read features of the vision tower instead of images, after computing what is missing.
 
-    Args:
-        args: The request.
-        base: The model's files.
-        plan: What is trained.
-        datasets: Their readers of images are replaced.
-        compute_dtype: Type of the run's matrix products.
-
     Returns:
         Whether the run needs no vision tower: a cache is asked for, and nothing forbids it.
 
@@ -75,19 +65,18 @@ def use_vision_cache(
     """
     if args.data.vision_cache is None:
         return False
-    images = _images_by_name(datasets)
+    training, directory, by_name = args.training, Path(args.data.vision_cache), _images_by_name(datasets)
     reason = None
     # Images are prepared without random numbers: that is no reason against it.
     if base.config.mm_vision_config is None:
         reason = "the model has no vision tower"
     elif plan.trains("model.vision_tower."):
         reason = "the vision tower is trained, so its features change with every step"
-    elif not images:
+    elif not by_name:
         reason = "the data has no images"
     if reason:
         logger.info("The vision cache is off: %s.", reason)
         return False
-    directory = Path(args.data.vision_cache)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -95,37 +84,43 @@ def use_vision_cache(
             f"vision_cache={directory} cannot be made or is no directory: {error.strerror}. Give a directory that can "
             "be written to."
         ) from None
-    blind = blind_ranks(directory, args.training)
+    blind = blind_ranks(directory, training)
     if blind:
         raise UserError(
             f"vision_cache={directory} on the machine of rank 0 is another folder than on that of rank {blind[0]}. "
             "Give a folder that all machines share."
         )
-    settings = _settings(args, base, next(iter(images.values())).reader, compute_dtype)
-    store = FeatureStore(settings.folder(directory), settings)
+    images = [*by_name.values()]
+    geometry, width = base.config.image_geometry, base.config.mm_hidden_size
+    assert geometry is not None
+    assert width is not None
+    tiles = FeatureFormat(
+        geometry.tokens_per_tile, width, compute_dtype, is_8bit=args.data.vision_cache_dtype == "int8"
+    )
+    store = FeatureStore(directory, _feature_key(args, base, images[0].reader), tiles)
     if store.num_damaged:
         logger.warning(
             "%d files in %s are damaged or not of this cache; the images in them are encoded anew. Delete them.",
             store.num_damaged,
             store.folder,
         )
-    located = list(images.values())
-    contents = _contents_of(located, directory / "contents", args)
-    # What another run writes meanwhile may be seen by some ranks and not by others, so the first one decides for all.
+    contents = np.empty(len(images), dtype=DIGEST)
+    mine = content_digests(directory / "contents", images[training.process_index :: training.world_size])
+    for rank, some in enumerate(from_all_ranks(mine, training.world_size)):
+        contents[rank :: training.world_size] = as_array(some)
     firsts = np.sort(np.unique(contents, return_index=True)[1])
-    is_missing = (store.find(contents[firsts]) < 0) & (contents[firsts] != np.void(NO_CONTENT))
-    numbers: list[int] = from_first_rank(firsts[is_missing].tolist(), args.training.world_size)
-    missing = {bytes(contents[number]): located[number] for number in numbers}
-    _announce(store, int((contents[firsts] != np.void(NO_CONTENT)).sum()), missing, args)
+    firsts = firsts[contents[firsts] != np.void(NO_CONTENT)]
+    # What another run writes meanwhile may be seen by some ranks and not by others, so the first one decides for all.
+    numbers: list[int] = from_first_rank(firsts[~store.has(contents[firsts])].tolist(), training.world_size)
+    missing = {bytes(contents[number]): images[number] for number in numbers}
+    _announce(store, len(firsts), missing, training.world_size)
     if missing:
-        _compute(args, base, store, missing, compute_dtype)
-    names = as_array(list(images))
+        _fill(args, base, store, missing)
+    names = as_array([*by_name])
     order = np.argsort(names)
-    positions = store.find(contents[order])
-    positions[contents[order] == np.void(NO_CONTENT)] = -1
     for dataset in (datasets.train, datasets.validation):
         if dataset is not None and isinstance(dataset.image_reader, ImageReader):
-            dataset.image_reader = FeatureReader(dataset.image_reader, store, names[order], positions)
+            dataset.image_reader = FeatureReader(dataset.image_reader, store, names[order], contents[order])
     return True
 
 
@@ -138,21 +133,19 @@ def _images_by_name(datasets: BuiltDatasets) -> dict[bytes, RunImage]:
             continue
         for position in range(len(dataset)):
             for ref in dataset.image_refs(position):
-                image = RunImage(reader, ref)
                 try:
-                    found.setdefault(image.name_digest(), image)
+                    found.setdefault(name_digest(reader, ref), RunImage(reader, ref))
                 except ImageError:
                     continue
     return found
 
 
-def _settings(args: ParsedArgs, base: BaseModel, reader: ImageReader, dtype: torch.dtype) -> FeatureSettings:
-    """Return everything that features depend on besides the image."""
-    config, geometry, width = base.config, base.config.image_geometry, base.config.mm_hidden_size
+def _feature_key(args: ParsedArgs, base: BaseModel, reader: ImageReader) -> dict[str, Any]:
+    """Return everything that features depend on besides the image and how they are kept."""
+    config, geometry = base.config, base.config.image_geometry
     assert geometry is not None
-    assert width is not None
     assert config.vision_config is not None
-    key: dict[str, Any] = {
+    return {
         "tower": {
             "fingerprint": vision_tower_fingerprint(base.sources),
             "hidden_state": hidden_state_index(config.mm_vision_select_layer, config.vision_config.num_hidden_layers),
@@ -168,38 +161,19 @@ def _settings(args: ParsedArgs, base: BaseModel, reader: ImageReader, dtype: tor
         },
         "autocast": _computes_under_autocast(args),
     }
-    return FeatureSettings(key, FeatureFormat.of_tower(geometry, width, dtype, args.data.vision_cache_dtype))
 
 
 def _computes_under_autocast(args: ParsedArgs) -> bool:
     return bool((args.training.bf16 or args.training.fp16) and not args.training.deepspeed)
 
 
-def _contents_of(images: Sequence[RunImage], folder: Path, args: ParsedArgs) -> Array:
-    """Return the digest of each image's content; ranks share the reading of those that are not known yet."""
-    training = args.training
-    contents = known_contents(folder, images) if training.process_index == 0 else np.zeros(len(images), dtype=DIGEST)
-    contents = from_first_rank(contents, training.world_size)
-    unknown = np.flatnonzero(contents == np.void(NO_CONTENT))
-    mine = unknown[training.process_index :: training.world_size]
-    with Progress("Reading images to know their content", len(mine), "images") as progress:
-        done = 0
-        for some in read_contents(folder, [images[number] for number in mine]):
-            contents[mine[done : done + len(some)]] = some
-            done += len(some)
-            progress.advance(len(some))
-    for rank, some in enumerate(from_all_ranks(contents[mine], training.world_size)):
-        contents[unknown[rank :: training.world_size]] = some
-    return contents
-
-
-def _announce(store: FeatureStore, num_images: int, missing: Mapping[bytes, RunImage], args: ParsedArgs) -> None:
+def _announce(store: FeatureStore, num_images: int, missing: Mapping[bytes, RunImage], world_size: int) -> None:
     """Say what there is and what computing the rest takes of the disk.
 
     Raises:
         UserError: It does not fit.
     """
-    tiles = store.settings.tiles
+    tiles = store.tiles
     if not missing:
         logger.info("Vision cache %s: the features of all %d images are there.", store.folder, num_images)
         return
@@ -207,7 +181,7 @@ def _announce(store: FeatureStore, num_images: int, missing: Mapping[bytes, RunI
     num_tiles = sum(1 if geometry is None else geometry.num_tiles(image.ref.size_wh) for image in missing.values())
     needed = num_tiles * tiles.bytes_per_tile
     disk = next(place for place in (store.folder, *store.folder.absolute().parents) if place.exists())
-    free = from_first_rank(shutil.disk_usage(disk).free, args.training.world_size)
+    free = from_first_rank(shutil.disk_usage(disk).free, world_size)
     logger.info(
         "Vision cache %s: %d of %d images have features. The others take %s: %d tiles of %d tokens x %d values (%s), "
         "%d bytes each. %s is free there.",
@@ -231,9 +205,7 @@ def _announce(store: FeatureStore, num_images: int, missing: Mapping[bytes, RunI
         )
 
 
-def _compute(
-    args: ParsedArgs, base: BaseModel, store: FeatureStore, missing: Mapping[bytes, RunImage], dtype: torch.dtype
-) -> None:
+def _fill(args: ParsedArgs, base: BaseModel, store: FeatureStore, missing: Mapping[bytes, RunImage]) -> None:
     """Compute missing features, all ranks together, and find in the store what all have written.
 
     Raises:
@@ -241,23 +213,46 @@ def _compute(
     """
     training, contents = args.training, list(missing)
     with torch.random.fork_rng(devices=[]):  # building CLIP draws numbers; the run's own stay as they are
-        tower = load_tower(base, dtype=dtype, device=training.device)
+        tower = load_tower(base, dtype=store.tiles.dtype, device=training.device)
+    normalizer = missing[contents[0]].reader.transform.normalizer
+    encode = Encoder(tower, normalizer, _computes_under_autocast(args))
     # The cores of this machine, shared by its ranks; launchers say how many there are.
     num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    cores = min(_MOST_WORKERS, max(1, num_cores() // num_ranks))
-    unreadable = fill_store(
-        store,
-        {content: missing[content] for content in contents[training.process_index :: training.world_size]},
-        Encoder(tower, missing[contents[0]].reader.transform.normalizer, _computes_under_autocast(args)),
-        num_workers=training.dataloader_num_workers or cores,
-        world_size=training.world_size,
-        total=len(missing),
+    num_workers = training.dataloader_num_workers or min(_MOST_WORKERS, max(1, num_cores() // num_ranks))
+    share = {content: missing[content] for content in contents[training.process_index :: training.world_size]}
+    loader: DataLoader[Any] = DataLoader(
+        _Pictures(share),
+        batch_size=_IMAGES_PER_BATCH,
+        num_workers=min(num_workers, len(share) // _IMAGES_PER_BATCH),
+        collate_fn=list,
+        generator=torch.Generator(),  # the run's own random numbers stay as they are
     )
-    del tower
+    unreadable: list[str] = []
+    with Progress("Encoding images", len(share), "images") as progress, ThreadPoolExecutor(1) as thread:
+        written: Future[None] | None = None
+        for batch in loader:
+            unreadable += [share[digest].ref.image for digest, pixels in batch if pixels is None]
+            readable = {digest: pixels for digest, pixels in batch if pixels is not None}
+            parts: dict[bytes, torch.Tensor] = {}
+            if readable:
+                features = encode(torch.cat([*readable.values()])).to(tower.dtype).cpu()
+                parts = dict(zip(readable, features.split([len(pixels) for pixels in readable.values()]), strict=True))
+            for digest, part in parts.items():
+                if not bool(torch.isfinite(part).all()):
+                    raise RunError(
+                        f"The vision tower gives numbers that are not finite for {share[digest].ref.image} in "
+                        f"{tower.dtype}. Use bf16 instead of fp16, or check the tower's weights."
+                    )
+            if written is not None:
+                written.result()  # one batch is written while the next is encoded, and no more wait
+            written = thread.submit(store.add, parts) if parts else None
+            progress.advance(len(batch))
+        if written is not None:
+            written.result()
+    del tower, encode
     if training.device.type == "cuda":
         torch.cuda.empty_cache()
-    of_all = from_all_ranks([image.ref.image for image in unreadable], training.world_size)
-    names = [name for names in of_all for name in names]
+    names = [name for names in from_all_ranks(unreadable, training.world_size) for name in names]
     for name in names[:_MOST_NAMED]:
         logger.warning("%s could not be read, or is being changed; the vision cache has no features of it.", name)
     if len(names) > _MOST_NAMED:
@@ -265,7 +260,7 @@ def _compute(
     expected, end = len(missing) - len(names), time.monotonic() + _SECONDS_TILL_SEEN
     while True:  # network file systems may show the files of another machine only after a while
         store.refresh()
-        found = int((store.find(as_array(contents)) >= 0).sum())
+        found = int(store.has(as_array(contents)).sum())
         if found >= expected:
             return
         if time.monotonic() > end:
@@ -279,13 +274,7 @@ def _compute(
 
 @dataclass(frozen=True)
 class Encoder:
-    """The tower with what goes before it in a run.
-
-    Attributes:
-        tower: The tower, on its device.
-        normalizer: Applied to the pixels on that device.
-        autocast: Whether the run computes under autocast.
-    """
+    """The tower with what goes before it in a run."""
 
     tower: CLIPVisionTower
     normalizer: PixelNormalizer
@@ -300,92 +289,17 @@ class Encoder:
         return torch.cat(passes)
 
 
-def fill_store(
-    store: FeatureStore,
-    images: Mapping[bytes, RunImage],
-    encoder: Encoder,
-    *,
-    num_workers: int,
-    world_size: int = 1,
-    total: int | None = None,
-) -> list[RunImage]:
-    """Compute the features of images and put them on disk.
-
-    Args:
-        store: Where they are put. What another run puts there in the meantime is not computed again.
-        images: This rank's share, by the digest of their contents.
-        encoder: The tower.
-        num_workers: Processes that decode; 0 decodes in this one.
-        world_size: Ranks that call this at the same time.
-        total: Images of all ranks; those of this one when absent.
-
-    Returns:
-        Those of the images that could not be read.
-
-    Raises:
-        RunError: The disk is full, or the tower gives numbers that are not finite.
-    """
-    unreadable: list[RunImage] = []
-    device = next(encoder.tower.parameters()).device
-    contents = list(images)
-    num_passed = 0  # images that are encoded, unreadable, or encoded by another run
-
-    def missing() -> Iterator[list[bytes]]:
-        nonlocal num_passed
-        for start in range(0, len(contents), _IMAGES_PER_BATCH):
-            digests = contents[start : start + _IMAGES_PER_BATCH]
-            left = [digest for digest, at in zip(digests, store.find(as_array(digests)), strict=True) if at < 0]
-            num_passed += len(digests) - len(left)
-            if left:
-                yield left
-
-    loader: DataLoader[Any] = DataLoader(
-        _Pictures(images),
-        batch_sampler=missing(),
-        num_workers=min(num_workers, len(images) // _IMAGES_PER_BATCH),
-        collate_fn=list,
-        generator=torch.Generator(),  # the run's own random numbers stay as they are
-    )
-    batches = iter(loader)
-    with (
-        Progress("Encoding images", total or len(images), "images") as progress,
-        ThreadPoolExecutor(1) as thread,
-    ):
-        written: Future[None] | None = None
-        is_done = False
-        try:
-            while not is_done:
-                num_batches = 0
-                for batch in islice(batches, _BATCHES_PER_ROUND):
-                    num_batches, num_passed = num_batches + 1, num_passed + len(batch)
-                    unreadable += [images[digest] for digest, pixels in batch if pixels is None]
-                    readable = {digest: pixels for digest, pixels in batch if pixels is not None}
-                    features = _encode(readable, images, encoder)
-                    if written is not None:
-                        written.result()  # one batch is written while the next is encoded, and no more wait
-                    written = thread.submit(store.add, [*readable], features) if readable else None
-                store.refresh()
-                counts = torch.tensor([num_passed, num_batches == _BATCHES_PER_ROUND], device=device)
-                num_passed = 0
-                if world_size > 1:
-                    torch.distributed.all_reduce(counts)
-                progress.advance(int(counts[0]))
-                is_done = not counts[1]
-        finally:
-            batches = iter(())  # ends the workers, also while an error is on its way
-        if written is not None:
-            written.result()
-    return unreadable
-
-
 class _Pictures(Dataset[tuple[bytes, torch.Tensor | None]]):
-    """Decoded images by digest; None for one that cannot be read or has been changed."""
+    """Digests with decoded images; None for one that cannot be read or has been changed."""
 
     def __init__(self, images: Mapping[bytes, RunImage]):
-        self._images = images
+        self._images = [*images.items()]
 
-    def __getitem__(self, digest: bytes) -> tuple[bytes, torch.Tensor | None]:
-        image = self._images[digest]
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[bytes, torch.Tensor | None]:
+        digest, image = self._images[index]
         try:
             pixels = image.reader.read([image.ref])["pixel_values"]
         except ImageError as error:
@@ -393,20 +307,3 @@ class _Pictures(Dataset[tuple[bytes, torch.Tensor | None]]):
             return digest, None
         # A file may have been replaced since its content was looked at; its features must not get the old name.
         return digest, pixels if image.content_digest() == digest else None
-
-
-def _encode(
-    readable: Mapping[bytes, torch.Tensor], images: Mapping[bytes, RunImage], encoder: Encoder
-) -> list[torch.Tensor]:
-    """Return the features of each image, on the CPU."""
-    if not readable:
-        return []
-    features = encoder(torch.cat([*readable.values()])).to(encoder.tower.dtype)
-    parts = features.cpu().split([len(pixels) for pixels in readable.values()])
-    for digest, part in zip(readable, parts, strict=True):
-        if not bool(torch.isfinite(part).all()):
-            raise RunError(
-                f"The vision tower gives numbers that are not finite for {images[digest].ref.image} in "
-                f"{encoder.tower.dtype}. Use bf16 instead of fp16, or check the tower's weights."
-            )
-    return list(parts)

@@ -16,8 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llava_ft.data.features.reader import FeatureReader
-from llava_ft.data.features.store import FeatureStore
+from llava_ft.data.features.store import FeatureReader, FeatureStore
 from llava_ft.errors import RunError, UserError
 from llava_ft.training import vision_cache
 from llava_ft.training.run import Run
@@ -79,14 +78,14 @@ def num_bytes(cache: Path) -> int:
 
 
 class TestSameLosses:
-    @pytest.mark.parametrize("num_threads", [1, 2])
     @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize("dtype", [{}, BF16], ids=["float32", "bfloat16"])
-    def test_bit_for_bit(self, tmp_path, request, method, dtype, num_threads):
+    def test_bit_for_bit(self, tmp_path, request, method, dtype):
         request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
-        torch.set_num_threads(num_threads)
-        plain = train(tmp_path / "plain", method, **dtype)
-        cached = train(tmp_path / "cached", method, vision_cache=tmp_path / "cache", **dtype)
+        torch.set_num_threads(2)  # several threads round differently for other numbers of images; one does not
+        changes = dtype | {"max_steps": "4", "save_strategy": "no"}
+        plain = train(tmp_path / "plain", method, **changes)
+        cached = train(tmp_path / "cached", method, vision_cache=tmp_path / "cache", **changes)
         assert has_tower(plain)
         assert not has_tower(cached)
         same(plain, cached)
@@ -233,7 +232,6 @@ class TestFilling:
     @pytest.fixture(autouse=True)
     def _small_batches(self, monkeypatch):
         monkeypatch.setattr(vision_cache, "_IMAGES_PER_BATCH", 2)
-        monkeypatch.setattr(vision_cache, "_BATCHES_PER_ROUND", 2)
 
     @pytest.mark.parametrize("num_workers", ["0", "2"])
     def test_any_batches_give_the_same_features(self, tmp_path, num_workers):
@@ -382,23 +380,6 @@ class TestFilling:
         monkeypatch.setattr(vision_cache.Encoder, "__call__", lambda self, pixels: infinite.expand(len(pixels), 16, 32))
         with pytest.raises(RunError, match=r"numbers that are not finite for .* in torch.float32. Use bf16"):
             prepare(tmp_path / "one", vision_cache=tmp_path / "cache")
-
-    def test_what_another_run_has_done_meanwhile_is_not_done_again(self, tmp_path, monkeypatch):
-        cache = tmp_path / "cache"
-        run = prepare(tmp_path / "one", vision_cache=tmp_path / "other")
-        store = run.datasets.train.image_reader.store
-        encode, encoded = vision_cache.Encoder.__call__, []
-
-        def encode_and_copy(self, pixels):
-            if not encoded:
-                shutil.copytree(store.folder, cache / store.folder.name, dirs_exist_ok=True)
-            encoded.append(len(pixels))
-            return encode(self, pixels)
-
-        monkeypatch.setattr(vision_cache.Encoder, "__call__", encode_and_copy)
-        monkeypatch.setattr(vision_cache, "_MOST_WORKERS", 0)
-        same(train(tmp_path / "plain", **SHORT), train(tmp_path / "two", vision_cache=cache, **SHORT))
-        assert sum(encoded) == 2 * 2 < NUM_IMAGES  # one round
 
 
 class TestSwitchedOff:

@@ -5,10 +5,9 @@ working tree, so a second start only asks the file system for these; an image in
 digest as long as the source's fingerprint stays. Renamed and copied files are read again and have the digest they had.
 """
 
-import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,13 +16,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 import torch
 
-from llava_ft.data.features.store import DIGEST, Array, find_digests
+from llava_ft.data.features.store import DIGEST, digest_of
 from llava_ft.data.features.tensor_files import DamagedShardError, list_shards, read_shard, write_shard
 from llava_ft.data.image_files import ImagePlace
 from llava_ft.data.image_reader import ImageReader, ImageRef
+from llava_ft.data.preparation.progress import Progress
 from llava_ft.data.records import parse_embedded
 from llava_ft.errors import ImageError, RunError
 
@@ -37,17 +36,12 @@ _SETTLED_SECONDS: Final = 2.0
 """A file changed more recently may be changed again within the same tick of the file system's clock."""
 _NUM_THREADS: Final = 16
 _IMAGES_PER_TASK: Final = 256
-_TRIES: Final = 3
+_IMAGES_PER_SHARD: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class RunImage:
-    """One image of a run's data.
-
-    Attributes:
-        reader: Reads it.
-        ref: Where it is.
-    """
+    """One image of a run's data, and what reads it."""
 
     reader: ImageReader
     ref: ImageRef
@@ -56,14 +50,6 @@ class RunImage:
     def place(self) -> ImagePlace:
         """Where its name in the record leads from."""
         return self.reader.places[self.ref.source]
-
-    def name_digest(self) -> bytes:
-        """Return the digest of the name that no other image has.
-
-        Raises:
-            ImageError: The path may not be used.
-        """
-        return digest_of(self.reader.locate(self.ref).encode(errors="surrogateescape"))
 
     def content_digest(self) -> bytes:
         """Return the digest of what its file holds now; `NO_CONTENT` if it cannot be read."""
@@ -74,87 +60,63 @@ class RunImage:
             return NO_CONTENT
 
 
-def known_contents(folder: Path, images: Sequence[RunImage]) -> Array:
-    """Return what is remembered of images, after asking for their states in threads.
+def content_digests(folder: Path, images: Sequence[RunImage]) -> list[bytes]:
+    """Return the digest of each image's content, reading the images for which it is not remembered.
 
     Args:
-        folder: Where digests are remembered. A damaged file in it is left out: its images are read again.
+        folder: Where digests are remembered, by any number of processes at once; it is made if something is to be
+            written. A damaged file in it is left out: its images are read again.
         images: The images.
 
     Returns:
-        `(I,)` digests, `NO_CONTENT` where none is known.
-    """
-    pairs = [np.empty((2, 0), dtype=DIGEST)]
-    for path in list_shards(folder, _PREFIX):
-        with suppress(DamagedShardError):
-            pairs.append(np.stack([table.numpy().view(DIGEST)[:, 0] for table in read_shard(path, _OWNER, _TENSORS)]))
-    known_states, contents = np.concatenate(pairs, axis=1)
-    known_states, firsts = np.unique(known_states, return_index=True)
-    fingerprints = _fingerprints(images)
-
-    def states(
-        start: int,
-    ) -> list[bytes]:  # of many: a task for each would take longer than looking
-        return [_state(fingerprints, image) for image in images[start : start + _IMAGES_PER_TASK]]
-
-    with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        found_states = chain.from_iterable(pool.map(states, range(0, len(images), _IMAGES_PER_TASK)))
-        places = find_digests(known_states, as_array(list(found_states)))
-    found = np.zeros(len(images), dtype=DIGEST)
-    found[places >= 0] = contents[firsts][places[places >= 0]]
-    return found
-
-
-def read_contents(folder: Path, images: Sequence[RunImage], *, group: int = 1024) -> Iterator[Array]:
-    """Read images in threads and remember their digests.
-
-    Args:
-        folder: Where digests are remembered, by any number of processes at once; it is made if it is not there.
-        images: The images.
-        group: How many to read before their digests are written and given out.
-
-    Yields:
-        Digests of one group after the other, `NO_CONTENT` for an image that cannot be read or does not stop changing.
+        A digest for each; `NO_CONTENT` for one that cannot be read or is being changed.
 
     Raises:
         RunError: The digests cannot be written.
     """
-    content = partial(_content, _fingerprints(images))
-    with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        for start in range(0, len(images), group):
-            pairs = [*pool.map(content, images[start : start + group])]
-            read = [
-                as_array(digests) for digests in zip(*(pair for pair in pairs if NO_CONTENT not in pair), strict=True)
-            ]
-            tables = [torch.tensor(digests.view(np.uint8).reshape(-1, DIGEST.itemsize)) for digests in read]
-            try:
-                if tables:
-                    write_shard(folder, _PREFIX, dict(zip(_TENSORS, tables, strict=True)), _OWNER)
-            except OSError as error:
-                raise RunError(
-                    f"The digests of images could not be written into {folder}: {error.strerror or error}. Free some "
-                    "space, or name another directory with --vision_cache."
-                ) from error
-            yield as_array([digest for _, digest in pairs])
-
-
-def as_array(digests: Sequence[bytes]) -> Array:
-    """Return digests as an array that can be searched."""
-    return np.frombuffer(b"".join(digests), dtype=DIGEST)
-
-
-def digest_of(data: bytes) -> bytes:
-    """Return a digest of 16 bytes."""
-    return hashlib.blake2b(data, digest_size=DIGEST.itemsize).digest()
-
-
-def _fingerprints(images: Sequence[RunImage]) -> Mapping[ImagePlace, str]:
-    """Ask each source that holds images for its fingerprint, once."""
+    known: dict[bytes, bytes] = {}
+    for path in list_shards(folder, _PREFIX):
+        with suppress(DamagedShardError):
+            known.update(zip(*(map(bytes, table.numpy()) for table in read_shard(path, _OWNER, _TENSORS)), strict=True))
     places = {image.place for image in images}
-    return {place: place.source.fingerprint() for place in places if place.source is not None}
+    fingerprints = {place: place.source.fingerprint() for place in places if place.source is not None}
+
+    def states(start: int) -> list[bytes]:  # of many: a task for each would take longer than looking
+        return [_state(fingerprints, image) for image in images[start : start + _IMAGES_PER_TASK]]
+
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        found = chain.from_iterable(pool.map(states, range(0, len(images), _IMAGES_PER_TASK)))
+        contents = [known.get(state, NO_CONTENT) for state in found]
+        unknown = [number for number, content in enumerate(contents) if content == NO_CONTENT]
+        with Progress("Reading images to know their content", len(unknown), "images") as progress:
+            for start in range(0, len(unknown), _IMAGES_PER_SHARD):
+                numbers = unknown[start : start + _IMAGES_PER_SHARD]
+                pairs = [*pool.map(partial(_read, fingerprints), [images[number] for number in numbers])]
+                _remember(folder, [pair for pair in pairs if NO_CONTENT not in pair])
+                for number, (_, content) in zip(numbers, pairs, strict=True):
+                    contents[number] = content
+                progress.advance(len(numbers))
+    return contents
+
+
+def _remember(folder: Path, pairs: Sequence[tuple[bytes, bytes]]) -> None:
+    if not pairs:
+        return
+    columns = zip(_TENSORS, zip(*pairs, strict=True), strict=True)
+    tables = {
+        name: torch.tensor(list(b"".join(column)), dtype=torch.uint8).view(len(pairs), -1) for name, column in columns
+    }
+    try:
+        write_shard(folder, _PREFIX, tables, _OWNER)
+    except OSError as error:
+        raise RunError(
+            f"The digests of images could not be written into {folder}: {error.strerror or error}. Free some space, or "
+            "name another directory with --vision_cache."
+        ) from error
 
 
 def _state(fingerprints: Mapping[ImagePlace, str], image: RunImage) -> bytes:
+    """Return a digest of all that says without reading an image whether it is still the same."""
     try:
         name = image.reader.locate(image.ref)
         if parse_embedded(image.ref.image) is not None:
@@ -167,17 +129,13 @@ def _state(fingerprints: Mapping[ImagePlace, str], image: RunImage) -> bytes:
     return digest_of("\0".join(map(str, values)).encode(errors="surrogateescape"))
 
 
-def _content(fingerprints: Mapping[ImagePlace, str], image: RunImage) -> tuple[bytes, bytes]:
-    """Return state and digest of an image that does not change while it is read."""
-    for _ in range(_TRIES):
-        state = _state(fingerprints, image)
-        if state != NO_CONTENT and parse_embedded(image.ref.image) is None:
-            with suppress(OSError):
-                age = time.time() - os.stat(image.reader.locate(image.ref)).st_ctime
-                time.sleep(_SETTLED_SECONDS - age if 0 <= age < _SETTLED_SECONDS else 0)
-        content = image.content_digest()
-        if NO_CONTENT in (state, content):
-            break
-        if state == _state(fingerprints, image):
-            return state, content
-    return NO_CONTENT, NO_CONTENT
+def _read(fingerprints: Mapping[ImagePlace, str], image: RunImage) -> tuple[bytes, bytes]:
+    """Return state and content of an image that does not change while it is read."""
+    state = _state(fingerprints, image)
+    if state != NO_CONTENT and parse_embedded(image.ref.image) is None:
+        with suppress(OSError):
+            age = time.time() - os.stat(image.reader.locate(image.ref)).st_ctime
+            time.sleep(_SETTLED_SECONDS - age if 0 <= age < _SETTLED_SECONDS else 0)
+    content = image.content_digest()
+    is_stable = NO_CONTENT not in (state, content) and state == _state(fingerprints, image)
+    return (state, content) if is_stable else (NO_CONTENT, NO_CONTENT)

@@ -9,14 +9,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import torch
 
 from llava_ft.data.features.tensor_files import DamagedShardError, list_shards, read_shard, shard_names, write_shard
-from llava_ft.errors import RunError
-from llava_ft.geometry import ImageGeometry
+from llava_ft.data.image_reader import ImageReader, ImageRef, size_entries
+from llava_ft.errors import ImageError, RunError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -32,36 +32,36 @@ _SCALE_BYTES: Final = 4
 _LARGEST: Final = 127
 
 
+def digest_of(data: bytes) -> bytes:
+    """Return a digest of 16 bytes."""
+    return hashlib.blake2b(data, digest_size=DIGEST.itemsize).digest()
+
+
+def as_array(digests: Sequence[bytes]) -> Array:
+    """Return digests as an array that can be searched: a hundredth of what a dict takes in each worker."""
+    return np.frombuffer(b"".join(digests), dtype=DIGEST)
+
+
+def find_digests(digests: Array, wanted: Array) -> Array:
+    """Find digests in `(N,)` others, which ascend: `(W,)` to `(W,)` int64 positions, -1 where there is none."""
+    if not len(digests):
+        return np.full(len(wanted), -1, dtype=np.int64)
+    places = np.minimum(np.searchsorted(digests, wanted), len(digests) - 1)
+    return np.where(digests[places] == wanted, places, -1)
+
+
 @dataclass(frozen=True, slots=True)
 class FeatureFormat:
     """How the features of a tile are kept.
 
-    Attributes:
-        num_tokens: Tokens of a tile, N.
-        width: Width of a token, C.
-        dtype: What the model is given: float32, bfloat16 or float16.
-        is_8bit: Whether values are kept as 8-bit integers, each token with its own scale: the largest absolute value of
-            its C values becomes 127. Every value then is right to 1/254 of that largest one.
+    With `is_8bit` values are 8-bit integers, and each token has its own scale: the largest absolute value of its C
+    values becomes 127. Every value then is right to 1/254 of that largest one.
     """
 
-    num_tokens: int
-    width: int
-    dtype: torch.dtype
+    num_tokens: int  # of a tile, N
+    width: int  # of a token, C
+    dtype: torch.dtype  # what the model is given: float32, bfloat16 or float16
     is_8bit: bool = False
-
-    @classmethod
-    def of_tower(
-        cls, geometry: ImageGeometry, width: int, dtype: torch.dtype, kept_as: Literal["compute", "int8"]
-    ) -> "FeatureFormat":
-        """Return how the features of a run are kept.
-
-        Args:
-            geometry: How the model takes images.
-            width: Width of the tower's features.
-            dtype: The run's compute dtype.
-            kept_as: Value of `vision_cache_dtype`.
-        """
-        return cls(geometry.tokens_per_tile, width, dtype, is_8bit=kept_as == "int8")
 
     @property
     def bytes_per_tile(self) -> int:
@@ -69,13 +69,9 @@ class FeatureFormat:
         return self.num_tokens * (self.width + _SCALE_BYTES if self.is_8bit else self.width * self.dtype.itemsize)
 
     def encode(self, features: torch.Tensor) -> torch.Tensor:
-        """Return features as they are kept.
+        """Return `(T, N, C)` finite values of any floating dtype as they are kept.
 
-        Args:
-            features: `(T, N, C)` finite values of any floating dtype.
-
-        Returns:
-            `(T, N, C)` in `dtype`; with 8 bits `(T, N, C + 4)` int8, the last 4 being the bytes of a float32 scale.
+        That is `(T, N, C)` in `dtype`; with 8 bits `(T, N, C + 4)` int8, the last 4 being the bytes of a float32 scale.
         """
         assert features.shape[1:] == (self.num_tokens, self.width), tuple(features.shape)
         tiles = features.detach().to("cpu", self.dtype).contiguous()
@@ -94,53 +90,30 @@ class FeatureFormat:
         return (kept[..., : self.width] * scale_TN1).to(self.dtype)
 
 
-@dataclass(frozen=True, slots=True)
-class FeatureSettings:
-    """What features depend on besides the image: all of it decides which folder they are in.
-
-    Attributes:
-        key: JSON values.
-        tiles: How a tile is kept.
-    """
-
-    key: Mapping[str, Any]
-    tiles: FeatureFormat
-
-    def text(self) -> str:
-        """Return the content of `settings.json`."""
-        tiles = {
-            "num_tokens": self.tiles.num_tokens,
-            "width": self.tiles.width,
-            "dtype": str(self.tiles.dtype).removeprefix("torch."),
-            "is_8bit": self.tiles.is_8bit,
-        }
-        content = {"kind": "vision features", "version": VERSION, "tile": tiles, **self.key}
-        return json.dumps(content, indent=1, sort_keys=True) + "\n"
-
-    @property
-    def owner(self) -> str:
-        """A digest of all of it, which every file has."""
-        return hashlib.blake2b(self.text().encode(), digest_size=32).hexdigest()
-
-    def folder(self, directory: Path) -> Path:
-        """Return the folder of these settings in a cache directory."""
-        return directory / f"{_PREFIX}-{self.owner[:16]}"
-
-
 class FeatureStore:
-    """The features in one folder, by content of the image. It can be used in other processes, forked or not.
+    """The features of one kind, by content of the image. It can be used in other processes, forked or not.
 
     Args:
-        folder: The folder; it need not exist.
-        settings: What it holds.
+        directory: Holds the folder of these features, which need not exist.
+        key: What features depend on besides the image, as JSON values: all of it decides which folder they are in.
+        tiles: How a tile is kept; part of the key.
 
     Attributes:
         num_damaged: Files that cannot be used: truncated, damaged, or of other settings.
     """
 
-    def __init__(self, folder: Path, settings: FeatureSettings):
-        self.folder = folder
-        self.settings = settings
+    def __init__(self, directory: Path, key: Mapping[str, Any], tiles: FeatureFormat):
+        tile = {
+            "num_tokens": tiles.num_tokens,
+            "width": tiles.width,
+            "dtype": str(tiles.dtype).removeprefix("torch."),
+            "is_8bit": tiles.is_8bit,
+        }
+        content = {"kind": "vision features", "version": VERSION, "tile": tile, **key}
+        self._settings = json.dumps(content, indent=1, sort_keys=True) + "\n"
+        self._owner = hashlib.blake2b(self._settings.encode(), digest_size=32).hexdigest()  # every file has it
+        self.folder = directory / f"{_PREFIX}-{self._owner[:16]}"
+        self.tiles = tiles
         self.num_damaged = 0
         self._files: list[Path] = []
         self._found: Array = np.empty(0, dtype=_FOUND)
@@ -155,7 +128,7 @@ class FeatureStore:
         self.num_damaged = 0
         for path in sorted(set(list_shards(self.folder, _PREFIX)) - set(self._files)):
             try:
-                names = shard_names(path, self.settings.owner)
+                names = shard_names(path, self._owner)
             except DamagedShardError:
                 self.num_damaged += 1
                 continue
@@ -164,15 +137,12 @@ class FeatureStore:
         every = np.concatenate([self._found, np.array(fresh, dtype=_FOUND)])
         self._found = every[np.unique(every["digest"], return_index=True)[1]]
 
-    def find(self, digests: Array) -> Array:
-        """Find images by digest: `(D,)` to int64 positions for `read`, -1 where there are no features.
+    def has(self, digests: Array) -> Array:
+        """Say of each of `(D,)` digests whether there are features."""
+        return find_digests(self._found["digest"], digests) >= 0
 
-        Positions hold until the next `refresh`.
-        """
-        return find_digests(self._found["digest"], digests)
-
-    def read(self, position: int) -> torch.Tensor:
-        """Read the features of an image.
+    def read(self, digest: bytes) -> torch.Tensor | None:
+        """Read the features of an image; None if there are none.
 
         Returns:
             `(T, N, C)` in the dtype of the format; it may be mapped from the file, so copy it to keep it.
@@ -180,28 +150,25 @@ class FeatureStore:
         Raises:
             DamagedShardError: The file was truncated, damaged or removed.
         """
-        found = self._found[position]
-        (kept,) = read_shard(self._files[int(found["file"])], self.settings.owner, [bytes(found["digest"]).hex()])
-        return self.settings.tiles.decode(kept)
+        position = find_digests(self._found["digest"], as_array([digest]))[0]
+        if position < 0:
+            return None
+        (kept,) = read_shard(self._files[int(self._found[position]["file"])], self._owner, [digest.hex()])
+        return self.tiles.decode(kept)
 
-    def add(self, digests: Sequence[bytes], features: Sequence[torch.Tensor]) -> None:
-        """Put the features of some images on disk, all or none. They are found after the next `refresh`.
-
-        Args:
-            digests: Of the images' content, 16 bytes each.
-            features: `(T, N, C)` of each image.
+    def add(self, features: Mapping[bytes, torch.Tensor]) -> None:
+        """Put the features of some images, by digest, on disk, all or none. They are found after the next `refresh`.
 
         Raises:
             RunError: They could not be written.
         """
-        kept = map(self.settings.tiles.encode, features)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for_people = self.folder / "settings.json"
             if not for_people.exists():
-                for_people.write_text(self.settings.text(), encoding="utf-8")
-            tensors = {digest.hex(): tiles for digest, tiles in zip(digests, kept, strict=True)}
-            write_shard(self.folder, _PREFIX, tensors, self.settings.owner)
+                for_people.write_text(self._settings, encoding="utf-8")
+            tensors = {digest.hex(): self.tiles.encode(tiles) for digest, tiles in features.items()}
+            write_shard(self.folder, _PREFIX, tensors, self._owner)
         except OSError as error:
             raise RunError(
                 f"Features could not be written into {self.folder}: {error.strerror or error}. What was written before "
@@ -210,17 +177,63 @@ class FeatureStore:
             ) from error
 
 
-def find_digests(digests: Array, wanted: Array) -> Array:
-    """Find digests among others.
+class FeatureReader:
+    """Stands in for an `ImageReader` and gives `image_features` instead of `pixel_values`.
 
     Args:
-        digests: `(N,)`, in ascending order.
-        wanted: `(W,)`.
-
-    Returns:
-        `(W,)` int64: a position in `digests`, or -1.
+        images: Finds the images, and knows how many tiles they have.
+        store: The features.
+        names: `(I,)` `name_digest` of each image, ascending.
+        contents: `(I,)` digest of what each of them holds.
     """
-    if not len(digests):
-        return np.full(len(wanted), -1, dtype=np.int64)
-    places = np.minimum(np.searchsorted(digests, wanted), len(digests) - 1)
-    return np.where(digests[places] == wanted, places, -1)
+
+    def __init__(self, images: ImageReader, store: FeatureStore, names: Array, contents: Array):
+        self.images = images
+        self.store = store
+        self._names = names
+        self._contents = contents
+
+    def read(self, images: Sequence[ImageRef]) -> dict[str, Any]:
+        """Read the features of the images of one sample.
+
+        Returns:
+            `image_features` `(num_tiles, N, C)`, the tiles of all images in reading order; where sizes matter
+            `image_sizes` `(M, 2)` int64, width and height of each image in pixels.
+
+        Raises:
+            ImageError: An image cannot be read, its features are not there ("image-not-cached") or damaged
+                ("image-features-damaged").
+        """
+        return {"image_features": torch.cat([self._read_one(image) for image in images]), **size_entries(images)}
+
+    def blank(self, images: Sequence[ImageRef]) -> dict[str, Any]:
+        """Give zeros in the shapes of `read`."""
+        entries = self.images.blank(images)
+        tiles, num_tiles = self.store.tiles, len(entries.pop("pixel_values"))
+        features = torch.zeros(num_tiles, tiles.num_tokens, tiles.width, dtype=tiles.dtype)
+        return {"image_features": features, **entries}
+
+    def _read_one(self, image: ImageRef) -> torch.Tensor:
+        name = self.images.locate(image)
+        place = find_digests(self._names, as_array([name_digest(self.images, image)]))[0]
+        try:
+            features = self.store.read(bytes(self._contents[place])) if place >= 0 else None
+        except DamagedShardError as error:
+            raise ImageError(
+                name,
+                "image-features-damaged",
+                f"has no usable features: {error}. Delete that file to have what is in it computed anew",
+            ) from None
+        if features is None:
+            self.images.read([image])  # says what is wrong with it
+            raise ImageError(name, "image-not-cached", "has no features in the vision cache; it could not be read then")
+        return features
+
+
+def name_digest(reader: ImageReader, image: ImageRef) -> bytes:
+    """Return the digest of the name that no other image has.
+
+    Raises:
+        ImageError: The path may not be used.
+    """
+    return digest_of(reader.locate(image).encode(errors="surrogateescape"))

@@ -29,13 +29,9 @@ class DamagedShardError(Exception):
 
 
 def write_shard(folder: Path, prefix: str, tensors: Mapping[str, torch.Tensor], owner: str) -> Path:
-    """Write a new file of a folder, which is made if it is not there.
+    """Write tensors, contiguous and on the CPU, into a new file of a folder, which is made if it is not there.
 
-    Args:
-        folder: The folder.
-        prefix: What the file's name begins with.
-        tensors: On the CPU, contiguous.
-        owner: Says what the folder's tensors belong to.
+    The file's name begins with `prefix`; `owner` says what the folder's tensors belong to.
 
     Raises:
         OSError: It could not be written. Nothing of it stays.

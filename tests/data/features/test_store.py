@@ -19,14 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from llava_ft.data.features import tensor_files
-from llava_ft.data.features.contents import as_array, digest_of
-from llava_ft.data.features.store import (
-    DIGEST,
-    FeatureFormat,
-    FeatureSettings,
-    FeatureStore,
-    find_digests,
-)
+from llava_ft.data.features.store import DIGEST, FeatureFormat, FeatureStore, as_array, digest_of, find_digests
 from llava_ft.data.features.tensor_files import DamagedShardError
 from llava_ft.errors import RunError
 
@@ -34,7 +27,7 @@ FORK = multiprocessing.get_context("fork")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMAT = FeatureFormat(num_tokens=3, width=8, dtype=torch.float32)
 KEY = {"tower": "sha256:abc", "preprocessing": {"size": 28}}
-SETTINGS = FeatureSettings(KEY, FORMAT)
+SETTINGS = (KEY, FORMAT)
 
 
 def tiles(seed: int, num_tiles: int = 1, tile: FeatureFormat = FORMAT) -> torch.Tensor:
@@ -46,25 +39,28 @@ def digest(number: int) -> bytes:
     return digest_of(str(number).encode())
 
 
-def positions(store: FeatureStore, *numbers: int) -> list[int]:
-    return store.find(as_array([*map(digest, numbers)])).tolist()
+def has(store: FeatureStore, *numbers: int) -> list[bool]:
+    return store.has(as_array([*map(digest, numbers)])).tolist()
 
 
 def read(store: FeatureStore, number: int) -> torch.Tensor:
-    (position,) = positions(store, number)
-    assert position >= 0
-    return store.read(position)
+    found = store.read(digest(number))
+    assert found is not None
+    return found
 
 
-def fill(folder: Path, numbers: range, num_tiles: int = 1, of: FeatureSettings = SETTINGS, batch: int = 1) -> None:
-    store = FeatureStore(folder, of)
+Settings = tuple[dict, FeatureFormat]
+
+
+def fill(directory: Path, numbers: range, num_tiles: int = 1, of: Settings = SETTINGS, batch: int = 1) -> None:
+    store = FeatureStore(directory, *of)
     for start in numbers[::batch]:
         some = range(start, min(start + batch, numbers.stop))
-        store.add([*map(digest, some)], [tiles(number, num_tiles, of.tiles) for number in some])
+        store.add({digest(number): tiles(number, num_tiles, of[1]) for number in some})
 
 
-def files_of(folder: Path) -> list[Path]:
-    return sorted(folder.glob("features-*.safetensors"))
+def files_of(directory: Path) -> list[Path]:
+    return sorted(directory.glob("features-*/features-*.safetensors"))
 
 
 class TestFormat:
@@ -102,22 +98,23 @@ class TestStore:
     @pytest.mark.parametrize("is_8bit", [False, True])
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_what_was_added_is_found_by_content(self, tmp_path, dtype, is_8bit):
-        of = FeatureSettings(KEY, FeatureFormat(3, 8, dtype, is_8bit))
-        store = FeatureStore(tmp_path, of)
-        store.add([digest(1), digest(2)], [tiles(1, 2, of.tiles), tiles(2, 1, of.tiles)])
-        store.add([digest(3)], [tiles(3, 4, of.tiles)])
-        for found in (FeatureStore(tmp_path, of), store):
+        of = (KEY, FeatureFormat(3, 8, dtype, is_8bit))
+        store = FeatureStore(tmp_path, *of)
+        store.add({digest(1): tiles(1, 2, of[1]), digest(2): tiles(2, 1, of[1])})
+        store.add({digest(3): tiles(3, 4, of[1])})
+        for found in (FeatureStore(tmp_path, *of), store):
             found.refresh()
             assert (len(found), found.num_damaged) == (3, 0)
             for number, count in ((1, 2), (2, 1), (3, 4)):
-                expected = of.tiles.decode(of.tiles.encode(tiles(number, count, of.tiles)))
+                expected = of[1].decode(of[1].encode(tiles(number, count, of[1])))
                 assert torch.equal(read(found, number), expected)
-            assert positions(found, 4) == [-1]
+            assert has(found, 1, 2, 3, 4) == [True, True, True, False]
+            assert found.read(digest(4)) is None
 
     def test_nothing_is_found_where_nothing_is(self, tmp_path):
-        store = FeatureStore(tmp_path / "new", SETTINGS)
+        store = FeatureStore(tmp_path / "new", *SETTINGS)
         assert len(store) == 0
-        assert positions(store, 1, 2) == [-1, -1]
+        assert has(store, 1, 2) == [False, False]
         assert not (tmp_path / "new").exists()
 
     @given(st.lists(st.binary(min_size=16, max_size=16), max_size=20), st.lists(st.binary(min_size=16, max_size=16)))
@@ -129,7 +126,7 @@ class TestStore:
 
     def test_it_travels_to_another_process(self, tmp_path):
         fill(tmp_path, range(3))
-        store = FeatureStore(tmp_path, SETTINGS)
+        store = FeatureStore(tmp_path, *SETTINGS)
         read(store, 0)
         copy = pickle.loads(pickle.dumps(store))
         assert torch.equal(read(copy, 2), tiles(2))
@@ -137,17 +134,17 @@ class TestStore:
     def test_other_settings_other_folder(self, tmp_path):
         variants = [
             SETTINGS,
-            FeatureSettings({**KEY, "tower": "sha256:abd"}, FORMAT),
-            FeatureSettings({**KEY, "preprocessing": {"size": 29}}, FORMAT),
-            FeatureSettings(KEY, FeatureFormat(3, 8, torch.bfloat16)),
-            FeatureSettings(KEY, FeatureFormat(3, 8, torch.float32, is_8bit=True)),
-            FeatureSettings(KEY, FeatureFormat(8, 3, torch.float32)),
+            ({**KEY, "tower": "sha256:abd"}, FORMAT),
+            ({**KEY, "preprocessing": {"size": 29}}, FORMAT),
+            (KEY, FeatureFormat(3, 8, torch.bfloat16)),
+            (KEY, FeatureFormat(3, 8, torch.float32, is_8bit=True)),
+            (KEY, FeatureFormat(8, 3, torch.float32)),
         ]
-        assert len({of.folder(tmp_path) for of in variants}) == len(variants)
+        assert len({FeatureStore(tmp_path, *of).folder for of in variants}) == len(variants)
 
     def test_settings_can_be_read_by_people(self, tmp_path):
         fill(tmp_path, range(1))
-        found = json.loads((tmp_path / "settings.json").read_text())
+        found = json.loads((FeatureStore(tmp_path, *SETTINGS).folder / "settings.json").read_text())
         assert found["tower"] == "sha256:abc"
         assert found["tile"] == {"num_tokens": 3, "width": 8, "dtype": "float32", "is_8bit": False}
 
@@ -161,7 +158,7 @@ class TestDamage:
         whole = path.read_bytes()
         for length in range(0, len(whole), 7):
             path.write_bytes(whole[:length])
-            store = FeatureStore(tmp_path, SETTINGS)
+            store = FeatureStore(tmp_path, *SETTINGS)
             assert (len(store), store.num_damaged) == (0, 1)
 
     @settings(max_examples=300, deadline=None)
@@ -175,11 +172,11 @@ class TestDamage:
         place = data.draw(st.integers(0, end_of_names - 1) | st.integers(end_of_names, len(content) - 1))
         content[place] ^= data.draw(st.integers(1, 255))
         path.write_bytes(content)
-        store = FeatureStore(folder, SETTINGS)
+        store = FeatureStore(folder, *SETTINGS)
         for number in range(3):
-            (position,) = positions(store, number)
             with contextlib.suppress(DamagedShardError):
-                assert position < 0 or torch.equal(store.read(position), tiles(number))
+                found = store.read(digest(number))
+                assert found is None or torch.equal(found, tiles(number))
 
     def test_a_changed_feature_is_an_error(self, tmp_path):
         fill(tmp_path, range(1))
@@ -187,13 +184,13 @@ class TestDamage:
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(DamagedShardError, match=r"safetensors is damaged: the checksum of"):
-            read(FeatureStore(tmp_path, SETTINGS), 0)
+            read(FeatureStore(tmp_path, *SETTINGS), 0)
 
     @pytest.mark.parametrize("length", [0, 96, None])
     def test_a_file_cut_or_removed_while_it_is_in_use(self, tmp_path, length):
         fill(tmp_path, range(3))
-        store = FeatureStore(tmp_path, SETTINGS)
-        path = store._files[store._found[positions(store, 2)[0]]["file"]]
+        store = FeatureStore(tmp_path, *SETTINGS)
+        (path,) = [path for path in files_of(tmp_path) if digest(2).hex() in load_file(path)]
         read(store, 2)
         if length is None:
             path.unlink()
@@ -205,14 +202,17 @@ class TestDamage:
 
     def test_a_foreign_file_is_left_out(self, tmp_path):
         fill(tmp_path, range(1))
-        (tmp_path / "features-x.safetensors").write_bytes(b"something else" * 10)
-        save_file({digest(1).hex(): tiles(1)}, tmp_path / "features-y.safetensors")
-        store = FeatureStore(tmp_path, SETTINGS)
+        folder = FeatureStore(tmp_path, *SETTINGS).folder
+        (folder / "features-x.safetensors").write_bytes(b"something else" * 10)
+        save_file({digest(1).hex(): tiles(1)}, folder / "features-y.safetensors")
+        store = FeatureStore(tmp_path, *SETTINGS)
         assert (len(store), store.num_damaged) == (1, 2)
 
     def test_features_of_other_settings_are_left_out(self, tmp_path):
         fill(tmp_path, range(1))
-        store = FeatureStore(tmp_path, FeatureSettings({**KEY, "tower": "other"}, FORMAT))
+        store = FeatureStore(tmp_path, {**KEY, "tower": "other"}, FORMAT)
+        files_of(tmp_path)[0].parent.rename(store.folder)
+        store.refresh()
         assert (len(store), store.num_damaged) == (0, 1)
 
     def test_other_programs_can_read_it(self, tmp_path):
@@ -225,8 +225,8 @@ class TestDamage:
 class TestWriting:
     @pytest.mark.parametrize("broken", ["fsync", "rename"])
     def test_a_full_disk_ends_it_and_leaves_what_is_complete(self, tmp_path, monkeypatch, broken):
-        store = FeatureStore(tmp_path, SETTINGS)
-        store.add([digest(0)], [tiles(0)])
+        store = FeatureStore(tmp_path, *SETTINGS)
+        store.add({digest(0): tiles(0)})
 
         def fails(*_):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -234,12 +234,12 @@ class TestWriting:
         with monkeypatch.context() as patch:
             patch.setattr(os, broken, fails)
             with pytest.raises(RunError, match=r"No space left on device. What was written before stays usable"):
-                store.add([digest(1)], [tiles(1)])
-        assert sorted(tmp_path.iterdir()) == [*files_of(tmp_path), tmp_path / "settings.json"]
+                store.add({digest(1): tiles(1)})
+        assert sorted(store.folder.iterdir()) == [*files_of(tmp_path), store.folder / "settings.json"]
         store.refresh()
         assert (len(store), store.num_damaged) == (1, 0)
         assert torch.equal(read(store, 0), tiles(0))
-        store.add([digest(1)], [tiles(1)])  # somebody made room
+        store.add({digest(1): tiles(1)})  # somebody made room
         store.refresh()
         assert torch.equal(read(store, 1), tiles(1))
 
@@ -257,14 +257,14 @@ class TestWriting:
         process.start()
         process.join(20)
         assert process.exitcode == 7
-        store = FeatureStore(tmp_path, SETTINGS)
+        store = FeatureStore(tmp_path, *SETTINGS)
         assert (len(store), store.num_damaged) == (3, 0)
 
     def test_a_directory_that_cannot_be_made(self, tmp_path):
         (tmp_path / "file").write_text("")
-        store = FeatureStore(tmp_path / "file" / "sub", SETTINGS)
+        store = FeatureStore(tmp_path / "file" / "sub", *SETTINGS)
         with pytest.raises(RunError, match="Features could not be written"):
-            store.add([digest(1)], [tiles(1)])
+            store.add({digest(1): tiles(1)})
 
     def test_killed_at_any_moment(self, tmp_path):
         for seconds in (0.0, 0.01, 0.1, 0.3):
@@ -273,7 +273,7 @@ class TestWriting:
             time.sleep(seconds)
             process.kill()
             process.join(20)
-            store = FeatureStore(tmp_path, SETTINGS)
+            store = FeatureStore(tmp_path, *SETTINGS)
             assert store.num_damaged == 0
             for number in range(len(store)):
                 assert torch.equal(read(store, number), tiles(number, 3))
@@ -286,7 +286,7 @@ class TestWriting:
             num_saved.append(args)
             if len(num_saved) < 3:
                 return save(*args)
-            (staged,) = [path for path in tmp_path.iterdir() if not path.stat().st_size]
+            (staged,) = [path for path in tmp_path.glob("*/.*") if not path.stat().st_size]
             staged.write_bytes(save(*args)[:300])
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -295,14 +295,14 @@ class TestWriting:
         process.start()
         process.join(20)
         assert process.exitcode == -signal.SIGKILL
-        store = FeatureStore(tmp_path, SETTINGS)
+        store = FeatureStore(tmp_path, *SETTINGS)
         assert (len(store), store.num_damaged) == (8, 0)
 
     def test_several_write_at_once_and_one_reads(self, tmp_path):
         processes = [FORK.Process(target=fill, args=(tmp_path, numbers)) for numbers in (range(60), range(40, 100))]
         for process in processes:
             process.start()
-        store = FeatureStore(tmp_path, SETTINGS)
+        store = FeatureStore(tmp_path, *SETTINGS)
         while any(process.is_alive() for process in processes):
             store.refresh()
         store.refresh()
