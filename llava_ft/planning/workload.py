@@ -211,7 +211,8 @@ def _measure(path: str, args: ParsedArgs, outline: ModelOutline, notes: list[str
     num_tiles = 0
     for source, prefix in zip(data.sources, data.prompt_prefixes, strict=True):
         rows, facts = prepare_rows(source, tokenize, settings, prompt_prefix=prefix), None
-        if geometry is not None and geometry.needs_image_sizes:  # lengths depend on them
+        has_images = bool(rows.counts("image_positions").any())
+        if has_images and geometry is not None and geometry.needs_image_sizes:  # lengths depend on them
             place = ImagePlace(source.image_folder or args.data.image_folder, source)
             facts = look_at_images(rows, place, checks, settings)
             if facts.errors:
@@ -222,7 +223,7 @@ def _measure(path: str, args: ParsedArgs, outline: ModelOutline, notes: list[str
                 )
                 facts.errors.clear()
             num_tiles += sum(geometry.num_tiles((width, height)) for width, height in facts.sizes_wh.tolist())
-        elif geometry is not None:
+        elif has_images and geometry is not None:
             num_tiles += len(rows.numbered_images()[1])
         parts.append(find_samples(rows, limits, facts))
     num_usable = [len(part) for part in parts]
