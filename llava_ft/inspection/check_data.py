@@ -1,10 +1,10 @@
 """`llava-ft check-data`: what a run will find in its data, before it starts."""
 
-import dataclasses
 import json
 import logging
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
 
 import numpy as np
 from transformers import TrainingArguments
@@ -12,15 +12,17 @@ from transformers import TrainingArguments
 from llava_ft.args import ParsedArgs
 from llava_ft.data.sources.selection import DataSources
 from llava_ft.errors import UserError
-from llava_ft.inspection.check_report import DataSetReport, Report, as_text, report_page
+from llava_ft.inspection.check_report import as_text, report_page
 from llava_ft.inspection.check_source import SourceCheck, check_source
 from llava_ft.inspection.data_plan import DataPlan
 from llava_ft.inspection.findings import find_all
 from llava_ft.inspection.pages import write_page
 from llava_ft.inspection.repair import check_target, write_fixed
-from llava_ft.inspection.statistics import Epoch, count_all, count_epoch
+from llava_ft.inspection.statistics import count_all, count_epoch
 
 logger = logging.getLogger(__name__)
+
+_JSON_FORMAT: Final = 1
 
 
 def run_check_data(
@@ -38,8 +40,8 @@ def run_check_data(
         args: The run's flags.
         plan: How the run reads its data.
         output: Where the report goes.
-        fix: Where the records that can be used are written; None writes nothing.
-        html: Where the report is written as a page; None writes none.
+        fix: Where the records that can be used are written.
+        html: Where the report is written as a page.
         as_json: Whether the report is JSON instead of text to read.
 
     Returns:
@@ -58,44 +60,50 @@ def run_check_data(
     opened = {"training": training}
     if args.data.validation_data_path:
         opened["validation"] = DataSources.open(args.data.validation_data_path, plan.preparation.directory)
-    reports: list[DataSetReport] = []
+
+    checks: list[SourceCheck] = []
+    data_sets: list[dict[str, Any]] = []
     for use, data in opened.items():
         for source, prefix in zip(data.sources, data.prompt_prefixes, strict=True):
             check = check_source(source, plan, prompt_prefix=prefix)
-            findings = find_all(check, args.data.on_bad_sample)
-            reports.append(DataSetReport(source.name, use, check, findings, count_all(check, plan.limits)))
-    fixed = write_fixed(reports[0].check, fix, plan) if fix is not None else None
-    epoch, refused = None, ""
+            findings = [asdict(finding) for finding in find_all(check, args.data.on_bad_sample)]
+            numbers = count_all(check, plan.limits)
+            checks.append(check)
+            data_sets.append({"name": source.name, "use": use, "statistics": numbers, "findings": findings})
+    fixed = write_fixed(checks[0], fix, plan) if fix is not None else None
+    epoch, refused = None, None
     try:
-        epoch = _epoch(args, plan, [each.check for each in reports if each.use == "training"], training)
+        epoch = _epoch(args, plan, checks[: len(training.sources)], training)
     except UserError as error:  # the mixture asks for more than the usable records give
         refused = str(error)
-    report = Report(reports, epoch, fixed, refused)
+    has_errors = any(finding["severity"] == "error" for data in data_sets for finding in data["findings"])
+    report = {
+        "format": _JSON_FORMAT,
+        "passed": not has_errors and refused is None,
+        "data_sets": data_sets,
+        "epoch": epoch,
+        "fix": fixed,
+        "refused": refused,
+    }
+
     if html is not None:
-        write_page(html, report_page(report, [plan.place_of(each.check.source) for each in reports]))
+        write_page(html, report_page(report, checks, plan))
         logger.info("The report is in %s.", html)
-    if as_json:
-        output.write(json.dumps(report.to_dict(), indent=1) + "\n")
-    else:
-        output.write(as_text(report, is_terminal=output.isatty()))
-    return report.passed
+    output.write(json.dumps(report, indent=1) + "\n" if as_json else as_text(report, is_terminal=output.isatty()))
+    return report["passed"]
 
 
-def _epoch(args: ParsedArgs, plan: DataPlan, checks: list[SourceCheck], data: DataSources) -> Epoch | None:
-    """Put together what an epoch takes of each source."""
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
-
-    def setting(name: str) -> Any:
-        """Give a field of `TrainingArguments` without building one, which would look for devices."""
-        return args.inherited.get(name, defaults[name])
-
+def _epoch(args: ParsedArgs, plan: DataPlan, checks: list[SourceCheck], data: DataSources) -> dict[str, Any] | None:
+    """Put together what an epoch takes of each source; nothing if one has no usable record."""
+    # Building `TrainingArguments` would look for devices.
+    settings: dict[str, Any] = {field.name: field.default for field in fields(TrainingArguments)} | dict(args.inherited)
     counts = [len(check.columns["index"]) for check in checks]
     if not all(counts):
         return None
-    seed = int(setting("seed") if setting("data_seed") is None else setting("data_seed"))
+    seed = int(settings["seed"] if settings["data_seed"] is None else settings["data_seed"])
     rows = np.concatenate(data.choose(counts, seed).train)
     lengths, supervised = (
         np.concatenate([check.columns[name] for check in checks])[rows] for name in ("kept_tokens", "kept_supervised")
     )
-    batch_size = int(setting("per_device_train_batch_size"))
+    batch_size = int(settings["per_device_train_batch_size"])
     return count_epoch(lengths, supervised, max_length=plan.limits.max_length, batch_size=batch_size, seed=seed)

@@ -7,13 +7,13 @@ kind of finding.
 """
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -42,25 +42,27 @@ TINY_SIDE: Final = 16
 LONG_RATIO: Final = 20
 """How many times longer than wide an image is when it is remarked upon."""
 
+Result = TypeVar("Result")
+Remark = tuple[str, int, str]
+"""Kind, position of the record, and what is said of it."""
 
-class Example(NamedTuple):
-    """A record that is named: its position in its source, its id ("" without one), and what is wrong with it."""
 
-    index: int
-    sample_id: str
+@dataclass(frozen=True)
+class Example:
+    """A record that is named; the keys are those of the JSON report."""
+
+    record: int  # its position in its source; -1 for none
+    id: str  # "" without one
     reason: str = ""
 
 
 @dataclass
 class Tally:
-    """The records of one kind: all their positions, ascending, and the first ones with what is said of them.
+    """The records of one kind."""
 
-    `num_late` counts those that a run would not notice before training.
-    """
-
-    indices: "array[int]" = field(default_factory=lambda: array("q"))
-    examples: list[Example] = field(default_factory=list[Example])
-    num_late: int = 0
+    indices: list[int] = field(default_factory=list[int])
+    examples: list[Example] = field(default_factory=list[Example])  # the first `NUM_EXAMPLES`
+    num_late: int = 0  # those that a run would not notice before training
 
     def add(self, index: int, id_of: Callable[[int], str], reason: str) -> None:
         """Add a record; `id_of` gives its id, and is called for the first ones only."""
@@ -76,8 +78,7 @@ class DecodedImage(NamedTuple):
     content_key: int = 0
     num_bytes: int = 0
     error: ImageError | None = None
-    is_late: bool = False
-    """Whether the check that a run makes before training would not find the error."""
+    is_late: bool = False  # whether the check that a run makes before training would not find the error
 
 
 @dataclass(frozen=True)
@@ -87,24 +88,24 @@ class ImageTable:
     Attributes:
         names: As the records name them.
         decoded: What decoding each has shown.
-        numbers: `(M,)`, the images of all records in a row, by position in `names`.
-        ends: `(N + 1,)`, where the images of each record start and end in `numbers`.
+        numbers: The images of all records in a row, by position in `names`.
+        ends: Where the images of each record start and end in `numbers`, one more than there are records.
     """
 
     names: list[str]
     decoded: list[DecodedImage]
-    numbers: Array
-    ends: Array
+    numbers: Sequence[int]
+    ends: Sequence[int]
 
-    def of_record(self, index: int) -> list[int]:
+    def of_record(self, index: int) -> Sequence[int]:
         """Give the positions in `names` of the images of a record."""
-        return self.numbers[self.ends[index] : self.ends[index + 1]].tolist()
+        return self.numbers[self.ends[index] : self.ends[index + 1]]
 
     def facts(self, rows: TokenizedRows) -> ImageFacts:
         """Give what is known about the images of tokenised records, as a run would find it if it decoded all."""
         numbers, names = rows.numbered_images()
-        known = {name: number for number, name in enumerate(self.names)}
-        decoded = [self.decoded[known[name]] for name in names]
+        known = dict(zip(self.names, self.decoded, strict=True))
+        decoded = [known[name] for name in names]
         sizes = np.array([image.size_wh for image in decoded], dtype=np.int64).reshape(-1, 2)
         return ImageFacts(numbers, sizes, {n: image.error for n, image in enumerate(decoded) if image.error})
 
@@ -144,10 +145,21 @@ def check_source(source: RecordSource, plan: DataPlan, *, prompt_prefix: str = "
         UserError: Records have images, and the run could not read any.
         RunError: A process was killed while it read records.
     """
-    scan, images = _scan(source, plan)
-    place = plan.place_of(source)
-    refuse_unreadable_images(source.name, images.names, place, has_tower=plan.limits.geometry is not None)
-    images.decoded.extend(_decode(images.names, place, plan, source.name))
+    texts, ids, odd_texts = array("Q"), array("Q"), list[Remark]()
+    known, numbers, ends = dict[str, int](), array("q"), array("q", [0])
+    with Progress(f"Reading {source.name}", len(source), "records") as shown:
+        for records in read_in_parts(partial(scan_records, source, plan.tokenize.template.stop), source, plan):
+            for text, sample_id, images, remarks in records:
+                texts.append(text)
+                ids.append(sample_id)
+                numbers.extend(known.setdefault(image, len(known)) for image in images)
+                ends.append(len(numbers))
+                odd_texts += remarks
+            shown.advance(len(records))
+
+    names, place = list(known), plan.place_of(source)
+    refuse_unreadable_images(source.name, names, place, has_tower=plan.limits.geometry is not None)
+    images = ImageTable(names, list(_decode(names, place, plan, source.name)), numbers, ends)
     rows = prepare_rows(source, plan.tokenize, plan.preparation, prompt_prefix=prompt_prefix)
     samples = find_samples(rows, plan.limits, images.facts(rows))
 
@@ -166,9 +178,8 @@ def check_source(source: RecordSource, plan: DataPlan, *, prompt_prefix: str = "
 
     usable, answers = samples.record_indices, rows.counts("answer_ends")[samples.record_indices]
     kept_answers = answers.copy()
-    for place_of_sample in np.flatnonzero(samples.was_truncated).tolist():
-        ends = rows.numbers("answer_ends", int(usable[place_of_sample]))
-        kept_answers[place_of_sample] = np.count_nonzero(ends <= samples.cuts[place_of_sample])
+    for row in np.flatnonzero(samples.was_truncated).tolist():
+        kept_answers[row] = np.count_nonzero(rows.numbers("answer_ends", int(usable[row])) <= samples.cuts[row])
     columns = {
         "index": usable,
         "tokens": samples.full_lengths[usable],
@@ -180,56 +191,42 @@ def check_source(source: RecordSource, plan: DataPlan, *, prompt_prefix: str = "
         "images": rows.counts("image_positions")[usable],
         "kept_images": samples.num_images.astype(np.int64),
     }
-    remarks: dict[str, Tally] = {}
-    for kind, index, reason in chain(
-        scan.remarks_on(usable),
-        _odd_images(usable, images),
-        _duplicates(usable, scan.text_keys, images),
-        _repeated_ids(scan.id_keys),
-    ):
-        remarks.setdefault(kind, Tally()).add(index, rows.sample_id, reason)
-    return SourceCheck(source, rows, columns, errors, too_long, remarks, images)
+
+    found: dict[str, Tally] = {}
+    for kind, index, reason in _remarks(usable.tolist(), texts, ids, odd_texts, images):
+        found.setdefault(kind, Tally()).add(index, rows.sample_id, reason)
+    return SourceCheck(source, rows, columns, errors, too_long, found, images)
 
 
-@dataclass
-class Scan:
-    """What reading records shows, without a tokenizer."""
-
-    # for each record a hash of all its text and of its id (0 if it cannot be parsed or has none), and its images
-    text_keys: "array[int]" = field(default_factory=lambda: array("Q"))
-    id_keys: "array[int]" = field(default_factory=lambda: array("Q"))
-    num_images: "array[int]" = field(default_factory=lambda: array("q"))
-    # the images of all records in a row, as the records name them
-    images: list[str] = field(default_factory=list[str])
-    # records that something is odd about, by kind and reason
-    remarks: dict[tuple[str, str], "array[int]"] = field(default_factory=dict[tuple[str, str], "array[int]"])
-
-    def remarks_on(self, usable: Array) -> Iterator[tuple[str, int, str]]:
-        """Give kind, record and reason of each remark on a usable record."""
-        for (kind, reason), indices in self.remarks.items():
-            for index in np.intersect1d(np.asarray(indices), usable).tolist():
-                yield kind, index, reason
+def read_in_parts(work: Callable[[tuple[int, int]], Result], source: RecordSource, plan: DataPlan) -> Iterator[Result]:
+    """Do `work` on ranges of records - the first, and the one after the last - in order; in processes if it pays."""
+    starts = range(0, len(source), RECORDS_PER_TASK)
+    parts = ((start, min(start + RECORDS_PER_TASK, len(source))) for start in starts)
+    return run_tasks(work, parts, plan.preparation.processes if len(source) >= RECORDS_FOR_PROCESSES else 1)
 
 
-def ranges_of(source: RecordSource) -> Iterator[tuple[int, int]]:
-    """Cut the records of a source into tasks: the first of each, and the one after its last."""
-    for start in range(0, len(source), RECORDS_PER_TASK):
-        yield start, min(start + RECORDS_PER_TASK, len(source))
+def scan_records(
+    source: RecordSource, stop: str, part: tuple[int, int]
+) -> list[tuple[int, int, tuple[str, ...], list[Remark]]]:
+    """Read a range of records, without a tokenizer.
 
+    Args:
+        source: Has the records.
+        stop: The marker that ends answers.
+        part: The first record, and the one after the last.
 
-def scan_records(source: RecordSource, stop: str, part: tuple[int, int]) -> Scan:
-    """Read the records from `part[0]` to before `part[1]`; `stop` is the marker that ends answers."""
-    scan = Scan()
+    Returns:
+        For each record a hash of all its text and one of its id, 0 if it has none or cannot be parsed; its images; and
+        remarks on its text.
+    """
+    stop_reason = f"an answer holds {stop!r}."  # one object, which is cheap to send to another process many times
+    found: list[tuple[int, int, tuple[str, ...], list[Remark]]] = []
     for index, record in enumerate(source.read(*part), start=part[0]):
         try:
             sample = parse_record(record, index)
         except BadSampleError as error:
             sample = Sample(index, error.sample_id, (), ())
-        scan.text_keys.append(_key(repr((sample.system, sample.turns))) if sample.turns else 0)
-        scan.id_keys.append(_key(sample.id) if sample.id else 0)
-        scan.num_images.append(len(sample.images))
-        scan.images += sample.images
-        remarks: set[tuple[str, str]] = set()
+        remarks: set[Remark] = set()
         question = ""
         for turn in sample.turns:
             text = turn.text.replace(IMAGE_TOKEN, "").strip()
@@ -237,32 +234,15 @@ def scan_records(source: RecordSource, stop: str, part: tuple[int, int]) -> Scan
                 question = text
                 continue
             if not text:
-                remarks.add(("empty-answer", ""))
+                remarks.add(("empty-answer", index, ""))
             elif text == question:
-                remarks.add(("answer-repeats-question", ""))
+                remarks.add(("answer-repeats-question", index, ""))
             if stop.strip() and stop in turn.text:
-                remarks.add(("stop-marker-in-answer", f"an answer holds {stop!r}."))
-        for remark in remarks:
-            scan.remarks.setdefault(remark, array("q")).append(index)
-    return scan
-
-
-def _scan(source: RecordSource, plan: DataPlan) -> tuple[Scan, ImageTable]:
-    """Read all records; give what they show, their images by number, and the images, not decoded yet."""
-    num_processes = plan.preparation.processes if len(source) >= RECORDS_FOR_PROCESSES else 1
-    work = partial(scan_records, source, plan.tokenize.template.stop)
-    whole, numbers, ends, known = Scan(), array("q"), array("q", [0]), dict[str, int]()
-    with Progress(f"Reading {source.name}", len(source), "records") as shown:
-        for scan in run_tasks(work, ranges_of(source), num_processes):
-            whole.text_keys.extend(scan.text_keys)
-            whole.id_keys.extend(scan.id_keys)
-            for remark, indices in scan.remarks.items():
-                whole.remarks.setdefault(remark, array("q")).extend(indices)
-            numbers.extend(known.setdefault(image, len(known)) for image in scan.images)
-            for count in scan.num_images:
-                ends.append(ends[-1] + count)
-            shown.advance(len(scan.text_keys))
-    return whole, ImageTable(list(known), [], np.asarray(numbers), np.asarray(ends))
+                remarks.add(("stop-marker-in-answer", index, stop_reason))
+        text_key = _hash(repr((sample.system, sample.turns)).encode("utf-8", "surrogatepass")) if sample.turns else 0
+        id_key = _hash(sample.id.encode("utf-8", "surrogatepass")) if sample.id else 0
+        found.append((text_key, id_key, tuple(sample.images), list(remarks)))
+    return found
 
 
 def decode_images(place: ImagePlace, checks: ImageChecks, images: Iterable[str]) -> list[DecodedImage]:
@@ -312,47 +292,32 @@ def _decode(names: list[str], place: ImagePlace, plan: DataPlan, source_name: st
             shown.advance(len(decoded))
 
 
-def _odd_images(usable: Array, images: ImageTable) -> Iterator[tuple[str, int, str]]:
-    """Remark on very small and very long images, each kind once for a record."""
-    shorter, longer = (
-        np.array([side(image.size_wh) for image in images.decoded], dtype=np.int64) for side in (min, max)
-    )
-    is_tiny = (shorter < TINY_SIDE) & (longer > 0)
-    for kind, is_odd in [("tiny-image", is_tiny), ("long-image", ~is_tiny & (longer > LONG_RATIO * shorter))]:
-        places = np.flatnonzero(is_odd[images.numbers]) if len(images.numbers) else np.zeros(0, dtype=np.int64)
-        records, firsts = np.unique(np.searchsorted(images.ends, places, side="right") - 1, return_index=True)
-        is_usable = np.isin(records, usable)
-        for index, place in zip(records[is_usable].tolist(), places[firsts[is_usable]].tolist(), strict=True):
-            number = int(images.numbers[place])
+def _remarks(
+    usable: list[int], texts: Sequence[int], ids: Sequence[int], odd_texts: list[Remark], images: ImageTable
+) -> Iterator[Remark]:
+    """Remark on records; on those that cannot be used only if an earlier one has the same id."""
+    is_usable = set(usable)
+    yield from (remark for remark in odd_texts if remark[1] in is_usable)
+    first_with: dict[tuple[int, ...], int] = {}
+    for index in usable:
+        of_record = images.of_record(index)
+        odd: dict[str, int] = {}  # the first image of each kind
+        for number in of_record:
+            shorter, longer = sorted(images.decoded[number].size_wh)
+            if shorter < TINY_SIDE:
+                odd.setdefault("tiny-image", number)
+            elif longer > LONG_RATIO * shorter:
+                odd.setdefault("long-image", number)
+        for kind, number in odd.items():
             width, height = images.decoded[number].size_wh
             yield kind, index, f"{images.names[number]} is {width} x {height} pixels."
-
-
-def _duplicates(usable: Array, text_keys: "array[int]", images: ImageTable) -> Iterator[tuple[str, int, str]]:
-    """Remark on usable records whose texts and images are those of an earlier one."""
-    keys = np.asarray(text_keys)[usable]
-    _, first_of, counts = np.unique(keys, return_inverse=True, return_counts=True)
-    first_with: dict[tuple[int, ...], int] = {}
-    for index in usable[counts[first_of] > 1].tolist():
-        contents = (images.decoded[number].content_key for number in images.of_record(index))
-        first = first_with.setdefault((text_keys[index], *contents), index)
+        first = first_with.setdefault((texts[index], *(images.decoded[n].content_key for n in of_record)), index)
         if first != index:
             yield "duplicate-record", index, f"record {first} says the same of the same images."
-
-
-def _repeated_ids(id_keys: "array[int]") -> Iterator[tuple[str, int, str]]:
-    """Remark on records, usable or not, with the id of an earlier one."""
-    keys = np.asarray(id_keys)
-    with_id = np.flatnonzero(keys)
-    _, first_place, first_of = np.unique(keys[with_id], return_index=True, return_inverse=True)
-    firsts = with_id[first_place][first_of]
-    for index, first in zip(with_id.tolist(), firsts.tolist(), strict=True):
-        if first != index:
+    first_named: dict[int, int] = {}
+    for index, sample_id in enumerate(ids):
+        if sample_id and (first := first_named.setdefault(sample_id, index)) != index:
             yield "repeated-id", index, f"record {first} has the same id."
-
-
-def _key(text: str) -> int:
-    return _hash(text.encode("utf-8", "surrogatepass"))
 
 
 def _hash(content: bytes) -> int:

@@ -1,7 +1,7 @@
 """What a check found, in the order of how bad it is, with what to do about it."""
 
 from dataclasses import dataclass
-from typing import Any, Final, Literal, get_args
+from typing import Final, Literal, get_args
 
 from llava_ft.data.records import parse_embedded
 from llava_ft.data.report import BadSamplePolicy
@@ -14,7 +14,7 @@ SEVERITIES: Final[tuple[Severity, ...]] = get_args(Severity)
 
 @dataclass(frozen=True)
 class Finding:
-    """Records with one thing in common, and what to do about it."""
+    """Records with one thing in common, and what to do about it; the keys are those of the JSON report."""
 
     severity: Severity
     kind: str  # a short, stable name
@@ -22,11 +22,6 @@ class Finding:
     advice: str
     num_records: int  # for `same-image` images instead
     examples: list[Example]  # the first of them
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give the finding as JSON values."""
-        examples = [{"record": index, "id": sample_id, "reason": reason} for index, sample_id, reason in self.examples]
-        return {**vars(self), "examples": examples}
 
 
 _RECORD: Final = "Correct the records; docs/data_format.md has the format."
@@ -95,12 +90,15 @@ REMARKS: Final[dict[str, tuple[Severity, str, str]]] = {
     ),
     "tiny-image": ("note", f"an image has a side of less than {TINY_SIDE} pixels", "Look at it."),
     "repeated-id": ("note", "the id of an earlier record", "Nothing has to be done; messages name both by it."),
+    "dropped": ("warning", "records longer than model_max_length are left out", _LONG),
+    "cut-off": (
+        "warning",
+        "records are cut off at model_max_length",
+        "Raise model_max_length if the answers at the end matter.",
+    ),
     "same-image": ("note", "one picture under several names", "Nothing has to be done."),
 }
-"""What is remarked upon in usable records."""
-
-_CUT: Final = ("records are cut off at model_max_length", "Raise model_max_length if the answers at the end matter.")
-_DROPPED: Final = ("records longer than model_max_length are left out", _LONG)
+"""What is remarked upon in other records."""
 
 
 def find_all(check: SourceCheck, on_bad_sample: BadSamplePolicy) -> list[Finding]:
@@ -116,43 +114,38 @@ def find_all(check: SourceCheck, on_bad_sample: BadSamplePolicy) -> list[Finding
             advice += " A run notices it before training only with --check_images decode."
         severity: Severity = "warning" if is_left_out else "error"
         findings.append(Finding(severity, kind, title, advice, len(tally.indices), tally.examples))
-    for kind, tally in check.remarks.items():
-        findings.append(Finding(REMARKS[kind][0], kind, *REMARKS[kind][1:], len(tally.indices), tally.examples))
-    if check.dropped.indices:
-        count = len(check.dropped.indices)
-        findings.append(Finding("warning", "dropped", *_DROPPED, count, check.dropped.examples))
-    findings += _cut_off(check)
-    findings += _same_images(check)
+    others = {kind: (len(tally.indices), tally.examples) for kind, tally in check.remarks.items()}
+    others["dropped"] = len(check.dropped.indices), check.dropped.examples
+    others["cut-off"] = _cut_off(check)
+    others["same-image"] = _same_images(check)
+    for kind, (count, examples) in others.items():
+        if count:
+            severity, title, advice = REMARKS[kind]
+            findings.append(Finding(severity, kind, title, advice, count, examples))
     return sorted(findings, key=lambda each: (SEVERITIES.index(each.severity), -each.num_records, each.kind))
 
 
-def _cut_off(check: SourceCheck) -> list[Finding]:
+def _cut_off(check: SourceCheck) -> tuple[int, list[Example]]:
+    """Count the records that are cut off; name those that lose most."""
     columns = check.columns
     lost = columns["tokens"] - columns["kept_tokens"]
     cut = lost.nonzero()[0]
-    if not len(cut):
-        return []
     examples: list[Example] = []
-    worst = cut[lost[cut].argsort(kind="stable")[::-1]]
-    for place in worst[:NUM_EXAMPLES].tolist():
-        values = {name: int(column[place]) for name, column in columns.items()}
+    for row in cut[lost[cut].argsort(kind="stable")[::-1]][:NUM_EXAMPLES].tolist():
+        values = {name: int(column[row]) for name, column in columns.items()}
         reason = (
             f"{values['kept_tokens']} of {values['tokens']} tokens, {values['kept_answers']} of {values['answers']} "
             f"answers and {values['kept_images']} of {values['images']} images stay."
         )
         examples.append(Example(values["index"], check.rows.sample_id(values["index"]), reason))
-    return [Finding("warning", "cut-off", *_CUT, len(cut), examples)]
+    return len(cut), examples
 
 
-def _same_images(check: SourceCheck) -> list[Finding]:
+def _same_images(check: SourceCheck) -> tuple[int, list[Example]]:
+    """Count the names of images whose content has an earlier name."""
     names: dict[int, list[str]] = {}
     for name, decoded in zip(check.images.names, check.images.decoded, strict=True):
         if decoded.content_key and parse_embedded(name) is None:
             names.setdefault(decoded.content_key, []).append(name)
     several = [paths for paths in names.values() if len(paths) > 1]
-    if not several:
-        return []
-    severity, title, advice = REMARKS["same-image"]
-    count = sum(len(paths) - 1 for paths in several)
-    examples = [Example(-1, "", " = ".join(paths[:4])) for paths in several[:5]]
-    return [Finding(severity, "same-image", title, advice, count, examples)]
+    return sum(len(paths) - 1 for paths in several), [Example(-1, "", " = ".join(paths[:4])) for paths in several[:5]]

@@ -9,35 +9,21 @@ import copy
 import json
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from llava_ft.constants import IMAGE_TOKEN
-from llava_ft.data.preparation.prepare import RECORDS_FOR_PROCESSES
-from llava_ft.data.preparation.processes import run_tasks
 from llava_ft.data.records import parse_record
 from llava_ft.data.sources.base import RecordSource
 from llava_ft.errors import BadSampleError, RunError, UserError
-from llava_ft.inspection.check_source import NUM_EXAMPLES, SourceCheck, decode_images, ranges_of
+from llava_ft.inspection.check_source import NUM_EXAMPLES, SourceCheck, decode_images, read_in_parts
 from llava_ft.inspection.data_plan import DataPlan
 
 _SUFFIXES: Final = (".json", ".jsonl")
 _ROLES: Final = {"user": "human", "human": "human", "assistant": "gpt", "gpt": "gpt", "system": "system"}
 
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class FixReport:
-    """What was written by a repair; the keys of the JSON report in `docs/check_data.md`."""
-
-    path: str
-    written: int
-    left_out: dict[str, int]  # unusable records, by kind
-    repaired: dict[str, list[int]]  # by repair, the positions of the first `NUM_EXAMPLES` records that were changed
-    repaired_counts: dict[str, int]  # by repair, how many they are
 
 
 def check_target(path: Path, originals: list[str]) -> None:
@@ -55,59 +41,54 @@ def check_target(path: Path, originals: list[str]) -> None:
         raise UserError(f"--fix is {str(path)!r}, but {str(path.parent)!r} is not a folder. Make it first.")
 
 
-def write_fixed(check: SourceCheck, path: Path, plan: DataPlan) -> FixReport:
+def write_fixed(check: SourceCheck, path: Path, plan: DataPlan) -> dict[str, Any]:
     """Write the records of a checked source that can be used to a file that `check_target` let pass.
+
+    Returns:
+        What was written, as JSON values: the `path`; the number of records `written`; those `left_out`, by kind; of
+        the records that were `repaired`, by repair, the first positions; and `repaired_counts`, how many they are.
 
     Raises:
         UserError: The records cannot be written as JSON, or none is left.
         RunError: The file cannot be written.
     """
-    kinds = check.unusable()
-    tasks = (
-        (start, stop, frozenset(index for index in range(start, stop) if index in kinds))
-        for start, stop in ranges_of(check.source)
-    )
-    num_processes = plan.preparation.processes if len(check.source) >= RECORDS_FOR_PROCESSES else 1
-    as_list = path.suffix.lower() == ".json"
+    unusable = check.unusable()
+    left_out, repaired = dict(unusable), dict[str, list[int]]()
+    is_list = path.suffix.lower() == ".json"
+    before, between, after = ("[\n", ",\n", "\n]\n") if is_list else ("", "\n", "\n")
     written = 0
-    repaired: dict[str, list[int]] = {}
-    counts: dict[str, int] = {}
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             staged = Path(folder) / path.name
             with staged.open("w", encoding="utf-8") as file:
-                for lines, repairs in run_tasks(partial(_fix, check.source, plan), tasks, num_processes):
-                    for line in lines:
-                        before = ("[\n" if written == 0 else ",\n") if as_list else ""
-                        file.write(before + line + ("" if as_list else "\n"))
+                for lines in read_in_parts(partial(_fix, check.source, plan, frozenset(unusable)), check.source, plan):
+                    for index, line, repairs in lines:
+                        file.write((between if written else before) + line)
                         written += 1
-                    for index, names in repairs:
-                        del kinds[index]
-                        for name in names:
-                            counts[name] = counts.get(name, 0) + 1
-                            if len(repaired.setdefault(name, [])) < NUM_EXAMPLES:
-                                repaired[name].append(index)
-                if as_list:
-                    file.write("\n]\n")
+                        left_out.pop(index, None)
+                        for name in repairs:
+                            repaired.setdefault(name, []).append(index)
+                file.write(after)
             if not written:
                 raise UserError(f"None of the {len(check.source)} records can be used, so {path} is not written.")
             staged.rename(path)
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror}. Free some space or name another file.") from error
-    return FixReport(str(path), written, dict(Counter(kinds.values())), repaired, counts)
+    return {
+        "path": str(path),
+        "written": written,
+        "left_out": dict(Counter(left_out.values())),
+        "repaired": {name: indices[:NUM_EXAMPLES] for name, indices in repaired.items()},
+        "repaired_counts": {name: len(indices) for name, indices in repaired.items()},
+    }
 
 
 def _fix(
-    source: RecordSource, plan: DataPlan, task: tuple[int, int, frozenset[int]]
-) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Give a range of records as JSON texts, and the positions of repaired ones with the names of the repairs.
-
-    A task is the first record, the one after the last, and those that cannot be used as they are.
-    """
-    start, stop, unusable = task
-    lines: list[str] = []
-    repairs: list[tuple[int, list[str]]] = []
-    for index, record in enumerate(source.read(start, stop), start=start):
+    source: RecordSource, plan: DataPlan, unusable: frozenset[int], part: tuple[int, int]
+) -> list[tuple[int, str, list[str]]]:
+    """Give position, JSON text and names of the repairs of each record in a range that can be used."""
+    lines: list[tuple[int, str, list[str]]] = []
+    for index, record in enumerate(source.read(*part), start=part[0]):
         names: list[str] = []
         if index in unusable:
             found = _repair(record, index, source, plan)
@@ -124,10 +105,8 @@ def _fix(
             ) from None
         except UnicodeEncodeError:  # half a character in a key that nobody reads
             text = json.dumps(record)
-        lines.append(text)
-        if names:
-            repairs.append((index, names))
-    return lines, repairs
+        lines.append((index, text, names))
+    return lines
 
 
 def _repair(record: object, index: int, source: RecordSource, plan: DataPlan) -> tuple[Record, list[str]] | None:

@@ -189,10 +189,10 @@ class TestFindings:
             {"conversations": turns("What is it?", "a red car"), "id": None},
         ]
         found = findings_of(check(records, image_folder=tmp_path))
-        assert [each.index for each in found["duplicate-record"].examples] == [1, 4, 6, 7]
+        assert [each.record for each in found["duplicate-record"].examples] == [1, 4, 6, 7]
         assert found["duplicate-record"].examples[0] == Example(1, "2", "record 0 says the same of the same images.")
         assert found["duplicate-record"].severity == "warning"
-        assert [each.index for each in found["repeated-id"].examples] == [3, 6]
+        assert [each.record for each in found["repeated-id"].examples] == [3, 6]
         assert found["same-image"].severity == found["repeated-id"].severity == "note"
         assert found["same-image"].examples[0].reason == "a.jpg = b.jpg"
 
@@ -202,7 +202,7 @@ class TestFindings:
         other = {"conversations": [*turns("Q", "A", "What is it?"), {"from": "gpt", "value": "x", "weight": 0}]}
         plain = {"conversations": turns("Q", "A", "What is it?", "x")}
         found = findings_of(check([record("1"), weighted, other, plain]))
-        assert [each.index for each in found["duplicate-record"].examples] == [1]
+        assert [each.record for each in found["duplicate-record"].examples] == [1]
 
     def test_answers(self, check):
         records = [
@@ -211,7 +211,7 @@ class TestFindings:
             record("stop", answer="It is</s> a car."),
         ]
         found = findings_of(check(records))
-        assert {kind: [each.index for each in finding.examples] for kind, finding in found.items()} == {
+        assert {kind: [each.record for each in finding.examples] for kind, finding in found.items()} == {
             "answer-repeats-question": [1],
             "empty-answer": [0],
             "stop-marker-in-answer": [2],
@@ -229,7 +229,7 @@ class TestFindings:
         entry = {"conversations": turns("One?", "red " * 5, "<image>Two?", "blue " * 200), "image": "landscape.jpg"}
         entry["id"] = "long"
         found = findings_of(check([record("short"), entry], max_length=200))
-        assert (found["cut-off"].num_records, found["cut-off"].examples[0].sample_id) == (1, "long")
+        assert (found["cut-off"].num_records, found["cut-off"].examples[0].id) == (1, "long")
         assert "1 of 2 answers and 0 of 1 images stay." in found["cut-off"].examples[0].reason
         dropped = findings_of(check([record("short"), entry], max_length=200, truncation="drop"))
         assert (dropped["dropped"].severity, dropped["dropped"].num_records) == ("warning", 1)

@@ -14,7 +14,6 @@ from pyarrow import parquet
 
 from llava_ft.errors import UserError
 from llava_ft.inspection import check_source as check_module
-from llava_ft.inspection import repair as repair_module
 from llava_ft.inspection.check_source import check_source
 from llava_ft.inspection.findings import find_all
 from llava_ft.inspection.repair import REPAIRS, check_target, write_fixed
@@ -107,16 +106,16 @@ class TestRepairs:
         before, after, names = REPAIRABLE[name]
         report, written = fix([record("fine"), before])
         assert written == [record("fine"), after]
-        assert report.repaired == {name: [1] for name in names}
-        assert report.repaired_counts == dict.fromkeys(names, 1)
-        assert report.left_out == {}
+        assert report["repaired"] == {name: [1] for name in names}
+        assert report["repaired_counts"] == dict.fromkeys(names, 1)
+        assert report["left_out"] == {}
 
     @pytest.mark.parametrize("name", LEFT_ALONE)
     def test_left_out(self, fix, name):
         report, written = fix([LEFT_ALONE[name], record("fine")])
         assert written == [record("fine")]
-        assert report.repaired == {}
-        assert sum(report.left_out.values()) == 1
+        assert report["repaired"] == {}
+        assert sum(report["left_out"].values()) == 1
 
     def test_usable_records_are_written_as_they_are(self, fix):
         odd = [
@@ -132,10 +131,10 @@ class TestRepairs:
     def test_counts(self, fix):
         records = [said(("user", f"{n}?"), ("assistant", "Yes.")) for n in range(50)] + [bad(0), bad(1), record("r")]
         report, written = fix(records, "fixed.json")
-        assert len(written) == report.written == 51
-        assert report.left_out == {"empty-conversation": 2}
-        assert report.repaired_counts == {"roles renamed": 50}
-        assert len(report.repaired["roles renamed"]) == 20
+        assert len(written) == report["written"] == 51
+        assert report["left_out"] == {"empty-conversation": 2}
+        assert report["repaired_counts"] == {"roles renamed": 50}
+        assert len(report["repaired"]["roles renamed"]) == 20
 
 
 def bad(number):
@@ -147,10 +146,10 @@ class TestWhatIsWritten:
         records = [before for before, _, _ in REPAIRABLE.values()] + list(LEFT_ALONE.values()) + [record("r")] * 20
         one = fix(records, "one.json")
         monkeypatch.setattr(check_module, "RECORDS_PER_TASK", 3)
-        monkeypatch.setattr(repair_module, "RECORDS_FOR_PROCESSES", 1)
+        monkeypatch.setattr(check_module, "RECORDS_FOR_PROCESSES", 1)
         two = fix(records, "two.json", num_processes=2)
         assert one[1] == two[1]
-        assert (one[0].left_out, one[0].repaired) == (two[0].left_out, two[0].repaired)
+        assert (one[0]["left_out"], one[0]["repaired"]) == (two[0]["left_out"], two[0]["repaired"])
 
     @pytest.mark.parametrize("name", ["fixed.json", "fixed.jsonl"])
     def test_it_passes_the_check(self, fix, check, folder, name):
@@ -163,7 +162,7 @@ class TestWhatIsWritten:
         records += [broken for broken, _, _ in MALFORMED.values()]
         records += [record("t", image="truncated.jpg"), said(("human", "long " * 3000), ("gpt", "x"))]
         report, written = fix(records, name, image_folder=folder)
-        assert report.repaired
+        assert report["repaired"]
         again = check(written, image_folder=folder)
         assert [finding for finding in find_all(again, "error") if finding.severity == "error"] == []
 
