@@ -21,8 +21,7 @@ from llava_ft.constants import IMAGE_TOKEN
 from llava_ft.data.image_files import ImagePlace, load_image, refuse_unreadable_images
 from llava_ft.data.preparation.image_facts import ImageChecks, ImageFacts, look_at_image
 from llava_ft.data.preparation.prepare import RECORDS_FOR_PROCESSES, prepare_rows
-from llava_ft.data.preparation.processes import run_alone, run_tasks
-from llava_ft.data.preparation.progress import Progress
+from llava_ft.data.preparation.processes import Progress, run_alone, run_tasks
 from llava_ft.data.preparation.samples import find_samples
 from llava_ft.data.preparation.tokenized_rows import Array, TokenizedRows
 from llava_ft.data.preparation.truncation import too_long_reason

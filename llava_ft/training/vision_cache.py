@@ -31,8 +31,7 @@ from llava_ft.data.features.contents import NO_CONTENT, RunImage, content_digest
 from llava_ft.data.features.store import DIGEST, FeatureFormat, FeatureReader, FeatureStore, as_array, name_digest
 from llava_ft.data.image_processor import PixelNormalizer
 from llava_ft.data.image_reader import ImageReader
-from llava_ft.data.preparation.processes import num_cores
-from llava_ft.data.preparation.progress import Progress
+from llava_ft.data.preparation.processes import Progress, num_cores
 from llava_ft.errors import ImageError, RunError, UserError
 from llava_ft.models.config import hidden_state_index
 from llava_ft.models.vision import CLIPVisionTower

@@ -9,11 +9,12 @@ import json
 import logging
 import os
 import socket
-from array import array
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -29,8 +30,7 @@ from llava_ft.data.image_files import (
 )
 from llava_ft.data.preparation.build_once import one_at_a_time
 from llava_ft.data.preparation.prepare import PreparationSettings
-from llava_ft.data.preparation.processes import run_tasks
-from llava_ft.data.preparation.progress import Progress
+from llava_ft.data.preparation.processes import Progress, run_tasks
 from llava_ft.data.preparation.tokenized_rows import Array, TokenizedRows, pa
 from llava_ft.data.records import parse_embedded
 from llava_ft.errors import ImageError
@@ -46,6 +46,7 @@ _THREADS_PER_PROCESS: Final = 4
 _FILES_PER_TASK: Final = 500
 _FILES_PER_GROUP: Final = 128
 _NUMBERS: Final = ("num_bytes", "mtime_ns", "rank", "width", "height")
+_Finding = tuple[int, int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +92,6 @@ class ImageChecks:
 def look_at_image(image: str, place: ImagePlace, checks: ImageChecks) -> SizeWH | None:
     """Find out what has to be known about one image.
 
-    Args:
-        image: As its record names it.
-        place: Where it is.
-        checks: What has to be known.
-
     Returns:
         Width and height in pixels; None if the file is not opened.
 
@@ -116,14 +112,7 @@ def look_at_image(image: str, place: ImagePlace, checks: ImageChecks) -> SizeWH 
 def look_at_images(
     rows: TokenizedRows, place: ImagePlace, checks: ImageChecks, settings: PreparationSettings
 ) -> ImageFacts:
-    """Find out what has to be known about the images of tokenised records.
-
-    Args:
-        rows: The records.
-        place: Where the images are.
-        checks: What has to be known.
-        settings: Where earlier findings are kept, and with how many processes to work.
-    """
+    """Find out what has to be known about the images of tokenised records, or look up what was found earlier."""
     numbers, images = rows.numbered_images()
     sizes_wh, errors = np.zeros((len(images), 2), dtype=np.int64), dict[int, ImageError]()
     facts = ImageFacts(numbers, sizes_wh, errors)
@@ -136,9 +125,25 @@ def look_at_images(
     if checks.rank == 0:
         return facts
     in_files = [number for number in names if parse_embedded(images[number]) is None]
-    # An image in a source changes with it alone.
-    states = dict.fromkeys(names, (0, 0)) | _file_states(names, in_files, errors)
-    known = [number for number in states if number not in errors]
+    states: dict[int, tuple[int, int]] = dict.fromkeys(names, (0, 0))  # an image in a source changes with it alone
+
+    def look(group: Sequence[int]) -> list[tuple[int, int] | ImageError]:
+        found: list[tuple[int, int] | ImageError] = []
+        for number in group:
+            try:
+                status = check_image_file(names[number])
+                found.append((status.st_size, status.st_mtime_ns))
+            except ImageError as error:
+                found.append(error)
+        return found
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        groups = [in_files[start : start + _FILES_PER_GROUP] for start in range(0, len(in_files), _FILES_PER_GROUP)]
+        for number, state in zip(in_files, chain.from_iterable(pool.map(look, groups)), strict=True):
+            if isinstance(state, ImageError):
+                errors[number] = state
+            else:
+                states[number] = state
     if not checks.opens_files:
         return facts
     # One file of findings for each folder, and for each source that holds images itself.
@@ -149,10 +154,13 @@ def look_at_images(
     ]
     key = blake2b(json.dumps(owner).encode(), digest_size=16).hexdigest()
     path = settings.directory / "images" / f"{key}.arrow"
+    known = [number for number in names if number not in errors]
 
-    def read_findings() -> tuple[Findings, list[int]]:
-        findings = Findings(path)
-        return findings, [n for n in known if not findings.hold(names[n], states[n], checks.rank)]
+    def read_findings() -> tuple[dict[str, _Finding], list[int]]:
+        findings = _read_findings(path)
+        nothing = (-1,) * len(_NUMBERS)
+        found = {number: findings.get(names[number], nothing) for number in known}
+        return findings, [n for n, old in found.items() if old[:2] != states[n] or old[2] < checks.rank]
 
     findings, unknown = read_findings()
     if unknown:
@@ -163,40 +171,12 @@ def look_at_images(
                 if isinstance(result, ImageError):
                     errors[number] = result
                 else:
-                    findings.add(names[number], states[number], checks.rank, result)
-            findings.save()
+                    findings[names[number]] = (*states[number], checks.rank, *result)
+            _write_findings(path, findings)
     for number in known:
         if number not in errors:
-            sizes_wh[number] = findings.size_wh(names[number])
+            sizes_wh[number] = findings[names[number]][3:]
     return facts
-
-
-def _file_states(
-    names: Mapping[int, str], numbers: Sequence[int], errors: dict[int, ImageError]
-) -> dict[int, tuple[int, int]]:
-    """Ask the file system for size and time of change of each file; note the files that cannot be used."""
-
-    def look(group: Sequence[int]) -> list[tuple[int, int] | ImageError]:
-        return [_file_state(names[number]) for number in group]
-
-    states: dict[int, tuple[int, int]] = {}
-    groups = [numbers[start : start + _FILES_PER_GROUP] for start in range(0, len(numbers), _FILES_PER_GROUP)]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for group, found in zip(groups, pool.map(look, groups), strict=True):
-            for number, state in zip(group, found, strict=True):
-                if isinstance(state, ImageError):
-                    errors[number] = state
-                else:
-                    states[number] = state
-    return states
-
-
-def _file_state(path: str) -> tuple[int, int] | ImageError:
-    try:
-        status = check_image_file(path)
-    except ImageError as error:
-        return error
-    return status.st_size, status.st_mtime_ns
 
 
 def _open_images(
@@ -205,7 +185,7 @@ def _open_images(
     """Open images, in several processes if there are many."""
     decodes = checks.level == "decode"
     is_many = len(images) >= FILES_FOR_PROCESSES["decode" if decodes else "header"]
-    work = _Opening(place, checks, _THREADS_PER_PROCESS if is_many else _THREADS)
+    work = partial(_open_some, place, checks, _THREADS_PER_PROCESS if is_many else _THREADS)
     tasks = [images[start : start + _FILES_PER_TASK] for start in range(0, len(images), _FILES_PER_TASK)]
     what = "Decoding" if decodes else "Reading the headers of"
     results: list[SizeWH | ImageError] = []
@@ -218,80 +198,50 @@ def _open_images(
     return results
 
 
-@dataclass(frozen=True, slots=True)
-class _Opening:
-    """The work of one process: sizes of images, or why they cannot be used."""
+def _open_some(
+    place: ImagePlace, checks: ImageChecks, num_threads: int, images: Sequence[str]
+) -> list[SizeWH | ImageError]:
+    """Find out sizes of images, or why they cannot be used: the work of one process."""
 
-    place: ImagePlace
-    checks: ImageChecks
-    num_threads: int
-
-    def __call__(self, images: Sequence[str]) -> list[SizeWH | ImageError]:
-        with ThreadPoolExecutor(self.num_threads) as pool:
-            return list(pool.map(self._open, images))
-
-    def _open(self, image: str) -> SizeWH | ImageError:
+    def look(image: str) -> SizeWH | ImageError:
         try:
-            size_wh = look_at_image(image, self.place, self.checks)
+            size_wh = look_at_image(image, place, checks)
         except ImageError as error:
             return error
         assert size_wh is not None
         return size_wh
 
+    with ThreadPoolExecutor(num_threads) as pool:
+        return list(pool.map(look, images))
 
-class Findings:
-    """What was found in image files earlier: for each, its state then, how much was read, and its size in pixels.
 
-    Args:
-        path: Where it is kept. A file that is missing or damaged counts as empty.
-    """
+# What was found in image files earlier: for each, its state then, how much was read, and its size in pixels.
 
-    def __init__(self, path: Path):
-        self.path = path
-        self._names: list[str] = []
-        self._numbers: list[array[int]] = [array("q") for _ in _NUMBERS]  # lists would hold five times as much
-        try:
-            with pa.memory_map(str(path), "r") as mapped, pa.ipc.open_stream(mapped) as reader:
-                table = reader.read_all()
-            self._names = table.column("name").to_pylist()
-            for column, name in zip(self._numbers, _NUMBERS, strict=True):
-                column.frombytes(table.column(name).to_numpy().astype(np.int64).tobytes())
-        except (OSError, KeyError, pa.ArrowException) as error:
-            if path.exists():
-                logger.warning("%s is damaged (%s) and is made again.", path, error)
-        self._rows = {name: row for row, name in enumerate(self._names)}
 
-    def hold(self, name: str, state: tuple[int, int], rank: int) -> bool:
-        """Whether an image with this state was read at least as far as `rank`."""
-        row = self._rows.get(name)
-        if row is None:
-            return False
-        num_bytes, mtime_ns, ranks = self._numbers[:3]
-        return (num_bytes[row], mtime_ns[row]) == state and ranks[row] >= rank
+def _read_findings(path: Path) -> dict[str, _Finding]:
+    """Read what is kept; a file that is missing or damaged counts as empty."""
+    try:
+        with pa.memory_map(str(path), "r") as mapped, pa.ipc.open_stream(mapped) as reader:
+            table = reader.read_all()
+        numbers = zip(*(table.column(name).to_pylist() for name in _NUMBERS), strict=True)
+        return dict(zip(table.column("name").to_pylist(), numbers, strict=True))
+    except (OSError, KeyError, pa.ArrowException) as error:
+        if path.exists():
+            logger.warning("%s is damaged (%s) and is made again.", path, error)
+        return {}
 
-    def size_wh(self, name: str) -> SizeWH:
-        """Give the width and height of an image in pixels."""
-        row = self._rows[name]
-        return self._numbers[3][row], self._numbers[4][row]
 
-    def add(self, name: str, state: tuple[int, int], rank: int, size_wh: SizeWH) -> None:
-        """Note what was found; replaces what is known of the image."""
-        row = self._rows.setdefault(name, len(self._names))
-        if row == len(self._names):
-            self._names.append(name)
-        for column, value in zip(self._numbers, (*state, rank, *size_wh), strict=True):
-            column[row : row + 1] = array("q", (value,))  # also where the column ends
-
-    def save(self) -> None:
-        """Keep the findings. Of two runs that do so at once the later one's stay; the other's are found again."""
-        arrays = [pa.array(self._names, pa.string()), *(pa.array(np.asarray(column)) for column in self._numbers)]
-        table = pa.Table.from_arrays(arrays, names=["name", *_NUMBERS])
-        unfinished = self.path.with_name(f".{self.path.name}.{socket.gethostname()}.{os.getpid()}")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
-                writer.write_table(table)
-            unfinished.replace(self.path)
-        except OSError as error:
-            unfinished.unlink(missing_ok=True)
-            logger.warning("What was found about images could not be kept in %s: %s.", self.path.parent, error)
+def _write_findings(path: Path, findings: Mapping[str, _Finding]) -> None:
+    """Keep findings. Of two runs that do so at once the later one's stay; the other's are found again."""
+    columns = {name: [found[place] for found in findings.values()] for place, name in enumerate(_NUMBERS)}
+    schema = pa.schema({"name": pa.string(), **dict.fromkeys(_NUMBERS, pa.int64())})
+    table = pa.table({"name": list(findings), **columns}, schema=schema)
+    unfinished = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            writer.write_table(table)
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        logger.warning("What was found about images could not be kept in %s: %s.", path.parent, error)

@@ -17,8 +17,7 @@ from typing import Any, Final
 import tokenizers
 
 from llava_ft.data.preparation.build_once import open_or_build
-from llava_ft.data.preparation.processes import num_cores, run_tasks
-from llava_ft.data.preparation.progress import Progress
+from llava_ft.data.preparation.processes import Progress, num_cores, run_tasks
 from llava_ft.data.preparation.tokenized_rows import TokenizedRows, write_manifest, write_rows
 from llava_ft.data.records import Sample, parse_record
 from llava_ft.data.sources.base import RecordSource

@@ -1,4 +1,4 @@
-"""Work on parts of a data set in several processes: the one pool of this program.
+"""Work on parts of a data set in several processes: the one pool of this program, and how far it is.
 
 It is the standard library's, over a fork server: a process that has loaded the libraries and holds no GPU, no process
 group and no threads, all of which a fork of the training process could hang on. Its copies start in milliseconds and
@@ -6,16 +6,17 @@ share its memory. The pool adds three promises: results come in order while task
 that kills its process can be told from the others, and the processes end with the one that started them.
 """
 
+import logging
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from itertools import islice
 from multiprocessing.connection import wait
 from types import ModuleType
@@ -26,6 +27,9 @@ from llava_ft.errors import RunError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES: Final = 10.0
 _TASKS_AHEAD: Final = 3
 """Tasks for each process that are handed out before the oldest result is taken."""
 
@@ -111,22 +115,15 @@ def _start(work: Callable[[Any], Any], num_processes: int) -> ProcessPoolExecuto
 
 
 def _submit(pool: ProcessPoolExecutor, task: Any) -> "Future[Any]":
+    # The standard library's processes would otherwise run the user's script.
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
     try:
-        with _main_kept_out():
-            return pool.submit(_do, task)
+        return pool.submit(_do, task)
     except BrokenProcessPool as error:
         failed: Future[Any] = Future()
         failed.set_exception(error)
         return failed
-
-
-@contextmanager
-def _main_kept_out() -> Generator[None]:
-    """Start processes that do not run the user's script, as those of the standard library otherwise do."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
     finally:
         sys.modules["__main__"] = main
 
@@ -137,16 +134,64 @@ def _begin(work: Callable[[Any], Any]) -> None:
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends its processes
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each has one core
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
-
-
-def _end_with_the_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
+
+    def end_with_the_parent() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
 
 
 def _do(task: Any) -> Any:
     assert _work is not None
     return None if task is None else _work(task)
+
+
+class Progress:
+    """How far long work is: a bar on a terminal, a line every few seconds in a log; use it as a context.
+
+    Args:
+        what: What is done with what, such as "Tokenising data.json".
+        total: How many there are.
+        unit: What they are, in the plural.
+    """
+
+    def __init__(self, what: str, total: int, unit: str):
+        self._what = what
+        self._total = total
+        self._unit = unit
+        self._done = 0
+        self._start = self._last_line = time.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> "Progress":
+        if sys.stderr.isatty() and logger.isEnabledFor(logging.INFO):
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self._total, desc=self._what, unit=f" {self._unit}", mininterval=0.5, leave=False)
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def advance(self, count: int) -> None:
+        """Count `count` more."""
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            logger.info("%s: %d of %d %s, %.0f a second.", self._what, self._done, self._total, self._unit, self.rate)
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return time.monotonic() - self._start
+
+    @property
+    def rate(self) -> float:
+        """Done in a second, on average."""
+        return self._done / max(self.seconds, 1e-6)

@@ -129,7 +129,7 @@ class TestSecondStart:
         def refuse(*args):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(image_facts.pa, "OSFile", refuse)
+        monkeypatch.setattr(image_facts.Path, "replace", refuse)
         assert start().report.num_usable == 3
         assert "could not be kept" in caplog.text
 

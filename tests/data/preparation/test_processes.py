@@ -12,8 +12,7 @@ import pytest
 
 from llava_ft.data.preparation import build_once
 from llava_ft.data.preparation.build_once import NotUsableError, open_or_build
-from llava_ft.data.preparation.processes import num_cores, run_tasks
-from llava_ft.data.preparation.progress import Progress
+from llava_ft.data.preparation.processes import Progress, num_cores, run_tasks
 from llava_ft.errors import BadSampleError, RunError
 
 
@@ -132,7 +131,7 @@ class TestOpenOrBuild:
 
 class TestProgress:
     def test_lines_say_how_fast(self, caplog, monkeypatch):
-        monkeypatch.setattr("llava_ft.data.preparation.progress._SECONDS_BETWEEN_LINES", 0.0)
+        monkeypatch.setattr("llava_ft.data.preparation.processes._SECONDS_BETWEEN_LINES", 0.0)
         caplog.set_level(logging.INFO)
         with Progress("Tokenising a.json", 40, "records") as progress:
             progress.advance(10)
