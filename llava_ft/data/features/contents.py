@@ -22,7 +22,7 @@ from llava_ft.data.features.store import DIGEST, digest_of
 from llava_ft.data.features.tensor_files import DamagedShardError, list_shards, read_shard, write_shard
 from llava_ft.data.image_files import ImagePlace
 from llava_ft.data.image_reader import ImageReader, ImageRef
-from llava_ft.data.preparation.progress import Progress
+from llava_ft.data.preparation.processes import Progress
 from llava_ft.data.records import parse_embedded
 from llava_ft.errors import ImageError, RunError
 
