@@ -34,15 +34,9 @@ def run_check_data(
     html: Path | None = None,
     as_json: bool = False,
 ) -> bool:
-    """Check the data of a run and write what was found.
+    """Check the data of a run and write what was found, as text or JSON.
 
-    Args:
-        args: The run's flags.
-        plan: How the run reads its data.
-        output: Where the report goes.
-        fix: Where the records that can be used are written.
-        html: Where the report is written as a page.
-        as_json: Whether the report is JSON instead of text to read.
+    `html` gets the report as a page as well, and `fix` the records that can be used.
 
     Returns:
         Whether nothing was found that would stop or spoil the run.

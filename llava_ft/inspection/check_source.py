@@ -82,19 +82,12 @@ class DecodedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageTable:
-    """The distinct images of a source.
+    """The distinct images of a source."""
 
-    Attributes:
-        names: As the records name them.
-        decoded: What decoding each has shown.
-        numbers: The images of all records in a row, by position in `names`.
-        ends: Where the images of each record start and end in `numbers`, one more than there are records.
-    """
-
-    names: list[str]
+    names: list[str]  # as the records name them
     decoded: list[DecodedImage]
-    numbers: Sequence[int]
-    ends: Sequence[int]
+    numbers: Sequence[int]  # the images of all records in a row, by position in `names`
+    ends: Sequence[int]  # where those of each record start and end in `numbers`; one more than there are records
 
     def of_record(self, index: int) -> Sequence[int]:
         """Give the positions in `names` of the images of a record."""
@@ -113,23 +106,16 @@ class ImageTable:
 class SourceCheck:
     """What was found in one source.
 
-    Attributes:
-        source: The source.
-        rows: Its tokenised records.
-        columns: What is measured of each usable record: its `index`; `tokens` with those of images, those `supervised`,
-            `answers` and `images`; and `kept_` of each, what truncation leaves.
-        errors: The records that a run cannot use, by kind.
-        dropped: The records that `truncation drop` leaves out.
-        remarks: What else is worth saying, by kind.
-        images: Its images.
+    `columns` are numbers about each usable record: its `index`; `tokens` with those of images, those `supervised`,
+    `answers` and `images`; and `kept_` of each, what truncation leaves.
     """
 
     source: RecordSource
     rows: TokenizedRows
     columns: dict[str, Array]
-    errors: dict[str, Tally]
-    dropped: Tally
-    remarks: dict[str, Tally]
+    errors: dict[str, Tally]  # the records that a run cannot use, by kind
+    dropped: Tally  # those that `truncation drop` leaves out
+    remarks: dict[str, Tally]  # what else is worth saying, by kind
     images: ImageTable
 
     def unusable(self) -> dict[int, str]:
@@ -207,12 +193,7 @@ def read_in_parts(work: Callable[[tuple[int, int]], Result], source: RecordSourc
 def scan_records(
     source: RecordSource, stop: str, part: tuple[int, int]
 ) -> list[tuple[int, int, tuple[str, ...], list[Remark]]]:
-    """Read a range of records, without a tokenizer.
-
-    Args:
-        source: Has the records.
-        stop: The marker that ends answers.
-        part: The first record, and the one after the last.
+    """Read a range of records, without a tokenizer; `stop` is the marker that ends answers.
 
     Returns:
         For each record a hash of all its text and one of its id, 0 if it has none or cannot be parsed; its images; and

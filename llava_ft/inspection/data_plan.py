@@ -24,20 +24,12 @@ _UNKNOWN_MODEL: Final[dict[str, Any]] = {"model_type": "llama"}
 
 @dataclass(frozen=True)
 class DataPlan:
-    """How a run reads its data.
-
-    Attributes:
-        tokenize: Makes ids and labels of a record.
-        limits: How long a record may be, and how many tokens an image has.
-        checks: What the run finds out about images before it trains.
-        image_folder: Folder of images, for sources without one of their own.
-        preparation: Where prepared records are kept, and how many processes work.
-    """
+    """How a run reads its data."""
 
     tokenize: SampleTokenizer
     limits: Limits
-    checks: ImageChecks
-    image_folder: str | None = None
+    checks: ImageChecks  # what the run finds out about images before it trains
+    image_folder: str | None = None  # for sources without one of their own
     preparation: PreparationSettings = field(default_factory=PreparationSettings)
 
     def place_of(self, source: RecordSource) -> ImagePlace:
@@ -53,9 +45,8 @@ class DataPlan:
 def find_data_plan(args: "ParsedArgs", num_processes: int | None = None) -> DataPlan:
     """Settle how a run reads its data - tokenizer, template, geometry - from small files alone.
 
-    Args:
-        args: The request; a directory with a tokenizer is enough of a model.
-        num_processes: Processes that read, tokenise and decode; None leaves it to the request.
+    A directory with a tokenizer is enough of a model. `num_processes` read, tokenise and decode; None leaves their
+    number to the request.
 
     Raises:
         UserError: A file is missing or damaged, or the request contradicts it.

@@ -23,10 +23,10 @@ from llava_ft.inspection.data_plan import DataPlan
 from llava_ft.inspection.pages import render_page, write_page
 from llava_ft.terminal import has_color, visible
 
-RECORDS_ON_A_PAGE: Final = 100
-"""Records that a page shows if nothing says how many."""
+_RECORDS_ON_A_PAGE: Final = 100
+"""Records of a source that a page shows if nothing says how many."""
 
-IMAGES_OF_A_RECORD: Final = 8
+_IMAGES_OF_A_RECORD: Final = 8
 """Images of a record that a page shows."""
 
 _TARGET_COLOR: Final = ("\x1b[32m", "\x1b[0m")  # green
@@ -37,30 +37,18 @@ _CUT_MARKS: Final = ("{-", "-}")  # around text that is cut off
 
 @dataclass
 class RecordView:
-    """One record as the model will see it; the keys of the JSON output in `docs/masks.md`.
-
-    Attributes:
-        source: Name of its source.
-        index: Position of the record in its source, counted from 0.
-        id: The record's own id, "" when it has none.
-        input_ids: Before expansion and truncation: one `IMAGE_TOKEN_INDEX` per image. Empty if unusable.
-        labels: As long as `input_ids`; `IGNORE_INDEX` where nothing is supervised.
-        num_images: Images of the record; 0 if unusable.
-        num_image_tokens: Positions that all images together take. None if there are images and no vision
-            tower is known, or their sizes matter and they cannot be opened.
-        num_kept: How many of `input_ids` `model_max_length` leaves; all where that is not known.
-        images: The images as the record names them; those whose content is in the source as `embedded:...`.
-        error: Why the record cannot be used, else None.
-    """
+    """One record as the model will see it; `docs/masks.md` describes the keys of the JSON output."""
 
     source: str
-    index: int
+    index: int  # in its source, from 0
     id: str = ""
+    # Before expansion and truncation: one `IMAGE_TOKEN_INDEX` for each image. Empty if unusable.
     input_ids: list[int] = field(default_factory=list[int])
     labels: list[int] = field(default_factory=list[int])
     num_images: int = 0
+    # None if there are images and no vision tower is known, or their sizes matter and they cannot be opened.
     num_image_tokens: int | None = 0
-    num_kept: int = 0
+    num_kept: int = 0  # of `input_ids`, what `model_max_length` leaves; all where that is not known
     images: list[str] = field(default_factory=list[str])
     error: str | None = None
 
@@ -135,23 +123,6 @@ class Selection:
     indices: tuple[int, ...] = ()
     ids: tuple[str, ...] = ()
 
-    def of(self, source: RecordSource) -> Iterator[tuple[int, object]]:
-        """Give the positions and raw records that may be shown; ids are not looked at.
-
-        Raises:
-            UserError: There is no record at one of the positions.
-        """
-        if not self.indices:
-            yield from enumerate(source.read(0, len(source)))
-            return
-        for index in self.indices:
-            if not 0 <= index < len(source):
-                raise UserError(
-                    f"There is no record {index} in {source.name}, which has {len(source)}. Allowed is 0 to "
-                    f"{len(source) - 1}."
-                )
-            yield index, next(iter(source.read(index, index + 1)))
-
 
 ALL_RECORDS: Final = Selection()
 
@@ -165,15 +136,7 @@ def run_inspect_data(
     html: Path | None = None,
     selection: Selection = ALL_RECORDS,
 ) -> bool:
-    """Write records of a run's data as the model will see them.
-
-    Args:
-        data_path: Of the run.
-        plan: How the run reads its data.
-        output: Where to.
-        as_json: Whether to write one JSON object a line instead of text to read.
-        html: Write a page to this file instead; without a selection, of the first `RECORDS_ON_A_PAGE` records.
-        selection: Which records of each source.
+    """Write records of a run's data as the model will see them: as text, as one JSON object a line, or as a page.
 
     Returns:
         Whether every record shown can be used.
@@ -183,7 +146,7 @@ def run_inspect_data(
     """
     data = DataSources.open(data_path, plan.preparation.directory)
     if html is not None and selection == ALL_RECORDS:
-        selection = Selection(limit=RECORDS_ON_A_PAGE)
+        selection = Selection(limit=_RECORDS_ON_A_PAGE)
     summary = InspectionSummary()
     tokenizer = plan.tokenize.tokenizer
     views = (
@@ -192,7 +155,15 @@ def run_inspect_data(
         for view in view_records(source, plan, summary, selection, prompt_prefix=prefix)
     )
     if html is not None:
-        write_page(html, records_page(views, tokenizer, f"Records of {data.path}", summary))
+        page = render_page(
+            "records.html",
+            title=f"Records of {data.path}",
+            views=views,
+            summary=summary,  # complete when all views have been taken, which is before the page shows it
+            decode_parts=lambda view: decode_parts(view, tokenizer),
+            max_images=_IMAGES_OF_A_RECORD,
+        )
+        write_page(html, page)
         output.write(f"{html} shows {summary.num_records} of {sum(map(len, data.sources))} records.\n")
     elif as_json:
         for view, _ in views:
@@ -220,9 +191,21 @@ def view_records(
     """Show selected records of a source as the model will see them, in order; `summary` counts what is seen.
 
     `prompt_prefix` is what the run puts before the first question of each record.
+
+    Raises:
+        UserError: There is no record at one of the positions.
     """
+    for index in selection.indices:
+        if not 0 <= index < len(source):
+            raise UserError(
+                f"There is no record {index} in {source.name}, which has {len(source)}. Allowed is 0 to "
+                f"{len(source) - 1}."
+            )
+    ranges = [(index, index + 1) for index in selection.indices] or [(0, len(source))]
+    numbered = (pair for start, end in ranges for pair in enumerate(source.read(start, end), start))
+    geometry, place = plan.limits.geometry, plan.place_of(source)
     num_shown = 0
-    for index, record in selection.of(source):
+    for index, record in numbered:
         if num_shown == selection.limit:
             return
         view = RecordView(source.name, index)
@@ -230,7 +213,15 @@ def view_records(
             sample = with_prompt_prefix(parse_record(record, index), prompt_prefix)
             if selection.ids and sample.id not in selection.ids:
                 continue
-            _look(sample, plan, plan.place_of(source), view)
+            tokens = plan.tokenize(sample)
+            sizes = [_look_at(image, sample, plan, place) for image in sample.images]
+            num_kept, num_image_tokens = len(tokens.input_ids), None
+            if not sizes or (geometry is not None and not (geometry.needs_image_sizes and None in sizes)):
+                layout = plan.layout(sample, tokens, sizes)
+                num_kept, num_image_tokens = layout.judge(plan.limits).ids, sum(width for _, width in layout.images)
+            view.id, view.images = sample.id, list(sample.images)
+            view.input_ids, view.labels = tokens.input_ids, tokens.labels
+            view.num_images, view.num_image_tokens, view.num_kept = tokens.num_images, num_image_tokens, num_kept
         except BadSampleError as error:
             if selection.ids and error.sample_id not in selection.ids:
                 continue
@@ -240,28 +231,14 @@ def view_records(
         yield view
 
 
-def _look(sample: Sample, plan: DataPlan, place: ImagePlace, view: RecordView) -> None:
-    """Fill in what the model sees of a record.
-
-    Raises:
-        BadSampleError: A run would not train on it.
-    """
-    tokens = plan.tokenize(sample)
-    sizes: list[SizeWH | None] = []
-    for image in sample.images:
-        try:  # without a folder there is nothing to open
-            is_known = place.folder is not None or not is_relative(image)
-            sizes.append(look_at_image(image, place, plan.checks) if is_known else None)
-        except ImageError as error:
-            raise BadSampleError(sample.index, sample.id, error.kind, str(error)) from None
-    geometry = plan.limits.geometry
-    num_kept, num_image_tokens = len(tokens.input_ids), None
-    if not sizes or (geometry is not None and not (geometry.needs_image_sizes and None in sizes)):
-        layout = plan.layout(sample, tokens, sizes)
-        num_kept, num_image_tokens = layout.judge(plan.limits).ids, sum(width for _, width in layout.images)
-    view.id, view.images = sample.id, list(sample.images)
-    view.input_ids, view.labels = tokens.input_ids, tokens.labels
-    view.num_images, view.num_image_tokens, view.num_kept = tokens.num_images, num_image_tokens, num_kept
+def _look_at(image: str, sample: Sample, plan: DataPlan, place: ImagePlace) -> SizeWH | None:
+    """Check an image of a record as the run does; without a folder there is nothing to open."""
+    if place.folder is None and is_relative(image):
+        return None
+    try:
+        return look_at_image(image, place, plan.checks)
+    except ImageError as error:
+        raise BadSampleError(sample.index, sample.id, error.kind, str(error)) from None
 
 
 def render_record(view: RecordView, tokenizer: PreTrainedTokenizerBase, *, color: bool) -> str:
@@ -274,45 +251,17 @@ def render_record(view: RecordView, tokenizer: PreTrainedTokenizerBase, *, color
         return f"{view.title} cannot be used: {visible(view.error)}"
     target, cut = (_TARGET_COLOR, _CUT_COLOR) if color else (_TARGET_MARKS, _CUT_MARKS)
     text = ""
-    for part in decode_parts(view, tokenizer):
-        before, after = cut if part.is_cut else target if part.is_target else ("", "")
-        text += f"{before}{visible(part.text)}{after}"
+    for part, is_target, is_cut in decode_parts(view, tokenizer):
+        before, after = cut if is_cut else target if is_target else ("", "")
+        text += f"{before}{visible(part)}{after}"
     return f"{view.title}: {view.describe()}\n{text}"
 
 
-def records_page(
-    views: Iterator[tuple[RecordView, ImagePlace]],
-    tokenizer: PreTrainedTokenizerBase,
-    title: str,
-    summary: InspectionSummary,
-) -> Iterator[str]:
-    """Write records, each with where its images are, as a page, piece by piece.
+def decode_parts(view: RecordView, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, bool, bool]]:
+    """Give the text of a usable record stretch by stretch, `<image>` for an image.
 
-    `summary` is complete when they have all been taken, which is before the page shows it.
-    """
-    return render_page(
-        "records.html",
-        title=title,
-        views=views,
-        summary=summary,
-        decode_parts=lambda view: decode_parts(view, tokenizer),
-        max_images=IMAGES_OF_A_RECORD,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A stretch of a record's text, `<image>` for an image: whether it is supervised, and whether it is cut off."""
-
-    text: str
-    is_target: bool
-    is_cut: bool
-
-
-def decode_parts(view: RecordView, tokenizer: PreTrainedTokenizerBase) -> Iterator[Part]:
-    """Give the text of a usable record stretch by stretch.
-
-    A tokenizer may drop a blank where a text begins, so each stretch is what it adds to the text before it.
+    With each goes whether it is supervised, and whether it is cut off. A tokenizer may drop a blank where a text
+    begins, so each stretch is what it adds to the text before it.
     """
     kinds = (
         (token == IMAGE_TOKEN_INDEX, label != IGNORE_INDEX, position >= view.num_kept)
@@ -325,11 +274,11 @@ def decode_parts(view: RecordView, tokenizer: PreTrainedTokenizerBase) -> Iterat
     ):
         ids = [token for _, token in group]
         if is_image:
-            yield Part(IMAGE_TOKEN * len(ids), False, is_cut)
+            yield IMAGE_TOKEN * len(ids), False, is_cut
             so_far, shown = [], ""
             continue
         so_far += ids
         text = tokenizer.decode(so_far, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
-        yield Part(text[len(shown) :], is_target, is_cut)
+        yield text[len(shown) :], is_target, is_cut
         shown = text

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from llava_ft.cli import main
 from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ft.conversation import get_template
 from llava_ft.data.preparation.image_facts import ImageChecks
+from llava_ft.data.preparation.prepare import PreparationSettings
 from llava_ft.data.preparation.truncation import Limits
 from llava_ft.data.sources.open import open_source
 from llava_ft.data.tokenize import SampleTokenizer
@@ -24,8 +26,8 @@ from llava_ft.inspection.records import (
     ALL_RECORDS,
     InspectionSummary,
     Selection,
-    records_page,
     render_record,
+    run_inspect_data,
     view_records,
 )
 from llava_ft.terminal import has_color
@@ -289,13 +291,14 @@ class TestRendering:
 
 class TestPage:
     @pytest.fixture
-    def page(self, tokenize, tokenizer, tmp_path):
+    def page(self, tokenize, tmp_path, monkeypatch):
         def make(records, **options):
-            path = tmp_path / "records.json"
+            path, page = tmp_path / "a <title>.json", tmp_path / "page.html"
             path.write_text(json.dumps(records))
-            plan, source, summary = make_plan(tokenize, **options), opened(path, tmp_path), InspectionSummary()
-            views = ((view, plan.place_of(source)) for view in view_records(source, plan, summary))
-            return "".join(records_page(views, tokenizer, "A <title>", summary))
+            monkeypatch.chdir(tmp_path)
+            plan = replace(make_plan(tokenize, **options), preparation=PreparationSettings(tmp_path / "cache"))
+            run_inspect_data(path.name, plan, io.StringIO(), html=page)
+            return page.read_text()
 
         return make
 
@@ -305,7 +308,7 @@ class TestPage:
         assert "&lt;script&gt;alert(1)&lt;/script&gt;\\x1b" in html
         assert "<mark> &lt;b&gt;bold&lt;/b&gt;&lt;/s&gt;</mark>" in html
         assert "Record 0 (id &#39;&lt;i&gt;&#39;)" in html
-        assert "<title>A &lt;title&gt;</title>" in html
+        assert "<title>Records of a &lt;title&gt;.json</title>" in html
         assert "1 records, 1 usable" in html
 
     def test_nothing_is_loaded(self, page, tmp_path):
