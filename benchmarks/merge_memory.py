@@ -72,20 +72,17 @@ def write_base(directory: Path, layers: int, weights_format: str) -> None:
     for file in TINY.glob("tokenizer*"):
         shutil.copyfile(file, directory / file.name)
     generator = torch.Generator().manual_seed(1)
-    writer = ShardWriter(directory, max_shard_bytes=SOURCE_SHARD, weights_format=weights_format)
-
-    def add(name: str, *shape: int) -> None:
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    for layer in range(layers):
+        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in SHAPES.items()}
+        shapes[f"model.layers.{layer}.input_layernorm.weight"] = (HIDDEN,)
+        shapes[f"model.layers.{layer}.post_attention_layernorm.weight"] = (HIDDEN,)
+    shapes |= {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+    layout = {name: (shape, torch.bfloat16) for name, shape in shapes.items()}
+    writer = ShardWriter(directory, layout, max_shard_bytes=SOURCE_SHARD, weights_format=weights_format)
+    for name, shape in shapes.items():
         values = torch.empty(shape, dtype=torch.bfloat16).normal_(generator=generator)
         writer.add(name, values.mul_(0.02) if len(shape) > 1 else values.fill_(1.0))
-
-    add("model.embed_tokens.weight", VOCABULARY, HIDDEN)
-    for layer in range(layers):
-        for name, shape in SHAPES.items():
-            add(f"model.layers.{layer}.{name}.weight", *shape)
-        add(f"model.layers.{layer}.input_layernorm.weight", HIDDEN)
-        add(f"model.layers.{layer}.post_attention_layernorm.weight", HIDDEN)
-    add("model.norm.weight", HIDDEN)
-    add("lm_head.weight", VOCABULARY, HIDDEN)
     writer.finish()
 
 

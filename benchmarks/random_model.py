@@ -40,8 +40,10 @@ def write_model(
     directory.mkdir(parents=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(1)
-    writer = ShardWriter(directory, max_shard_bytes=10**9, weights_format="safetensors")
-    for name, parameter in build_skeleton(config).named_parameters():
+    parameters = dict(build_skeleton(config).named_parameters())
+    layout = {name: (tuple(parameter.shape), getattr(torch, dtype)) for name, parameter in parameters.items()}
+    writer = ShardWriter(directory, layout, max_shard_bytes=10**9)
+    for name, parameter in parameters.items():
         is_scale = name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "layrnorm.weight"))
         values = torch.randn(parameter.shape, generator=generator, device=device) * 0.02
         writer.add(name, (values + 1 if is_scale else values).to("cpu", getattr(torch, dtype)))

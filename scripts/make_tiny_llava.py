@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from llava_ft.checkpoint.save import ShardWriter, config_fields, write_json
+from llava_ft.checkpoint.save import config_fields, save_tensors, write_json
 from llava_ft.constants import IMAGE_TOKEN_INDEX
 from llava_ft.conversation import get_template
 from llava_ft.data.collator import PaddingCollator
@@ -353,10 +353,8 @@ def main() -> None:
     directory: Path = options.output
     directory.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, directory)
-    writer = ShardWriter(directory, max_shard_bytes=10**9, weights_format="safetensors")
-    for name, parameter in model.named_parameters():
-        writer.add(name, parameter.detach().half())
-    writer.finish()
+    weights = {name: parameter.detach().half() for name, parameter in model.named_parameters()}
+    save_tensors(weights, directory / "model.safetensors")
     write_json(directory / "config.json", config_fields(model.config, torch.float16))
     processor = {"image_processor_type": "CLIPImageProcessor", **settings.to_dict()}
     write_json(directory / "preprocessor_config.json", processor)

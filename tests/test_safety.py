@@ -20,7 +20,7 @@ import torch
 from llava_ft.checkpoint.base_and_adapters import quantization_in_training
 from llava_ft.checkpoint.manifest import check_pairing, what_is_incomplete
 from llava_ft.checkpoint.weights import WeightFiles
-from llava_ft.checkpoint.zero.consolidate import ConsolidateOptions, consolidate
+from llava_ft.checkpoint.zero.consolidate import consolidate
 from llava_ft.checkpoint.zero.files import find_step_directory
 from llava_ft.cli import main
 from llava_ft.data.sources.mixture import open_mixture
@@ -199,7 +199,7 @@ def test_deepspeed_s_files_are_not_run(tmp_path: Path, spoil: Any, stage: int, k
     file = sorted(directory.glob(f"*rank_0*{kind}.pt" if kind == "optim_states" or stage == 3 else f"*{kind}.pt"))[0]
     spoil(file)
     with pytest.raises(CheckpointError, match=r"names posix\.mkdir"):
-        consolidate(ConsolidateOptions(directory, output=tmp_path / "out"))
+        consolidate(directory, output=tmp_path / "out")
 
 
 READERS = {

@@ -33,8 +33,9 @@ from llava_ft.errors import CheckpointError, UserError
 from llava_ft.models.builder import is_llava_config
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-_TOKENIZER_CONFIG = "tokenizer_config.json"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
+_TOKENIZER_FILES = (
+    "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
 _OTHER_FILES = (PREPROCESSOR_CONFIG, RUN_CONFIG, TRAINABLE_TABLE, "generation_config.json")
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -46,12 +47,12 @@ class RunSettings:
     """What was found; a file that is not there gives an empty mapping."""
 
     places: tuple[Path, ...]  # directories of the run, the checkpoint first
-    flags: Mapping[str, Any]  # from `--config` or the run's `run_config.yaml`
-    has_flags: bool  # so that one that is absent had its default
+    flags_file: Path | None  # that of the user, or the run's `run_config.yaml`
+    flags: Mapping[str, Any]
+    adapter_file: Path | None
     adapter_config: Mapping[str, Any]
     config: Mapping[str, Any]
     manifest: Manifest | None
-    sources: tuple[str, ...]  # where each of these was found, for the report
 
     def copy_files(self, target: Path, *, tokenizer_from: Path | None = None) -> None:
         """Copy tokenizer, image settings and records of the run, each from the first place that has it.
@@ -59,14 +60,11 @@ class RunSettings:
         If the run left no tokenizer, it is taken from `tokenizer_from`.
         """
         extra = (tokenizer_from,) if tokenizer_from is not None else ()
-        home = _first((*self.places, *extra), _TOKENIZER_CONFIG)
-        if home is not None:
-            for name in (_TOKENIZER_CONFIG, *_TOKENIZER_FILES):
-                if (home.parent / name).is_file():
-                    shutil.copyfile(home.parent / name, target / name)
-        for name in _OTHER_FILES:
-            if (found := _first(self.places, name)) is not None:
-                shutil.copyfile(found, target / name)
+        home = _first((*self.places, *extra), _TOKENIZER_FILES[0])
+        found = [] if home is None else [home.parent / name for name in _TOKENIZER_FILES]
+        for file in (*found, *(_first(self.places, name) for name in _OTHER_FILES)):
+            if file is not None and file.is_file():
+                shutil.copyfile(file, target / file.name)
 
 
 def find_settings(checkpoint: Path, step_directory: Path, config_file: Path | None) -> RunSettings:
@@ -85,14 +83,30 @@ def find_settings(checkpoint: Path, step_directory: Path, config_file: Path | No
         places += (place, *others)
     adapter, config, manifest = (_first(places, name) for name in (ADAPTER_CONFIG, CONFIG, MANIFEST))
     flags_file = config_file or _first(places, RUN_CONFIG)
+    flags: dict[Any, Any] = {}
+    if flags_file is not None:
+        try:
+            content = yaml.safe_load(flags_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(
+                f"The configuration {flags_file} cannot be read: {error}. Give the run's YAML file."
+            ) from None
+        if not isinstance(content, dict):
+            raise UserError(
+                f"{flags_file} is no configuration: it holds no `key: value` lines. Give the run's YAML file."
+            )
+        flags = cast("dict[Any, Any]", content)
     return RunSettings(
         places=places,
-        flags=_read_flags(flags_file) if flags_file is not None else {},
-        has_flags=flags_file is not None,
+        flags_file=flags_file,
+        flags={  # values written as text, such as "False", are converted
+            str(key).replace("-", "_"): yaml.safe_load(value) if isinstance(value, str) and value else value
+            for key, value in flags.items()
+        },
+        adapter_file=adapter,
         adapter_config=read_json(adapter) if adapter is not None else {},
         config=read_json(config) if config is not None else {},
         manifest=read_manifest(manifest.parent) if manifest is not None else None,
-        sources=tuple(str(path) for path in (adapter, config, flags_file) if path is not None),
     )
 
 
@@ -101,10 +115,7 @@ def settle_adapter_config(
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the content of `adapter_config.json`: as it was found, or inferred.
 
-    `lora_alpha` is what the user gave; `base` is "" if unknown.
-
-    Returns:
-        The content, and what was inferred.
+    `lora_alpha` is what the user gave; `base` is "" if unknown. The second value says what was inferred.
 
     Raises:
         UserError: `lora_alpha` is known nowhere, or what was found contradicts the tensors.
@@ -116,12 +127,12 @@ def settle_adapter_config(
         patterns: dict[str, int] = fields.get("rank_pattern") or {}
         if not ranks <= {fields.get("r"), *patterns.values()}:
             raise CheckpointError(
-                f"{settings.sources[0]} describes an adapter of rank {fields.get('r')}, but the one in the shards has "
-                f"{listed}. It is of another run; move it away, and give --lora-alpha or --config instead."
+                f"{settings.adapter_file} describes an adapter of rank {fields.get('r')}, but the one in the shards "
+                f"has {listed}. It is of another run; move it away, and give --lora-alpha or --config instead."
             )
         if lora_alpha is not None and lora_alpha != fields.get("lora_alpha"):
             raise UserError(
-                f"--lora-alpha is {lora_alpha}, but {settings.sources[0]} says {fields.get('lora_alpha')}. Leave the "
+                f"--lora-alpha is {lora_alpha}, but {settings.adapter_file} says {fields.get('lora_alpha')}. Leave the "
                 "flag out, or move the file away if it is of another run."
             )
         return fields | ({"base_model_name_or_path": base} if base else {}), []
@@ -134,7 +145,7 @@ def settle_adapter_config(
     flags = settings.flags
     if (told := flags.get("lora_r")) is not None and int(told) != rank:
         raise UserError(
-            f"lora_r is {told} in the configuration ({settings.sources[-1]}), but the adapter's rank is {rank}. It is "
+            f"lora_r is {told} in the configuration ({settings.flags_file}), but the adapter's rank is {rank}. It is "
             "the configuration of another run; give this one's with --config."
         )
     alpha = lora_alpha if lora_alpha is not None else flags.get("lora_alpha")
@@ -162,7 +173,7 @@ def settle_adapter_config(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base or None,
     )
-    told = "--lora-alpha" if lora_alpha is not None else settings.sources[-1]
+    told = "--lora-alpha" if lora_alpha is not None else settings.flags_file
     return adapter_config_fields(config), [
         f"{ADAPTER_CONFIG}: r {rank} and {len(modules)} target modules from the tensors, lora_alpha {alpha} from {told}"
     ]
@@ -172,7 +183,7 @@ def settle_model_config(settings: RunSettings, shapes: Shapes, base_config: Mapp
     """Return the content of `config.json`; empty if too little is known. `base_config` is empty if unknown."""
     if settings.config:
         return dict(settings.config)
-    if not settings.has_flags and not is_llava_config(base_config):
+    if settings.flags_file is None and not is_llava_config(base_config):
         return {}
     fields = {**base_config, "model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"]}
     for key, default in ORIGINAL_DEFAULTS.items():
@@ -196,18 +207,3 @@ def settle_model_config(settings: RunSettings, shapes: Shapes, base_config: Mapp
 
 def _first(places: Iterable[Path], name: str) -> Path | None:
     return next((place / name for place in places if (place / name).is_file()), None)
-
-
-def _read_flags(path: Path) -> dict[str, Any]:
-    """Read a flat YAML mapping of flags; values written as text, such as "False", are converted."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"The configuration {path} cannot be read: {error}. Give the run's YAML file.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is no configuration: it holds no `key: value` lines. Give the run's YAML file.")
-    flags = cast("dict[Any, Any]", content)
-    return {
-        str(key).replace("-", "_"): yaml.safe_load(value) if isinstance(value, str) and value else value
-        for key, value in flags.items()
-    }

@@ -6,9 +6,10 @@ written into a staging directory and then moved; the manifest comes last.
 """
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -34,10 +35,13 @@ from llava_ft.checkpoint.names import (
     is_language_model,
     native_name,
 )
+from llava_ft.checkpoint.weights import SAFETENSORS_DTYPES
 from llava_ft.errors import UserError
 from llava_ft.models.config import LlavaLlamaConfig
 
 WeightsFormat = Literal["bin", "safetensors", "both"]
+Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and type of each tensor of a model."""
 
 _PEFT_0_10_KEYS = frozenset((
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode",
@@ -130,54 +134,115 @@ def write_json(path: Path, content: Any) -> None:
 
 
 class ShardWriter:
-    """Writes a whole model as shards with an index, holding no more than one shard in memory.
+    """Writes a whole model as shards with an index; a model of one shard gets the plain file name.
+
+    A `.safetensors` file begins with a table of contents. Names, shapes and types are known beforehand, so the table is
+    written at once and each tensor put into its place: none is held in memory, and the files are, byte for byte, those
+    of the safetensors library. A `.bin` shard is held until it is complete.
 
     Args:
         directory: Where to.
+        layout: The tensors that will come, in whatever order.
         max_shard_bytes: A single larger tensor gets a shard of its own.
         weights_format: `safetensors` (`model-*.safetensors`) or `bin` (`pytorch_model-*.bin`).
     """
 
-    def __init__(self, directory: Path, *, max_shard_bytes: int, weights_format: Literal["bin", "safetensors"]):
-        self._directory = directory
-        self._max_shard_bytes = max_shard_bytes
-        self._stem, self._suffix = ("pytorch_model", ".bin") if weights_format == "bin" else ("model", ".safetensors")
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
-        self._total_bytes = 0
-        self._shards: list[list[str]] = []
+    def __init__(
+        self,
+        directory: Path,
+        layout: Layout,
+        *,
+        max_shard_bytes: int,
+        weights_format: Literal["bin", "safetensors"] = "safetensors",
+    ):
+        stem, suffix = ("pytorch_model", ".bin") if weights_format == "bin" else ("model", ".safetensors")
+        self._layout = layout
+        self._index = directory / f"{stem}{suffix}.index.json"
+        shards: list[list[str]] = [[]]
+        size = 0
+        for name in layout:
+            num_bytes = layout_bytes(layout, [name])
+            if shards[-1] and size + num_bytes > max_shard_bytes:
+                shards.append([])
+                size = 0
+            shards[-1].append(name)
+            size += num_bytes
+        self._file_of: dict[str, Path] = {}
+        self._missing: dict[Path, set[str]] = {}
+        self._held: dict[Path, dict[str, torch.Tensor]] = {}  # of .bin shards
+        self._headers: dict[Path, bytes] = {}  # of .safetensors shards that are still to be begun
+        self._offsets: dict[str, int] = {}
+        for number, names in enumerate(shards, 1):
+            file = directory / f"{stem}-{number:05d}-of-{len(shards):05d}{suffix}"
+            if len(shards) == 1:
+                file = directory / f"{stem}{suffix}"
+            self._file_of |= dict.fromkeys(names, file)
+            self._missing[file] = set(names)
+            if weights_format == "safetensors":
+                self._headers[file], offsets = _safetensors_header(layout, names)
+                self._offsets |= offsets
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Add a tensor, writing a shard if it is full."""
-        if self._pending and self._pending_bytes + tensor.nbytes > self._max_shard_bytes:
-            self._write_shard()
-        self._pending[name] = tensor
-        self._pending_bytes += tensor.nbytes
+        """Put a tensor into its place."""
+        assert (tuple(tensor.shape), tensor.dtype) == self._layout[name], name
+        file = self._file_of[name]
+        self._missing[file].remove(name)
+        if file.suffix == ".bin":
+            self._held.setdefault(file, {})[name] = tensor
+            if not self._missing[file]:
+                # PyTorch writes the name of a file into it; it is to be the same however many shards there are.
+                unnumbered = file.with_name(f".pytorch_model-{list(self._missing).index(file) + 1:05d}.bin")
+                save_tensors(self._held.pop(file), unnumbered)
+                os.replace(unnumbered, file)
+            return
+        if (header := self._headers.pop(file, None)) is not None:
+            file.write_bytes(header)
+        with file.open("r+b") as opened:
+            opened.seek(self._offsets[name])
+            opened.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def finish(self) -> None:
-        """Write what is left and the index; a model of one shard gets the plain file name."""
-        if self._pending:
-            self._write_shard()
-        if len(self._shards) == 1:
-            os.replace(self._unnumbered(0), self._directory / f"{self._stem}{self._suffix}")
-            return
-        weight_map: dict[str, str] = {}
-        for index, names in enumerate(self._shards):
-            shard = f"{self._stem}-{index + 1:05d}-of-{len(self._shards):05d}{self._suffix}"
-            os.replace(self._unnumbered(index), self._directory / shard)
-            weight_map.update(dict.fromkeys(names, shard))
-        content = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(self._directory / f"{self._stem}{self._suffix}.index.json", content)
+        """Write the index."""
+        missing = sorted(name for names in self._missing.values() for name in names)
+        assert not missing, missing[:3]
+        if len(self._missing) > 1:
+            weight_map = {name: self._file_of[name].name for name in sorted(self._layout)}
+            write_json(self._index, {"metadata": {"total_size": layout_bytes(self._layout)}, "weight_map": weight_map})
 
-    def _unnumbered(self, index: int) -> Path:
-        return self._directory / f".{self._stem}-{index + 1:05d}{self._suffix}"
 
-    def _write_shard(self) -> None:
-        path = self._unnumbered(len(self._shards))
-        save_tensors(self._pending, path)
-        self._shards.append(list(self._pending))
-        self._total_bytes += self._pending_bytes
-        self._pending, self._pending_bytes = {}, 0
+def _safetensors_header(layout: Layout, names: Sequence[str]) -> tuple[bytes, dict[str, int]]:
+    """Return the table of contents of a file, and where in the file each tensor begins."""
+    types = {dtype: (place, key) for place, (key, dtype) in enumerate(SAFETENSORS_DTYPES.items())}
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offsets: dict[str, int] = {}
+    end = 0
+    for name in sorted(names, key=lambda name: (types[layout[name][1]][0], name)):
+        shape, dtype = layout[name]
+        offsets[name], end = end, end + layout_bytes(layout, [name])
+        table[name] = {"dtype": types[dtype][1], "shape": list(shape), "data_offsets": [offsets[name], end]}
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # values are aligned to 8 bytes
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + offset for name, offset in offsets.items()}
+
+
+def layout_bytes(layout: Layout, names: Iterable[str] | None = None) -> int:
+    """Size in bytes of all tensors of a layout, or of some."""
+    return sum(math.prod(layout[name][0]) * layout[name][1].itemsize for name in (layout if names is None else names))
+
+
+def check_space(directory: Path, num_bytes: int) -> None:
+    """Refuse to write more bytes into a staging directory than the disk has room for, before any weight is read.
+
+    Raises:
+        UserError: There is less room.
+    """
+    free = shutil.disk_usage(directory).free
+    if num_bytes > free:
+        raise UserError(
+            f"The model takes {num_bytes / 1e9:.3g} GB, but only {free / 1e9:.3g} GB are free in {directory.parent}. "
+            "Free some space, or give another place for the result."
+        )
 
 
 def config_fields(config: LlavaLlamaConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -31,19 +31,20 @@ _BYTES_PER_MAPPING = 128 * 2**20
 _MOST_JSON_BYTES = 100 * 10**6
 _MOST_NAMES_OF_A_VALUE = 4
 SAFETENSORS_DTYPES = {
+    "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
+    "I32": torch.int32,
     "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I16": torch.int16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""The library's names of types, in the order in which it lays tensors in a file."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ logger = logging.getLogger(__name__)
 def consolidate(argv: Sequence[str]) -> int:
     """Turn DeepSpeed's shards into an adapter, a projector or a model."""
     parser = Parser("llava-ft consolidate", "Get the weights out of DeepSpeed's files, on a CPU, without DeepSpeed.")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint-N, or the global_stepN in it")
-    parser.add_argument("--output", help="where the result is written; CHECKPOINT-consolidated when absent")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint-N, or the global_stepN in it")
+    parser.add_argument("--output", type=Path, help="where the result is written; CHECKPOINT-consolidated when absent")
     parser.add_argument("--tag", help="which global_stepN; when absent the one that the file `latest` names")
     parser.add_argument("--model-base", help="the base model, where the run's files do not name it or it has moved")
     parser.add_argument("--config", help="the YAML file the run was started with, where the run left none")
@@ -34,25 +34,23 @@ def consolidate(argv: Sequence[str]) -> int:
 
     from llava_ft.args.sources import find_config
     from llava_ft.checkpoint.save import shard_bytes
-    from llava_ft.checkpoint.zero.consolidate import ConsolidateOptions, next_commands
     from llava_ft.checkpoint.zero.consolidate import consolidate as write_weights
+    from llava_ft.checkpoint.zero.consolidate import next_commands
 
     config = None if options.config is None else Path(find_config(options.config) or options.config)
     if config is not None and not config.is_file():
         raise UserError(f"--config {config} does not exist. Give the YAML file the run was started with.")
     result = write_weights(
-        ConsolidateOptions(
-            checkpoint=Path(options.checkpoint),
-            output=None if options.output is None else Path(options.output),
-            tag=options.tag,
-            model_base=options.model_base,
-            config_file=config,
-            lora_alpha=options.lora_alpha,
-            weights_format=options.format,
-            dtype=getattr(torch, options.dtype),
-            max_shard_bytes=shard_bytes(options.max_shard_size),
-            from_model_states=options.from_model_states,
-        )
+        options.checkpoint,
+        options.output,
+        tag=options.tag,
+        model_base=options.model_base,
+        config_file=config,
+        lora_alpha=options.lora_alpha,
+        weights_format=options.format,
+        dtype=getattr(torch, options.dtype),
+        max_shard_bytes=shard_bytes(options.max_shard_size),
+        from_model_states=options.from_model_states,
     )
     for note in result.notes:
         logger.info("%s", note)

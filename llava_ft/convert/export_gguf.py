@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from llava_ft.checkpoint.full_model import FullModel
-from llava_ft.checkpoint.shard_files import check_space
+from llava_ft.checkpoint.save import check_space
 from llava_ft.checkpoint.weights import TensorInfo, WeightFiles
 from llava_ft.conversation import TemplateStyle, get_template
 from llava_ft.convert.chat_template import chat_template

@@ -24,8 +24,7 @@ from llava_ft.checkpoint.hf.config import hf_fields
 from llava_ft.checkpoint.hf.names import hub_name
 from llava_ft.checkpoint.load import fit_rows
 from llava_ft.checkpoint.names import CONFIG, EMBEDDINGS, GENERATION_CONFIG, HEAD, PREPROCESSOR_CONFIG, is_vision
-from llava_ft.checkpoint.save import write_json
-from llava_ft.checkpoint.shard_files import Layout, ShardFiles, check_space, layout_bytes
+from llava_ft.checkpoint.save import Layout, ShardWriter, check_space, layout_bytes, write_json
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.constants import IMAGE_TOKEN
 from llava_ft.conversation import TemplateStyle, get_template
@@ -73,7 +72,7 @@ def export_hf(whole: FullModel, target: Path, options: ExportOptions, report: Co
         for name, (shape, dtype) in whole.layout(options.dtype, with_tower=True).items()
     }
     check_space(target, layout_bytes(layout))
-    writer = ShardFiles(target, layout, max_shard_bytes=options.max_shard_bytes)
+    writer = ShardWriter(target, layout, max_shard_bytes=options.max_shard_bytes)
     for piece in whole.stream(options.dtype, with_tower=True):
         value = piece.value
         if piece.name in (EMBEDDINGS, HEAD):

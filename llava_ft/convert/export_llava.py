@@ -23,8 +23,7 @@ from llava_ft.checkpoint.names import (
     is_vision,
     native_name,
 )
-from llava_ft.checkpoint.save import config_fields, save_tensors, write_json
-from llava_ft.checkpoint.shard_files import ShardFiles, check_space, layout_bytes
+from llava_ft.checkpoint.save import ShardWriter, check_space, config_fields, layout_bytes, save_tensors, write_json
 from llava_ft.checkpoint.weights import TensorInfo, WeightFiles, read_json
 from llava_ft.convert.native_record import (
     NATIVE_FOLDER,
@@ -72,7 +71,7 @@ def export_llava(whole: FullModel, target: Path, options: ExportOptions, report:
     if record is not None and _is_as_recorded(whole, options, record, set(layout), num_rows):
         _write_recorded_files(whole, target, record, report)
     else:
-        writer = ShardFiles(target, layout, max_shard_bytes=options.max_shard_bytes)
+        writer = ShardWriter(target, layout, max_shard_bytes=options.max_shard_bytes)
         for piece in whole.stream(options.dtype, with_tower=True):
             if piece.name in layout:
                 report.count(piece)

@@ -23,8 +23,7 @@ from llava_ft.checkpoint.directory import ModelDirectory, identify, resolve_mode
 from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.checkpoint.names import CONFIG, GENERATION_CONFIG, RUN_CONFIG
 from llava_ft.checkpoint.overrides import Force, collect_ignored, force_from_flags
-from llava_ft.checkpoint.save import ShardWriter, config_fields, write_json
-from llava_ft.checkpoint.shard_files import ShardFiles, check_space, layout_bytes
+from llava_ft.checkpoint.save import ShardWriter, check_space, config_fields, layout_bytes, write_json
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.convert.options import MergeOptions, common_options
 from llava_ft.convert.proof import ConversionReport, check_target, prove_tensors, proven_directory
@@ -223,10 +222,8 @@ def _named(shares: Shares) -> str:
 def _write_merged(staging: Path, full: FullModel, report: ConversionReport, options: MergeOptions) -> None:
     layout = full.layout(options.dtype, with_tower=options.save_vision_tower)
     check_space(staging, layout_bytes(layout))
-    writer = (
-        ShardFiles(staging, layout, max_shard_bytes=options.max_shard_bytes)
-        if options.weights_format == "safetensors"
-        else ShardWriter(staging, max_shard_bytes=options.max_shard_bytes, weights_format="bin")
+    writer = ShardWriter(
+        staging, layout, max_shard_bytes=options.max_shard_bytes, weights_format=options.weights_format
     )
     for piece in full.stream(options.dtype, with_tower=options.save_vision_tower):
         report.count(piece)

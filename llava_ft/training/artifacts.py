@@ -35,6 +35,7 @@ from llava_ft.checkpoint.names import (
     is_vision,
     native_name,
 )
+from llava_ft.checkpoint.restore import whole_shape
 from llava_ft.checkpoint.save import (
     ShardWriter,
     WeightsFormat,
@@ -52,7 +53,7 @@ from llava_ft.data.sources.mixture import MixtureEntry, open_mixture
 from llava_ft.data.sources.open import is_mixture
 from llava_ft.data.tokenizer import save_tokenizer
 from llava_ft.models.config import LlavaLlamaConfig
-from llava_ft.training.fragments import whole_value
+from llava_ft.training.fragments import whole_dtype, whole_value
 from llava_ft.training.start_from import describe_start
 from llava_ft.tuning.freeze import Method
 
@@ -61,39 +62,22 @@ _MAX_SHARD_BYTES = 5 * 10**9
 
 @dataclass
 class RunArtifacts:
-    """What every save of a run writes.
-
-    Attributes:
-        method: Kind of run.
-        config: Configuration of the model.
-        tokenizer: Its tokenizer.
-        vision_directory: Where `preprocessor_config.json` is copied from; None for a text-only model.
-        run_config: The resolved configuration of the run, as YAML.
-        base: Path of the base model.
-        base_fingerprint: See `language_model_fingerprint`.
-        template: Name of the conversation template.
-        weights_format: Kind of weight files; `auto` is .bin, and .safetensors for a whole model.
-        compute_dtype: Type of the weights of a finished full run. Its checkpoints keep the float32 master weights.
-        write_lineage: Writes what the run was made from into a directory, given the number of steps done.
-        save_vision_tower: Whether a whole model is written with its vision tower although that was not trained.
-        lora_config: Configuration of the adapter, for LoRA.
-        table: What is trained, for `trainable_parameters.json`.
-    """
+    """What every save of a run writes."""
 
     method: Method
     config: LlavaLlamaConfig
     tokenizer: PreTrainedTokenizerFast
-    vision_directory: Path | None
-    run_config: str
-    base: str
-    base_fingerprint: str
-    template: str
-    weights_format: Literal["auto", "bin", "safetensors", "both"]
-    compute_dtype: torch.dtype
-    write_lineage: Callable[[Path, int], None]
-    save_vision_tower: bool = False
+    vision_directory: Path | None  # where `preprocessor_config.json` is copied from; None for a text-only model
+    run_config: str  # the resolved configuration of the run, as YAML
+    base: str  # path of the base model
+    base_fingerprint: str  # see `language_model_fingerprint`
+    template: str  # name of the conversation template
+    weights_format: Literal["auto", "bin", "safetensors", "both"]  # `auto`: .bin, .safetensors for a whole model
+    compute_dtype: torch.dtype  # of the weights of a finished full run; its checkpoints keep the master weights
+    write_lineage: Callable[[Path, int], None]  # into a directory, given the number of steps done
+    save_vision_tower: bool = False  # whether a whole model has its vision tower although that was not trained
     lora_config: LoraConfig | None = None
-    table: list[dict[str, Any]] = field(default_factory=list)
+    table: list[dict[str, Any]] = field(default_factory=list)  # what is trained, for `trainable_parameters.json`
 
     def write(self, directory: Path | None, model: nn.Module, *, is_final: bool) -> None:
         """Write weights, configuration and everything needed to use them, but not yet the manifest.
@@ -106,14 +90,14 @@ class RunArtifacts:
             model: The run's model; the PEFT model for LoRA.
             is_final: Whether this is the result of the run and not a checkpoint to resume from.
         """
-        if self.method == "full":
-            self._write_whole_model(directory, model, self.compute_dtype if is_final else None)
-            dtype = self.compute_dtype if is_final else torch.float32
+        dtype = self.compute_dtype
+        if self.method != "full":
+            self._write_trained(directory, model)
+        elif is_final:
+            self._write_whole_model(directory, model, dtype)
         else:
-            values = self._trained_values(model, keep=directory is not None)
-            if directory is not None:
-                self._write_trained(directory, values)
-            dtype = self.compute_dtype
+            self._write_whole_model(directory, model, None)
+            dtype = torch.float32
         if directory is None:
             return
         write_json(directory / CONFIG, config_fields(self.config, dtype))
@@ -129,47 +113,48 @@ class RunArtifacts:
         commit = git_commit(Path.cwd())
         Manifest(self.method, self.base, self.base_fingerprint, step, self.template, commit).write(directory)
 
-    def _trained_values(self, model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
-        """Put together what is trained and, if rows of it are, the vocabulary's matrices; by name in the model."""
+    def _write_trained(self, directory: Path | None, model: nn.Module) -> None:
         parameters = dict(model.named_parameters())
+        # Original LLaVA needs a matrix whole whose rows of added tokens were trained beside an adapter.
         with_rows = [name for name in parameters if name.endswith(NEW_ROWS_SUFFIX) and self.method == "lora"]
         matrices = {name.removesuffix(NEW_ROWS_SUFFIX) + ".weight" for name in with_rows}
         values: dict[str, torch.Tensor] = {}
         for name, parameter in parameters.items():
             if parameter.requires_grad or name in matrices:
                 value = whole_value(parameter)
-                if keep:
+                if directory is not None:
                     values[name] = value.cpu()
-        return values
-
-    def _write_trained(self, directory: Path, values: Mapping[str, torch.Tensor]) -> None:
-        small_format: WeightsFormat = "bin" if self.weights_format == "auto" else self.weights_format
-        matrices = {name: value for name, value in values.items() if native_name(name) in (EMBEDDINGS, HEAD)}
-        trained = {name: value for name, value in values.items() if name not in matrices}
+        if directory is None:
+            return
+        weights_format: WeightsFormat = "bin" if self.weights_format == "auto" else self.weights_format
+        trained = {name: value for name, value in values.items() if native_name(name) not in (EMBEDDINGS, HEAD)}
         if self.method == "projector":
-            write_projector(directory, trained, small_format)
+            write_projector(directory, trained, weights_format)
             return
         assert self.lora_config is not None
         whole = vocabulary_matrices({native_name(name): value for name, value in values.items()})
-        write_lora(directory, trained, self.lora_config, small_format, whole_matrices=whole)
+        write_lora(directory, trained, self.lora_config, weights_format, whole_matrices=whole)
 
     def _write_whole_model(self, directory: Path | None, model: nn.Module, dtype: torch.dtype | None) -> None:
-        kinds: Mapping[str, tuple[Literal["bin", "safetensors"], ...]] = {
-            "auto": ("safetensors",),
-            "safetensors": ("safetensors",),
-            "bin": ("bin",),
-            "both": ("safetensors", "bin"),
+        parameters = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if self.save_vision_tower or parameter.requires_grad or not is_vision(name)
         }
-        for kind in kinds[self.weights_format]:
-            writer = directory and ShardWriter(directory, max_shard_bytes=_MAX_SHARD_BYTES, weights_format=kind)
-            for name, parameter in model.named_parameters():
-                if is_vision(name) and not self.save_vision_tower and not parameter.requires_grad:
-                    continue
-                value = whole_value(parameter)
-                if writer is not None:
-                    writer.add(name, value.cpu() if dtype is None else value.cpu().to(dtype))
-            if writer is not None:
-                writer.finish()
+        layout = {
+            name: (whole_shape(parameter), dtype or whole_dtype(parameter)) for name, parameter in parameters.items()
+        }
+        writers: list[ShardWriter] = []
+        for kind in ("safetensors", "bin"):
+            is_wanted = self.weights_format in (kind, "both") or (self.weights_format, kind) == ("auto", "safetensors")
+            if directory is not None and is_wanted:
+                writers.append(ShardWriter(directory, layout, max_shard_bytes=_MAX_SHARD_BYTES, weights_format=kind))
+        for name, parameter in parameters.items():
+            value = whole_value(parameter)
+            for writer in writers:
+                writer.add(name, value.cpu().to(layout[name][1]))
+        for writer in writers:
+            writer.finish()
 
 
 def lineage_writer(

@@ -103,6 +103,12 @@ def whole_value(given: nn.Parameter) -> torch.Tensor:
     return parameter.detach()
 
 
+def whole_dtype(given: nn.Parameter) -> torch.dtype:
+    """Return the type of what `whole_value` returns, without asking other ranks."""
+    has_master = hasattr(given, "_hp_mapping") or (hasattr(given, "_z3_optimizer") and given.requires_grad)
+    return torch.float32 if has_master else given.dtype
+
+
 def value_setter(model: nn.Module, zero_optimizer: Any = None) -> PutValue:
     """Return a function that gives a trained parameter a value.
 

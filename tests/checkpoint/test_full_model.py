@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from llava_ft.checkpoint.directory import identify
 from llava_ft.checkpoint.full_model import open_full_model
-from llava_ft.checkpoint.shard_files import ShardFiles
+from llava_ft.checkpoint.save import ShardWriter
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.cli import main
 from llava_ft.convert.merge import merge
@@ -113,15 +113,17 @@ def test_shards_are_the_library_s_byte_for_byte(tmp_path: Path, max_shard_bytes:
         "empty": torch.zeros(0, 4),
         "scalar": torch.tensor(2.5),
         "c.weight": torch.randn(20, 20).T,
+        "ids": torch.arange(3),
+        "mask": torch.tensor([True, False]),
     }
     layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     (tmp_path / "ours").mkdir()
-    writer = ShardFiles(tmp_path / "ours", layout, max_shard_bytes=max_shard_bytes)
+    writer = ShardWriter(tmp_path / "ours", layout, max_shard_bytes=max_shard_bytes)
     for name in reversed(tensors):
         writer.add(name, tensors[name])
     writer.finish()
     files = sorted((tmp_path / "ours").glob("*.safetensors"))
-    assert len(files) == (1 if max_shard_bytes == 10**9 else 2)
+    assert len(files) == (1 if max_shard_bytes == 10**9 else 3)
     for file in files:
         held = load_file(file)
         save_file({name: tensors[name].contiguous() for name in held}, tmp_path / "library", metadata={"format": "pt"})

@@ -54,35 +54,6 @@ Kind = Literal["lora", "projector", "full"]
 
 
 @dataclass(frozen=True)
-class ConsolidateOptions:
-    """A request.
-
-    Attributes:
-        checkpoint: A checkpoint, or the `global_stepN` in it.
-        output: Where the result is written; beside the checkpoint when absent.
-        tag: Which step, where there are several.
-        model_base: The base model, where the run's files do not name it or it has moved.
-        config_file: The configuration the run was started with, where the run left none.
-        lora_alpha: Scale of the adapter times its rank, where no file says it.
-        weights_format: Kind of files. When absent, `bin` for adapter and projector, `safetensors` for a whole model.
-        dtype: Type of a whole model's weights.
-        max_shard_bytes: Size of a whole model's shards in bytes.
-        from_model_states: Take the trained weights from the model file; see `ZeroShards.open`.
-    """
-
-    checkpoint: Path
-    output: Path | None = None
-    tag: str | None = None
-    model_base: str | None = None
-    config_file: Path | None = None
-    lora_alpha: int | None = None
-    weights_format: Literal["bin", "safetensors"] | None = None
-    dtype: torch.dtype = torch.float32
-    max_shard_bytes: int = 5 * 10**9
-    from_model_states: bool = False
-
-
-@dataclass(frozen=True)
 class Consolidation:
     """What was done."""
 
@@ -96,15 +67,39 @@ class Consolidation:
     notes: list[str] = field(default_factory=list[str])  # what was inferred, is missing or is less exact
 
 
-def consolidate(options: ConsolidateOptions) -> Consolidation:
+def consolidate(
+    checkpoint: Path,
+    output: Path | None = None,
+    *,
+    tag: str | None = None,
+    model_base: str | None = None,
+    config_file: Path | None = None,
+    lora_alpha: int | None = None,
+    weights_format: Literal["bin", "safetensors"] | None = None,
+    dtype: torch.dtype = torch.float32,
+    max_shard_bytes: int = 5 * 10**9,
+    from_model_states: bool = False,
+) -> Consolidation:
     """Write the weights that DeepSpeed's shards hold as a LoRA, projector or model directory.
+
+    Args:
+        checkpoint: A checkpoint, or the `global_stepN` in it.
+        output: Where the result is written; beside the checkpoint when absent.
+        tag: Which step, where there are several.
+        model_base: The base model, where the run's files do not name it or it has moved.
+        config_file: The configuration the run was started with, where the run left none.
+        lora_alpha: Scale of the adapter times its rank, where no file says it.
+        weights_format: When absent, `bin` for adapter and projector, `safetensors` for a whole model.
+        dtype: Type of a whole model's weights.
+        max_shard_bytes: Size of a whole model's shards.
+        from_model_states: Take the trained weights from the model file; see `ZeroShards.open`.
 
     Raises:
         UserError: A file is missing, damaged or of another run, or the user has to say something.
     """
-    step_directory = find_step_directory(options.checkpoint, options.tag)
-    checkpoint = options.checkpoint.resolve()
-    output = options.output or checkpoint.with_name(f"{checkpoint.name}-consolidated")
+    step_directory = find_step_directory(checkpoint, tag)
+    given = checkpoint.resolve()
+    output = output or given.with_name(f"{given.name}-consolidated")
     if step_directory.resolve().is_relative_to(output.resolve()):
         raise UserError(f"--output {output} holds the shards themselves and would be replaced. Give another place.")
     if output.is_file():
@@ -114,15 +109,15 @@ def consolidate(options: ConsolidateOptions) -> Consolidation:
             f"{output} is there already and is no earlier consolidation. Give another place with --output, or remove "
             "it."
         )
-    shards = ZeroShards.open(step_directory, from_model_states=options.from_model_states)
+    shards = ZeroShards.open(step_directory, from_model_states=from_model_states)
     kind, names = _what_was_trained(shards)
     tensors = shards.trained | shards.others
     shapes = {native_name(name): tensors[name].shape for name in names}
 
-    settings = find_settings(options.checkpoint, step_directory, options.config_file)
+    settings = find_settings(checkpoint, step_directory, config_file)
     named = settings.adapter_config.get("base_model_name_or_path") or settings.flags.get("model_name_or_path")
     manifest = settings.manifest or Manifest(kind, template=str(settings.flags.get("version") or ""))
-    base = absolute_or_hub_name(options.model_base) if options.model_base else str(named or manifest.base)
+    base = absolute_or_hub_name(model_base) if model_base else str(named or manifest.base)
     base_config = read_json(Path(base) / CONFIG) if base and (Path(base) / CONFIG).is_file() else {}
     config: dict[str, Any] = {}
     # Beside an adapter LLaVA's own fields are enough; a whole model needs those of its language model too.
@@ -131,7 +126,7 @@ def consolidate(options: ConsolidateOptions) -> Consolidation:
     notes = [*shards.notes]
     adapter: dict[str, Any] = {}
     if kind == "lora":
-        adapter, inferred = settle_adapter_config(settings, shapes, lora_alpha=options.lora_alpha, base=base)
+        adapter, inferred = settle_adapter_config(settings, shapes, lora_alpha=lora_alpha, base=base)
         base = base or str(adapter.get("base_model_name_or_path") or "")
         notes += inferred
     if not config:
@@ -161,19 +156,35 @@ def consolidate(options: ConsolidateOptions) -> Consolidation:
         "notes": notes,
     }
     with staged_directory(output) as staging:
-        if kind == "lora":
-            _write_lora(staging, shards, names, adapter, options.weights_format or "bin")
-        elif kind == "projector":
-            values = {native_name(name): value for name, value in shards.stream(names)}
-            write_projector(staging, values, options.weights_format or "bin")
-        else:
-            kind_of_files = options.weights_format or "safetensors"
-            writer = ShardWriter(staging, max_shard_bytes=options.max_shard_bytes, weights_format=kind_of_files)
+        if kind == "full":
+            layout = {
+                native_name(name): (
+                    tensors[name].shape,
+                    dtype if tensors[name].dtype.is_floating_point else tensors[name].dtype,
+                )
+                for name in names
+            }
+            writer = ShardWriter(
+                staging, layout, max_shard_bytes=max_shard_bytes, weights_format=weights_format or "safetensors"
+            )
             for name, value in shards.stream(names):
-                writer.add(native_name(name), value.to(options.dtype) if value.is_floating_point() else value)
+                writer.add(native_name(name), value.to(layout[native_name(name)][1]))
             writer.finish()
             if config:
-                config |= dict.fromkeys(("dtype", "torch_dtype"), str(options.dtype).removeprefix("torch."))
+                config |= dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
+        else:
+            values = {native_name(name): value for name, value in shards.stream(names)}
+            if kind == "projector":
+                write_projector(staging, values, weights_format or "bin")
+            else:
+                whole: dict[str, torch.Tensor] = {}
+                if any(name.endswith(NEW_ROWS_SUFFIX) for name in values):
+                    frozen = [name for name in shards.others if native_name(name) in (EMBEDDINGS, HEAD)]
+                    native = values | {native_name(name): value for name, value in shards.stream(frozen)}
+                    whole = vocabulary_matrices(native) if {EMBEDDINGS, HEAD} <= native.keys() else {}
+                trained = {PEFT_PREFIX + name: value for name, value in values.items()}
+                write_lora(staging, trained, LoraConfig(), weights_format or "bin", whole_matrices=whole)
+                write_json(staging / ADAPTER_CONFIG, adapter)  # over that of LoraConfig(): as it was found
         settings.copy_files(staging, tokenizer_from=Path(base) if kind == "full" and base_config else None)
         if config:
             write_json(staging / CONFIG, config)
@@ -184,7 +195,7 @@ def consolidate(options: ConsolidateOptions) -> Consolidation:
         record_lineage(
             staging,
             "consolidate",
-            parents=[step_directory.parent if (step_directory.parent / LINEAGE).is_file() else options.checkpoint],
+            parents=[step_directory.parent if (step_directory.parent / LINEAGE).is_file() else checkpoint],
             base=(base, fingerprint) if base else None,
             run_config=run_config.read_text(encoding="utf-8") if run_config.is_file() else "",
             details=record,
@@ -217,7 +228,15 @@ def _what_was_trained(shards: ZeroShards) -> tuple[Kind, list[str]]:
     """
     trained = list(shards.trained)
     every = [*trained, *shards.others]
-    small = [name for name in every if _is_small_part(name)]
+    # What every run trains that keeps the language model frozen.
+    small = [
+        name
+        for name in every
+        if "lora_" in name
+        or is_projector(native_name(name))
+        or native_name(name) == IMAGE_NEWLINE
+        or name.endswith(NEW_ROWS_SUFFIX)
+    ]
     if any("lora_" in name for name in every):
         if not trained and shards.num_optimized not in (0, len(small)):
             raise CheckpointError(
@@ -233,28 +252,3 @@ def _what_was_trained(shards: ZeroShards) -> tuple[Kind, list[str]]:
     elif shards.num_optimized and len(small) == shards.num_optimized:
         return "projector", small
     return "full", [name for name in every if not is_derived(native_name(name))]
-
-
-def _is_small_part(name: str) -> bool:
-    """Whether a parameter is trained in every run that keeps the language model frozen."""
-    native = native_name(name)
-    return "lora_" in name or is_projector(native) or native == IMAGE_NEWLINE or native.endswith(NEW_ROWS_SUFFIX)
-
-
-def _write_lora(
-    staging: Path,
-    shards: ZeroShards,
-    names: list[str],
-    adapter: dict[str, Any],
-    weights_format: Literal["bin", "safetensors"],
-) -> None:
-    trained = {PEFT_PREFIX + native_name(name): value for name, value in shards.stream(names)}
-    native = {native_name(name): value for name, value in trained.items()}
-    whole: dict[str, torch.Tensor] = {}
-    if any(name.endswith(NEW_ROWS_SUFFIX) for name in native):
-        frozen = [name for name in shards.others if native_name(name) in (EMBEDDINGS, HEAD)]
-        native |= {native_name(name): value for name, value in shards.stream(frozen)}
-        if {EMBEDDINGS, HEAD} <= native.keys():
-            whole = vocabulary_matrices(native)
-    write_lora(staging, trained, LoraConfig(), weights_format, whole_matrices=whole)
-    write_json(staging / ADAPTER_CONFIG, adapter)  # over that of LoraConfig(), so that what was found is kept as it was

@@ -19,7 +19,6 @@ from llava_ft.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-_LATEST = "latest"
 _STEP = re.compile(r"global_step(\d+)")
 _STATES = "*_states.pt"
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -88,18 +87,17 @@ def find_step_directory(path: Path, tag: str | None = None) -> Path:
             f"*_model_states.pt, nor such files themselves. It holds {names}. A checkpoint of a run without DeepSpeed "
             "needs no consolidation."
         )
-    if tag is None and (path / _LATEST).is_file():
-        tag = (path / _LATEST).read_text(encoding="utf-8").strip()
+    if tag is None and (path / "latest").is_file():
+        tag = (path / "latest").read_text(encoding="utf-8").strip()
     if tag is not None:
         if tag not in steps:
             raise CheckpointError(
                 f"{path} holds no {tag} with DeepSpeed's files. It holds {', '.join(steps)}: choose with --tag."
             )
         return steps[tag]
-    newest = list(steps)[-1]
     if len(steps) > 1:
         logger.info("%s has no file `latest`; of %s the newest is taken.", path, ", ".join(steps))
-    return steps[newest]
+    return list(steps.values())[-1]
 
 
 def find_step_files(directory: Path) -> StepFiles:

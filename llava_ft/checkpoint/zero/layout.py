@@ -47,6 +47,7 @@ class ShardedTensor:
 
     shape: Shape
     parts: tuple[Part, ...]
+    dtype: torch.dtype = torch.float32  # that it is given out as: float32, but for integers
 
 
 def plan_stages_1_2(
@@ -60,37 +61,45 @@ def plan_stages_1_2(
     Raises:
         CheckpointError: The sizes do not fit together.
     """
-    planned: dict[str, ShardedTensor] = {}
-    paddings = states[0].get("param_alignment_paddings") or [[0] * len(group) for group in groups]
     for rank, state in states.items():
         if len(state[FLAT_1_2]) != len(groups):
             raise CheckpointError(
                 f"{files.optimizer[rank]} holds {len(state[FLAT_1_2])} groups of parameters, but the model file lists "
                 f"{len(groups)}. They are of different runs."
             )
+    planned: dict[str, ShardedTensor] = {}
+    paddings = states[0].get("param_alignment_paddings") or [[0] * len(group) for group in groups]
     for index, group in enumerate(groups):
-        keys = (OPTIMIZER_STATE, FLAT_1_2, index)
         partitions = [
-            Part(files.optimizer[rank], keys, 0, states[rank][FLAT_1_2][index].numel()) for rank in sorted(states)
+            Part(files.optimizer[rank], (OPTIMIZER_STATE, FLAT_1_2, index), 0, states[rank][FLAT_1_2][index].numel())
+            for rank in sorted(states)
         ]
-        num_held = sum(partition.length for partition in partitions)
-        placed, needed, offset = dict[str, tuple[int, int]](), 0, 0
+        begins, needed, offset = dict[str, int](), 0, 0
         for (name, shape), padding in zip(group.items(), paddings[index], strict=True):
-            placed[name] = (offset, prod(shape))
+            begins[name] = offset
             needed = offset + prod(shape)
             offset = needed + padding
+            planned[name] = ShardedTensor(shape, tuple(_cut(partitions, begins[name], prod(shape))))
+        num_held = sum(partition.length for partition in partitions)
         alignment = 2 * len(states)
         if not needed <= num_held <= -(-offset // alignment) * alignment:
             raise CheckpointError(
                 f"The optimizer files in {files.directory} hold {num_held} values for group {index}, but its "
                 f"{len(group)} parameters have {needed}. The files are of different runs, or one is damaged."
             )
-        planned |= {name: ShardedTensor(group[name], tuple(_cut(partitions, *at))) for name, at in placed.items()}
-        for rank, state in states.items():
-            records: Sequence[Mapping[str, Fragment]] = state.get("param_slice_mappings") or ()
-            if records:
-                first = sum(partition.length for partition in partitions[:rank])
-                _check_fragments(files.optimizer[rank], records[index], placed, first)
+        first = 0  # value of the group that a rank's partition begins with
+        for rank, partition in enumerate(partitions):
+            records: Sequence[Mapping[str, Fragment]] = states[rank].get("param_slice_mappings") or ()
+            for name, fragment in records[index].items() if records else ():
+                inside = max(begins.get(name, -1), first)
+                end = begins[name] + prod(group[name]) if name in group else -1
+                if fragment.start != inside - first or inside + fragment.numel > end:
+                    raise CheckpointError(
+                        f"{files.optimizer[rank]} says that {name} begins at value {fragment.start} of its part, but "
+                        "by the sizes of the other files it does not. A file of another rank or run lies under this "
+                        "name, or one is damaged."
+                    )
+            first += partition.length
     return planned
 
 
@@ -110,13 +119,6 @@ def plan_stage_3(
                 f"{files.optimizer[rank]} holds other numbers of values than {files.optimizer[0].name}. The files are "
                 "of different runs, or one is damaged."
             )
-    needed = sum(_share(shape, ranks) for shape in shapes.values())
-    if needed != sum(lengths):
-        raise CheckpointError(
-            f"The optimizer files in {files.directory} hold {sum(lengths)} values each, but {len(shapes)} parameters "
-            f"divided among {ranks} ranks have {needed}. The files are of different runs, or the optimizer was "
-            "offloaded to NVMe, where its values are not in these files."
-        )
     vectors = {
         rank: [
             Part(files.optimizer[rank], (OPTIMIZER_STATE, FLAT_3, index), 0, length)
@@ -129,7 +131,13 @@ def plan_stage_3(
     for name, shape in shapes.items():
         parts = [part for rank in range(ranks) for part in _cut(vectors[rank], offset, _own(shape, rank, ranks))]
         planned[name] = ShardedTensor(shape, tuple(parts))
-        offset += _share(shape, ranks)
+        offset += -(-prod(shape) // ranks)
+    if offset != sum(lengths):
+        raise CheckpointError(
+            f"The optimizer files in {files.directory} hold {sum(lengths)} values each, but {len(shapes)} parameters "
+            f"divided among {ranks} ranks have {offset}. The files are of different runs, or the optimizer was "
+            "offloaded to NVMe, where its values are not in these files."
+        )
     return planned
 
 
@@ -141,39 +149,34 @@ def plan_frozen_of_stage_3(files: StepFiles, models: Mapping[int, Mapping[str, A
     """
     ranks = len(models)
     planned: dict[str, ShardedTensor] = {}
-    for name, shape in sizes(models[0].get(FROZEN_SHAPES) or {}).items():
+    for name, size in (models[0].get(FROZEN_SHAPES) or {}).items():
+        shape = tuple(size)
         parts: list[Part] = []
         for rank, model in models.items():
             own = _own(shape, rank, ranks)
             if name not in model[FROZEN_PARTS] or model[FROZEN_PARTS][name].numel() < own:
                 raise CheckpointError(f"{files.model[rank]} lacks its part of {name}. It is damaged or of another run.")
             parts.append(Part(files.model[rank], (FROZEN_PARTS, name), 0, own))
-        planned[name] = ShardedTensor(shape, tuple(parts))
+        planned[name] = ShardedTensor(shape, tuple(parts), _given_dtype(models[0][FROZEN_PARTS][name]))
     return planned
 
 
 def plan_whole(file: Path, module: Mapping[str, Any]) -> dict[str, ShardedTensor]:
     """Describe tensors that are whole in a model file."""
-    tensors = {name: value for name, value in module.items() if isinstance(value, torch.Tensor)}
     return {
-        name: ShardedTensor(tuple(value.shape), (Part(file, ("module", name), 0, value.numel()),))
-        for name, value in tensors.items()
+        name: ShardedTensor(tuple(value.shape), (Part(file, ("module", name), 0, value.numel()),), _given_dtype(value))
+        for name, value in module.items()
+        if isinstance(value, torch.Tensor)
     }
 
 
-def sizes(shapes: Mapping[str, Any]) -> dict[str, Shape]:
-    """Return shapes as tuples."""
-    return {name: tuple(shape) for name, shape in shapes.items()}
-
-
-def _share(shape: Shape, ranks: int) -> int:
-    """Values that each rank holds of a parameter under stage 3, with padding."""
-    return -(-prod(shape) // ranks)
+def _given_dtype(value: torch.Tensor) -> torch.dtype:
+    return torch.float32 if value.is_floating_point() else value.dtype
 
 
 def _own(shape: Shape, rank: int, ranks: int) -> int:
     """Values that a rank holds of a parameter under stage 3, without padding."""
-    share = _share(shape, ranks)
+    share = -(-prod(shape) // ranks)
     return max(0, min(share, prod(shape) - rank * share))
 
 
@@ -185,17 +188,3 @@ def _cut(vectors: Sequence[Part], start: int, length: int) -> Iterator[Part]:
         if end > begin:
             yield Part(vector.file, vector.keys, begin - first, end - begin)
         first += vector.length
-
-
-def _check_fragments(
-    file: Path, fragments: Mapping[str, Fragment], placed: Mapping[str, tuple[int, int]], first: int
-) -> None:
-    """Compare where a rank's own record says that its parameters lie with where they were found to lie."""
-    for name, fragment in fragments.items():
-        begin, length = placed.get(name, (-1, 0))
-        inside = max(begin, first)
-        if fragment.start != inside - first or inside + fragment.numel > begin + length:
-            raise CheckpointError(
-                f"{file} says that {name} begins at value {fragment.start} of its part, but by the sizes of the other "
-                "files it does not. A file of another rank or run lies under this name, or one is damaged."
-            )

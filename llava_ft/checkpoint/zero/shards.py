@@ -25,15 +25,10 @@ from llava_ft.checkpoint.zero.layout import (
     plan_stage_3,
     plan_stages_1_2,
     plan_whole,
-    sizes,
 )
 from llava_ft.errors import CheckpointError
 
 _BYTES_PER_MAPPING = 2**30
-_TAKE_MODEL_FILE = (
-    " If it is lost, --from-model-states takes the trained weights from the model file, in the precision the run "
-    "computed in."
-)
 _COMPUTED = "The trained weights are those of the model file, in the precision the run computed in."
 
 
@@ -44,11 +39,11 @@ class ZeroShards:
     directory: Path
     stage: int  # of ZeRO; 0 when nothing is divided
     num_ranks: int  # among which the trained parameters are divided
-    step: int = 0
-    version: str = ""  # of DeepSpeed, if known
-    trained: dict[str, ShardedTensor] = field(default_factory=dict[str, ShardedTensor])
+    step: int
+    version: str  # of DeepSpeed; "" if unknown
+    trained: dict[str, ShardedTensor]
     """The trained parameters, in DeepSpeed's order. Empty under stage 0, which does not say which they are."""
-    others: dict[str, ShardedTensor] = field(default_factory=dict[str, ShardedTensor])
+    others: dict[str, ShardedTensor]
     """Everything else that is there: frozen parameters and buffers; under stage 0 all parameters."""
     shared: dict[str, str] = field(default_factory=dict[str, str])
     """Second names of parameters, with the name under which the value is kept."""
@@ -69,12 +64,66 @@ class ZeroShards:
         """
         files = find_step_files(directory)
         models = _read_models(files)
-        first = models[min(models)]
-        if first["param_shapes"] is None:
-            return _open_undivided(files, first)
+        first = min(models)
+        model, file = models[first], files.model[first]
+        origin: dict[str, Any] = {
+            "step": int(model.get("global_steps") or 0),
+            "version": str(model.get("ds_version") or ""),
+        }
+        if model["param_shapes"] is None:  # stage 0: the optimizer is torch's own or one around it
+            halves = [value for value in model["module"].values() if value.dtype in (torch.bfloat16, torch.float16)]
+            optimizer: dict[str, Any] = model.get("optimizer") or {}
+            groups: list[dict[str, Any]] = optimizer.get(OPTIMIZER_STATE, optimizer).get("param_groups", [])
+            if "fp32_groups_flat" in optimizer:  # there each group is one parameter to the optimizer
+                groups = []
+            return cls(
+                directory,
+                stage=0,
+                num_ranks=1,
+                trained={},
+                others=plan_whole(file, model["module"]),
+                num_optimized=sum(len(group["params"]) for group in groups),
+                notes=[_COMPUTED] if halves else [],
+                **origin,
+            )
+        groups_of_shapes: list[dict[str, Shape]] = [
+            {name: tuple(shape) for name, shape in group.items()} for group in model["param_shapes"]
+        ]
+        shapes = {name: shape for group in groups_of_shapes for name, shape in group.items()}
+        notes: list[str] = []
         if from_model_states:
-            return _open_model_file(files, first)
-        return _open_divided(files, models)
+            if files.is_divided:
+                raise CheckpointError(
+                    f"{directory} is of stage 3, whose model files hold no trained weights: they are in the optimizer "
+                    "files alone. Leave --from-model-states out."
+                )
+            stage, num_ranks = 1, 1
+            others = plan_whole(file, model["module"])
+            missing = [name for name, shape in shapes.items() if name not in others or others[name].shape != shape]
+            if missing:
+                raise CheckpointError(f"{file} does not hold {missing[0]}, although it was trained.")
+            trained = {name: others[name] for name in shapes}
+            notes.append(_COMPUTED)
+        else:
+            stage, states = _read_optimizers(files, models)
+            num_ranks = len(states)
+            if stage != 3:
+                trained = plan_stages_1_2(files, states, groups_of_shapes)
+                others = plan_whole(file, model["module"])
+            else:
+                trained = plan_stage_3(files, states, shapes)
+                others = plan_whole(file, {name: model["module"][name] for name in model.get("buffer_names") or ()})
+                absent = [rank for rank in states if rank not in models]
+                if not absent:
+                    others |= plan_frozen_of_stage_3(files, models)
+                elif model.get(FROZEN_SHAPES):
+                    notes.append(
+                        f"zero_pp_rank_{absent[0]}_mp_rank_00_model_states.pt is missing, so the frozen parameters are "
+                        "not whole and are left out."
+                    )
+        shared: dict[str, str] = dict(model.get("shared_params") or {})
+        others = {name: entry for name, entry in others.items() if name not in trained and name not in shared}
+        return cls(directory, stage, num_ranks, trained=trained, others=others, shared=shared, notes=notes, **origin)
 
     def stream(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield names and whole tensors in memory of their own: float32, but for tensors of integers.
@@ -84,7 +133,7 @@ class ZeroShards:
         Args:
             names: The tensors wanted; all when absent, the trained ones first.
         """
-        every = self.trained | {name: entry for name, entry in self.others.items() if name not in self.trained}
+        every = self.trained | self.others
         contents: dict[Path, dict[str, Any]] = {}
         num_bytes = 0
         for name in every if names is None else names:
@@ -97,7 +146,7 @@ class ZeroShards:
                     found = found[key]
                 values.append(found.detach().reshape(-1)[part.start : part.start + part.length])
             whole = (torch.cat(values) if values else torch.empty(0)).reshape(every[name].shape)
-            yield name, whole.float() if whole.is_floating_point() else whole
+            yield name, whole.to(every[name].dtype)
             num_bytes += whole.nbytes
             if num_bytes >= _BYTES_PER_MAPPING:
                 del values
@@ -126,82 +175,31 @@ def _read_models(files: StepFiles) -> dict[int, dict[str, Any]]:
     return models
 
 
-def _open_undivided(files: StepFiles, model: Mapping[str, Any]) -> ZeroShards:
-    """Stage 0: the model file holds everything; the optimizer is torch's own or one around it."""
-    shards = ZeroShards(files.directory, stage=0, num_ranks=1, **_origin(model))
-    shards.others = plan_whole(files.model[0], model["module"])
-    if any(value.dtype in (torch.bfloat16, torch.float16) for value in model["module"].values()):
-        shards.notes.append(_COMPUTED)
-    optimizer: dict[str, Any] = model.get("optimizer") or {}
-    if "fp32_groups_flat" not in optimizer:  # there each group is one parameter to the optimizer
-        groups: list[dict[str, Any]] = optimizer.get(OPTIMIZER_STATE, optimizer).get("param_groups", [])
-        shards.num_optimized = sum(len(group["params"]) for group in groups)
-    return shards
-
-
-def _open_model_file(files: StepFiles, model: Mapping[str, Any]) -> ZeroShards:
-    if files.is_divided:
-        raise CheckpointError(
-            f"{files.directory} is of stage 3, whose model files hold no trained weights: they are in the optimizer "
-            "files alone. Leave --from-model-states out."
-        )
-    shards = ZeroShards(files.directory, stage=1, num_ranks=1, **_origin(model))
-    whole = plan_whole(files.model[0], model["module"])
-    shapes = _shapes(model)
-    missing = [name for name in shapes if name not in whole or whole[name].shape != shapes[name]]
-    if missing:
-        raise CheckpointError(f"{files.model[0]} does not hold {missing[0]}, although it was trained.")
-    shards.trained = {name: whole[name] for name in shapes}
-    shards.shared = dict(model.get("shared_params") or {})
-    shards.others = {name: entry for name, entry in whole.items() if name not in shapes and name not in shards.shared}
-    shards.notes.append(_COMPUTED)
-    return shards
-
-
-def _open_divided(files: StepFiles, models: Mapping[int, Mapping[str, Any]]) -> ZeroShards:
-    states = _read_optimizers(files, models)
-    first = min(models)
-    shards = ZeroShards(files.directory, stage=_stage(files, states), num_ranks=len(states), **_origin(models[first]))
-    shards.shared = dict(models[first].get("shared_params") or {})
-    if shards.stage == 3:
-        shards.trained = plan_stage_3(files, states, _shapes(models[first]))
-        buffers = {name: models[first]["module"][name] for name in models[first].get("buffer_names") or ()}
-        shards.others = plan_whole(files.model[first], buffers)
-        absent = [rank for rank in states if rank not in models]
-        if not absent:
-            shards.others |= plan_frozen_of_stage_3(files, models)
-        elif models[first].get(FROZEN_SHAPES):
-            shards.notes.append(
-                f"zero_pp_rank_{absent[0]}_mp_rank_00_model_states.pt is missing, so the frozen parameters are not "
-                "whole and are left out."
-            )
-    else:
-        shards.trained = plan_stages_1_2(files, states, [sizes(group) for group in models[first]["param_shapes"]])
-        shards.others = plan_whole(files.model[first], models[first]["module"])
-    known = {*shards.trained, *shards.shared}
-    shards.others = {name: entry for name, entry in shards.others.items() if name not in known}
-    return shards
-
-
-def _read_optimizers(files: StepFiles, models: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
-    """Read the optimizer state of every rank and check that together they are those of one save."""
+def _read_optimizers(
+    files: StepFiles, models: Mapping[int, Mapping[str, Any]]
+) -> tuple[int, dict[int, dict[str, Any]]]:
+    """Return the stage and the optimizer state of every rank, after checking that together they are of one save."""
     states = {rank: _optimizer_state(path) for rank, path in sorted(files.optimizer.items())}
+    counts = {rank: _partition_count(state) for rank, state in states.items()}
     ranks = max((int(model.get("dp_world_size") or 0) for model in models.values()), default=0)
-    ranks = ranks or max((_partition_count(state) for state in states.values()), default=1)
+    ranks = ranks or max(counts.values(), default=1)
     for rank in range(ranks):
         if rank not in states:
             prefix = "bf16_" if any(path.name.startswith("bf16_") for path in files.optimizer.values()) else ""
-            name = f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-            raise CheckpointError(
-                f"{files.directory / name} is missing: of {ranks} optimizer files, one for each rank, "
-                f"{len(files.optimizer)} are there. Each holds a part of the trained weights; copy it from that rank's "
-                f"machine.{'' if files.is_divided else _TAKE_MODEL_FILE}"
+            advice = (
+                " If it is lost, --from-model-states takes the trained weights from the model file, in the precision "
+                "the run computed in."
             )
-    for rank, state in states.items():
-        if rank >= ranks or _partition_count(state) != ranks:
             raise CheckpointError(
-                f"{files.optimizer[rank]} is rank {rank} of {_partition_count(state)}, but by the model file the run "
-                f"had {ranks}. It is of another run; remove what is not of this one."
+                f"{files.directory}/{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt is missing: of {ranks} "
+                f"optimizer files, one for each rank, {len(files.optimizer)} are there. Each holds a part of the "
+                f"trained weights; copy it from that rank's machine.{'' if files.is_divided else advice}"
+            )
+    for rank, count in counts.items():
+        if rank >= ranks or count != ranks:
+            raise CheckpointError(
+                f"{files.optimizer[rank]} is rank {rank} of {count}, but by the model file the run had {ranks}. It is "
+                "of another run; remove what is not of this one."
             )
     steps: dict[int, float] = {}
     for rank, state in states.items():  # by the optimizer's own count, if it keeps one
@@ -215,7 +213,15 @@ def _read_optimizers(files: StepFiles, models: Mapping[int, Mapping[str, Any]]) 
             + ", ".join(f"{files.optimizer[rank].name} of step {step:g}" for rank, step in steps.items())
             + ". Copy all files of one step, or use another with --tag."
         )
-    return states
+    # Stage 1 in bfloat16 with float32 gradients does not tell its stage.
+    stages = {rank: int(state.get("zero_stage", 3 if FLAT_3 in state else 1)) for rank, state in states.items()}
+    for rank, stage in stages.items():
+        if stage != stages[0] or (stage == 3) != files.is_divided:
+            raise CheckpointError(
+                f"{files.optimizer[rank]} is of ZeRO stage {stage}, but files beside it are of another. Files of two "
+                "runs lie in one directory; remove those of one."
+            )
+    return stages[0], states
 
 
 def _optimizer_state(path: Path) -> dict[str, Any]:
@@ -229,26 +235,6 @@ def _optimizer_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _stage(files: StepFiles, states: Mapping[int, Mapping[str, Any]]) -> int:
-    """Read the stage. Stage 1 in bfloat16 with float32 gradients does not tell it."""
-    stages = {rank: int(state.get("zero_stage", 3 if FLAT_3 in state else 1)) for rank, state in states.items()}
-    odd = [rank for rank, stage in stages.items() if stage != stages[0] or (stage == 3) != files.is_divided]
-    if odd:
-        raise CheckpointError(
-            f"{files.optimizer[odd[0]]} is of ZeRO stage {stages[odd[0]]}, but files beside it are of another. "
-            "Files of two runs lie in one directory; remove those of one."
-        )
-    return stages[0]
-
-
 def _partition_count(state: Mapping[str, Any]) -> int:
     count: Any = state.get("partition_count", 0)
     return max(cast("list[int]", count)) if isinstance(count, list) else int(count)
-
-
-def _shapes(model: Mapping[str, Any]) -> dict[str, Shape]:
-    return {name: shape for group in model["param_shapes"] for name, shape in sizes(group).items()}
-
-
-def _origin(model: Mapping[str, Any]) -> dict[str, Any]:
-    return {"step": int(model.get("global_steps") or 0), "version": str(model.get("ds_version") or "")}

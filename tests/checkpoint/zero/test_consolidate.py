@@ -20,7 +20,7 @@ from llava_ft.args import parse_args
 from llava_ft.args.flags import all_flags
 from llava_ft.checkpoint.names import native_name
 from llava_ft.checkpoint.weights import WeightFiles
-from llava_ft.checkpoint.zero.consolidate import ConsolidateOptions, Consolidation, consolidate, next_commands
+from llava_ft.checkpoint.zero.consolidate import Consolidation, consolidate, next_commands
 from llava_ft.cli import main
 from llava_ft.errors import CheckpointError, UserError
 from llava_ft.inference.load import load_model
@@ -80,7 +80,7 @@ def full_step(**changes) -> Step:
 
 
 def run(checkpoint: Path, **options) -> Consolidation:
-    return consolidate(ConsolidateOptions(checkpoint, **options))
+    return consolidate(checkpoint, **options)
 
 
 def assert_recorded(directory: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from llava_ft.checkpoint.names import native_name, plain_name
 from llava_ft.checkpoint.weights import WeightFiles
-from llava_ft.checkpoint.zero.consolidate import ConsolidateOptions, consolidate
+from llava_ft.checkpoint.zero.consolidate import consolidate
 from llava_ft.checkpoint.zero.shards import ZeroShards
 from tests.distributed.pool import Pool
 from tests.distributed.tasks import train
@@ -56,7 +56,7 @@ def test_the_shards_of_a_run_give_what_it_trained(tmp_path: Path, pool: Pool, st
     read = {plain_name(name): value for name, value in ZeroShards.open(step).stream()}
     assert all(torch.equal(read[name], value) for name, value in trained.items())
 
-    result = consolidate(ConsolidateOptions(step, lora_alpha=8 if method == "lora" else None))
+    result = consolidate(step, lora_alpha=8 if method == "lora" else None)
     assert result.num_trained == len(trained) or method == "full"
     for name in SMALL[method]:
         ours, theirs = (torch.load(path / name, weights_only=True) for path in (result.output, checkpoint))
