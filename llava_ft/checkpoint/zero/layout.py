@@ -149,7 +149,8 @@ def plan_frozen_of_stage_3(files: StepFiles, models: Mapping[int, Mapping[str, A
     """
     ranks = len(models)
     planned: dict[str, ShardedTensor] = {}
-    for name, size in (models[0].get(FROZEN_SHAPES) or {}).items():
+    sizes: Mapping[str, Shape] = models[0].get(FROZEN_SHAPES) or {}
+    for name, size in sizes.items():
         shape = tuple(size)
         parts: list[Part] = []
         for rank, model in models.items():
