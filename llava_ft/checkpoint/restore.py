@@ -5,7 +5,7 @@ that lists the difference. A projector that silently starts anew is the mistake 
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def trained_files(directory: ModelDirectory, *, force: Force = False) -> list[We
     adapter = WeightFiles.open(directory.adapter_file)
     if directory.non_lora_file is not None:
         return [adapter, WeightFiles.open(directory.non_lora_file)]
-    if lacks_projector(directory, adapter):
+    if lacks_projector(directory, adapter.tensors):
         refuse_unless(
             force is True,
             f"{directory.path} has an adapter but no {NON_LORA_BIN}: the projector that was trained with it is "
@@ -72,14 +72,14 @@ def trained_files(directory: ModelDirectory, *, force: Force = False) -> list[We
     return [adapter]
 
 
-def lacks_projector(directory: ModelDirectory, adapter: WeightFiles) -> bool:
+def lacks_projector(directory: ModelDirectory, adapter_keys: Iterable[str]) -> bool:
     """Whether a projector was trained beside an adapter and is not in its file.
 
     LLaVA and this program train it, and write it to a file of its own; PEFT by itself writes all it trains to one file.
     So what counts is who wrote the directory: one with the names of transformers' own layout comes from PEFT, as does
     one that holds nothing that a run of LLaVA leaves - its configuration, its state, DeepSpeed's files.
     """
-    if any(is_projector(plain_name(key)) or is_transformers_spelling(key) for key in adapter.tensors):
+    if any(is_projector(plain_name(key)) or is_transformers_spelling(key) for key in adapter_keys):
         return False
     leftovers = (TRAINER_STATE, MANIFEST, "latest")
     return (

@@ -142,19 +142,28 @@ def read_json(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", content)
 
 
-def _open_shards(index: Path) -> dict[str, TensorInfo]:
+def read_index(index: Path) -> dict[str, str]:
+    """Return the file of each tensor, as an index of shards says it.
+
+    Raises:
+        CheckpointError: It is damaged, or names a file outside its own directory.
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no 'weight_map'. The index is damaged.")
     shard_of = {name: str(shard) for name, shard in cast("dict[str, Any]", weight_map).items()}
-    shards: dict[str, dict[str, TensorInfo]] = {}
-    for shard in sorted(set(shard_of.values())):
+    for shard in shard_of.values():
         if Path(shard).name != shard:
             raise CheckpointError(
                 f"{index} names the shard {shard!r}, which is not in its own directory. An index may only name files "
                 "beside it; get the model from its origin again."
             )
-        shards[shard] = _inspect_file(index.parent / shard)
+    return shard_of
+
+
+def _open_shards(index: Path) -> dict[str, TensorInfo]:
+    shard_of = read_index(index)
+    shards = {shard: _inspect_file(index.parent / shard) for shard in sorted(set(shard_of.values()))}
     tensors: dict[str, TensorInfo] = {}
     for name, shard in shard_of.items():
         if name not in shards[shard]:

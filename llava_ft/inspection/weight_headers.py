@@ -57,12 +57,6 @@ class TensorHeader:
     num_bytes: int
     file: str
 
-    @classmethod
-    def of(cls, key: str, shape: tuple[int, ...], dtype: str, num_bytes: int, file: Path) -> "TensorHeader":
-        """Describe a tensor of a file of any kind, a CLIP directory's among them."""
-        name = (clip_to_native_name(key) or f"clip.{key}") if _CLIP.match(key) else plain_name(key)
-        return cls(key, name, part_of_tensor(name), shape, dtype, num_bytes, file.name)
-
     @property
     def num_values(self) -> int:
         """Number of values."""
@@ -120,12 +114,7 @@ def read_header(path: Path) -> FileHeader:
 def _read_safetensors(path: Path, num_bytes: int) -> FileHeader:
     with path.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        if num_bytes < 8 or length > min(num_bytes - 8, _MOST_HEADER_BYTES):
-            raise CheckpointError(
-                f"{path} is damaged or no .safetensors file: its {num_bytes:,} bytes do not begin with a header. Copy "
-                "or download it again."
-            )
-        content = opened.read(length)
+        content = opened.read(length) if length <= min(num_bytes - 8, _MOST_HEADER_BYTES) else b""
     tensors: list[TensorHeader] = []
     ends: list[int] = []
     try:
@@ -135,12 +124,13 @@ def _read_safetensors(path: Path, num_bytes: int) -> FileHeader:
             shape, (start, end) = tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
             if not 0 <= start <= end or min(shape, default=0) < 0:
                 raise ValueError("negative sizes")
-            dtype = str(SAFETENSORS_DTYPES.get(entry["dtype"], str(entry["dtype"]).lower())).removeprefix("torch.")
-            tensors.append(TensorHeader.of(str(key), shape, dtype, end - start, path))
+            dtype = str(SAFETENSORS_DTYPES.get(entry["dtype"], str(entry["dtype"]).lower()))
+            tensors.append(_tensor(key, shape, dtype, end - start, path))
             ends.append(8 + length + end)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(
-            f"{path} is damaged: its header is not what .safetensors files begin with. Copy or download it again."
+            f"{path} is damaged or no .safetensors file: its {num_bytes:,} bytes do not begin with a header. Copy "
+            "or download it again."
         ) from None
     needed = max(ends, default=8 + length)
     problem = ""
@@ -155,15 +145,21 @@ def _read_safetensors(path: Path, num_bytes: int) -> FileHeader:
 
 
 def _read_pickle(path: Path, num_bytes: int) -> FileHeader:
-    content = list(_flattened(load_pickle(path)))
-    tensors = tuple(
-        TensorHeader.of(key, tuple(value.shape), str(value.dtype).removeprefix("torch."), value.nbytes, path)
-        for key, value in content
-        if isinstance(value, torch.Tensor)
-    )
-    others = tuple(key for key, value in content if not isinstance(value, torch.Tensor))
+    tensors: list[TensorHeader] = []
+    others: list[str] = []
+    for key, value in _flattened(load_pickle(path)):
+        if isinstance(value, torch.Tensor):
+            tensors.append(_tensor(key, tuple(value.shape), str(value.dtype), value.nbytes, path))
+        else:
+            others.append(key)
     problem = "" if tensors else f"{path} holds no tensors, so it is not a weight file. Is it the right file?"
-    return FileHeader(path, num_bytes, tensors, problem, others)
+    return FileHeader(path, num_bytes, tuple(tensors), problem, tuple(others))
+
+
+def _tensor(key: str, shape: tuple[int, ...], dtype: str, num_bytes: int, file: Path) -> TensorHeader:
+    """Describe a tensor of a file of any kind, a CLIP directory's among them."""
+    name = (clip_to_native_name(key) or f"clip.{key}") if _CLIP.match(key) else plain_name(key)
+    return TensorHeader(key, name, part_of_tensor(name), shape, dtype.removeprefix("torch."), num_bytes, file.name)
 
 
 def _flattened(content: object, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, object]]:

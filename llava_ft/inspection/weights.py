@@ -12,24 +12,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from llava_ft.checkpoint.directory import identify, read_config
+from llava_ft.checkpoint.directory import ModelDirectory, read_config
 from llava_ft.checkpoint.lineage import LINEAGE
 from llava_ft.checkpoint.manifest import read_manifest, what_is_incomplete
 from llava_ft.checkpoint.names import (
-    ADAPTER_ALL_BIN,
-    ADAPTER_BIN,
     ADAPTER_CONFIG,
-    ADAPTER_SAFETENSORS,
     CONFIG,
     MANIFEST,
     NON_LORA_BIN,
-    NON_LORA_SAFETENSORS,
     PREPROCESSOR_CONFIG,
-    PROJECTOR_BIN,
-    PROJECTOR_SAFETENSORS,
 )
 from llava_ft.checkpoint.restore import lacks_projector
-from llava_ft.checkpoint.weights import MODEL_FILES, WeightFiles, read_json
+from llava_ft.checkpoint.weights import MODEL_FILES, read_index, read_json
 from llava_ft.checkpoint.zero.files import find_step_directory, find_step_files
 from llava_ft.errors import CheckpointError, UserError, some_of
 from llava_ft.inspection.weight_facts import PartSummary, WeightFacts, facts_of, lora_modules, ranges, summarise
@@ -58,35 +52,23 @@ class RequiredBase:
 
 @dataclass
 class Description:
-    """What is known of a path.
-
-    Attributes:
-        kind: What it holds, short and stable: "lora", "projector", "llava", "language model", "vision tower",
-            "trained beside an adapter", "shard", "deepspeed", "several", "tensors" or "nothing".
-        what: The same as a sentence.
-        layout: "native" or "hf", as `config.json` or the keys say; "" where that says nothing.
-        needs: The base it belongs to, if it needs one.
-        missing: What ought to be there and is not.
-        lost: What of that are files of weights.
-        damaged: What cannot be read.
-        notes: What else a user should know.
-        files: Every weight file.
-        read: Names of the files that count, where there are several with the same content.
-        inside: Each file and directory inside, where they do not belong together.
-    """
+    """What is known of a path."""
 
     path: Path
     kind: str = "nothing"
-    what: str = ""
-    layout: str = ""
+    """Short and stable: "lora", "projector", "llava", "language model", "vision tower", "trained beside an adapter",
+    "shard", "deepspeed", "several", "tensors" or "nothing"."""
+    what: str = ""  # the same as a sentence
+    layout: str = ""  # "native" or "hf", as `config.json` or the keys say; "" where that says nothing
     needs: RequiredBase | None = None
-    missing: list[str] = field(default_factory=list[str])
-    lost: list[str] = field(default_factory=list[str])
-    damaged: list[str] = field(default_factory=list[str])
-    notes: list[str] = field(default_factory=list[str])
-    files: list[FileHeader] = field(default_factory=list[FileHeader])
-    read: list[str] = field(default_factory=list[str])
+    missing: list[str] = field(default_factory=list[str])  # what ought to be there and is not
+    lost: list[str] = field(default_factory=list[str])  # what of that are files of weights
+    damaged: list[str] = field(default_factory=list[str])  # what cannot be read
+    notes: list[str] = field(default_factory=list[str])  # what else a user should know
+    files: list[FileHeader] = field(default_factory=list[FileHeader])  # every weight file
+    read: list[str] = field(default_factory=list[str])  # names of those that count; others have the same content
     inside: list["Description"] = field(default_factory=list["Description"])
+    """Each file and directory inside, where they do not belong together."""
 
     @property
     def is_whole(self) -> bool:
@@ -191,15 +173,17 @@ def _describe_directory(path: Path, index: Path | None = None) -> Description:
     found.missing += _missing_files(path, found, config)
     found.what = _sentence(found, config, is_file=False)
 
-    with_others = [file for file in found.files if file.others]
-    found.notes += [f"{file.path.name} also holds {some_of(file.others)}, which is no tensor." for file in with_others]
+    for file in found.files:
+        found.notes += (
+            [f"{file.path.name} also holds {some_of(file.others)}, which is no tensor."] if file.others else []
+        )
     steps = sorted((entry.name for entry in path.glob("checkpoint-*") if entry.is_dir()), key=lambda n: (len(n), n))
-    notes = (
-        (steps, f"It also holds {len(steps)} checkpoints of the run: {some_of(steps)}."),
-        ((path / LINEAGE).is_file(), f"`llava-ft inspect lineage {path}` says what it was made from."),
-        (any(path.glob("global_step*")), "It also holds DeepSpeed's files, to resume from."),
-    )
-    found.notes += [note for holds, note in notes if holds]
+    if steps:
+        found.notes.append(f"It also holds {len(steps)} checkpoints of the run: {some_of(steps)}.")
+    if (path / LINEAGE).is_file():
+        found.notes.append(f"`llava-ft inspect lineage {path}` says what it was made from.")
+    if any(path.glob("global_step*")):
+        found.notes.append("It also holds DeepSpeed's files, to resume from.")
     return found
 
 
@@ -216,88 +200,70 @@ def _describe_each(path: Path, files: Sequence[Path]) -> Description:
                 f"them. `llava-ft consolidate {path}` gets the weights out of them."
             )
             return found
-
-    def may_hold_weights(entry: Path) -> bool:
-        return any(
-            is_weight_file(one) or one.name.startswith("global_step") or one.name.endswith(".index.json")
-            for one in entry.iterdir()
-        )
-
-    directories = [entry for entry in sorted(path.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
     found.inside = [_describe_file(file) for file in files]
-    found.inside += [_describe_directory(entry) for entry in directories if may_hold_weights(entry)]
+    entries = sorted(path.iterdir())
+    for directory in entries:
+        if (
+            directory.is_dir()
+            and not directory.name.startswith(".")
+            and any(map(_tells_of_weights, directory.iterdir()))
+        ):
+            found.inside.append(_describe_directory(directory))
     if found.inside:
         found.kind = "several"
         found.what = f"{len(found.inside)} files and directories of weights that are described one by one."
     else:
         found.what = "No weights."
-        names = sorted(entry.name for entry in path.iterdir())
-        found.missing.append(f"{path} holds no weight files. It holds {some_of(names, 8) or 'nothing'}.")
+        names = some_of([entry.name for entry in entries], 8) or "nothing"
+        found.missing.append(f"{path} holds no weight files. It holds {names}.")
     return found
+
+
+def _tells_of_weights(entry: Path) -> bool:
+    return is_weight_file(entry) or entry.name.startswith("global_step") or entry.name.endswith(".index.json")
 
 
 def _select_files(path: Path, index: Path | None = None) -> tuple[list[Path], Description]:
     """Choose the weight files of a directory that count: of several with the same content those that are loaded.
 
-    Args:
-        path: The directory.
-        index: An index file in it, whose files alone count.
-
     Returns:
-        All weight files, and a description with those that count in `read`, why others do not in `notes`, files that
-        an index names and that are not there in `lost`, and what is wrong with an index in `damaged`.
+        All weight files (with an index, those that it names), and a description with those that count in `read`, why
+        others do not in `notes`, files that an index names and that are not there in `lost`, and what is wrong with an
+        index in `damaged`.
     """
     found = Description(index or path)
-    if index is not None:
-        _take_shards(index, found)
-        return [path / name for name in found.read], found
     files = sorted(entry for entry in path.iterdir() if entry.is_file() and is_weight_file(entry))
-    same_content: list[tuple[str, ...]] = []  # of each the first that is there is loaded
-    if (path / ADAPTER_CONFIG).is_file():
-        same_content = [(ADAPTER_BIN, ADAPTER_SAFETENSORS, ADAPTER_ALL_BIN), (NON_LORA_BIN, NON_LORA_SAFETENSORS)]
-    else:
-        model = next((path / name for name in MODEL_FILES if (path / name).is_file()), None)
-        if model is not None and model.suffix == ".json":
-            _take_shards(model, found)
-        elif model is not None:
-            found.read = [model.name]
-        if (path / CONFIG).is_file() and len(files) == 1:
-            found.read = [files[0].name]
-        elif (path / CONFIG).is_file() and not found.read and not found.lost:
-            same_content = [(PROJECTOR_BIN, PROJECTOR_SAFETENSORS)]
-    reasons: dict[str, str] = {}
-    for names in same_content:
-        present = [name for name in names if (path / name).is_file()]
-        found.read += present[:1]
-        reasons |= dict.fromkeys(present[1:], f"{present[0]} is") if present else {}
+    model = index or next((path / name for name in MODEL_FILES if (path / name).is_file()), None)
+    if index is None and (path / ADAPTER_CONFIG).is_file():
+        adapter = ModelDirectory(path, "lora")
+        found.read = [file.name for file in (adapter.adapter_file, adapter.non_lora_file) if file is not None]
+    elif model is not None and model.suffix != ".json":
+        found.read = [model.name]
+    elif model is not None:
+        try:
+            shards = sorted(set(read_index(model).values()))
+        except CheckpointError as error:
+            shards: list[str] = []
+            found.damaged.append(str(error))
+        found.read = [name for name in shards if (path / name).is_file()]
+        if lost := [name for name in shards if name not in found.read]:
+            found.lost.append(
+                f"{len(lost)} of {len(shards)} files that {model.name} names are not there: {', '.join(lost[:4])}"
+                + (", ..." if len(lost) > 4 else "")
+                + ". Copy or download them."
+            )
+    elif (path / CONFIG).is_file():
+        projector = ModelDirectory(path, "projector").projector_file
+        found.read = [projector.name] if projector is not None else [file.name for file in files if len(files) == 1]
+    if index is not None:
+        return [path / name for name in found.read], found
+    same_stem = {Path(name).stem: name for name in found.read}
     for file in files:
         if file.name not in found.read:
-            reasons.setdefault(file.name, "the model's or adapter's own files are")
-    found.notes = [f"{name} is not read: {reason}." for name, reason in reasons.items()]
+            other = same_stem.get(file.stem)
+            reason = f"{other} is" if other else "the model's or adapter's own files are"
+            found.notes.append(f"{file.name} is not read: {reason}.")
     return files, found
-
-
-def _take_shards(index: Path, found: Description) -> None:
-    try:
-        names: Any = read_json(index).get("weight_map")
-    except CheckpointError as error:
-        found.damaged.append(str(error))
-        return
-    if not isinstance(names, dict) or not names:
-        found.damaged.append(f"{index} has no 'weight_map'. The index is damaged.")
-        return
-    shards = sorted({str(name) for name in names.values()})
-    outside = [name for name in shards if Path(name).name != name]
-    if outside:
-        found.damaged.append(f"{index} names the shard {outside[0]!r}, which is not in its own directory.")
-    found.read = [name for name in shards if name not in outside and (index.parent / name).is_file()]
-    lost = [name for name in shards if name not in outside and name not in found.read]
-    if lost:
-        found.lost.append(
-            f"{len(lost)} of {len(shards)} files that {index.name} names are not there: {', '.join(lost[:4])}"
-            + (", ..." if len(lost) > 4 else "")
-            + ". Copy or download them."
-        )
 
 
 def _read_settings(path: Path, problems: list[str]) -> tuple[dict[str, Any], dict[str, Any], str]:
@@ -456,42 +422,33 @@ def _missing_layers(tensors: Sequence[TensorHeader], num_layers: int | None) -> 
 def _missing_files(path: Path, found: Description, config: Mapping[str, Any]) -> list[str]:
     """Say which files of a directory are missing: those without which this program refuses it or has to guess."""
     kind, is_model = found.kind, found.kind in ("llava", "language model")
-    incomplete = what_is_incomplete(path) if (path / MANIFEST).is_file() else None
-    tower = config.get("mm_vision_tower")
-    places = [path, *([Path(tower), path / tower] if isinstance(tower, str) else [])]
-    holds_tower = kind in ("llava", "vision tower") and any(part.part == "vision tower" for part in found.parts)
-    checks = (
-        (incomplete is not None, f"It is not complete: {incomplete}."),
-        (
-            (is_model or kind in ("vision tower", "projector")) and not (path / CONFIG).is_file(),
-            f"There is no {CONFIG}. Copy it from where the weights come from.",
-        ),
-        (
-            is_model and not any((path / name).is_file() for name in _TOKENIZER_FILES),
-            f"There is no tokenizer: neither {' nor '.join(_TOKENIZER_FILES)}. Copy it from the base model.",
-        ),
-        (
-            holds_tower and not any((place / PREPROCESSOR_CONFIG).is_file() for place in places),
-            f"There is no {PREPROCESSOR_CONFIG}, which says how images are prepared. Copy it from the vision tower.",
-        ),
-    )
-    missing = [sentence for is_missing, sentence in checks if is_missing]
-    if kind != "lora":
-        return missing
-    try:
-        directory = identify(path)
+    missing: list[str] = []
+    if (path / MANIFEST).is_file() and (incomplete := what_is_incomplete(path)) is not None:
+        missing.append(f"It is not complete: {incomplete}.")
+    if (is_model or kind in ("vision tower", "projector")) and not (path / CONFIG).is_file():
+        missing.append(f"There is no {CONFIG}. Copy it from where the weights come from.")
+    if is_model and not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        tokenizers = " nor ".join(_TOKENIZER_FILES)
+        missing.append(f"There is no tokenizer: neither {tokenizers}. Copy it from the base model.")
+    if kind in ("llava", "vision tower") and any(part.part == "vision tower" for part in found.parts):
+        tower = config.get("mm_vision_tower")
+        places = [path, *([Path(tower), path / tower] if isinstance(tower, str) else [])]
+        if not any((place / PREPROCESSOR_CONFIG).is_file() for place in places):
+            missing.append(
+                f"There is no {PREPROCESSOR_CONFIG}, which says how images are prepared. Copy it from the vision tower."
+            )
+    if kind == "lora" and (path / ADAPTER_CONFIG).is_file():
+        directory = ModelDirectory(path, "lora", dict(config))
         if directory.adapter_file is None:
             missing.append("There is adapter_config.json, but neither adapter_model.bin nor adapter_model.safetensors.")
         elif (
             found.tensors
             and directory.non_lora_file is None
-            and lacks_projector(directory, WeightFiles.open(directory.adapter_file))
+            and lacks_projector(directory, [tensor.key for tensor in found.tensors])
         ):
             missing.append(
                 f"There is no projector beside the adapter ({NON_LORA_BIN}), though one was trained with it. Original "
                 "LLaVA leaves it out of its intermediate checkpoints; `llava-ft consolidate` gets it out of "
                 "DeepSpeed's files."
             )
-    except UserError:
-        pass  # said where the files are described
     return missing

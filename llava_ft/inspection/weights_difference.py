@@ -20,7 +20,6 @@ from llava_ft.inspection.weights import Description, describe
 
 _BYTES_PER_GROUP: Final = 256 * 2**20
 _VALUES_PER_BLOCK: Final = 2**22
-_WITH_ROWS: Final = (EMBEDDINGS, HEAD)
 _WIDE: Final = (torch.float64, torch.int64, torch.int32)
 
 
@@ -39,16 +38,16 @@ class TensorDifference:
     is_rounded: bool = False  # whether the second holds the first's values, rounded to its own type
 
 
-@dataclass
+@dataclass(frozen=True)
 class PartDifference:
     """The difference of one part."""
 
     part: str
-    num_common: int = 0
-    num_equal: int = 0  # in shape, type and every bit
-    max_difference: float = 0.0  # the largest of its tensors
-    relative: float = 0.0
-    worst: str = ""  # name of the tensor with `max_difference`
+    num_common: int
+    num_equal: int  # in shape, type and every bit
+    max_difference: float  # the largest of its tensors
+    relative: float
+    worst: str  # name of the tensor with `max_difference`; "" if all are equal
 
 
 @dataclass
@@ -57,11 +56,11 @@ class Difference:
 
     first: Description
     second: Description
-    only_first: list[TensorHeader] = field(default_factory=list[TensorHeader])
-    only_second: list[TensorHeader] = field(default_factory=list[TensorHeader])
+    only_first: list[TensorHeader]
+    only_second: list[TensorHeader]
+    unreadable: list[str]  # what could not be compared, and why
     different: list[TensorDifference] = field(default_factory=list[TensorDifference])
     parts: list[PartDifference] = field(default_factory=list[PartDifference])
-    unreadable: list[str] = field(default_factory=list[str])  # what could not be compared, and why
 
     @property
     def is_equal(self) -> bool:
@@ -87,6 +86,44 @@ class Difference:
         }
 
 
+def compare(first: Path, second: Path) -> Difference:
+    """Compare two files or directories.
+
+    Raises:
+        CheckpointError: One does not exist, or holds no tensors of its own.
+    """
+    descriptions = [describe(first), describe(second)]
+    problems = [text for one in descriptions for text in one.damaged]
+    problems += [text for one in descriptions for text in one.lost]
+    (ours, our_files), (theirs, their_files) = (_open(one, problems) for one in descriptions)
+    for description, tensors in zip(descriptions, (ours, theirs), strict=True):
+        if not tensors and not description.damaged:
+            raise CheckpointError(f"{description.path} holds no tensors to compare. {description.what}")
+    found = Difference(
+        *descriptions,
+        only_first=[tensor for name, tensor in ours.items() if name not in theirs],
+        only_second=[tensor for name, tensor in theirs.items() if name not in ours],
+        unreadable=list(dict.fromkeys(problems)),
+    )
+    common = [tensor for name, tensor in ours.items() if name in theirs]
+    for group in _groups(common):
+        our_keys, their_keys = ({headers[name].key: name for name in group} for headers in (ours, theirs))
+        held = {our_keys[key]: value.clone() for key, value in our_files.stream(our_keys)}
+        for key, value in their_files.stream(their_keys):
+            name = their_keys[key]
+            difference = _difference(ours[name], theirs[name], held.pop(name), value)
+            found.different += [difference] if difference is not None else []
+    for part in PARTS:
+        num_common = sum(tensor.part == part for tensor in common)
+        different = [one for one in found.different if one.part == part]
+        worst = max(different, key=lambda one: one.max_difference or 0.0, default=None)
+        largest = (worst.max_difference or 0.0, max(one.relative or 0.0 for one in different)) if worst else (0.0, 0.0)
+        if num_common:
+            num_equal = num_common - len(different)
+            found.parts.append(PartDifference(part, num_common, num_equal, *largest, worst.name if worst else ""))
+    return found
+
+
 def _open(description: Description, unreadable: list[str]) -> tuple[dict[str, TensorHeader], WeightFiles]:
     """Return the tensors of a path that count, by native name, and what reads them."""
     headers: dict[str, TensorHeader] = {}
@@ -101,41 +138,6 @@ def _open(description: Description, unreadable: list[str]) -> tuple[dict[str, Te
             continue
         headers |= {tensor.name: tensor for tensor in file.tensors if tensor.part != "derived"}
     return headers, files
-
-
-def compare(first: Path, second: Path) -> Difference:
-    """Compare two files or directories.
-
-    Raises:
-        CheckpointError: One does not exist, or holds no tensors of its own.
-    """
-    found = Difference(describe(first), describe(second))
-    problems = found.first.damaged + found.second.damaged + found.first.lost + found.second.lost
-    (ours, our_files), (theirs, their_files) = (_open(one, problems) for one in (found.first, found.second))
-    for description, tensors in ((found.first, ours), (found.second, theirs)):
-        if not tensors and not description.damaged:
-            raise CheckpointError(f"{description.path} holds no tensors to compare. {description.what}")
-    found.unreadable = list(dict.fromkeys(problems))
-    found.only_first = [tensor for name, tensor in ours.items() if name not in theirs]
-    found.only_second = [tensor for name, tensor in theirs.items() if name not in ours]
-    by_part = {part: PartDifference(part) for part in PARTS}
-    for group in _groups([tensor for name, tensor in ours.items() if name in theirs]):
-        our_keys, their_keys = ({headers[name].key: name for name in group} for headers in (ours, theirs))
-        held = {our_keys[key]: value.clone() for key, value in our_files.stream(our_keys)}
-        for key, value in their_files.stream(their_keys):
-            name = their_keys[key]
-            part = by_part[ours[name].part]
-            part.num_common += 1
-            difference = _difference(ours[name], theirs[name], held.pop(name), value)
-            if difference is None:
-                part.num_equal += 1
-                continue
-            found.different.append(difference)
-            part.relative = max(part.relative, difference.relative or 0.0)
-            if not part.worst or (difference.max_difference or 0.0) > part.max_difference:
-                part.max_difference, part.worst = difference.max_difference or 0.0, name
-    found.parts = [part for part in by_part.values() if part.num_common]
-    return found
 
 
 def _groups(tensors: list[TensorHeader]) -> Iterator[list[str]]:
@@ -160,7 +162,7 @@ def _difference(
     shapes, dtypes = (first.shape, second.shape), (first.dtype, second.dtype)
     num_rows = None
     if first.shape != second.shape:
-        if first.name not in _WITH_ROWS or first.shape[1:] != second.shape[1:]:
+        if first.name not in (EMBEDDINGS, HEAD) or first.shape[1:] != second.shape[1:]:
             return TensorDifference(first.name, first.part, shapes, dtypes)
         num_rows = min(first.shape[0], second.shape[0])
         one, other = one[:num_rows], other[:num_rows]

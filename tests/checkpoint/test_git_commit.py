@@ -28,7 +28,9 @@ def test_the_commit_of_a_folder_inside_a_repository(repository: Path):
     inside = repository / "runs"
     inside.mkdir()
     (inside / "notes.txt").write_text("not tracked")
-    git(repository, "tag", "v1")  # whose name is not that of the commit
+    git(
+        repository, "-c", "user.name=a", "-c", "user.email=a@b", "tag", "-a", "v1", "-m", "one"
+    )  # whose name is not that of the commit
     assert git_commit(inside) == git(repository, "rev-parse", "HEAD")
 
 
