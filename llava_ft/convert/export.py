@@ -12,14 +12,15 @@ from llava_ft.checkpoint.directory import identify, resolve_model_path
 from llava_ft.checkpoint.full_model import FullModel, open_full_model
 from llava_ft.checkpoint.names import CONFIG, is_vision, native_name
 from llava_ft.checkpoint.overrides import collect_ignored
+from llava_ft.checkpoint.save import shard_bytes
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.convert.export_adapter import export_adapter
 from llava_ft.convert.export_hf import export_hf
 from llava_ft.convert.export_llava import export_llava
 from llava_ft.convert.hf_speaker import HfSpeaker
-from llava_ft.convert.options import ExportOptions, common_options
 from llava_ft.convert.proof import ConversionReport, check_target, proven_directory
 from llava_ft.convert.verify import NativeSpeaker, Speaker, computing_dtype, prove_answers, relative_bound
+from llava_ft.errors import UserError
 from llava_ft.inference.load import LoadedModel, load_base_and_adapters, load_model
 
 logger = logging.getLogger(__name__)
@@ -32,44 +33,51 @@ def run_export(request: argparse.Namespace) -> ConversionReport:
         UserError: The request is wrong, or the format cannot hold the model.
         RunError: The result is not what it should be, or could not be written; nothing is left behind.
     """
-    options = ExportOptions(**common_options(request), force=request.force, adapter_only=request.adapter_only)
+    dtype = None if request.dtype == "auto" else getattr(torch, request.dtype)
+    max_shard_bytes = shard_bytes(request.max_shard_size)
+    if request.adapter_only and request.format == "gguf":
+        raise UserError(
+            "--adapter-only has no GGUF form here: a GGUF file holds the whole model. Leave the flag out, or export "
+            "the adapter with --format hf --adapter-only and convert it with llama.cpp's convert_lora_to_gguf.py."
+        )
     directory = identify(resolve_model_path(request.model_path))
-    kind = f"export {request.format}" + " --adapter-only" * options.adapter_only
+    kind = f"export {request.format}" + " --adapter-only" * request.adapter_only
     report = ConversionReport(kind, str(directory.path), str(Path(request.save_path)))
     check_target(report, "--save-path")
-    manifest = None if request.format == "gguf" else "lora" if options.adapter_only else "full"
+    manifest = None if request.format == "gguf" else "lora" if request.adapter_only else "full"
     with collect_ignored() as report.ignored:
-        full = open_full_model(directory, request.model_base, vision_tower=request.vision_tower, force=options.force)
+        full = open_full_model(directory, request.model_base, vision_tower=request.vision_tower, force=request.force)
         with proven_directory(report, full, "--save-path", manifest=manifest) as staging:
             if request.format == "gguf":
                 from llava_ft.convert.export_gguf import export_gguf
 
-                export_gguf(full, staging, options, report)
-            elif options.adapter_only:
-                export_adapter(full, staging, options, report, request.format)
+                export_gguf(full, staging, report, dtype)
+            elif request.adapter_only:
+                export_adapter(full, staging, report, request.format, dtype)
             else:
-                (export_hf if request.format == "hf" else export_llava)(full, staging, options, report)
+                export = export_hf if request.format == "hf" else export_llava
+                export(full, staging, report, dtype, max_shard_bytes)
             report.notes += full.source.notes
-            if options.verify:
-                _compare(request, full, staging, options, report)
-            else:
+            if request.no_verify:
                 report.notes.append("the logits were not compared (--no-verify)")
+            else:
+                _compare(request, full, staging, dtype, report)
     logger.info("Exported to %s.", report.target)
     report.log()
     return report
 
 
 def _compare(
-    request: argparse.Namespace, full: FullModel, staging: Path, options: ExportOptions, report: ConversionReport
+    request: argparse.Namespace, full: FullModel, staging: Path, wanted: torch.dtype | None, report: ConversionReport
 ) -> None:
-    """Compare what the source and the result say."""
-    is_whole = not options.adapter_only and request.format != "gguf"
-    written = options.dtype or full.dtype
+    """Compare what the source and the result, written in the type that is `wanted`, say."""
+    is_whole = not request.adapter_only and request.format != "gguf"
+    written = wanted or full.dtype
     dtype = computing_dtype(staging if is_whole else full.base.directory.path, written)
 
     def load_source() -> LoadedModel:
         opened = open_base_and_adapters(
-            [(1.0, full.directory)], request.model_base, vision_tower=request.vision_tower, force=options.force
+            [(1.0, full.directory)], request.model_base, vision_tower=request.vision_tower, force=request.force
         )
         source = load_base_and_adapters(opened, dtype=dtype, device="cpu", adapter="beside")
         vocabulary: int = source.model.config.vocab_size
@@ -85,27 +93,21 @@ def _compare(
 
             return NativeSpeaker(load_gguf(staging, full, dtype=dtype))
         if request.format == "hf":
-            if options.adapter_only:
+            if request.adapter_only:
                 return HfSpeaker.with_adapter(full, staging, dtype)
             return HfSpeaker.load(staging, dtype)
         tower = request.vision_tower or full.config.mm_vision_tower
-        base = str(full.base.directory.path) if options.adapter_only else None
+        base = str(full.base.directory.path) if request.adapter_only else None
         if base is None and any(is_vision(native_name(name)) for name in WeightFiles.open(staging).tensors):
             tower = None
         loaded = load_model(str(staging), base, vision_tower=tower, dtype=dtype, device="cpu", adapter="beside")
         return NativeSpeaker(loaded)
 
-    prove_answers(report, load_source, load_result, _bound(full, report, dtype, options))
-
-
-def _bound(full: FullModel, report: ConversionReport, computed: torch.dtype, options: ExportOptions) -> float:
-    """Largest difference of logits, as a share of the largest, that rounding explains.
-
-    Weights that were neither changed nor converted are the same in source and result; then only the arithmetic rounds.
-    """
-    if options.adapter_only:
-        was_rounded = options.dtype is not None
+    # Weights that were neither changed nor converted are the same on both sides; then only the arithmetic rounds.
+    if request.adapter_only:
+        was_rounded = wanted is not None
     else:
-        is_exact = bool(report.frozen["bit_identical"])
-        was_rounded = not is_exact or any(full.origin(name) != "frozen" for name in full.shapes)
-    return relative_bound(computed, (options.dtype or full.dtype) if was_rounded else torch.float32)
+        is_frozen = all(full.origin(name) == "frozen" for name in full.shapes)
+        was_rounded = not (report.frozen["bit_identical"] and is_frozen)
+    bound = relative_bound(dtype, written if was_rounded else torch.float32)
+    prove_answers(report, load_source, load_result, bound)

@@ -44,7 +44,6 @@ from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.convert.export_hf import hf_config, image_settings, write_image_processor
 from llava_ft.convert.hf_speaker import build_hf_skeleton
 from llava_ft.convert.native_record import num_native_rows, read_weight_record
-from llava_ft.convert.options import ExportOptions
 from llava_ft.convert.proof import ConversionReport
 from llava_ft.errors import CheckpointError, RunError
 from llava_ft.models.builder import build_skeleton
@@ -59,16 +58,11 @@ _WHOLE_INSTEAD: Final = "Export the whole model instead: leave --adapter-only ou
 
 
 def export_adapter(
-    whole: FullModel, target: Path, options: ExportOptions, report: ConversionReport, layout: Layout
+    whole: FullModel, target: Path, report: ConversionReport, layout: Layout, dtype: torch.dtype | None
 ) -> None:
-    """Write an adapter for a layout.
+    """Write an adapter into an empty directory for a layout, and compare it with the source.
 
-    Args:
-        whole: The adapter with its base.
-        target: An empty directory.
-        options: How it is written.
-        report: Gets what is written, without logits and answers.
-        layout: Whose names: original LLaVA's or transformers'.
+    Values get the type `dtype`, or keep their own when it is None.
 
     Raises:
         UserError: The layout cannot hold the adapter.
@@ -76,13 +70,13 @@ def export_adapter(
     """
     lora = _the_adapter(whole)
     check_adapter(whole, layout)
-    tensors = dict(_tensors(lora, report, options.dtype))
-    if not (options.dtype is None and _restore_source(lora.path, target, tensors, layout)):
+    tensors = dict(_tensors(lora, report, dtype))
+    if not (dtype is None and _restore_source(lora.path, target, tensors, layout)):
         _write(whole, target, tensors, layout)
     _record_source(whole, target)
     _compare(target, tensors)
     check_taken(target, whole.config, layout)
-    changed = "bit for bit" if options.dtype is None else f"converted to {str(options.dtype).removeprefix('torch.')}"
+    changed = "bit for bit" if dtype is None else f"converted to {str(dtype).removeprefix('torch.')}"
     report.notes.append(f"all {len(tensors)} tensors are those of the source, {changed}")
     report.notes += _advice(whole, tensors, layout)
 

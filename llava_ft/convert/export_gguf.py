@@ -8,23 +8,19 @@ so that a wrong key shows in the logits as a wrong tensor does.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.checkpoint.save import check_space
-from llava_ft.checkpoint.weights import TensorInfo, WeightFiles
 from llava_ft.conversation import TemplateStyle, get_template
 from llava_ft.convert.chat_template import chat_template
 from llava_ft.convert.gguf_file import (
     DTYPES,
-    Field,
     Fields,
     File,
     GgufContent,
@@ -42,7 +38,6 @@ from llava_ft.convert.gguf_metadata import (
     vision_fields,
 )
 from llava_ft.convert.gguf_vocabulary import check_ids, read_vocabulary, vocabulary_fields
-from llava_ft.convert.options import ExportOptions
 from llava_ft.convert.proof import ConversionReport, prove_tensors
 from llava_ft.data.image_processor import ImageProcessorSettings
 from llava_ft.data.images import ImageTransform
@@ -58,27 +53,18 @@ ARCHITECTURES: dict[File, str] = {"language": "llama", "vision": "clip"}
 MMPROJ_PREFIX = "mmproj-"
 
 
-def export_gguf(whole: FullModel, target: Path, options: ExportOptions, report: ConversionReport) -> None:
-    """Write a model as llama.cpp reads it, and compare the files with the model.
+def export_gguf(whole: FullModel, target: Path, report: ConversionReport, dtype: torch.dtype | None = None) -> None:
+    """Write a model as llama.cpp reads it into an existing directory, and compare the files with the model.
 
-    Args:
-        whole: The model.
-        target: An existing directory; the files are written into it.
-        options: `dtype` is float32, float16 or bfloat16. Files are not split, so `max_shard_bytes` has no effect.
-        report: Gets what is written and the proof of it, without the comparison of logits.
+    Weights get the type `dtype`, float32, float16 or bfloat16, or the base's when it is None.
 
     Raises:
-        UserError: llama.cpp cannot run such a model, or the request asks for what GGUF has not.
+        UserError: llama.cpp cannot run such a model, or GGUF has no such type.
         RunError: A file does not hold what it should.
     """
     # What GGUF or llama.cpp cannot hold is refused before weights are read.
-    if options.adapter_only:
-        raise UserError(
-            "--adapter-only has no GGUF form here: a GGUF file holds the whole model. Leave the flag out, or export "
-            "the adapter with --format hf --adapter-only and convert it with llama.cpp's convert_lora_to_gguf.py."
-        )
     config = whole.config
-    dtype = options.dtype or whole.dtype
+    dtype = dtype or whole.dtype
     if dtype not in DTYPES:
         known = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
         raise UserError(
@@ -122,12 +108,10 @@ def export_gguf(whole: FullModel, target: Path, options: ExportOptions, report: 
         write_gguf(paths[file], ARCHITECTURES[file], fields[file], tensors, value_of)
     files: dict[File, GgufContent] = {file: GgufContent(paths[file]) for file in paths}
     for file, content in files.items():
-        expected_fields = {"general.architecture": Field("STRING", ARCHITECTURES[file]), **fields[file]}
-        for key, field in expected_fields.items():
+        for key, value in {"general.architecture": ARCHITECTURES[file], **fields[file]}.items():
             found = content.fields.get(key)
-            is_float = (field.element or field.kind) == "FLOAT32" and found is not None
-            if not (np.array_equal(np.float32(found), np.float32(field.value)) if is_float else found == field.value):
-                raise RunError(f"{paths[file]} says {key} = {found!r}, and not {field.value!r}.")
+            if found != value:
+                raise RunError(f"{paths[file]} says {key} = {found!r}, and not {value!r}.")
         written = {(name, content.shape(name), content.dtype(name)) for name in content.names}
         expected = {(tensor.name, tensor.shape, tensor.dtype) for tensor in tensors_of[file]}
         if written != expected:
@@ -135,7 +119,9 @@ def export_gguf(whole: FullModel, target: Path, options: ExportOptions, report: 
             raise RunError(
                 f"{paths[file]} does not hold the tensors it should: {', '.join(odd[:4])}. Nothing was kept."
             )
-    prove_tensors(report, whole, GgufWeights(target, files, plan, whole), with_tower=True)
+    read = ((tensor.native, files[tensor.file].read(tensor.name, tensor.num_heads)) for tensor in plan)
+    names = {tensor.native for tensor in plan}
+    prove_tensors(report, whole, read, [name for name in whole.names(with_tower=True) if name in names])
 
 
 def _template(whole: FullModel) -> tuple[str | None, list[str]]:
@@ -154,35 +140,6 @@ def _template(whole: FullModel) -> tuple[str | None, list[str]]:
             "not"
         )
     return chat_template(template, mm_use_im_start_end=whole.config.mm_use_im_start_end), notes
-
-
-class GgufWeights(WeightFiles):
-    """The tensors of both files under native names, rows as in PyTorch.
-
-    What is not exported, the end of the vision tower, is taken from the source, so that the whole can be compared with
-    it as any other result.
-    """
-
-    def __init__(
-        self, directory: Path, files: Mapping[File, GgufContent], plan: Sequence[GgufTensor], whole: FullModel
-    ):
-        self._files = files
-        self._plan = {tensor.native: tensor for tensor in plan}
-        self._whole = whole
-        infos: dict[str, TensorInfo] = {}
-        for name in whole.names(with_tower=True):
-            dtype = self._plan[name].dtype if name in self._plan else whole.dtype
-            infos[name] = TensorInfo(directory, whole.shapes[name], dtype)
-        super().__init__(directory, infos)
-
-    def stream(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield names and tensors."""
-        for name in self.tensors if names is None else names:
-            tensor = self._plan.get(name)
-            if tensor is None:
-                yield name, self._whole.tensor(name).value
-            else:
-                yield name, self._files[tensor.file].read(tensor.name, tensor.num_heads)
 
 
 def find_files(directory: Path) -> tuple[Path, Path | None]:

@@ -31,7 +31,6 @@ from llava_ft.conversation import TemplateStyle, get_template
 from llava_ft.convert.chat_template import chat_template
 from llava_ft.convert.hf_tokenizer import begin_separator, image_token_id, write_hf_tokenizer
 from llava_ft.convert.native_record import TensorDigest, write_native_record
-from llava_ft.convert.options import ExportOptions
 from llava_ft.convert.proof import ConversionReport, prove_tensors
 from llava_ft.data.image_processor import ImageProcessorSettings
 from llava_ft.data.images import ImageTransform
@@ -44,20 +43,18 @@ CHAT_TEMPLATE_WITH_BEGIN: Final = "chat_template_with_bos.jinja"
 PROCESSOR_CONFIG: Final = "processor_config.json"
 
 
-def export_hf(whole: FullModel, target: Path, options: ExportOptions, report: ConversionReport) -> None:
-    """Write a model in transformers' layout.
+def export_hf(
+    whole: FullModel, target: Path, report: ConversionReport, dtype: torch.dtype | None, max_shard_bytes: int
+) -> None:
+    """Write a model in transformers' layout into an empty directory, and prove its tensors.
 
-    Args:
-        whole: The model.
-        target: An empty directory.
-        options: How it is written.
-        report: Gets what is written and the proof of it, without logits and answers.
+    Weights get the type `dtype`, or keep the base's when it is None.
 
     Raises:
         UserError: The layout cannot hold the model, or the disk has no room for it.
         RunError: What is on disk afterwards is not what was to be written.
     """
-    hf_config(whole, options.dtype or whole.dtype)  # what the layout cannot hold is refused before weights are read
+    hf_config(whole, dtype or whole.dtype)  # what the layout cannot hold is refused before weights are read
     settings, geometry = image_settings(whole)
     if geometry.aspect_ratio != "square" and (not settings.do_resize or "shortest_edge" not in settings.size):
         raise CheckpointError(
@@ -68,12 +65,12 @@ def export_hf(whole: FullModel, target: Path, options: ExportOptions, report: Co
     num_rows = _num_rows(whole)
     tower = TensorDigest() if not whole.base.holds_vision_tower else None
     layout: Layout = {
-        hub_name(name): ((num_rows, *shape[1:]) if name in (EMBEDDINGS, HEAD) else shape, dtype)
-        for name, (shape, dtype) in whole.layout(options.dtype, with_tower=True).items()
+        hub_name(name): ((num_rows, *shape[1:]) if name in (EMBEDDINGS, HEAD) else shape, on_disk)
+        for name, (shape, on_disk) in whole.layout(dtype, with_tower=True).items()
     }
     check_space(target, layout_bytes(layout))
-    writer = ShardWriter(target, layout, max_shard_bytes=options.max_shard_bytes)
-    for piece in whole.stream(options.dtype, with_tower=True):
+    writer = ShardWriter(target, layout, max_shard_bytes=max_shard_bytes)
+    for piece in whole.stream(dtype, with_tower=True):
         value = piece.value
         if piece.name in (EMBEDDINGS, HEAD):
             value = fit_rows(value, (num_rows, *value.shape[1:]))
@@ -82,18 +79,20 @@ def export_hf(whole: FullModel, target: Path, options: ExportOptions, report: Co
         report.count(piece)
         writer.add(hub_name(piece.name), value)
     writer.finish()
-    report.notes += write_hf_files(whole, target, options)
+    report.notes += write_hf_files(whole, target, dtype)
     write_native_record(target, whole, tower)
-    prove_tensors(report, whole, WeightFiles.open(target), with_tower=True, key_of=hub_name)
+    native = {hub_name(name): name for name in whole.names(with_tower=True)}
+    written = ((native.get(key, key), tensor) for key, tensor in WeightFiles.open(target).stream())
+    prove_tensors(report, whole, written, native.values())
 
 
-def write_hf_files(whole: FullModel, target: Path, options: ExportOptions) -> list[str]:
+def write_hf_files(whole: FullModel, target: Path, dtype: torch.dtype | None = None) -> list[str]:
     """Write everything that a model of transformers' layout has beside its weights.
 
     Returns:
         What a reader of the report should know.
     """
-    write_json(target / CONFIG, hf_config(whole, options.dtype or whole.dtype))
+    write_json(target / CONFIG, hf_config(whole, dtype or whole.dtype))
     # The source's, or the ids of the special tokens, as the language model's configuration has them.
     file, config = whole.base.directory.path / GENERATION_CONFIG, cast("Any", whole.config)
     ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -7,7 +7,6 @@ changed: `native_record.py` says how.
 
 import copy
 import shutil
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final, cast
 
@@ -24,7 +23,7 @@ from llava_ft.checkpoint.names import (
     native_name,
 )
 from llava_ft.checkpoint.save import ShardWriter, check_space, config_fields, layout_bytes, save_tensors, write_json
-from llava_ft.checkpoint.weights import TensorInfo, WeightFiles, read_json
+from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.convert.native_record import (
     NATIVE_FOLDER,
     TensorDigest,
@@ -35,7 +34,6 @@ from llava_ft.convert.native_record import (
     read_weight_record,
     write_native_tokenizer,
 )
-from llava_ft.convert.options import ExportOptions
 from llava_ft.convert.proof import ConversionReport, prove_tensors
 from llava_ft.data.image_processor import ImageProcessorSettings
 from llava_ft.errors import CheckpointError
@@ -43,14 +41,12 @@ from llava_ft.errors import CheckpointError
 _VOCABULARY: Final = (EMBEDDINGS, HEAD)
 
 
-def export_llava(whole: FullModel, target: Path, options: ExportOptions, report: ConversionReport) -> None:
-    """Write a model in original LLaVA's layout.
+def export_llava(
+    whole: FullModel, target: Path, report: ConversionReport, dtype: torch.dtype | None, max_shard_bytes: int
+) -> None:
+    """Write a model in original LLaVA's layout into an empty directory, and prove its tensors.
 
-    Args:
-        whole: The model.
-        target: An empty directory.
-        options: How it is written.
-        report: Gets what is written and the proof of it, without logits and answers.
+    Weights get the type `dtype`, or keep the base's when it is None.
 
     Raises:
         UserError: There is nothing to convert.
@@ -61,26 +57,51 @@ def export_llava(whole: FullModel, target: Path, options: ExportOptions, report:
     source = whole.base.directory.path
     record = read_weight_record(source) if whole.base.directory.layout == "hf" else None
     num_rows = _num_rows(whole, record, report)
-    without_tower = record is not None and record.tower is not None and _tower_is_as_exported(whole, record)
+    leaves_tower_out = record is not None and record.tower is not None and _tower_is_as_exported(whole, record)
     layout = {
-        name: ((min(shape[0], num_rows), *shape[1:]) if name in _VOCABULARY else shape, dtype)
-        for name, (shape, dtype) in whole.layout(options.dtype, with_tower=True).items()
-        if not (without_tower and is_vision(name))
+        name: ((min(shape[0], num_rows), *shape[1:]) if name in _VOCABULARY else shape, on_disk)
+        for name, (shape, on_disk) in whole.layout(dtype, with_tower=True).items()
+        if not (leaves_tower_out and is_vision(name))
     }
     check_space(target, layout_bytes(layout))
-    if record is not None and _is_as_recorded(whole, options, record, set(layout), num_rows):
+    if (
+        record is not None
+        and dtype is None
+        and num_rows == record.num_rows
+        and _fits_files(whole, record, set(layout), max_shard_bytes)
+    ):
         _write_recorded_files(whole, target, record, report)
     else:
-        writer = ShardWriter(target, layout, max_shard_bytes=options.max_shard_bytes)
-        for piece in whole.stream(options.dtype, with_tower=True):
+        writer = ShardWriter(target, layout, max_shard_bytes=max_shard_bytes)
+        for piece in whole.stream(dtype, with_tower=True):
             if piece.name in layout:
                 report.count(piece)
                 writer.add(piece.name, _cut(piece, num_rows))
         writer.finish()
     tokenizer = write_native_tokenizer(whole.tokenizer, num_rows, target, source)
     pad_token_id = cast("int | None", tokenizer.pad_token_id)
-    _write_configs(whole, target, options, num_rows, pad_token_id, has_tower=not without_tower)
-    if without_tower:
+
+    is_unchanged = whole.directory.kind == "llava" and whole.base.directory.layout == "hf" and dtype is None
+    if not (is_unchanged and config_is_as_exported(source) and copy_native_files(source, target, [CONFIG])):
+        config = copy.deepcopy(whole.config)
+        config.vocab_size = num_rows
+        if config.pad_token_id is not None and config.pad_token_id >= num_rows:
+            config.pad_token_id = pad_token_id
+        fields = config_fields(config, dtype or whole.dtype)
+        if not leaves_tower_out:
+            fields["unfreeze_mm_vision_tower"] = True  # original LLaVA reads the tower's weights only with it
+        write_json(target / CONFIG, dict(sorted(fields.items())))
+    if not copy_native_files(source, target, [GENERATION_CONFIG]) and (source / GENERATION_CONFIG).is_file():
+        settings = read_json(source / GENERATION_CONFIG)
+        if isinstance(settings.get("pad_token_id"), int) and settings["pad_token_id"] >= num_rows:
+            settings["pad_token_id"] = pad_token_id
+        write_json(target / GENERATION_CONFIG, settings)
+    is_kept = copy_native_files(source, target, [PREPROCESSOR_CONFIG])
+    if not is_kept and not leaves_tower_out and whole.base.vision_directory is not None:
+        images = ImageProcessorSettings.from_pretrained(whole.base.vision_directory)
+        write_json(target / PREPROCESSOR_CONFIG, images.to_dict())
+
+    if leaves_tower_out:
         report.notes.append(
             f"the vision tower is left out, as before the export it came from: its values are those of "
             f"{whole.config.mm_vision_tower}"
@@ -90,7 +111,8 @@ def export_llava(whole: FullModel, target: Path, options: ExportOptions, report:
             "mm_vision_tower is null: nothing says which CLIP the tower was. This program needs no name, original "
             "LLaVA does: write it into config.json"
         )
-    prove_tensors(report, whole, CompletedFiles(target, whole), with_tower=True)
+    written = ((native_name(key), tensor) for key, tensor in WeightFiles.open(target).stream())
+    prove_tensors(report, whole, written, layout, num_rows=num_rows)
 
 
 def _num_rows(whole: FullModel, record: WeightRecord | None, report: ConversionReport) -> int:
@@ -130,21 +152,17 @@ def _cut(piece: ModelTensor, num_rows: int) -> torch.Tensor:
     return piece.value[:num_rows].clone() if is_longer else piece.value
 
 
-def _is_as_recorded(
-    whole: FullModel, options: ExportOptions, record: WeightRecord, names: set[str], num_rows: int
-) -> bool:
+def _fits_files(whole: FullModel, record: WeightRecord, names: set[str], max_shard_bytes: int) -> bool:
     """Whether the same tensors, in the same types, can be put into the same files."""
-    if whole.directory.kind != "llava" or options.dtype is not None or num_rows != record.num_rows:
-        return False
     source = whole.base.sources[0]
     infos = {name: source.files.tensors[key] for key, name in source.names.items()}
     recorded = {native_name(key): dtype for keys in record.files.values() for key, dtype in keys.items()}
-    if set(recorded) != names:
+    if whole.directory.kind != "llava" or set(recorded) != names:
         return False
     if any(str(infos[name].dtype) != f"torch.{dtype}" for name, dtype in recorded.items()):
         return False
     sizes = (sum(infos[native_name(key)].num_bytes for key in keys) for keys in record.files.values() if len(keys) > 1)
-    return max(sizes, default=0) <= options.max_shard_bytes
+    return max(sizes, default=0) <= max_shard_bytes
 
 
 def _write_recorded_files(whole: FullModel, target: Path, record: WeightRecord, report: ConversionReport) -> None:
@@ -164,69 +182,3 @@ def _write_recorded_files(whole: FullModel, target: Path, record: WeightRecord, 
     for index in (whole.base.directory.path / NATIVE_FOLDER).glob("*.index.json"):
         shutil.copyfile(index, target / index.name)
     report.notes.append("the weight files are those that the model was exported from: same names, order and types")
-
-
-def _write_configs(
-    whole: FullModel,
-    target: Path,
-    options: ExportOptions,
-    num_rows: int,
-    pad_token_id: int | None,
-    *,
-    has_tower: bool,
-) -> None:
-    """Write configuration, generation settings and image settings."""
-    source = whole.base.directory.path
-    is_unchanged = whole.directory.kind == "llava" and whole.base.directory.layout == "hf" and options.dtype is None
-    if not (is_unchanged and config_is_as_exported(source) and copy_native_files(source, target, [CONFIG])):
-        config = copy.deepcopy(whole.config)
-        config.vocab_size = num_rows
-        if config.pad_token_id is not None and config.pad_token_id >= num_rows:
-            config.pad_token_id = pad_token_id
-        fields = config_fields(config, options.dtype or whole.dtype)
-        if has_tower:
-            fields["unfreeze_mm_vision_tower"] = True  # original LLaVA reads the tower's weights only with it
-        write_json(target / CONFIG, dict(sorted(fields.items())))
-    if not copy_native_files(source, target, [GENERATION_CONFIG]) and (source / GENERATION_CONFIG).is_file():
-        settings = read_json(source / GENERATION_CONFIG)
-        if isinstance(settings.get("pad_token_id"), int) and settings["pad_token_id"] >= num_rows:
-            settings["pad_token_id"] = pad_token_id
-        write_json(target / GENERATION_CONFIG, settings)
-    is_kept = copy_native_files(source, target, [PREPROCESSOR_CONFIG])
-    if not is_kept and has_tower and whole.base.vision_directory is not None:
-        images = ImageProcessorSettings.from_pretrained(whole.base.vision_directory)
-        write_json(target / PREPROCESSOR_CONFIG, images.to_dict())
-
-
-class CompletedFiles(WeightFiles):
-    """What was written, under native names, with what was left out taken from the source."""
-
-    def __init__(self, directory: Path, whole: FullModel):
-        written = WeightFiles.open(directory)
-        self._written = written
-        self._whole = whole
-        self._keys = {native_name(key): key for key in written.tensors}
-        source = whole.base.sources[0]
-        self._left_out: dict[str, TensorInfo] = {
-            name: source.files.tensors[key]
-            for key, name in source.names.items()
-            if is_vision(name) and name not in self._keys
-        }
-        tensors = {name: written.tensors[key] for name, key in self._keys.items()}
-        super().__init__(directory, tensors | self._left_out)
-
-    def stream(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield names and tensors; those that were left out come from the source."""
-        for name in self.tensors if names is None else names:
-            if name in self._left_out:
-                before = self._whole.before(name)
-                assert before is not None
-                yield name, before
-                continue
-            key = self._keys[name]
-            value = self._written.read([key])[key]
-            if value.dim() and value.shape[0] < self._whole.shapes[name][0]:
-                before = self._whole.before(name)
-                assert before is not None
-                value = torch.cat([value, before[value.shape[0] :].to(value.dtype)])
-            yield name, value

@@ -1,7 +1,7 @@
 """GGUF files of a LLaVA: names, types and order of their tensors, and writing and reading them with `gguf`.
 
 llama.cpp reads a LLaVA as a language model of architecture `llama` and a file of architecture `clip` that holds the
-vision tower and the projector. Both names and types are those that its own converter gives:
+vision tower and the projector. Names are the gguf package's, and types those that llama.cpp's own converter gives:
 
 - matrices in the type that was asked for; vectors, norms and position embeddings in float32; the patch embedding,
   which is a convolution, in float16 or float32 alone;
@@ -21,9 +21,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, Literal
 
+import numpy as np
 import torch
 
-from llava_ft.checkpoint.names import IMAGE_NEWLINE, VISION_PREFIX
+from llava_ft.checkpoint.names import IMAGE_NEWLINE, PROJECTOR_PREFIX, VISION_PREFIX, is_projector, is_vision
 from llava_ft.errors import CheckpointError, UserError
 from llava_ft.models.config import LlavaLlamaConfig, hidden_state_index
 
@@ -33,37 +34,8 @@ File = Literal["language", "vision"]
 DTYPES: Final = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """Types that matrices may have, with GGUF's names for them."""
 
-_LAYER: Final = r"(\d+)\."
-_LANGUAGE: Final = {
-    r"model\.embed_tokens\.": "token_embd.",
-    r"model\.norm\.": "output_norm.",
-    r"lm_head\.": "output.",
-    rf"model\.layers\.{_LAYER}input_layernorm\.": r"blk.\1.attn_norm.",
-    rf"model\.layers\.{_LAYER}post_attention_layernorm\.": r"blk.\1.ffn_norm.",
-    rf"model\.layers\.{_LAYER}self_attn\.([qkv])_proj\.": r"blk.\1.attn_\2.",
-    rf"model\.layers\.{_LAYER}self_attn\.o_proj\.": r"blk.\1.attn_output.",
-    rf"model\.layers\.{_LAYER}mlp\.(gate|up|down)_proj\.": r"blk.\1.ffn_\2.",
-}
-_TOWER: Final = re.escape(VISION_PREFIX)
-_VISION: Final = {
-    rf"{_TOWER}embeddings\.class_embedding$": "v.class_embd",
-    rf"{_TOWER}embeddings\.patch_embedding\.": "v.patch_embd.",
-    rf"{_TOWER}embeddings\.position_embedding\.": "v.position_embd.",
-    rf"{_TOWER}pre_layrnorm\.": "v.pre_ln.",
-    rf"{_TOWER}encoder\.layers\.{_LAYER}layer_norm([12])\.": r"v.blk.\1.ln\2.",
-    rf"{_TOWER}encoder\.layers\.{_LAYER}self_attn\.([qkv])_proj\.": r"v.blk.\1.attn_\2.",
-    rf"{_TOWER}encoder\.layers\.{_LAYER}self_attn\.out_proj\.": r"v.blk.\1.attn_out.",
-    rf"{_TOWER}encoder\.layers\.{_LAYER}mlp\.fc1\.": r"v.blk.\1.ffn_up.",
-    rf"{_TOWER}encoder\.layers\.{_LAYER}mlp\.fc2\.": r"v.blk.\1.ffn_down.",
-    r"model\.mm_projector\.([02])\.": r"mm.\1.",
-    re.escape(IMAGE_NEWLINE) + "$": "v.image_newline",
-}
-_FILES: Final[dict[File, dict[re.Pattern[str], str]]] = {
-    "language": {re.compile(pattern): name for pattern, name in _LANGUAGE.items()},
-    "vision": {re.compile(pattern): name for pattern, name in _VISION.items()},
-}
-_UNUSED: Final = re.compile(rf"{_TOWER}post_layernorm\.")
-_TOWER_LAYER: Final = re.compile(rf"{_TOWER}encoder\.layers\.{_LAYER}")
+_TOWER_LAYER: Final = re.compile(re.escape(VISION_PREFIX) + r"encoder\.layers\.(\d+)\.")
+_TOWER_END: Final = VISION_PREFIX + "post_layernorm."
 _POSITIONS: Final = "v.position_embd.weight"
 _CONVOLUTION: Final = "v.patch_embd.weight"
 
@@ -85,15 +57,6 @@ class GgufTensor:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def gguf_name(native: str) -> tuple[File, str] | None:
-    """Return the file and the name there of a tensor given by its native name, or None for what llama.cpp has not."""
-    for file, table in _FILES.items():
-        for pattern, name in table.items():
-            if pattern.match(native):
-                return file, pattern.sub(name, native)
-    return None
-
-
 def plan_tensors(
     shapes: Mapping[str, tuple[int, ...]], config: LlavaLlamaConfig, dtype: torch.dtype
 ) -> list[GgufTensor]:
@@ -107,21 +70,29 @@ def plan_tensors(
     Raises:
         CheckpointError: llama.cpp has no place for a tensor.
     """
+    gguf = import_gguf()
+    num_read = num_tower_layers(config) if config.mm_vision_config is not None else 0
+    names = {
+        "language": gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers),
+        "vision": gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, num_read),
+    }
     plan: list[GgufTensor] = []
     unknown: list[str] = []
     rotated = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads or 0}
     for native, shape in shapes.items():
         layer = _TOWER_LAYER.match(native)
-        if _UNUSED.match(native) or (layer is not None and int(layer[1]) >= num_tower_layers(config)):
+        if native.startswith(_TOWER_END) or (layer is not None and int(layer[1]) >= num_read):
             continue
-        found = gguf_name(native)
-        if found is None:
+        file: File = "vision" if is_vision(native) or is_projector(native) or native == IMAGE_NEWLINE else "language"
+        if is_projector(native):  # the package knows it by the names of transformers' layout alone
+            name = native.replace(PROJECTOR_PREFIX, "mm.")
+        else:
+            name = names[file].get_name(native.replace("model.vision_tower.", "", 1), (".weight", ".bias"))
+        if name is None:
             unknown.append(native)
             continue
-        file, name = found
         is_float32 = len(shape) < 2 or name == _POSITIONS or (name == _CONVOLUTION and dtype == torch.bfloat16)
-        is_rotated = file == "language" and ".self_attn." in native
-        num_heads = rotated.get(native.split(".")[-2], 0) if is_rotated else 0
+        num_heads = rotated.get(native.split(".")[-2], 0) if file == "language" else 0
         plan.append(GgufTensor(file, name, native, tuple(shape), torch.float32 if is_float32 else dtype, num_heads))
     if unknown:
         raise CheckpointError(
@@ -168,43 +139,14 @@ def num_tower_layers(config: LlavaLlamaConfig) -> int:
     return hidden_state_index(config.mm_vision_select_layer, vision.num_hidden_layers)
 
 
-@dataclass(frozen=True)
-class Field:
-    """A value in a GGUF file's description."""
-
-    kind: str  # GGUF's name of its type: UINT32, INT32, FLOAT32, BOOL, STRING or ARRAY
-    value: Any
-    element: str | None = None  # type of the elements of an ARRAY
+Fields = dict[str, Any]
+"""What a file says beside its tensors. Whole numbers are counts or ids, uint32; others are float32; lists, int32 or
+float32 or texts, are not empty."""
 
 
-Fields = dict[str, Field]
-
-
-def number(value: int) -> Field:
-    """A count or an id."""
-    return Field("UINT32", int(value))
-
-
-def real(value: float) -> Field:
-    """A number in float32."""
-    return Field("FLOAT32", float(value))
-
-
-def flag(value: bool) -> Field:
-    """A truth value."""
-    return Field("BOOL", bool(value))
-
-
-def text(value: str) -> Field:
-    """A text, which must not be empty."""
-    assert value
-    return Field("STRING", value)
-
-
-def array(element: str, values: Sequence[Any]) -> Field:
-    """A list, which must not be empty."""
-    assert len(values) > 0
-    return Field("ARRAY", list(values), element)
+def real(value: float) -> float:
+    """Round a number to float32, as the file holds it."""
+    return float(np.float32(value))
 
 
 def import_gguf() -> ModuleType:
@@ -256,9 +198,9 @@ def write_gguf(
     """
     gguf = import_gguf()
     writer = gguf.GGUFWriter(path, architecture)
-    for key, field in fields.items():
-        element = None if field.element is None else gguf.GGUFValueType[field.element]
-        writer.add_key_value(key, field.value, gguf.GGUFValueType[field.kind], sub_type=element)
+    for key, value in fields.items():
+        kind = gguf.GGUFValueType.get_type(value)
+        writer.add_key_value(key, value, gguf.GGUFValueType.UINT32 if kind == gguf.GGUFValueType.INT32 else kind)
     for tensor in tensors:
         raw_dtype = gguf.GGMLQuantizationType[DTYPES[tensor.dtype]]
         writer.add_tensor_info(tensor.name, tensor.shape, None, tensor.num_bytes, raw_dtype=raw_dtype)

@@ -9,7 +9,7 @@ from typing import Any, Final, cast
 
 import torch
 
-from llava_ft.convert.gguf_file import Fields, array, flag, num_tower_layers, number, real, text
+from llava_ft.convert.gguf_file import Fields, num_tower_layers, real
 from llava_ft.data.image_processor import ImageProcessorSettings
 from llava_ft.errors import CheckpointError
 from llava_ft.models.config import LlavaLlamaConfig, projector_depth
@@ -103,24 +103,24 @@ def language_fields(config: LlavaLlamaConfig, name: str, dtype: torch.dtype) -> 
     """Describe the language model, all but its vocabulary."""
     rope = _rope(config)
     head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
-    fields = {
-        "general.type": text("model"),
+    fields: Fields = {
+        "general.type": "model",
         **_general_fields(name, dtype),
-        "llama.vocab_size": number(config.vocab_size),
-        "llama.context_length": number(config.max_position_embeddings),
-        "llama.embedding_length": number(config.hidden_size),
-        "llama.block_count": number(config.num_hidden_layers),
-        "llama.feed_forward_length": number(config.intermediate_size),
-        "llama.attention.head_count": number(config.num_attention_heads),
-        "llama.attention.head_count_kv": number(config.num_key_value_heads or config.num_attention_heads),
-        "llama.attention.key_length": number(head_dim),
-        "llama.attention.value_length": number(head_dim),
+        "llama.vocab_size": config.vocab_size,
+        "llama.context_length": config.max_position_embeddings,
+        "llama.embedding_length": config.hidden_size,
+        "llama.block_count": config.num_hidden_layers,
+        "llama.feed_forward_length": config.intermediate_size,
+        "llama.attention.head_count": config.num_attention_heads,
+        "llama.attention.head_count_kv": config.num_key_value_heads or config.num_attention_heads,
+        "llama.attention.key_length": head_dim,
+        "llama.attention.value_length": head_dim,
         "llama.attention.layer_norm_rms_epsilon": real(config.rms_norm_eps),
-        "llama.rope.dimension_count": number(head_dim),
+        "llama.rope.dimension_count": head_dim,
         "llama.rope.freq_base": real(rope.get("rope_theta", 10000.0)),
     }
     if rope.get("rope_type") == "linear":
-        fields["llama.rope.scaling.type"] = text("linear")
+        fields["llama.rope.scaling.type"] = "linear"
         fields["llama.rope.scaling.factor"] = real(rope["factor"])
     return fields
 
@@ -132,42 +132,42 @@ def vision_fields(config: LlavaLlamaConfig, settings: ImageProcessorSettings, na
     assert isinstance(vision.image_size, int)
     assert isinstance(vision.patch_size, int)
     num_layers = num_tower_layers(config)
-    fields = {
-        "general.type": text("mmproj"),
+    fields: Fields = {
+        "general.type": "mmproj",
         **_general_fields(name, dtype),
-        "general.description": text("vision tower and projector of a LLaVA model"),
-        "clip.has_text_encoder": flag(False),
-        "clip.has_vision_encoder": flag(True),
-        "clip.has_llava_projector": flag(True),
-        "clip.projector_type": text("mlp"),
-        "clip.use_gelu": flag(vision.hidden_act == "gelu"),
-        "clip.vision.image_size": number(vision.image_size),
-        "clip.vision.patch_size": number(vision.patch_size),
-        "clip.vision.embedding_length": number(vision.hidden_size),
-        "clip.vision.feed_forward_length": number(vision.intermediate_size),
-        "clip.vision.projection_dim": number(config.hidden_size),
-        "clip.vision.attention.head_count": number(vision.num_attention_heads),
+        "general.description": "vision tower and projector of a LLaVA model",
+        "clip.has_text_encoder": False,
+        "clip.has_vision_encoder": True,
+        "clip.has_llava_projector": True,
+        "clip.projector_type": "mlp",
+        "clip.use_gelu": vision.hidden_act == "gelu",
+        "clip.vision.image_size": vision.image_size,
+        "clip.vision.patch_size": vision.patch_size,
+        "clip.vision.embedding_length": vision.hidden_size,
+        "clip.vision.feed_forward_length": vision.intermediate_size,
+        "clip.vision.projection_dim": config.hidden_size,
+        "clip.vision.attention.head_count": vision.num_attention_heads,
         "clip.vision.attention.layer_norm_epsilon": real(vision.layer_norm_eps),
-        "clip.vision.block_count": number(num_layers),
-        "clip.vision.feature_layer": array("INT32", [num_layers]),
-        "clip.vision.image_mean": array("FLOAT32", settings.image_mean),
-        "clip.vision.image_std": array("FLOAT32", settings.image_std),
-        "clip.vision.image_aspect_ratio": text(config.image_aspect_ratio),
-        "clip.vision.mm_patch_merge_type": text(config.mm_patch_merge_type),
+        "clip.vision.block_count": num_layers,
+        "clip.vision.feature_layer": [num_layers],
+        "clip.vision.image_mean": [real(value) for value in settings.image_mean],
+        "clip.vision.image_std": [real(value) for value in settings.image_std],
+        "clip.vision.image_aspect_ratio": config.image_aspect_ratio,
+        "clip.vision.mm_patch_merge_type": config.mm_patch_merge_type,
     }
     geometry = config.image_geometry
     assert geometry is not None
     if geometry.grid_pinpoints:
         sizes = [side for width_height in geometry.grid_pinpoints for side in width_height]
-        fields["clip.vision.image_grid_pinpoints"] = array("INT32", sizes)
+        fields["clip.vision.image_grid_pinpoints"] = sizes
     return fields
 
 
 def _general_fields(name: str, dtype: torch.dtype) -> Fields:
     return {
-        "general.name": text(name),
-        "general.file_type": number(_FILE_TYPES[dtype]),
-        "general.quantization_version": number(_QUANTIZATION_VERSION),
+        "general.name": name,
+        "general.file_type": _FILE_TYPES[dtype],
+        "general.quantization_version": _QUANTIZATION_VERSION,
     }
 
 

@@ -14,7 +14,7 @@ from typing import Any, Final, cast
 from transformers import PreTrainedTokenizerFast
 
 from llava_ft.conversation import TEMPLATES
-from llava_ft.convert.gguf_file import Field, Fields, array, flag, number, text
+from llava_ft.convert.gguf_file import Fields, real
 from llava_ft.data.tokenizer import SPIECE_BLANK
 from llava_ft.errors import CheckpointError, RunError
 
@@ -64,8 +64,16 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerFast, num_rows: int) -> Vocabu
     Raises:
         CheckpointError: It is of another kind, which llama.cpp reads only together with rules of its own.
     """
-    spm_model = getattr(tokenizer, "spm_model", None)
-    vocabulary = _from_spm(spm_model) if spm_model is not None else _from_merges(tokenizer)
+    spm_model: bytes | None = getattr(tokenizer, "spm_model", None)
+    if spm_model is None:
+        vocabulary = _from_merges(tokenizer)
+    else:
+        from sentencepiece import sentencepiece_model_pb2
+
+        vocabulary, proto = Vocabulary([], [], []), cast("Any", sentencepiece_model_pb2).ModelProto()
+        proto.ParseFromString(spm_model)
+        for piece in proto.pieces:
+            _append(vocabulary, piece.piece, float(piece.score), TokenType(piece.type))
     if len(vocabulary.pieces) > num_rows:
         raise CheckpointError(
             f"The tokenizer has {len(vocabulary.pieces)} pieces, but the model has embeddings for {num_rows}. Its "
@@ -84,15 +92,15 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerFast, num_rows: int) -> Vocabu
 def vocabulary_fields(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerFast, chat_template: str | None) -> Fields:
     """Return the description of a vocabulary for a GGUF file; `chat_template` is Jinja text, None leaves it out."""
     backend = cast("Any", tokenizer)
-    fields: dict[str, Field] = {
-        "tokenizer.ggml.model": text("llama"),
-        "tokenizer.ggml.pre": text("default"),
-        "tokenizer.ggml.tokens": array("STRING", vocabulary.pieces),
-        "tokenizer.ggml.scores": array("FLOAT32", vocabulary.scores),
-        "tokenizer.ggml.token_type": array("INT32", [int(kind) for kind in vocabulary.types]),
-        "tokenizer.ggml.add_bos_token": flag(getattr(backend, "add_bos_token", True)),
-        "tokenizer.ggml.add_eos_token": flag(getattr(backend, "add_eos_token", False)),
-        "tokenizer.ggml.add_space_prefix": flag(True),
+    fields: Fields = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": vocabulary.pieces,
+        "tokenizer.ggml.scores": [real(score) for score in vocabulary.scores],
+        "tokenizer.ggml.token_type": [int(kind) for kind in vocabulary.types],
+        "tokenizer.ggml.add_bos_token": bool(getattr(backend, "add_bos_token", True)),
+        "tokenizer.ggml.add_eos_token": bool(getattr(backend, "add_eos_token", False)),
+        "tokenizer.ggml.add_space_prefix": True,
     }
     for key, index in (
         ("bos", tokenizer.bos_token_id),
@@ -101,9 +109,9 @@ def vocabulary_fields(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerFast
         ("padding", tokenizer.pad_token_id),
     ):
         if isinstance(index, int) and index < len(vocabulary.pieces):
-            fields[f"tokenizer.ggml.{key}_token_id"] = number(index)
+            fields[f"tokenizer.ggml.{key}_token_id"] = index
     if chat_template is not None:
-        fields["tokenizer.chat_template"] = text(chat_template)
+        fields["tokenizer.chat_template"] = chat_template
     return fields
 
 
@@ -129,17 +137,6 @@ def check_ids(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerFast) -> int
                 "written. llama.cpp cannot tokenise as this model's tokenizer does."
             )
     return len(texts)
-
-
-def _from_spm(data: bytes) -> Vocabulary:
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = cast("Any", sentencepiece_model_pb2).ModelProto()
-    proto.ParseFromString(data)
-    vocabulary = Vocabulary([], [], [])
-    for piece in proto.pieces:
-        _append(vocabulary, piece.piece, float(piece.score), TokenType(piece.type))
-    return vocabulary
 
 
 def _from_merges(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:

@@ -4,7 +4,7 @@ import copy
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights  # pyright: ignore[reportMissingTypeStubs]
@@ -20,8 +20,7 @@ from llava_ft.checkpoint.weights import read_json
 from llava_ft.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_ft.convert.export_hf import write_hf_files
 from llava_ft.convert.hf_tokenizer import image_token_id
-from llava_ft.convert.options import ExportOptions
-from llava_ft.convert.verify import Question
+from llava_ft.convert.verify import Question, Speaker
 from llava_ft.errors import RunError
 from llava_ft.models.config import LlavaLlamaConfig
 
@@ -39,15 +38,7 @@ def build_hf_skeleton(config: LlavaLlamaConfig, dtype: Any) -> Any:
         return model_class(model_class.config_class.from_dict(fields))
 
 
-class Processor(Protocol):
-    """The part of transformers' processors that is used here."""
-
-    def __call__(self, *, images: object, text: str, return_tensors: str) -> Any:
-        """Prepare a text and its images."""
-        ...
-
-
-class HfSpeaker:
+class HfSpeaker(Speaker):
     """A model of transformers with its own processor; nothing of this program prepares its input but the token ids.
 
     Args:
@@ -55,8 +46,10 @@ class HfSpeaker:
         processor: What `AutoProcessor` gives for it.
     """
 
-    def __init__(self, model: Any, processor: Processor):
-        self.model = model.eval()
+    repeats_question = True
+
+    def __init__(self, model: Any, processor: Any):
+        super().__init__(model.eval())
         self._processor = processor
         self._image_token_id: int = model.config.image_token_index
 
@@ -99,32 +92,13 @@ class HfSpeaker:
         model.load_state_dict(state, strict=not config.tie_word_embeddings, assign=True)
         model.tie_weights()
         with tempfile.TemporaryDirectory() as folder:
-            write_hf_files(whole, Path(folder), ExportOptions())
+            write_hf_files(whole, Path(folder))
             processor = cast("Any", AutoProcessor).from_pretrained(folder)
         model.config.image_token_index = image_token_id(whole.tokenizer)
         return cls(cast("Any", PeftModel).from_pretrained(model, str(adapter)), processor)
 
-    @torch.no_grad()
-    def logits(self, question: Question) -> torch.Tensor:
-        """Return the logits of every position, `(T, V)` float32 on the CPU."""
-        return self.model(**self._inputs(question)).logits[0].float().cpu()
-
-    @torch.no_grad()
-    def greedy(self, question: Question, num_tokens: int) -> list[int]:
-        """Return the ids of the greedy answer, at most `num_tokens`."""
-        inputs = self._inputs(question)
-        answer = self.model.generate(
-            **inputs,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            repetition_penalty=1.0,
-            max_new_tokens=num_tokens,
-        )
-        return answer[0, inputs["input_ids"].shape[1] :].tolist()
-
-    def _inputs(self, question: Question) -> dict[str, torch.Tensor]:
+    def inputs(self, question: Question) -> dict[str, torch.Tensor]:
+        """Return what the model takes."""
         ids = question.ids
         inputs: dict[str, torch.Tensor] = {}
         if question.image is not None:

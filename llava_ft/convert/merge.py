@@ -16,16 +16,19 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+import torch
 
 from llava_ft.checkpoint.base_and_adapters import open_base_and_adapters, quantization_in_training
 from llava_ft.checkpoint.directory import ModelDirectory, identify, resolve_model_path
 from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.checkpoint.names import CONFIG, GENERATION_CONFIG, RUN_CONFIG
 from llava_ft.checkpoint.overrides import Force, collect_ignored, force_from_flags
-from llava_ft.checkpoint.save import ShardWriter, check_space, config_fields, layout_bytes, write_json
+from llava_ft.checkpoint.save import ShardWriter, check_space, config_fields, layout_bytes, shard_bytes, write_json
 from llava_ft.checkpoint.weights import WeightFiles
-from llava_ft.convert.options import MergeOptions, common_options
 from llava_ft.convert.proof import ConversionReport, check_target, prove_tensors, proven_directory
 from llava_ft.convert.verify import NativeSpeaker, computing_dtype, prove_answers, relative_bound
 from llava_ft.data.image_processor import copy_image_settings
@@ -40,6 +43,19 @@ Shares = Sequence[tuple[float, ModelDirectory]]
 """A projector directory, or LoRA directories; and the weight of each."""
 
 
+@dataclass(frozen=True)
+class MergeOptions:
+    """How a merged model is written."""
+
+    dtype: torch.dtype | None = None  # of the weights; that of the base's files when absent
+    max_shard_bytes: int = 5 * 10**9
+    weights_format: Literal["bin", "safetensors"] = "safetensors"
+    save_vision_tower: bool = False  # also where the base does not hold it
+    verify: bool = True  # compare logits and greedy answers; source and result are loaded for it
+    force: Force = False  # what is passed over, such as a base other than the one the adapter was trained on
+    quantization: Quantization | None = None  # merge into what the base's layers are worth when quantised like this
+
+
 def run_merge(request: argparse.Namespace) -> ConversionReport:
     """Carry out a merge as the command line describes it.
 
@@ -47,8 +63,8 @@ def run_merge(request: argparse.Namespace) -> ConversionReport:
         UserError: The request is wrong, or something is missing, damaged or does not fit.
         RunError: The result is not what it should be, or could not be written; nothing is left behind.
     """
-    options = common_options(request)
     paths, weights = request.model_path, request.weight or [1.0] * len(request.model_path)
+    max_shard_bytes = shard_bytes(request.max_shard_size)
     if len(weights) != len(paths):
         raise UserError(
             f"--weight is given {len(weights)} times and --model-path {len(paths)} times. Give one weight for each "
@@ -72,39 +88,20 @@ def run_merge(request: argparse.Namespace) -> ConversionReport:
                 "the flag out to merge into the base's own weights."
             )
         check_quantization(quantization)
-    report = merge(
-        shares,
-        request.model_base,
-        Path(request.save_model_path),
-        MergeOptions(
-            **options,
-            weights_format=request.format,
-            save_vision_tower=request.save_vision_tower,
-            force=force_from_flags(request.force, request.allow_base_mismatch),
-            quantization=quantization,
-        ),
-        vision_tower=request.vision_tower,
+    options = MergeOptions(
+        dtype=None if request.dtype == "auto" else getattr(torch, request.dtype),
+        max_shard_bytes=max_shard_bytes,
+        weights_format=request.format,
+        save_vision_tower=request.save_vision_tower,
+        verify=not request.no_verify,
+        force=force_from_flags(request.force, request.allow_base_mismatch),
+        quantization=quantization,
     )
+    target = Path(request.save_model_path)
+    report = merge(shares, request.model_base, target, options, vision_tower=request.vision_tower)
     logger.info("Merged into %s.", request.save_model_path)
     report.log()
     return report
-
-
-def merge_first(adapter: Path, base: str, target: Path, *, vision_tower: str | None, force: Force) -> None:
-    """Merge an adapter before a run trains on from there (`--adapter_mode merge_first`), as the command without flags.
-
-    Args:
-        adapter: A LoRA directory.
-        base: Its base model.
-        target: Where the merged model is written; it appears there when it is complete and proven.
-        vision_tower: The vision tower, if it is not where the adapter says.
-        force: What is passed over.
-
-    Raises:
-        UserError: Something is missing, damaged or does not fit.
-        RunError: The result is not the adapter on its base, or the disk is full; nothing is left behind.
-    """
-    merge([(1.0, identify(adapter))], base, target, MergeOptions(force=force), vision_tower=vision_tower).log()
 
 
 def merge(
@@ -120,12 +117,9 @@ def merge(
     Args:
         shares: What is merged.
         model_base: The base; when absent, the one that the adapters name.
-        save_path: Where the model is written; it must not exist or be an earlier result.
+        save_path: It must not exist or be an earlier result; the report is written into it too.
         options: How it is written.
         vision_tower: The vision tower, if it is not where the model says.
-
-    Returns:
-        The report, which was also written into the directory.
 
     Raises:
         UserError: Something is missing, damaged or does not fit.
@@ -144,7 +138,8 @@ def merge(
         details = {"weights": [share for share, _ in shares]}
         with proven_directory(report, full, "--save-model-path", manifest="full", details=details) as staging:
             _write_merged(staging, full, report, options)
-            prove_tensors(report, full, WeightFiles.open(staging), with_tower=options.save_vision_tower)
+            names = full.names(with_tower=options.save_vision_tower)
+            prove_tensors(report, full, WeightFiles.open(staging).stream(), names)
             if in_training is not None and options.quantization is None:
                 report.notes.append(
                     f"it was trained on weights in {in_training} and is merged into the base's own, which answer "
@@ -177,17 +172,7 @@ def compare_merged(
 ) -> ConversionReport:
     """Compare a merged model with the adapter beside its base, quantised if it was merged into such weights.
 
-    Args:
-        merged: The merged model.
-        shares: What was merged.
-        model_base: The base; when absent, the one that the adapters name.
-        vision_tower: The vision tower, if it is not where the model says.
-        force: What was passed over.
-        quantization: How the base was quantised before it was merged into, if it was.
-        report: Gets the result.
-
-    Returns:
-        The report given, or a new one, with `logits` and `answers` filled.
+    `report`, or a new one, gets `logits` and `answers`; the rest is as for `merge`.
 
     Raises:
         RunError: They differ by more than rounding explains.

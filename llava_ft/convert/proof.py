@@ -4,7 +4,7 @@ It is shown on screen and written as `conversion_report.json` beside the result.
 """
 
 import logging
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,8 +17,8 @@ from llava_ft.checkpoint.full_model import FullModel, ModelTensor
 from llava_ft.checkpoint.lineage import record_lineage
 from llava_ft.checkpoint.load import fit_rows
 from llava_ft.checkpoint.manifest import Manifest, installed_versions
+from llava_ft.checkpoint.names import EMBEDDINGS, HEAD
 from llava_ft.checkpoint.save import staged_directory, write_json
-from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.errors import CheckpointError, RunError, UserError
 
 logger = logging.getLogger(__name__)
@@ -27,9 +27,6 @@ CONVERSION_REPORT: Final = "conversion_report.json"
 
 _DISK_ERRORS: Final = ("os error", "iostream error", "PytorchStreamWriter")
 """By what errors of the operating system are known that safetensors, tokenizers and torch report in their own words."""
-
-_SHOWN = 3
-"""How many of the most changed tensors are shown on screen; the file lists all."""
 
 
 @dataclass
@@ -76,10 +73,6 @@ class ConversionReport:
         if piece.origin == "frozen":
             self.frozen["tensors"] += 1
 
-    def write(self, directory: Path) -> None:
-        """Write the report into a directory."""
-        write_json(directory / CONVERSION_REPORT, asdict(self))
-
     def log(self) -> None:
         """Show the report."""
         for line in self.lines():
@@ -92,7 +85,7 @@ class ConversionReport:
             for source, counts in self.sources.items()
         ]
         if self.changed:
-            largest = sorted(self.changed, key=lambda change: -(change["relative"] or 0))[:_SHOWN]
+            largest = sorted(self.changed, key=lambda change: -(change["relative"] or 0))[:3]
             shown = "; ".join(f"{c['name']} by {c['max_difference']:.3g} ({c['relative'] or 0:.2%})" for c in largest)
             lines.append(f"different from the base's: {len(self.changed)}, most of all {shown}")
         if self.frozen["tensors"]:
@@ -112,11 +105,7 @@ class ConversionReport:
 
 
 def check_target(report: ConversionReport, flag: str) -> None:
-    """Refuse a place where something else would be lost, before anything is read.
-
-    Args:
-        report: Says what is made and where.
-        flag: The flag that named the place.
+    """Refuse a place, named by a flag, where something else would be lost, before anything is read.
 
     Raises:
         CheckpointError: There is a file, or a directory that holds something else than an earlier result.
@@ -143,13 +132,8 @@ def proven_directory(
     """Give a directory to write a result into and to prove it there.
 
     It gets its name, with report, lineage and manifest in it, when the block ends; after an error nothing is left.
-
-    Args:
-        report: What is made, from what and where.
-        full: What is converted.
-        flag: The flag that named the place.
-        manifest: What the result is for a reader of checkpoints; None for files that this program does not load.
-        details: What else its lineage is to say.
+    `manifest` is what the result is for a reader of checkpoints, None for files that this program does not load;
+    `details` is what else its lineage is to say.
 
     Raises:
         CheckpointError: The result would replace what it is made from.
@@ -165,7 +149,7 @@ def proven_directory(
         with staged_directory(target) as staging:
             yield staging
             report.passed = True
-            report.write(staging)
+            write_json(staging / CONVERSION_REPORT, asdict(report))
             of_base = None if full.directory.kind == "llava" else base
             record_lineage(staging, report.kind, parents=sources, base=of_base, details=details)
             if manifest is not None:
@@ -184,10 +168,10 @@ def proven_directory(
 def prove_tensors(
     report: ConversionReport,
     full: FullModel,
-    written: WeightFiles,
+    written: Iterable[tuple[str, torch.Tensor]],
+    expected: Iterable[str],
     *,
-    with_tower: bool,
-    key_of: Callable[[str], str] = str,
+    num_rows: int | None = None,
 ) -> None:
     """Compare every tensor that was written with the files it was made from, and put the result into the report.
 
@@ -197,36 +181,48 @@ def prove_tensors(
     Args:
         report: Gets `changed` and `frozen`.
         full: What was written.
-        written: The result. A matrix may have more rows than the model, as some layouts want it.
-        with_tower: Whether a vision tower from a directory of its own was written too.
-        key_of: Name in the result of a parameter, by its native name.
+        written: The result, by native name. A matrix may have more rows than the model, as some layouts want it.
+        expected: Native names of the tensors that there have to be, in the report's order.
+        num_rows: Rows of the vocabulary, if those behind them are left out.
 
     Raises:
         RunError: A tensor is missing, is of no parameter, or has other values.
     """
-    names = {key_of(name): name for name in full.names(with_tower=with_tower)}
-    unknown = sorted(set(written.tensors) ^ set(names))
-    if unknown:
-        state = "is missing in the result" if unknown[0] in names else "is in the result and of no parameter"
-        raise RunError(f"{unknown[0]} and {len(unknown) - 1} other tensors do not fit: {unknown[0]} {state}.")
+    names, seen = {name: place for place, name in enumerate(expected)}, set[str]()
     is_identical = True
-    for key, tensor in written.stream(names):
-        name = names[key]
-        after = tensor[: full.shapes[name][0]]
+    for name, tensor in written:
+        seen.add(name)
+        if name not in names:
+            continue
+        num_compared = full.shapes[name][0] if num_rows is None or name not in (EMBEDDINGS, HEAD) else num_rows
+        if len(tensor) < num_compared:
+            raise RunError(f"{name} was written with {len(tensor)} rows, not {num_compared}. Nothing was kept.")
+        after = tensor[:num_compared]
         origin, before = full.origin(name), full.before(name)
         if origin == "changed":
             _check_changed(full, name, after)
         else:
             is_identical &= _check_unchanged(full, name, after) or origin != "frozen"
         if before is not None and origin in ("changed", "replaced"):
-            report.changed.append(_difference(name, before, after))
+            largest, scale = 0.0, 0.0
+            for rows in row_blocks(before.shape):
+                old = before[rows].float()
+                scale = max(scale, float(old.abs().max()))
+                largest = max(largest, float((after[rows].float() - old).abs_().max()))
+            change = {"name": name, "max_difference": largest, "relative": largest / scale if scale else None}
+            report.changed.append(change)
+    unknown = sorted(seen ^ names.keys())
+    if unknown:
+        state = "is missing in the result" if unknown[0] in names else "is in the result and of no parameter"
+        raise RunError(f"{unknown[0]} and {len(unknown) - 1} other tensors do not fit: {unknown[0]} {state}.")
+    report.changed.sort(key=lambda change: names[change["name"]])
     report.frozen["bit_identical"] = is_identical or None
 
 
 def _check_unchanged(full: FullModel, name: str, after: torch.Tensor) -> bool:
     """Compare a tensor with the one in the files it was taken from; returns whether it still has their type."""
     source, on_disk = full.on_disk(name)
-    expected = fit_rows(on_disk.to(after.dtype), tuple(after.shape))
+    expected = fit_rows(on_disk.to(after.dtype), full.shapes[name])[: len(after)]
     rows = full.rows.get(name)
     if rows is not None:
         expected = torch.cat([expected[: -rows.shape[0]], rows.to(after.dtype)])
@@ -262,12 +258,3 @@ def _check_changed(full: FullModel, name: str, after: torch.Tensor) -> None:
                 f"{name} was written with other values than the base's with the adapter added: they are off by up to "
                 f"{float(error.max()):.3g}, where rounding explains {float(allowed.max()):.3g}. Nothing was kept."
             )
-
-
-def _difference(name: str, before: torch.Tensor, after: torch.Tensor) -> dict[str, Any]:
-    largest, scale = 0.0, 0.0
-    for rows in row_blocks(before.shape):
-        old = before[rows].float()
-        scale = max(scale, float(old.abs().max()))
-        largest = max(largest, float((after[rows].float() - old).abs_().max()))
-    return {"name": name, "max_difference": largest, "relative": largest / scale if scale else None}

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -16,12 +16,11 @@ import torch
 from PIL import Image
 
 from llava_ft.checkpoint.weights import WeightFiles
-from llava_ft.constants import IMAGE_TOKEN_INDEX
+from llava_ft.constants import IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN_INDEX
 from llava_ft.convert.proof import ConversionReport
 from llava_ft.errors import RunError
 from llava_ft.geometry import ImageGeometry
 from llava_ft.inference.load import LoadedModel
-from llava_ft.models.config import LlavaLlamaConfig
 from llava_ft.tuning.quant import Quantization
 
 logger = logging.getLogger(__name__)
@@ -53,28 +52,54 @@ class Question:
     image: Image.Image | None = None
 
 
-class Speaker(Protocol):
+class Speaker:
     """A model that can be asked, in whatever program and layout."""
 
+    repeats_question = False
+    """Whether the model's `generate` returns the question in front of the answer."""
+
+    def __init__(self, model: Any, **settings: Any):
+        self.model = model
+        self._settings = settings  # of `generate`
+
+    def inputs(self, question: Question) -> dict[str, torch.Tensor]:
+        """Return what the model takes."""
+        raise NotImplementedError
+
+    @torch.no_grad()
     def logits(self, question: Question) -> torch.Tensor:
         """Return the logits of every position, `(T, V)` float32 on the CPU; a picture takes many positions."""
-        ...
+        return self.model(**self.inputs(question)).logits[0].float().cpu()
 
-    def greedy(self, question: Question, num_tokens: int) -> list[int]:
-        """Return the ids of the greedy answer, at most `num_tokens`, with the end token if the model ended it."""
-        ...
+    @torch.no_grad()
+    def greedy(self, question: Question) -> list[int]:
+        """Return the ids of the greedy answer, with the end token if the model ended it."""
+        inputs = self.inputs(question)
+        answer = self.model.generate(
+            **inputs,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            repetition_penalty=1.0,
+            max_new_tokens=ANSWER_TOKENS,
+            **self._settings,
+        )
+        return answer[0, inputs["input_ids"].shape[1] if self.repeats_question else 0 :].tolist()
 
 
-def fixed_questions(config: LlavaLlamaConfig) -> list[Question]:
+def fixed_questions(loaded: LoadedModel) -> list[Question]:
     """Return a question of text and, if the model sees, one with a picture: the same on every machine.
 
     The tokens are spread over the first half of the vocabulary, where no layout has special tokens beside the lowest;
     tokens that were added for LLaVA end the question of text.
     """
+    config = loaded.model.config
     num_ordinary = max(2, config.vocab_size // 2)
     words = [1 + (index * 7919) % (num_ordinary - 1) for index in range(24)]
-    added = [config.vocab_size - 2, config.vocab_size - 1] if config.mm_use_im_start_end else []
-    questions = [Question("text", words + added)]
+    vocabulary = loaded.tokenizer.get_vocab()
+    added = [IM_START_TOKEN, IM_END_TOKEN] if config.mm_use_im_start_end else []
+    questions = [Question("text", words + [vocabulary[token] for token in added if token in vocabulary])]
     geometry = config.image_geometry
     if geometry is not None:
         side = geometry.input_size
@@ -86,33 +111,15 @@ def fixed_questions(config: LlavaLlamaConfig) -> list[Question]:
     return questions
 
 
-class NativeSpeaker:
+class NativeSpeaker(Speaker):
     """A model of this program."""
 
     def __init__(self, loaded: LoadedModel):
+        super().__init__(loaded.model, pad_token_id=loaded.tokenizer.pad_token_id)
         self._loaded = loaded
 
-    @torch.no_grad()
-    def logits(self, question: Question) -> torch.Tensor:
-        """Return the logits of every position, `(T, V)` float32 on the CPU."""
-        return self._loaded.model(**self._inputs(question)).logits[0].float().cpu()
-
-    def greedy(self, question: Question, num_tokens: int) -> list[int]:
-        """Return the ids of the greedy answer."""
-        model: Any = self._loaded.model
-        answer: torch.Tensor = model.generate(
-            **self._inputs(question),
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            repetition_penalty=1.0,
-            max_new_tokens=num_tokens,
-            pad_token_id=self._loaded.tokenizer.pad_token_id,
-        )
-        return cast("list[int]", answer[0].tolist())  # pyright: ignore[reportUnknownMemberType] - torch has no type
-
-    def _inputs(self, question: Question) -> dict[str, torch.Tensor]:
+    def inputs(self, question: Question) -> dict[str, torch.Tensor]:
+        """Return what the model takes."""
         device = next(self._loaded.model.parameters()).device
         if question.image is None:
             return {"input_ids": torch.tensor([question.ids], device=device)}
@@ -130,31 +137,21 @@ class NativeSpeaker:
         }
 
 
-class Recorded:
-    """What a model said to some questions, kept when the model itself is no longer in memory.
+class Record(NamedTuple):
+    """What a model said, kept when the model itself is no longer in memory."""
 
-    It answers these questions as the model did, and gives the logits of the question followed by the greedy answer.
-    """
-
-    def __init__(self, speaker: Speaker, questions: Sequence[Question], num_tokens: int = ANSWER_TOKENS):
-        self._answers = {question.name: speaker.greedy(question, num_tokens) for question in questions}
-        self._logits = {
-            question.name: speaker.logits(_continued(question, self._answers[question.name])) for question in questions
-        }
-
-    def logits(self, question: Question) -> torch.Tensor:
-        """Return the logits of the question's positions and of the answer's, `(T + A, V)`."""
-        return self._logits[question.name]
-
-    def greedy(self, question: Question, num_tokens: int = ANSWER_TOKENS) -> list[int]:
-        """Return the recorded answer."""
-        return self._answers[question.name][:num_tokens]
+    question: Question
+    answer: list[int]
+    logits: torch.Tensor  # of the question followed by the answer, `(T + A, V)`
 
 
-def fixed_logits(loaded: LoadedModel) -> list[torch.Tensor]:
-    """Return a model's logits on the fixed questions, `(T, V)` each."""
-    speaker = NativeSpeaker(loaded)
-    return [speaker.logits(question) for question in fixed_questions(loaded.model.config)]
+def record(speaker: Speaker, questions: Sequence[Question]) -> list[Record]:
+    """Ask a model."""
+    answers = [speaker.greedy(question) for question in questions]
+    return [
+        Record(question, answer, speaker.logits(_continued(question, answer)))
+        for question, answer in zip(questions, answers, strict=True)
+    ]
 
 
 def prove_answers(
@@ -163,50 +160,29 @@ def prove_answers(
     load_result: Callable[[], Speaker],
     bound: float,
 ) -> None:
-    """Compare what a source and its result say; the two models are in memory one after the other.
-
-    Args:
-        report: Gets `logits` and `answers`.
-        load_source: Loads the source.
-        load_result: Loads the result.
-        bound: See `prove`.
-
-    Raises:
-        RunError: They differ by more than rounding explains.
-    """
+    """Compare what a source and its result say, as `prove`; the two are in memory one after the other."""
     source = load_source()
-    questions = fixed_questions(source.model.config)
-    expected = Recorded(NativeSpeaker(source), questions)
+    expected = record(NativeSpeaker(source), fixed_questions(source))
     del source
-    prove(report, expected, load_result(), questions, bound)
+    prove(report, expected, load_result(), bound)
 
 
-def prove(
-    report: ConversionReport,
-    expected: Speaker,
-    got: Speaker,
-    questions: Sequence[Question],
-    bound: float,
-) -> None:
+def prove(report: ConversionReport, expected: Sequence[Record], got: Speaker, bound: float) -> None:
     """Compare what two models say, and put it into the report. Only tokens that both vocabularies have are compared.
 
     Args:
         report: Gets `logits` and `answers`.
-        expected: The source, or what was `Recorded` of it.
+        expected: What the source said.
         got: The result.
-        questions: What both are asked.
         bound: Largest allowed difference of logits as a share of the source's largest one. A greedy answer may part
             from the source's only where two tokens are closer to each other than that.
 
     Raises:
         RunError: They differ by more; the report says where.
     """
-    if not isinstance(expected, Recorded):
-        expected = Recorded(expected, questions)
-    for question in questions:
+    for question, answer, wanted in expected:
         input_name = f"the fixed {question.name} input"
-        answer = expected.greedy(question)
-        wanted, found = expected.logits(question), got.logits(_continued(question, answer))
+        found = got.logits(_continued(question, answer))
         if wanted.shape[0] != found.shape[0]:
             raise RunError(
                 f"The two models take {wanted.shape[0]} and {found.shape[0]} positions for {input_name}: they do not "
@@ -222,7 +198,7 @@ def prove(
                 f"The result is not what it was made from: on {input_name} the largest difference of logits is "
                 f"{difference:.3g}, where at most {allowed:.3g} is allowed (largest logit {scale:.3g})."
             )
-        result = got.greedy(question, ANSWER_TOKENS)
+        result = got.greedy(question)
         report.answers.append({"input": question.name, "source": answer, "result": result, "equal": answer == result})
         parted = next((i for i, (a, b) in enumerate(zip(answer, result, strict=False)) if a != b), None)
         if parted is None and len(answer) != len(result):

@@ -12,6 +12,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 
 from llava_ft.args import ParsedArgs
 from llava_ft.checkpoint.base import BaseModel, find_base
+from llava_ft.checkpoint.directory import identify
 from llava_ft.checkpoint.lineage import describe_parent, read_lineage
 from llava_ft.checkpoint.manifest import MERGED_BASE, what_is_incomplete
 from llava_ft.checkpoint.names import NEW_ROWS_SUFFIX, NON_LORA_BIN, is_language_model, plain_name
@@ -138,7 +139,7 @@ def merged_base(args: ParsedArgs, start: Start) -> Path:
         UserError: Another adapter was merged there, or they cannot be merged.
         RunError: Merging failed.
     """
-    from llava_ft.convert.merge import merge_first  # heavy; other runs do without
+    from llava_ft.convert.merge import MergeOptions, merge  # heavy; other runs do without
 
     training = args.training
     target = Path(training.output_dir or ".") / MERGED_BASE
@@ -161,7 +162,8 @@ def merged_base(args: ParsedArgs, start: Start) -> Path:
             if deepspeed is not None:
                 unset_hf_deepspeed_config()
             try:
-                merge_first(start.path, args.model.model_name_or_path, target, vision_tower=tower, force=force_of(args))
+                shares, options = [(1.0, identify(start.path))], MergeOptions(force=force_of(args))
+                merge(shares, args.model.model_name_or_path, target, options, vision_tower=tower).log()
             finally:
                 if deepspeed is not None:
                     set_hf_deepspeed_config(deepspeed)

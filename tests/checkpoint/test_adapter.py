@@ -10,10 +10,8 @@ from safetensors.torch import load_file, save_file
 from llava_ft.checkpoint.adapter import LoraAdapter, merged
 from llava_ft.checkpoint.directory import identify
 from llava_ft.checkpoint.weights import WeightFiles
-from llava_ft.convert.merge import compare_merged, merge
-from llava_ft.convert.options import MergeOptions
+from llava_ft.convert.merge import MergeOptions, compare_merged, merge
 from llava_ft.convert.proof import ConversionReport
-from llava_ft.convert.verify import fixed_logits
 from llava_ft.errors import CheckpointError, UserError
 from llava_ft.inference.load import load_model
 from llava_ft.tuning.quant import Quantization
@@ -26,6 +24,7 @@ from tests.checkpoint.adapters import (
     rewrite,
     set_fields,
 )
+from tests.training.helpers import fixed_logits
 
 pytestmark = [
     pytest.mark.usefixtures("in_recordings"),

@@ -14,8 +14,7 @@ from llava_ft.checkpoint.directory import identify
 from llava_ft.checkpoint.lineage import read_lineage
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.cli import main
-from llava_ft.convert.merge import compare_merged, merge
-from llava_ft.convert.options import MergeOptions
+from llava_ft.convert.merge import MergeOptions, compare_merged, merge
 from llava_ft.convert.proof import ConversionReport
 from llava_ft.errors import RunError, UserError
 from llava_ft.inference.load import load_model

@@ -15,13 +15,11 @@ from llava_ft.checkpoint.full_model import open_full_model
 from llava_ft.checkpoint.save import ShardWriter
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.cli import main
-from llava_ft.convert.merge import merge
-from llava_ft.convert.options import MergeOptions
-from llava_ft.convert.verify import fixed_logits
+from llava_ft.convert.merge import MergeOptions, merge
 from llava_ft.inference.load import load_model
 from tests.checkpoint.adapters import peft_adapter
 from tests.conftest import RECORDINGS
-from tests.training.helpers import train
+from tests.training.helpers import fixed_logits, train
 
 pytestmark = pytest.mark.usefixtures("in_recordings")
 

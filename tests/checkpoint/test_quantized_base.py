@@ -9,8 +9,7 @@ import yaml
 from llava_ft.checkpoint.base import find_base
 from llava_ft.checkpoint.directory import identify
 from llava_ft.cli import main
-from llava_ft.convert.merge import merge
-from llava_ft.convert.options import MergeOptions
+from llava_ft.convert.merge import MergeOptions, merge
 from llava_ft.errors import CheckpointError
 from llava_ft.inference.load import load_model
 from tests.checkpoint.adapters import BASE, peft_adapter, set_fields

@@ -19,7 +19,7 @@ from llava_ft.conversation import get_template
 from llava_ft.convert.export_gguf import load_gguf
 from llava_ft.convert.hf_speaker import HfSpeaker
 from llava_ft.convert.proof import ConversionReport
-from llava_ft.convert.verify import NativeSpeaker, Recorded, Speaker, fixed_questions, prove
+from llava_ft.convert.verify import NativeSpeaker, Record, Speaker, fixed_questions, prove, record
 from llava_ft.data.images import ImageTransform
 from llava_ft.data.tokenizer import load_tokenizer
 from llava_ft.errors import UserError
@@ -60,7 +60,7 @@ class Case:
     folder: Path
     flags: Mapping[str, Any] = field(default_factory=dict)
     own: OwnRun | None = None
-    _expected: tuple[LoadedModel, Recorded] | None = None
+    _expected: list[Record] | None = None
 
     @property
     def source(self) -> list[str]:
@@ -69,17 +69,16 @@ class Case:
         return ["--model-path", str(self.checkpoint.path), *base]
 
     @property
-    def expected(self) -> tuple[LoadedModel, Recorded]:
-        """The model made of the tensors that ought to be in the files, without reading them; and what it says."""
+    def expected(self) -> list[Record]:
+        """What the model says that is made of the tensors that ought to be in the files, without reading them."""
         if self._expected is None:
             model = _model_of(self.checkpoint)
-            self._expected = (model, Recorded(NativeSpeaker(model), fixed_questions(model.model.config)))
+            self._expected = record(NativeSpeaker(model), fixed_questions(model))
         return self._expected
 
     def compare(self, got: Speaker, bound: float) -> None:
         """Compare logits and greedy answers on the fixed questions."""
-        model, recorded = self.expected
-        prove(ConversionReport("", "", ""), recorded, got, fixed_questions(model.model.config), bound)
+        prove(ConversionReport("", "", ""), self.expected, got, bound)
 
 
 def _model_of(checkpoint: Checkpoint) -> LoadedModel:

@@ -12,7 +12,6 @@ from llava_ft.checkpoint.directory import identify
 from llava_ft.checkpoint.full_model import FullModel, open_full_model
 from llava_ft.convert.export_gguf import export_gguf, find_files
 from llava_ft.convert.gguf_file import GgufContent
-from llava_ft.convert.options import ExportOptions
 from llava_ft.convert.proof import ConversionReport
 from tests.conftest import RECORDINGS
 
@@ -28,7 +27,7 @@ def export(path: str, target: Path, dtype: torch.dtype | None = torch.float32, b
     """Export a model; returns the report and the content of both files."""
     target.mkdir(exist_ok=True)
     report = ConversionReport("export gguf", path, str(target))
-    export_gguf(whole(path, base), target, ExportOptions(dtype=dtype), report)
+    export_gguf(whole(path, base), target, report, dtype)
     language, vision = find_files(target)
     assert vision is not None
     return report, GgufContent(language), GgufContent(vision)

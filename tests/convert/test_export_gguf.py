@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llava_ft.cli import main
 from llava_ft.convert import export_gguf as gguf_export
 from llava_ft.convert.export_gguf import export_gguf, find_files, load_gguf, read_model
-from llava_ft.convert.gguf_file import gguf_name, restore_rows
+from llava_ft.convert.gguf_file import plan_tensors, restore_rows
 from llava_ft.convert.gguf_metadata import language_fields
-from llava_ft.convert.options import ExportOptions
 from llava_ft.convert.proof import ConversionReport
 from llava_ft.convert.verify import NativeSpeaker, fixed_questions
 from llava_ft.data.tokenizer import load_tokenizer
@@ -35,17 +34,23 @@ TEXTS = ["What is in the image?", "a tab\tand\nnew lines", "1234567890 + 3.14159
 # Tensors
 
 
+def names_in_gguf(path: str) -> dict[str, str]:
+    model = whole(path)
+    return {tensor.native: tensor.name for tensor in plan_tensors(model.shapes, model.config, torch.float32)}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_every_tensor_is_the_sources_rounded_once(tmp_path: Path, dtype: torch.dtype):
     report, _, _ = export(LLAVA, tmp_path, dtype)
     source = load_file(f"{LLAVA}/model.safetensors")
     found = {name: value for path in tmp_path.glob("*.gguf") for name, value in values(path).items()}
+    names = names_in_gguf(LLAVA)
     for native, value in source.items():
-        place = gguf_name(native)
-        if place is None or "layers.2." in native:  # the tower has three layers, the features are those behind two
-            assert place is None or place[1] not in found
+        if native not in names:  # the tower has three layers, the features are those behind two
+            assert "vision_tower" in native
+            assert "layers.2." in native or "post_layernorm" in native
             continue
-        kind, got = found.pop(place[1])
+        kind, got = found.pop(names[native])
         heads = 4 if native.endswith(("q_proj.weight", "k_proj.weight")) and "vision" not in native else 0
         stored = dtype
         is_convolution = "patch_embedding" in native and dtype == torch.bfloat16
@@ -73,11 +78,11 @@ def test_an_adapter_is_put_in(tmp_path: Path):
     report, _, _ = export(ADAPTER, tmp_path, base="ckpt/base-llm")
     merged = load_file("merge/llava-tiny-merged/model.safetensors")
     found = values(find_files(tmp_path)[0])
-    for native, value in merged.items():
-        place = gguf_name(native)
-        if place is not None and place[0] == "language":
+    for native, name in names_in_gguf(LLAVA).items():
+        if name in found:
             heads = 4 if native.endswith(("q_proj.weight", "k_proj.weight")) else 0
-            torch.testing.assert_close(restore_rows(found[place[1]][1], heads), value.float(), rtol=1e-3, atol=1e-4)
+            wanted = merged[native].float()
+            torch.testing.assert_close(restore_rows(found[name][1], heads), wanted, rtol=1e-3, atol=1e-4)
     changed = {change["name"] for change in report.changed}
     assert "model.layers.0.self_attn.q_proj.weight" in changed
     assert "model.layers.0.input_layernorm.weight" not in changed
@@ -122,9 +127,9 @@ def test_linear_scaling_of_positions_is_said():
     config = whole(LLAVA).config
     config.rope_parameters = {"rope_theta": 50000.0, "rope_type": "linear", "factor": 4.0}
     fields = language_fields(config, "x", torch.float32)
-    assert fields["llama.rope.scaling.type"].value == "linear"
-    assert fields["llama.rope.scaling.factor"].value == 4.0
-    assert fields["llama.rope.freq_base"].value == 50000.0
+    assert fields["llama.rope.scaling.type"] == "linear"
+    assert fields["llama.rope.scaling.factor"] == 4.0
+    assert fields["llama.rope.freq_base"] == 50000.0
 
 
 def test_what_the_vision_file_says(tmp_path: Path):
@@ -213,7 +218,7 @@ def test_transformers_reads_the_language_model(tmp_path: Path):
 def test_features_computed_from_the_vision_file_alone(tmp_path: Path):
     _, _, vision = export(LLAVA, tmp_path)
     loaded = load_model(LLAVA, device="cpu")
-    picture = fixed_questions(loaded.model.config)[1].image
+    picture = fixed_questions(loaded)[1].image
     assert loaded.image_transform is not None
     pixels = loaded.image_transform.normalizer(loaded.image_transform.pixels(picture))
     with torch.no_grad():
@@ -255,7 +260,7 @@ def test_the_files_as_a_model_again_say_the_same(tmp_path: Path, path: str):
     export(path, tmp_path)
     loaded = load_model(path, device="cpu")
     again = NativeSpeaker(load_gguf(tmp_path, whole(path)))
-    for question in fixed_questions(loaded.model.config):
+    for question in fixed_questions(loaded):
         assert torch.equal(NativeSpeaker(loaded).logits(question), again.logits(question))
 
 
@@ -269,7 +274,7 @@ def test_transformers_own_layout_is_exported_too(tmp_path: Path, model: Literal[
     assert "<image>" in pieces
     loaded = load_model(str(source), device="cpu")
     again = NativeSpeaker(load_gguf(tmp_path / "out", whole(str(source))))
-    for question in fixed_questions(loaded.model.config):
+    for question in fixed_questions(loaded):
         assert torch.equal(NativeSpeaker(loaded).logits(question), again.logits(question))
 
 
@@ -286,13 +291,13 @@ def test_biases_of_the_language_model_are_exported(tmp_path: Path):
     export(model, tmp_path / "out")
     loaded = load_model(model, device="cpu")
     again = NativeSpeaker(load_gguf(tmp_path / "out", whole(model)))
-    for question in fixed_questions(loaded.model.config):
+    for question in fixed_questions(loaded):
         assert torch.equal(NativeSpeaker(loaded).logits(question), again.logits(question))
 
 
 def test_a_model_without_a_tower_gives_one_file(tmp_path: Path):
     report = ConversionReport("export gguf", "ckpt/base-llm", str(tmp_path))
-    export_gguf(whole("ckpt/base-llm"), tmp_path, ExportOptions(dtype=torch.float32), report)
+    export_gguf(whole("ckpt/base-llm"), tmp_path, report, torch.float32)
     assert [path.name for path in tmp_path.iterdir()] == ["base-llm-F32.gguf"]
     assert not any("class token" in note for note in report.notes)
     assert not read_model(tmp_path).has_vision

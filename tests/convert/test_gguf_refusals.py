@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.convert.export_gguf import export_gguf
 from llava_ft.convert.gguf_metadata import check_expressible, check_image_settings
-from llava_ft.convert.options import ExportOptions
 from llava_ft.convert.proof import ConversionReport
 from llava_ft.data.image_processor import ImageProcessorSettings
 from llava_ft.errors import CheckpointError, UserError
@@ -58,28 +57,27 @@ def test_images_scaled_in_another_way_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("path", "options", "error"),
+    ("path", "dtype", "error"),
     [
-        ("ckpt/llava1-tiny-linear", ExportOptions(), "its projector is linear"),
-        (LLAVA, ExportOptions(dtype=torch.float64), "cannot be written in float64.*llama-quantize"),
-        (LLAVA, ExportOptions(adapter_only=True), "--adapter-only has no GGUF form"),
+        ("ckpt/llava1-tiny-linear", None, "its projector is linear"),
+        (LLAVA, torch.float64, "cannot be written in float64.*llama-quantize"),
     ],
 )
 def test_refusals_come_before_weights_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, options: ExportOptions, error: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, dtype: torch.dtype | None, error: str
 ):
     model = whole(path)
     for reading in ("stream", "tensor"):
         monkeypatch.setattr(FullModel, reading, lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(UserError, match=error):
-        export_gguf(model, tmp_path, options, ConversionReport("export gguf", path, str(tmp_path)))
+        export_gguf(model, tmp_path, ConversionReport("export gguf", path, str(tmp_path)), dtype)
     assert not any(tmp_path.iterdir())
 
 
 def test_without_the_gguf_package_the_message_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match=r"pip install 'llava-ft\[gguf\]'"):
-        export_gguf(whole(LLAVA), tmp_path, ExportOptions(), ConversionReport("export gguf", LLAVA, str(tmp_path)))
+        export_gguf(whole(LLAVA), tmp_path, ConversionReport("export gguf", LLAVA, str(tmp_path)))
 
 
 def test_a_number_beyond_float16_is_refused(tmp_path: Path):

@@ -16,13 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_ft.checkpoint.directory import identify
-from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.cli import main
 from llava_ft.convert import merge as merging
-from llava_ft.convert.merge import compare_merged, merge
-from llava_ft.convert.options import MergeOptions
-from llava_ft.convert.proof import ConversionReport
+from llava_ft.convert.merge import MergeOptions, compare_merged, merge
 from llava_ft.errors import CheckpointError, RunError, UserError
 
 pytestmark = pytest.mark.usefixtures("in_recordings")
@@ -76,12 +73,16 @@ def test_merged_and_adapter_on_base_agree(tmp_path: Path, dtype: str, share: flo
 def test_a_wrong_result_is_refused_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """What the comparison of tensors would pass over is found by what the model says."""
 
-    def spoil(report: ConversionReport, full: FullModel, written: WeightFiles, **_: object) -> None:
-        weights = load_file(written.path / "model.safetensors")
-        weights["model.mm_projector.2.bias"] += 0.5
-        save_file(weights, written.path / "model.safetensors")
+    write = merging._write_merged
 
-    monkeypatch.setattr(merging, "prove_tensors", spoil)
+    def write_and_spoil(staging: Path, *rest) -> None:
+        write(staging, *rest)
+        weights = load_file(staging / "model.safetensors")
+        weights["model.mm_projector.2.bias"] += 0.5
+        save_file(weights, staging / "model.safetensors")
+
+    monkeypatch.setattr(merging, "_write_merged", write_and_spoil)
+    monkeypatch.setattr(merging, "prove_tensors", lambda *_: None)
     with pytest.raises(RunError, match="The result is not what it was made from"):
         merge([(1.0, identify(LORA))], "ckpt/base-llm", tmp_path / "merged", MergeOptions())
     assert list(tmp_path.iterdir()) == []

@@ -14,8 +14,7 @@ from llava_ft.checkpoint.directory import identify
 from llava_ft.checkpoint.full_model import open_full_model
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.convert import merge as merging
-from llava_ft.convert.merge import merge
-from llava_ft.convert.options import MergeOptions
+from llava_ft.convert.merge import MergeOptions, merge
 from llava_ft.convert.proof import ConversionReport, prove_tensors
 from llava_ft.errors import RunError
 from tests.checkpoint.adapters import BASE, merged_by_peft, peft_adapter
@@ -181,16 +180,17 @@ def test_frozen_tensors_of_another_type_are_rounded_once(tmp_path: Path):
     assert any("the base's, rounded once to another type" in line for line in report.lines())
 
 
-def test_other_names_and_more_rows_are_compared_too(tmp_path: Path):
+def test_more_rows_and_left_out_ones_are_compared_too(tmp_path: Path):
     whole = open_full_model(identify(Path(BASE)), None)
-    pieces = {f"lm.{piece.name}": piece.value for piece in whole.stream(with_tower=True)}
-    name = "lm.model.embed_tokens.weight"
-    pieces[name] = torch.cat([pieces[name], torch.ones(3, 64)])
-    save_file(pieces, tmp_path / "model.safetensors")
+    pieces = {piece.name: piece.value for piece in whole.stream(with_tower=True)}
+    name = "model.embed_tokens.weight"
     report = ConversionReport("export", BASE, str(tmp_path))
-    prove_tensors(report, whole, WeightFiles.open(tmp_path), with_tower=True, key_of=lambda name: f"lm.{name}")
+    prove_tensors(report, whole, (pieces | {name: torch.cat([pieces[name], torch.ones(3, 64)])}).items(), pieces)
     assert report.frozen["bit_identical"] is True
-    pieces[name][0, 0] += 1
-    save_file(pieces, tmp_path / "model.safetensors")
+    cut = pieces | {key: pieces[key][:500] for key in (name, "lm_head.weight")}
+    prove_tensors(report, whole, cut.items(), pieces, num_rows=500)
+    with pytest.raises(RunError, match="was written with 500 rows, not 512"):
+        prove_tensors(report, whole, cut.items(), pieces)
+    cut[name][0, 0] += 1
     with pytest.raises(RunError, match="embed_tokens"):
-        prove_tensors(report, whole, WeightFiles.open(tmp_path), with_tower=True, key_of=lambda name: f"lm.{name}")
+        prove_tensors(report, whole, cut.items(), pieces, num_rows=500)

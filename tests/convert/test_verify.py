@@ -9,10 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from llava_ft.checkpoint.directory import identify
 from llava_ft.constants import IMAGE_TOKEN_INDEX
-from llava_ft.convert.merge import compare_merged, merge
-from llava_ft.convert.options import MergeOptions
+from llava_ft.convert.merge import MergeOptions, compare_merged, merge
 from llava_ft.convert.proof import ConversionReport
-from llava_ft.convert.verify import NativeSpeaker, Question, Recorded, fixed_questions, prove
+from llava_ft.convert.verify import NativeSpeaker, Question, Speaker, fixed_questions, prove, record
 from llava_ft.errors import RunError
 from llava_ft.inference.load import load_model
 
@@ -22,18 +21,19 @@ LORA = Path("train/lora/llava-tiny-lora")
 TEXT = Question("text", [1, 2, 3])
 
 
-class Fixed:
+class Fixed(Speaker):
     """A model whose logits depend on the last token alone: a table, and what it answers."""
 
     def __init__(self, table: torch.Tensor):
+        super().__init__(None)
         self.table = table
 
     def logits(self, question: Question) -> torch.Tensor:
         return self.table[torch.tensor(question.ids)]
 
-    def greedy(self, question: Question, num_tokens: int) -> list[int]:
+    def greedy(self, question: Question) -> list[int]:
         ids = list(question.ids)
-        for _ in range(num_tokens):
+        for _ in range(16):
             ids.append(int(self.table[ids[-1]].argmax()))
         return ids[len(question.ids) :]
 
@@ -49,7 +49,7 @@ def new_report() -> ConversionReport:
 
 def test_equal_models_are_equal():
     report = new_report()
-    prove(report, Fixed(table()), Fixed(table()), [TEXT], 1e-4)
+    prove(report, record(Fixed(table()), [TEXT]), Fixed(table()), 1e-4)
     assert report.logits == [
         {"input": "text", "max_difference": 0.0, "scale": report.logits[0]["scale"], "bound": report.logits[0]["bound"]}
     ]
@@ -61,8 +61,8 @@ def test_equal_models_are_equal():
 def test_columns_that_one_vocabulary_has_alone_do_not_count():
     larger = torch.cat([table(), torch.full((6, 2), -100.0)], dim=1)
     report = new_report()
-    prove(report, Fixed(table()), Fixed(larger), [TEXT], 1e-4)
-    prove(report, Fixed(larger), Fixed(table()), [TEXT], 1e-4)
+    prove(report, record(Fixed(table()), [TEXT]), Fixed(larger), 1e-4)
+    prove(report, record(Fixed(larger), [TEXT]), Fixed(table()), 1e-4)
     assert all(entry["scale"] < 10 for entry in report.logits)
 
 
@@ -72,7 +72,7 @@ def test_logits_beyond_the_bound_are_refused(difference: float):
     other[3, 1] += difference
     report = new_report()
     with pytest.raises(RunError, match=r"on the fixed text input the largest difference of logits is"):
-        prove(report, Fixed(table()), Fixed(other), [TEXT], 1e-4)
+        prove(report, record(Fixed(table()), [TEXT]), Fixed(other), 1e-4)
     assert len(report.logits) == 1
 
 
@@ -83,7 +83,7 @@ class Answers(Fixed):
         super().__init__(table)
         self.answer = answer
 
-    def greedy(self, question: Question, num_tokens: int) -> list[int]:
+    def greedy(self, question: Question) -> list[int]:
         return self.answer
 
 
@@ -91,18 +91,18 @@ def test_answers_may_part_only_where_two_tokens_are_equally_likely():
     close = torch.zeros(6, 6)
     close[:, 4], close[:, 5] = 1.0, 1.0 - 1e-5
     report = new_report()
-    prove(report, Fixed(close), Answers(close, [4] * 7 + [5] * 9), [TEXT], 1e-4)
+    prove(report, record(Fixed(close), [TEXT]), Answers(close, [4] * 7 + [5] * 9), 1e-4)
     assert not report.answers[0]["equal"]
     assert any("part where two tokens are equally likely" in line for line in report.lines())
     far = close.clone()
     far[4, 5] = 0.9
     with pytest.raises(RunError, match=r"differ at token 8: 4 and 5, whose logits in the source are 0\.1 apart"):
-        prove(new_report(), Fixed(far), Answers(far, [4] * 7 + [5] * 9), [TEXT], 1e-4)
+        prove(new_report(), record(Fixed(far), [TEXT]), Answers(far, [4] * 7 + [5] * 9), 1e-4)
 
 
 def test_an_answer_that_ends_early_is_another():
     with pytest.raises(RunError, match="have other lengths"):
-        prove(new_report(), Answers(table(), [1, 2]), Answers(table(), [1]), [TEXT], 1e-4)
+        prove(new_report(), record(Answers(table(), [1, 2]), [TEXT]), Answers(table(), [1]), 1e-4)
 
 
 def test_models_that_cut_pictures_otherwise_are_not_compared():
@@ -111,14 +111,14 @@ def test_models_that_cut_pictures_otherwise_are_not_compared():
             return torch.cat([super().logits(question), torch.zeros(1, 6)])
 
     with pytest.raises(RunError, match="take 19 and 20 positions"):
-        prove(new_report(), Fixed(table()), Longer(table()), [TEXT], 1e-4)
+        prove(new_report(), record(Fixed(table()), [TEXT]), Longer(table()), 1e-4)
 
 
 @pytest.mark.parametrize("name", ["llava15-tiny", "llava16-tiny-anyres", "llava15-tiny-imse", "base-llm"])
 def test_the_questions_are_the_same_everywhere(name: str):
     loaded = load_model(f"ckpt/{name}", device="cpu")
     config = loaded.model.config
-    questions, again = fixed_questions(config), fixed_questions(config)
+    questions, again = fixed_questions(loaded), fixed_questions(loaded)
     assert [question.ids for question in questions] == [question.ids for question in again]
     assert [question.name for question in questions] == (["text"] if name == "base-llm" else ["text", "image"])
     assert all(0 < token < config.vocab_size for token in questions[0].ids)
@@ -133,15 +133,12 @@ def test_the_questions_are_the_same_everywhere(name: str):
         assert NativeSpeaker(loaded).logits(question).shape == (len(question.ids) - 1 + num_tokens, config.vocab_size)
 
 
-def test_what_was_recorded_is_what_the_model_said():
-    speaker = NativeSpeaker(load_model("ckpt/llava15-tiny", device="cpu"))
-    questions = fixed_questions(load_model("ckpt/llava15-tiny", device="cpu").model.config)
-    recorded = Recorded(speaker, questions)
-    for question in questions:
-        answer = speaker.greedy(question, 16)
-        assert recorded.greedy(question) == answer
-        rows = recorded.logits(question)[-len(answer) - 1 : -1]
-        assert rows.argmax(dim=-1).tolist() == answer
+def test_what_is_recorded_is_what_the_model_says():
+    loaded = load_model("ckpt/llava15-tiny", device="cpu")
+    speaker = NativeSpeaker(loaded)
+    for question, answer, logits in record(speaker, fixed_questions(loaded)):
+        assert speaker.greedy(question) == answer
+        assert logits[-len(answer) - 1 : -1].argmax(dim=-1).tolist() == answer
 
 
 def spoil(staging: Path, change) -> None:

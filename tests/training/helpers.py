@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 from llava_ft.args import parse_args
+from llava_ft.convert.verify import NativeSpeaker, fixed_questions
+from llava_ft.inference.load import LoadedModel
 from llava_ft.training.run import Run, prepare_run
 from tests.conftest import RECORDINGS
 from tests.training.warm_start import REPOSITORY, Program
@@ -86,3 +88,8 @@ def write_records(path: Path, records: list[object]) -> Path:
     """Write a data file."""
     path.write_text(json.dumps(records))
     return path
+
+
+def fixed_logits(loaded: LoadedModel) -> list[torch.Tensor]:
+    """Return a model's logits on the fixed questions, `(T, V)` each."""
+    return [NativeSpeaker(loaded).logits(question) for question in fixed_questions(loaded)]

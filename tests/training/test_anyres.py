@@ -11,13 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from llava_ft.checkpoint.directory import identify
 from llava_ft.checkpoint.names import IMAGE_NEWLINE
-from llava_ft.convert.merge import compare_merged, merge
-from llava_ft.convert.options import MergeOptions
-from llava_ft.convert.verify import fixed_logits
+from llava_ft.convert.merge import MergeOptions, compare_merged, merge
 from llava_ft.errors import CheckpointError, UserError
 from llava_ft.inference.generate import prepare_inputs
 from llava_ft.inference.load import load_model
-from tests.training.helpers import prepare, state_of, train
+from tests.training.helpers import fixed_logits, prepare, state_of, train
 
 pytestmark = pytest.mark.usefixtures("in_recordings")
 

@@ -12,12 +12,11 @@ import torch
 
 from llava_ft.checkpoint.base_and_adapters import quantization_in_training
 from llava_ft.cli import main
-from llava_ft.convert.verify import fixed_logits
 from llava_ft.errors import CheckpointError, UserError
 from llava_ft.inference.load import choose_quantization, load_model, load_pretrained_model
 from llava_ft.training.run import Run
 from llava_ft.tuning.quant import Quantization
-from tests.training.helpers import flags, prepare, start, train
+from tests.training.helpers import fixed_logits, flags, prepare, start, train
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.usefixtures("in_recordings")

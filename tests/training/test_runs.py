@@ -12,11 +12,10 @@ from safetensors.torch import load_file
 
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.cli import main
-from llava_ft.convert.verify import fixed_logits
 from llava_ft.errors import CheckpointError, RunError, UserError
 from llava_ft.inference.load import load_model
 from tests.conftest import RECORDINGS
-from tests.training.helpers import REPOSITORY, flags, prepare, start, state_of, train, write_records
+from tests.training.helpers import REPOSITORY, fixed_logits, flags, prepare, start, state_of, train, write_records
 
 pytestmark = pytest.mark.usefixtures("in_recordings")
 

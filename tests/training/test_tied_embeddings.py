@@ -78,7 +78,7 @@ def test_merging_and_exporting_keep_one_matrix(bases, tmp_path: Path, changes):
     assert cli.main(merge) == cli.DONE
     assert "lm_head.weight" not in WeightFiles.open(tmp_path / "merged").tensors
     merged = load_model(str(tmp_path / "merged"), dtype=torch.float32, device="cpu")
-    question = fixed_questions(merged.model.config)[0]
+    question = fixed_questions(merged)[0]
     expected = NativeSpeaker(merged).logits(question)
     beside = load_model(str(tmp_path / "lora"), dtype=torch.float32, device="cpu", adapter="beside")
     assert torch.allclose(NativeSpeaker(beside).logits(question), expected, atol=1e-5)
