@@ -101,10 +101,6 @@ class LoraAdapter:
         """Native names of the parameters that the adapter changes."""
         return {*self.factors, *self.biases}
 
-    def new_rows(self) -> dict[str, torch.Tensor]:
-        """Return the trained rows of added tokens, by the native name of the matrix whose last rows they are."""
-        return rows_of_added_tokens(self.beside)
-
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Check that a model has every parameter that the adapter changes, in the right shape.
 

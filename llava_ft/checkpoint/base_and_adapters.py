@@ -65,12 +65,36 @@ def open_base_and_adapters(
         UserError: Something is missing, damaged, or does not fit.
     """
     directories = tuple(directory for _, directory in shares)
-    notes: list[str] = []
-    if len(shares) == 1 and shares[0][0] == 1.0:
-        base, lora = find_base_and_adapter(directories[0], model_base, vision_tower=vision_tower, force=force)
-        adapters = () if lora is None else ((1.0, lora),)
+    first, notes = directories[0], list[str]()
+    adapters: Adapters = []
+    if len(shares) > 1 or shares[0][0] != 1.0 or first.kind == "lora":
+        described = check_directories(directories)
+        name = model_base or _common_base(directories, force)
+        adapters = [(share, LoraAdapter.read(directory, force=force)) for share, directory in shares]
+        check_adapters(adapters)
+        named = [directory.config.get("conversation_template") for directory in directories]
+        templates = dict.fromkeys(str(template) for template in named if template)
+        if len(templates) > 1:
+            notes.append(f"trained with the conversation templates {', '.join(templates)}; the first is written")
+        if len(adapters) == 1:
+            lora = adapters[0][1]
+            files_and_names = zip(lora.beside, lora.replaced, strict=True)
+            beside = [WeightSource(BESIDE, files, names, must_fit=True) for files, names in files_and_names if names]
+        else:
+            alone = _base_of(described, name, vision_tower, is_whole=False)
+            blended = beside_source(adapters, alone.sources[0], BESIDE, notes)
+            beside = [blended] if blended is not None else []
+        base = _base_of(described, name, vision_tower, extra_sources=beside)
+    elif first.kind in ("llava", "language model"):
+        if model_base is not None:
+            logger.warning("%s is a whole model; the base %s is not used.", first.path, model_base)
+        base = find_base(str(first.path), vision_tower=vision_tower)
+    elif first.kind == "projector":
+        if model_base is None:
+            raise CheckpointError(f"{first.path} holds a projector alone. Give its language model with --model-base.")
+        base = _base_of(first, model_base, vision_tower, projector_file=str(first.projector_file))
     else:
-        base, adapters = _find_blend(shares, model_base, notes, vision_tower=vision_tower, force=force)
+        raise CheckpointError(f"{first.path} holds a {first.kind}, which cannot answer by itself.")
     fingerprint = language_model_fingerprint(base.sources[:1])
     for directory in directories:
         if directory.kind in ("lora", "projector"):
@@ -85,63 +109,6 @@ def open_base_and_adapters(
         fingerprint=fingerprint,
         notes=notes,
     )
-
-
-def find_base_and_adapter(
-    directory: ModelDirectory, model_base: str | None, *, vision_tower: str | None = None, force: Force = False
-) -> tuple[BaseModel, LoraAdapter | None]:
-    """Find the base of a directory and what was trained on it; arguments as for `open_base_and_adapters`.
-
-    Returns:
-        The base, with what was trained beside an adapter among its sources, and the adapter.
-
-    Raises:
-        UserError: Something is missing or does not fit.
-    """
-    if directory.kind in ("llava", "language model"):
-        if model_base is not None:
-            logger.warning("%s is a whole model; the base %s is not used.", directory.path, model_base)
-        return find_base(str(directory.path), vision_tower=vision_tower), None
-    if directory.kind == "projector":
-        if model_base is None:
-            raise CheckpointError(
-                f"{directory.path} holds a projector alone. Give its language model with --model-base."
-            )
-        projector = str(directory.projector_file)
-        return _base_of(directory, model_base, vision_tower, projector_file=projector), None
-    if directory.kind != "lora":
-        raise CheckpointError(f"{directory.path} holds a {directory.kind}, which cannot answer by itself.")
-    name = model_base or _named_base(directory)
-    lora = LoraAdapter.read(directory, force=force)
-    beside = [
-        WeightSource(BESIDE, files, names, must_fit=True)
-        for files, names in zip(lora.beside, lora.replaced, strict=True)
-        if names
-    ]
-    return _base_of(directory, name, vision_tower, extra_sources=beside), lora
-
-
-def _find_blend(
-    shares: Sequence[tuple[float, ModelDirectory]],
-    model_base: str | None,
-    notes: list[str],
-    *,
-    vision_tower: str | None,
-    force: Force,
-) -> tuple[BaseModel, Adapters]:
-    """Find the base that several adapters have in common, and what was trained beside them."""
-    directories = [directory for _, directory in shares]
-    described = check_directories(directories)
-    name = model_base or _common_base(directories, force)
-    adapters = [(share, LoraAdapter.read(directory, force=force)) for share, directory in shares]
-    check_adapters(adapters)
-    named = [directory.config.get("conversation_template") for directory in directories]
-    templates = dict.fromkeys(str(template) for template in named if template)
-    if len(templates) > 1:
-        notes.append(f"trained with the conversation templates {', '.join(templates)}; the first is written")
-    alone = _base_of(described, name, vision_tower, is_whole=False)
-    beside = beside_source(adapters, alone.sources[0], BESIDE, notes)
-    return _base_of(described, name, vision_tower, extra_sources=[beside] if beside else []), adapters
 
 
 def _base_of(
@@ -170,16 +137,14 @@ def _base_of(
     return base
 
 
-def _named_base(directory: ModelDirectory) -> str:
-    name = base_of_adapter(directory.path)
-    if not name:
-        raise CheckpointError(f"The adapter {directory.path} does not name its base model. Give it with --model-base.")
-    return name
-
-
 def _common_base(directories: Sequence[ModelDirectory], force: Force) -> str:
     """Return the base that adapters name; the same weights under two paths are found by their fingerprint."""
-    names = [_named_base(directory) for directory in directories]
+    names: list[str] = []
+    for path in (directory.path for directory in directories):
+        name = base_of_adapter(path)
+        if not name:
+            raise CheckpointError(f"The adapter {path} does not name its base model. Give it with --model-base.")
+        names.append(name)
     manifests = [read_manifest(directory.path) for directory in directories]
     fingerprints = {manifest.base_fingerprint if manifest is not None else "" for manifest in manifests}
     if len(set(names)) > 1 and (len(fingerprints) > 1 or fingerprints == {""}):

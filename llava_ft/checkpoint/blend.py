@@ -9,10 +9,11 @@ that is loaded whole, and without what was trained beside the adapters, which th
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
-from llava_ft.checkpoint.adapter import LoraAdapter
+from llava_ft.checkpoint.adapter import LoraAdapter, rows_of_added_tokens
 from llava_ft.checkpoint.directory import ModelDirectory
 from llava_ft.checkpoint.load import WeightSource
 from llava_ft.checkpoint.weights import TensorInfo, WeightFiles
@@ -22,34 +23,17 @@ from llava_ft.models.builder import checkpoint_wishes
 Adapters = Sequence[tuple[float, LoraAdapter]]
 """Adapters and the weight of each."""
 
-_Place = tuple[WeightFiles, str]
-"""A file and a key in it."""
-
 
 class BlendedFiles(WeightFiles):
-    """Tensors that are averaged over several files, by native name; read as if they were in one."""
+    """Tensors that were averaged, by native name; read as if they were in the file `path`."""
 
-    def __init__(self, first: WeightFiles, places: Mapping[str, Sequence[_Place]], shares: Sequence[float]):
-        """Average the values at `places` with `shares`, which add up to 1; messages name the file `first`."""
-        infos = {name: files.tensors[key] for name, ((files, key), *_) in places.items()}
-        tensors = {name: TensorInfo(first.path, info.shape, info.dtype) for name, info in infos.items()}
-        super().__init__(first.path, tensors)
-        self._places, self._shares = places, shares
+    def __init__(self, path: Path, values: Mapping[str, torch.Tensor]):
+        super().__init__(path, {n: TensorInfo(path, tuple(value.shape), value.dtype) for n, value in values.items()})
+        self._values = values
 
     def stream(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield names and tensors."""
-        for name in self.tensors if names is None else names:
-            yield name, blended([files.read([key])[key] for files, key in self._places[name]], self._shares)
-
-
-def blended(values: Sequence[torch.Tensor], shares: Sequence[float]) -> torch.Tensor:
-    """Return the weighted average of tensors, float32; the first of them as it is where all are equal."""
-    if all(torch.equal(values[0], value) for value in values[1:]):
-        return values[0]
-    average = torch.zeros(values[0].shape)
-    for value, share in zip(values, shares, strict=True):
-        average.add_(value.float(), alpha=share)
-    return average
+        return ((name, self._values[name]) for name in (self.tensors if names is None else names))
 
 
 def check_directories(directories: Sequence[ModelDirectory]) -> ModelDirectory:
@@ -95,7 +79,7 @@ def check_adapters(adapters: Adapters) -> None:
 
 
 def beside_source(adapters: Adapters, base: WeightSource, label: str, notes: list[str]) -> WeightSource | None:
-    """Put together the whole tensors that were trained beside several adapters.
+    """Put together the whole tensors that were trained beside several adapters; memory holds one set of them.
 
     A tensor that one run trained and another did not counts with the base's value for the other. `notes` gets what was
     averaged.
@@ -106,14 +90,14 @@ def beside_source(adapters: Adapters, base: WeightSource, label: str, notes: lis
     Raises:
         UserError: Values differ and have no average.
     """
-    held: list[dict[str, _Place]] = []
+    held: list[dict[str, tuple[WeightFiles, str]]] = []
     for _, adapter in adapters:
         files_and_names = zip(adapter.beside, adapter.replaced, strict=True)
         held.append({name: (files, key) for files, names in files_and_names for key, name in names.items()})
-    in_base: dict[str, _Place] = {name: (base.files, key) for key, name in base.names.items()}
-    places: dict[str, list[_Place]] = {}
-    for name in dict.fromkeys(name for of_adapter in held for name in of_adapter):
-        found: list[_Place] = []
+    in_base = {name: (base.files, key) for key, name in base.names.items()}
+
+    def values_of(name: str) -> list[torch.Tensor]:
+        values: list[torch.Tensor] = []
         for (_, adapter), of_adapter in zip(adapters, held, strict=True):
             place = of_adapter.get(name) or in_base.get(name)
             if place is None:
@@ -122,23 +106,20 @@ def beside_source(adapters: Adapters, base: WeightSource, label: str, notes: lis
                     "holds it, so there is no value to average with. Give a base model that holds it, or merge the "
                     "adapters one by one."
                 )
-            found.append(place)
-        shapes = {files.tensors[key].shape for files, key in found}
+            values.append(place[0].read([place[1]])[place[1]])
+        shapes = {tuple(value.shape) for value in values}
         if len(shapes) > 1:
             raise CheckpointError(
                 f"{name} was trained beside the adapters in different shapes: {', '.join(map(str, sorted(shapes)))}. "
                 "They belong to different models."
             )
-        places[name] = found
-    if not places:
+        return values
+
+    names = dict.fromkeys(name for of_adapter in held for name in of_adapter)
+    averages = _averages(adapters, ((name, values_of(name)) for name in names), "{}", notes)
+    if not averages:
         return None
-    different: list[str] = []
-    for name, found in places.items():
-        first, *others = (files.read([key])[key] for files, key in found)
-        if not all(torch.equal(first, other) for other in others):
-            different.append(name)
-    shares = _shares_of_average(adapters, different, notes)
-    return WeightSource(label, BlendedFiles(adapters[0][1].beside[-1], places, shares), {n: n for n in places}, True)
+    return WeightSource(label, BlendedFiles(adapters[0][1].beside[-1].path, averages), {n: n for n in averages}, True)
 
 
 def blended_rows(adapters: Adapters, notes: list[str]) -> dict[str, torch.Tensor]:
@@ -150,9 +131,7 @@ def blended_rows(adapters: Adapters, notes: list[str]) -> dict[str, torch.Tensor
     Raises:
         UserError: They differ and have no average.
     """
-    rows = [adapter.new_rows() for _, adapter in adapters]
-    if len(rows) < 2:
-        return rows[0] if rows else {}
+    rows = [rows_of_added_tokens(adapter.beside) for _, adapter in adapters]
     names = list(dict.fromkeys(name for of_adapter in rows for name in of_adapter))
     for name in names:
         shapes = {tuple(of_adapter[name].shape) if name in of_adapter else None for of_adapter in rows}
@@ -161,24 +140,33 @@ def blended_rows(adapters: Adapters, notes: list[str]) -> dict[str, torch.Tensor
                 f"The adapters do not hold the same rows of added tokens for {name}: {shapes}. Only adapters with the "
                 "same added tokens (mm_use_im_start_end) can be put together."
             )
-    different = [name for name in names if not all(torch.equal(rows[0][name], other[name]) for other in rows[1:])]
-    shares = _shares_of_average(adapters, [f"the new rows of {name}" for name in different], notes)
-    return {name: blended([of_adapter[name] for of_adapter in rows], shares) for name in names}
+    values = ((name, [of_adapter[name] for of_adapter in rows]) for name in names)
+    return _averages(adapters, values, "the new rows of {}", notes)
 
 
-def _shares_of_average(adapters: Adapters, different: Sequence[str], notes: list[str]) -> list[float]:
-    """Divide the weights by their sum and note what they average; any will do where nothing differs."""
+def _averages(
+    adapters: Adapters, values: Iterable[tuple[str, Sequence[torch.Tensor]]], subject: str, notes: list[str]
+) -> dict[str, torch.Tensor]:
+    """Average values, float32, with the weights divided by their sum; a value that all have stays as it is."""
     weights = [weight for weight, _ in adapters]
-    if not different:
-        return [1.0, *[0.0] * (len(weights) - 1)]
-    if min(weights) < 0 or sum(weights) == 0:
-        raise UserError(
-            f"{different[0]} was trained beside the adapters to different values, and with the weights "
-            f"{', '.join(f'{weight:g}' for weight in weights)} they have no average. Give weights of at least 0, "
-            "not all of them 0."
-        )
-    shares = [weight / sum(weights) for weight in weights]
-    more = f" and {len(different) - 1} more" if len(different) > 1 else ""
-    ratio = " : ".join(f"{share:.3g}" for share in shares)
-    notes.append(f"trained beside the adapters to different values, and averaged {ratio}: {different[0]}{more}")
-    return shares
+    averages: dict[str, torch.Tensor] = {}
+    different: list[str] = []
+    for name, (first, *others) in values:
+        averages[name] = first
+        if all(torch.equal(first, other) for other in others):
+            continue
+        different.append(subject.format(name))
+        if min(weights) < 0 or sum(weights) == 0:
+            raise UserError(
+                f"{different[0]} was trained beside the adapters to different values, and with the weights "
+                f"{', '.join(f'{weight:g}' for weight in weights)} they have no average. Give weights of at least 0, "
+                "not all of them 0."
+            )
+        averages[name] = torch.zeros(first.shape)
+        for value, weight in zip((first, *others), weights, strict=True):
+            averages[name].add_(value.float(), alpha=weight / sum(weights))
+    if different:
+        more = f" and {len(different) - 1} more" if len(different) > 1 else ""
+        ratio = " : ".join(f"{weight / sum(weights):.3g}" for weight in weights)
+        notes.append(f"trained beside the adapters to different values, and averaged {ratio}: {different[0]}{more}")
+    return averages

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava_ft.checkpoint.base import find_base
-from llava_ft.checkpoint.base_and_adapters import find_base_and_adapter
+from llava_ft.checkpoint.base_and_adapters import open_base_and_adapters
 from llava_ft.checkpoint.directory import identify
 from llava_ft.errors import CheckpointError, UserError
 from llava_ft.inference.generate import prepare_inputs
@@ -71,23 +71,23 @@ def test_an_adapter_beside_something_that_a_run_of_llava_leaves_lacks_its_projec
         manifest = {"format": 1, "kind": "lora", "base": "", "files": {}, "versions": {}}
         (adapter / left).write_text(json.dumps(manifest if left == "llava_ft.json" else {}))
     with pytest.raises(CheckpointError, match=r"has an adapter but no non_lora_trainables.bin.*llava-ft consolidate"):
-        find_base_and_adapter(identify(adapter), None)
-    base, lora = find_base_and_adapter(identify(adapter), None, force=True)
-    assert lora is not None
-    assert not base.projector_is_new
+        open_base_and_adapters([(1.0, identify(adapter))], None)
+    opened = open_base_and_adapters([(1.0, identify(adapter))], None, force=True)
+    assert len(opened.adapters) == 1
+    assert not opened.base.projector_is_new
 
 
 def test_an_adapter_with_its_projector_in_the_same_file_is_whole_wherever_it_lies(tmp_path: Path):
     write_native_peft_adapter(tmp_path, LLAVA, "projector beside")
     (tmp_path / "trainer_state.json").write_text("{}")
-    base, _ = find_base_and_adapter(identify(tmp_path), None)
+    base = open_base_and_adapters([(1.0, identify(tmp_path))], None).base
     assert sum(source.label.startswith("what was trained") for source in base.sources) == 1
 
 
 def test_an_adapter_whose_projector_is_nowhere_is_refused(recorded_run: Path):
     (recorded_run / "non_lora_trainables.bin").unlink()
     with pytest.raises(CheckpointError, match=r"neither its files nor .*base-llm hold a projector.*--model-base"):
-        find_base_and_adapter(identify(recorded_run), "ckpt/base-llm", force=True)
+        open_base_and_adapters([(1.0, identify(recorded_run))], "ckpt/base-llm", force=True)
 
 
 @pytest.mark.parametrize("spelling", ["plain", "module.", ".default.", "model.model."])
@@ -110,7 +110,7 @@ def test_adapter_model_all_holds_everything(recorded_run: Path, spelling: str):
 def test_an_adapter_without_any_weights_is_refused(recorded_run: Path):
     (recorded_run / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"adapter_config.json but no weights: neither .* nor adapter_model_all"):
-        find_base_and_adapter(identify(recorded_run), None)
+        open_base_and_adapters([(1.0, identify(recorded_run))], None)
 
 
 def test_v1_says_nothing_of_its_projector_which_is_linear(recorded_run: Path):
