@@ -76,7 +76,7 @@ def chat_template(template: Template, *, mm_use_im_start_end: bool = False, begi
         begin: What to write behind the begin token, in front of everything else, for programs that add none when they
             tokenise; None to write no begin token.
     """
-    start, human, assistant, opening = _STYLES[template.style](template)
+    start, human, assistant, opening = _parts(template)
     image = f"<Image>{IMAGE_TOKEN}</Image>" if template.wraps_images else IMAGE_TOKEN
     if mm_use_im_start_end:
         image = image.replace(IMAGE_TOKEN, f"{IM_START_TOKEN}{IMAGE_TOKEN}{IM_END_TOKEN}")
@@ -94,66 +94,43 @@ def chat_template(template: Template, *, mm_use_im_start_end: bool = False, begi
     return body if begin is None else f"{{{{- bos_token + {_quoted(begin)} -}}}}\n{body}"
 
 
-def _pairs(template: Template) -> tuple[str, str, str, str]:
-    return (
-        _written("ns.system + ' '"),
-        _heading(f"{template.human}:") + _if_text(f"' ' + text + {_quoted(' ')}"),
-        _heading(f"{template.assistant}:") + _if_text(f"' ' + text + {_quoted(template.stop)}"),
-        _heading(f"{template.assistant}:"),
-    )
-
-
-def _chatml(template: Template) -> tuple[str, str, str, str]:
+def _parts(template: Template) -> tuple[str, str, str, str]:
+    """Return the beginning, a turn of the human, one of the assistant, and an opened one, in Jinja."""
     stop = _quoted(template.stop)
-    return (
-        _written(f"{_quoted('<|im_start|>system' + chr(10))} + ns.system + {stop}"),
-        _heading(template.human) + _if_text(f"text + {stop}"),
-        _heading(template.assistant) + _if_text(f"text + {stop}"),
-        _heading(template.assistant),
-    )
-
-
-def _blocks(template: Template) -> tuple[str, str, str, str]:
-    stop = _quoted(template.stop)
-    return (
-        _written(f"ns.system + {stop}"),
-        _heading(f"{template.human}:") + _if_text(f"' ' + text + {stop}"),
-        _heading(f"{template.assistant}:") + _if_text(f"' ' + text + {stop}"),
-        _heading(f"{template.assistant}:"),
-    )
-
-
-def _inst(template: Template) -> tuple[str, str, str, str]:
-    first = (
-        "{%- if ns.position == 0 and not text -%}"
-        "{{- raise_exception('This template needs a first question.') -}}"
-        "{%- elif ns.position == 0 and ns.system -%}"
-        f"{{%- set text = {_quoted('<<SYS>>' + chr(10))} + ns.system + {_quoted(chr(10) + '<</SYS>>' + chr(10) * 2)} "
-        "+ text -%}"
-        "{%- endif -%}"
-    )
-    again = f"(({_quoted(template.turn_start)}) if ns.position else '')"
-    return (
-        "",
-        first + _if_text(f"{again} + '[INST] ' + text + ' [/INST]'"),
-        _if_text(f"' ' + text + {_quoted(' ' + template.stop)}"),
-        "",
-    )
-
-
-def _plain(template: Template) -> tuple[str, str, str, str]:
-    text = _if_text(f"text + {_quoted(template.stop)}")
-    return "", text, text, ""
-
-
-_STYLES: Final = {
-    TemplateStyle.PAIRS: _pairs,
-    TemplateStyle.CHATML: _chatml,
-    TemplateStyle.BLOCKS: _blocks,
-    TemplateStyle.INST: _inst,
-    TemplateStyle.PLAIN: _plain,
-}
-"""For each style: the beginning, a turn of the human, one of the assistant, and an opened one, in Jinja."""
+    match template.style:
+        case TemplateStyle.PAIRS | TemplateStyle.BLOCKS:
+            is_pairs = template.style is TemplateStyle.PAIRS
+            return (
+                _written("ns.system + ' '" if is_pairs else f"ns.system + {stop}"),
+                _heading(f"{template.human}:") + _if_text(f"' ' + text + {_quoted(' ') if is_pairs else stop}"),
+                _heading(f"{template.assistant}:") + _if_text(f"' ' + text + {stop}"),
+                _heading(f"{template.assistant}:"),
+            )
+        case TemplateStyle.CHATML:
+            return (
+                _written(f"{_quoted('<|im_start|>system' + chr(10))} + ns.system + {stop}"),
+                _heading(template.human) + _if_text(f"text + {stop}"),
+                _heading(template.assistant) + _if_text(f"text + {stop}"),
+                _heading(template.assistant),
+            )
+        case TemplateStyle.INST:
+            first = (
+                "{%- if ns.position == 0 and not text -%}"
+                "{{- raise_exception('This template needs a first question.') -}}"
+                "{%- elif ns.position == 0 and ns.system -%}"
+                f"{{%- set text = {_quoted('<<SYS>>' + chr(10))} + ns.system + "
+                f"{_quoted(chr(10) + '<</SYS>>' + chr(10) * 2)} + text -%}}"
+                "{%- endif -%}"
+            )
+            again = f"(({_quoted(template.turn_start)}) if ns.position else '')"
+            return (
+                "",
+                first + _if_text(f"{again} + '[INST] ' + text + ' [/INST]'"),
+                _if_text(f"' ' + text + {_quoted(' ' + template.stop)}"),
+                "",
+            )
+        case TemplateStyle.PLAIN:
+            return "", _if_text(f"text + {stop}"), _if_text(f"text + {stop}"), ""
 
 
 def _written(expression: str) -> str:

@@ -12,8 +12,7 @@ in the folder `source/` of what was exported.
 import copy
 import hashlib
 import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
@@ -43,7 +42,7 @@ from llava_ft.checkpoint.save import adapter_config_fields, config_fields, save_
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.convert.export_hf import hf_config, image_settings, write_image_processor
 from llava_ft.convert.hf_speaker import build_hf_skeleton
-from llava_ft.convert.native_record import num_native_rows, read_weight_record
+from llava_ft.convert.native_record import copy_files, num_native_rows, read_weight_record
 from llava_ft.convert.proof import ConversionReport
 from llava_ft.errors import CheckpointError, RunError
 from llava_ft.models.builder import build_skeleton
@@ -53,7 +52,6 @@ Layout = Literal["llava", "hf"]
 
 SOURCE_FOLDER: Final = "source"
 _RECORD: Final = "adapter_files.json"
-_PROJECTOR_MODULE: Final = {"llava": "model.mm_projector", "hf": "model.multi_modal_projector"}
 _WHOLE_INSTEAD: Final = "Export the whole model instead: leave --adapter-only out."
 
 
@@ -68,26 +66,64 @@ def export_adapter(
         UserError: The layout cannot hold the adapter.
         RunError: What is on disk afterwards is not what was to be written.
     """
-    lora = _the_adapter(whole)
-    check_adapter(whole, layout)
-    tensors = dict(_tensors(lora, report, dtype))
+    if not whole.adapters:
+        raise CheckpointError(
+            f"--adapter-only: {whole.directory.path} holds no LoRA adapter. Leave the flag out to export the model."
+        )
+    lora = whole.adapters[0][1]
+    _check_layout(whole, lora, layout)
+    tensors: dict[str, torch.Tensor] = {}  # by plain native name
+    for files in lora.beside:
+        wanted = {key: plain_name(key) for key in files.tensors if not is_derived(key)}
+        read = {wanted[key]: value if dtype is None else value.to(dtype) for key, value in files.read(wanted).items()}
+        counts = report.sources.setdefault(str(files.path), {"tensors": 0, "bytes": 0})
+        counts["tensors"] += len(read)
+        counts["bytes"] += sum(value.nbytes for value in read.values())
+        tensors |= read
     if not (dtype is None and _restore_source(lora.path, target, tensors, layout)):
-        _write(whole, target, tensors, layout)
-    _record_source(whole, target)
-    _compare(target, tensors)
+        _write(whole, lora, target, tensors, layout)
+
+    # What the way back needs: the configuration, and in which files and order the tensors were.
+    folder = target / SOURCE_FOLDER
+    folder.mkdir()
+    copy_files(lora.path, folder, (ADAPTER_CONFIG, CONFIG))
+    keys = [key for files in lora.beside for key in files.tensors]
+    is_hf = any("language_model." in key or "multi_modal_projector." in key for key in keys)
+    record = {
+        "layout": "hf" if is_hf else "llava",
+        "files": {files.path.name: list(files.tensors) for files in lora.beside},
+        "exported": _digest(target / ADAPTER_CONFIG),
+    }
+    write_json(folder / _RECORD, record)
+
+    written: dict[str, torch.Tensor] = {}
+    for path in sorted(target.iterdir()):
+        if path.suffix in (".bin", ".safetensors"):
+            written |= {plain_name(key): value for key, value in WeightFiles.open(path).read().items()}
+    if set(written) != set(tensors):
+        raise RunError(
+            f"{sorted(set(written) ^ set(tensors))[0]} is missing from what was written. Is the disk damaged?"
+        )
+    for name, value in tensors.items():
+        if written[name].dtype != value.dtype or not torch.equal(written[name], value):
+            raise RunError(f"{name} was written with other values. Is the disk damaged?")
     check_taken(target, whole.config, layout)
+
     changed = "bit for bit" if dtype is None else f"converted to {str(dtype).removeprefix('torch.')}"
     report.notes.append(f"all {len(tensors)} tensors are those of the source, {changed}")
-    report.notes += _advice(whole, tensors, layout)
+    base = whole.base.directory
+    if layout != ("hf" if base.layout == "hf" else "llava"):
+        projector = " with the projector that its training started from" if base.kind == "language model" else ""
+        report.notes.append(f"it goes on {base.path}{projector}, exported with --format {layout}")
+    if layout == "hf" and any(".lora_" not in name for name in tensors):
+        report.notes.append(
+            "the projector was trained with it and is in modules_to_save, which vLLM does not serve: for vLLM export "
+            "the whole model, without --adapter-only"
+        )
 
 
-def check_adapter(whole: FullModel, layout: Layout) -> None:
-    """Refuse an adapter that a layout cannot hold.
-
-    Raises:
-        CheckpointError: It cannot.
-    """
-    lora = _the_adapter(whole)
+def _check_layout(whole: FullModel, lora: LoraAdapter, layout: Layout) -> None:
+    """Refuse an adapter that a layout cannot hold."""
     if whole.rows:
         raise CheckpointError(
             f"{lora.path} holds trained rows of added tokens ({', '.join(whole.rows)}), and an adapter has no place "
@@ -109,76 +145,51 @@ def check_adapter(whole: FullModel, layout: Layout) -> None:
         )
 
 
-def _the_adapter(whole: FullModel) -> LoraAdapter:
-    if not whole.adapters:
-        raise CheckpointError(
-            f"--adapter-only: {whole.directory.path} holds no LoRA adapter. Leave the flag out to export the model."
-        )
-    return whole.adapters[0][1]
-
-
-def _tensors(
-    lora: LoraAdapter, report: ConversionReport, dtype: torch.dtype | None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor of the adapter's files under its plain native name."""
-    for files in lora.beside:
-        wanted = {key: plain_name(key) for key in files.tensors if not is_derived(key)}
-        counts = report.sources.setdefault(str(files.path), {"tensors": 0, "bytes": 0})
-        for key, value in files.read(wanted).items():
-            converted = value if dtype is None else value.to(dtype)
-            counts["tensors"] += 1
-            counts["bytes"] += converted.nbytes
-            yield wanted[key], converted
-
-
-def _write(whole: FullModel, target: Path, tensors: Mapping[str, torch.Tensor], layout: Layout) -> None:
-    beside = {name for name in tensors if ".lora_" not in name}
+def _write(
+    whole: FullModel, lora: LoraAdapter, target: Path, tensors: Mapping[str, torch.Tensor], layout: Layout
+) -> None:
+    """Write tensors and configurations anew; in the source's `adapter_config.json` what names modules changes."""
+    beside = {PEFT_PREFIX + name: value for name, value in tensors.items() if ".lora_" not in name}
     if layout == "hf":
         renamed = {PEFT_PREFIX + module_name(name): value for name, value in tensors.items()}
         save_tensors(renamed, target / ADAPTER_SAFETENSORS)
         write_json(target / CONFIG, hf_config(whole, whole.dtype))
         write_image_processor(target, *image_settings(whole))
     else:
-        lora = {PEFT_PREFIX + name: value for name, value in tensors.items() if name not in beside}
-        save_tensors(lora, target / ADAPTER_BIN)
+        matrices = {PEFT_PREFIX + name: value for name, value in tensors.items() if ".lora_" in name}
+        save_tensors(matrices, target / ADAPTER_BIN)
         if beside:
-            whole_tensors = {PEFT_PREFIX + name: tensors[name] for name in tensors if name in beside}
-            save_tensors(whole_tensors, target / NON_LORA_BIN)
+            save_tensors(beside, target / NON_LORA_BIN)
         config = copy.deepcopy(whole.config)
         if whole.base.directory.layout == "hf":  # the vocabulary is that of the native base
             known = read_weight_record(whole.base.directory.path)
             at_least = known.num_rows if known is not None else 0
             config.vocab_size = num_native_rows(whole.tokenizer, config.vocab_size, at_least)
         write_json(target / CONFIG, config_fields(config, whole.dtype))
-    write_json(target / ADAPTER_CONFIG, _adapter_config(whole, bool(beside), layout))
 
-
-def _adapter_config(whole: FullModel, has_projector: bool, layout: Layout) -> dict[str, Any]:
-    """Return `adapter_config.json`: the source's, with what names modules written anew.
-
-    Original LLaVA's is written as its PEFT reads it, without keys that came later and have their default.
-    """
-    lora = _the_adapter(whole)
     fields = read_json(lora.path / ADAPTER_CONFIG)
     rename = module_name if layout == "hf" else str
     modules = {name: rename(name.removesuffix(".weight")) for name in lora.factors}
-    ranks = {name: lora.factors[name][0].shape[0] for name in modules}
+    patterns = {name: f"^{re.escape(module)}$" for name, module in modules.items()}
+    ranks = {name: a.shape[0] for name, (a, _) in lora.factors.items()}
     rank, alpha = fields.get("r", 8), fields.get("lora_alpha", 8)
     fields |= {
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": target_expression(list(modules.values())),
-        "rank_pattern": {_exactly(modules[name]): found for name, found in ranks.items() if found != rank},
-        "alpha_pattern": {_exactly(modules[name]): found for name, found in lora.alphas.items() if found != alpha},
-        "modules_to_save": [_PROJECTOR_MODULE["hf"]] if has_projector and layout == "hf" else None,
+        "rank_pattern": {patterns[name]: found for name, found in ranks.items() if found != rank},
+        "alpha_pattern": {patterns[name]: found for name, found in lora.alphas.items() if found != alpha},
+        "modules_to_save": ["model.multi_modal_projector"] if beside and layout == "hf" else None,
         "inference_mode": True,
     }
     for name in ("exclude_modules", "layers_to_transform", "layers_pattern", "auto_mapping"):
         fields.pop(name, None)
     if layout == "hf":
-        return dict(sorted(fields.items()))
-    known = {name: value for name, value in fields.items() if name in LoraConfig.__dataclass_fields__}
-    return adapter_config_fields(LoraConfig(**known))
+        fields = dict(sorted(fields.items()))
+    else:  # as original LLaVA's PEFT reads it, without keys that came later and have their default
+        known = {name: value for name, value in fields.items() if name in LoraConfig.__dataclass_fields__}
+        fields = adapter_config_fields(LoraConfig(**known))
+    write_json(target / ADAPTER_CONFIG, fields)
 
 
 def target_expression(modules: list[str]) -> str:
@@ -205,28 +216,6 @@ def target_expression(modules: list[str]) -> str:
     return "|".join(alone)
 
 
-def _exactly(module: str) -> str:
-    return f"^{re.escape(module)}$"
-
-
-def _record_source(whole: FullModel, target: Path) -> None:
-    """Keep what the way back needs: the configuration, and in which files and order the tensors were."""
-    lora = _the_adapter(whole)
-    folder = target / SOURCE_FOLDER
-    folder.mkdir()
-    for name in (ADAPTER_CONFIG, CONFIG):
-        if (lora.path / name).is_file():
-            shutil.copyfile(lora.path / name, folder / name)
-    keys = [key for files in lora.beside for key in files.tensors]
-    is_hf = any("language_model." in key or "multi_modal_projector." in key for key in keys)
-    record = {
-        "layout": "hf" if is_hf else "llava",
-        "files": {files.path.name: list(files.tensors) for files in lora.beside},
-        "exported": _digest(target / ADAPTER_CONFIG),
-    }
-    write_json(folder / _RECORD, record)
-
-
 def _restore_source(path: Path, target: Path, tensors: Mapping[str, torch.Tensor], layout: Layout) -> bool:
     """Write the files that an exported adapter came from, if they are known and nothing has changed since."""
     folder = path / SOURCE_FOLDER
@@ -240,29 +229,12 @@ def _restore_source(path: Path, target: Path, tensors: Mapping[str, torch.Tensor
         return False
     for file, keys in files.items():
         save_tensors({key: tensors[plain_name(key)] for key in keys if not is_derived(key)}, target / file)
-    for name in (ADAPTER_CONFIG, CONFIG):
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)
+    copy_files(folder, target, (ADAPTER_CONFIG, CONFIG))
     return True
 
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _compare(target: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Read what was written, and compare it bit for bit with what was to be."""
-    written: dict[str, torch.Tensor] = {}
-    for path in sorted(target.iterdir()):
-        if path.suffix in (".bin", ".safetensors"):
-            written |= {plain_name(key): value for key, value in WeightFiles.open(path).read().items()}
-    if set(written) != set(tensors):
-        raise RunError(
-            f"{sorted(set(written) ^ set(tensors))[0]} is missing from what was written. Is the disk damaged?"
-        )
-    for name, value in tensors.items():
-        if written[name].dtype != value.dtype or not torch.equal(written[name], value):
-            raise RunError(f"{name} was written with other values. Is the disk damaged?")
 
 
 def check_taken(directory: Path, config: LlavaLlamaConfig, layout: Layout) -> None:
@@ -298,17 +270,3 @@ def check_taken(directory: Path, config: LlavaLlamaConfig, layout: Layout) -> No
             f"PEFT would not take the exported adapter as it is: {len(wrong)} keys, such as {key} "
             f"({looked_for.get(key, 'not looked for')} in its model, {found.get(key, 'missing')} in the file)."
         )
-
-
-def _advice(whole: FullModel, tensors: Mapping[str, torch.Tensor], layout: Layout) -> list[str]:
-    base = whole.base.directory
-    notes: list[str] = []
-    if layout != ("hf" if base.layout == "hf" else "llava"):
-        projector = " with the projector that its training started from" if base.kind == "language model" else ""
-        notes.append(f"it goes on {base.path}{projector}, exported with --format {layout}")
-    if layout == "hf" and any(".lora_" not in name for name in tensors):
-        notes.append(
-            "the projector was trained with it and is in modules_to_save, which vLLM does not serve: for vLLM export "
-            "the whole model, without --adapter-only"
-        )
-    return notes

@@ -29,7 +29,7 @@ from llava_ft.convert.native_record import (
     TensorDigest,
     WeightRecord,
     config_is_as_exported,
-    copy_native_files,
+    copy_files,
     num_native_rows,
     read_weight_record,
     write_native_tokenizer,
@@ -82,7 +82,7 @@ def export_llava(
     pad_token_id = cast("int | None", tokenizer.pad_token_id)
 
     is_unchanged = whole.directory.kind == "llava" and whole.base.directory.layout == "hf" and dtype is None
-    if not (is_unchanged and config_is_as_exported(source) and copy_native_files(source, target, [CONFIG])):
+    if not (is_unchanged and config_is_as_exported(source) and copy_files(source / NATIVE_FOLDER, target, [CONFIG])):
         config = copy.deepcopy(whole.config)
         config.vocab_size = num_rows
         if config.pad_token_id is not None and config.pad_token_id >= num_rows:
@@ -91,12 +91,12 @@ def export_llava(
         if not leaves_tower_out:
             fields["unfreeze_mm_vision_tower"] = True  # original LLaVA reads the tower's weights only with it
         write_json(target / CONFIG, dict(sorted(fields.items())))
-    if not copy_native_files(source, target, [GENERATION_CONFIG]) and (source / GENERATION_CONFIG).is_file():
+    if not copy_files(source / NATIVE_FOLDER, target, [GENERATION_CONFIG]) and (source / GENERATION_CONFIG).is_file():
         settings = read_json(source / GENERATION_CONFIG)
         if isinstance(settings.get("pad_token_id"), int) and settings["pad_token_id"] >= num_rows:
             settings["pad_token_id"] = pad_token_id
         write_json(target / GENERATION_CONFIG, settings)
-    is_kept = copy_native_files(source, target, [PREPROCESSOR_CONFIG])
+    is_kept = copy_files(source / NATIVE_FOLDER, target, [PREPROCESSOR_CONFIG])
     if not is_kept and not leaves_tower_out and whole.base.vision_directory is not None:
         images = ImageProcessorSettings.from_pretrained(whole.base.vision_directory)
         write_json(target / PREPROCESSOR_CONFIG, images.to_dict())

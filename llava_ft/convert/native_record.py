@@ -83,9 +83,9 @@ def write_native_record(directory: Path, whole: FullModel, tower: TensorDigest |
     folder = directory / NATIVE_FOLDER
     folder.mkdir()
     if whole.base.directory.layout == "hf":
-        _copy(whole.base.directory.path / NATIVE_FOLDER, folder, TOKENIZER_FILES)
+        copy_files(whole.base.directory.path / NATIVE_FOLDER, folder, TOKENIZER_FILES)
     elif whole.directory.kind == "llava":
-        _copy(source, folder, (*_SMALL_FILES, *(path.name for path in source.glob("*.index.json"))))
+        copy_files(source, folder, (*_SMALL_FILES, *(path.name for path in source.glob("*.index.json"))))
         files: dict[str, dict[str, str]] = {}
         for key, info in whole.base.sources[0].files.tensors.items():
             if not is_derived(native_name(key)):
@@ -133,12 +133,8 @@ def config_is_as_exported(directory: Path) -> bool:
     return record is not None and record.config == _config_digest(directory)
 
 
-def copy_native_files(directory: Path, target: Path, names: Iterable[str]) -> bool:
-    """Copy small files of the source that an exported model came from; returns whether there were any."""
-    return _copy(directory / NATIVE_FOLDER, target, names)
-
-
-def _copy(source: Path, target: Path, names: Iterable[str]) -> bool:
+def copy_files(source: Path, target: Path, names: Iterable[str]) -> bool:
+    """Copy those of the files that there are; returns whether there were any."""
     found = [name for name in names if (source / name).is_file()]
     for name in found:
         shutil.copyfile(source / name, target / name)
@@ -171,7 +167,7 @@ def write_native_tokenizer(
     `recorded_in` is an exported model, which may hold the native tokenizer's files.
     """
     kept = {token: index for token, index in tokenizer.get_vocab().items() if index < num_rows}
-    if copy_native_files(recorded_in, directory, TOKENIZER_FILES):
+    if copy_files(recorded_in / NATIVE_FOLDER, directory, TOKENIZER_FILES):
         recorded = load_tokenizer(directory)
         if recorded.get_vocab() == kept:
             return recorded
