@@ -1,5 +1,7 @@
 """What a rank holds, in numbers that were worked out by hand."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -20,7 +22,16 @@ def shapes(dtype: torch.dtype) -> list[ParameterShape]:
     ]
 
 
-def placed(dtype: torch.dtype, zero: ZeroSettings | None, gpus: int = 1, optimizer: str = "adamw_torch") -> Placement:
+def placed(
+    dtype: torch.dtype,
+    zero: ZeroSettings | None,
+    gpus: int = 1,
+    optimizer: str = "adamw_torch",
+    *,
+    accumulation: int = 1,
+    projector_has_own_rate: bool = False,
+    more: Sequence[ParameterShape] = (),
+) -> Placement:
     request = PlanRequest(
         machine=Machine("cuda", gpus),
         tuning=TuningPlan("full", True, False),
@@ -30,12 +41,12 @@ def placed(dtype: torch.dtype, zero: ZeroSettings | None, gpus: int = 1, optimiz
         attention="sdpa",
         recomputation=Recomputation(),
         batch_size=1,
-        accumulation=1,
+        accumulation=accumulation,
         optimizer=optimizer,
-        projector_has_own_rate=False,
+        projector_has_own_rate=projector_has_own_rate,
         zero=zero,
     )
-    return place(shapes(dtype), request)
+    return place([*shapes(dtype), *more], request)
 
 
 class TestWithoutDeepSpeed:
@@ -58,6 +69,17 @@ class TestStages:
         assert found.backward_gradients == 2 * TRAINED // 4
         assert found.backward_buckets == 2 * 1000 * 2 + 2 * 1000
         assert found.gradients == "handed over"
+
+    def test_stage_2_keeps_what_accumulates_beside_what_arrives(self):
+        found = placed(BF16, ZeroSettings(2), gpus=4, accumulation=2)
+        assert found.backward_gradients == 2 * 2 * TRAINED // 4
+        assert placed(BF16, ZeroSettings(1), gpus=4, accumulation=2).gradients == "accumulated"
+
+    def test_parameters_with_a_rate_of_their_own_are_updated_apart(self):
+        more = [ParameterShape("c", "LoRA", (500, 500), True, F32)]
+        for has_own_rate, together in ((False, TRAINED + 250_000), (True, TRAINED)):
+            found = placed(BF16, ZeroSettings(2), projector_has_own_rate=has_own_rate, more=more)
+            assert found.step_gradients == 2 * (TRAINED + 250_000) + 4 * together
 
     def test_stage_1_keeps_gradients_whole(self):
         assert placed(BF16, ZeroSettings(1), gpus=4).gradients == "fresh"
