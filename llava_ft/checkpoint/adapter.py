@@ -72,13 +72,18 @@ class LoraAdapter:
         parts, name_in_file = _lora_parts(files[0])
         _check_complete(files[0], parts, bool(config.get("use_dora")))
         use_rslora = bool(config.get("use_rslora"))
+        patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
         factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         scales, alphas = dict[str, float](), dict[str, float]()
         magnitudes, biases = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
         for module, found in parts.items():
             name, rank = f"{module}.weight", found["A.weight"].shape[0]
             factors[name] = found["A.weight"], found["B.weight"]
-            alphas[name] = _alpha(config, name_in_file[module], rank)
+            # By the module's name in the file; the first pattern that fits wins, as in PEFT.
+            fitting = (
+                alpha for text, alpha in patterns.items() if re.match(rf"(.*\.)?({text})$", name_in_file[module])
+            )
+            alphas[name] = next(fitting, config.get("lora_alpha", rank))
             scales[name] = alphas[name] / (rank**0.5 if use_rslora else rank)
             if config.get("use_dora"):
                 magnitudes[name] = found["magnitude_vector"]
@@ -234,15 +239,6 @@ def rows_of_added_tokens(beside: Sequence[WeightFiles]) -> dict[str, torch.Tenso
             if key is not None:
                 found[name] = files.read([key])[key]
     return found
-
-
-def _alpha(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """Return `lora_alpha` of a module, by its name in the file; the first pattern that fits wins, as in PEFT."""
-    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return config.get("lora_alpha", rank)
 
 
 def _refuse_other_kinds(config: Mapping[str, Any], path: Path) -> None:

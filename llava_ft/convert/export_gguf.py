@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.checkpoint.save import check_space
@@ -45,7 +44,6 @@ from llava_ft.errors import CheckpointError, RunError, UserError
 from llava_ft.inference.load import DEFAULT_TEMPLATE, LoadedModel
 from llava_ft.models.builder import build_skeleton
 from llava_ft.models.config import LlavaLlamaConfig
-from llava_ft.models.llava import LlavaLlamaForCausalLM
 
 logger = logging.getLogger(__name__)
 
@@ -170,49 +168,38 @@ def load_gguf(directory: Path, full: FullModel, *, dtype: torch.dtype = torch.fl
     Raises:
         CheckpointError: The directory does not hold one exported model.
     """
-    model = read_model(directory, dtype)
-    vision_file = find_files(directory)[1]
-    transform = None
-    if vision_file is not None:
-        assert full.base.vision_directory is not None
-        keys = GgufContent(vision_file).fields
-        settings = replace(
-            ImageProcessorSettings.from_pretrained(full.base.vision_directory),
-            image_mean=tuple(keys["clip.vision.image_mean"]),
-            image_std=tuple(keys["clip.vision.image_std"]),
-        )
-        transform = ImageTransform(settings, geometry=model.config.image_geometry)
-    return LoadedModel(
-        tokenizer=full.tokenizer,
-        model=model,
-        image_transform=transform,
-        template=full.config.conversation_template or DEFAULT_TEMPLATE,
-        context_len=model.config.max_position_embeddings,
-        base=full.base,
-    )
-
-
-def read_model(directory: Path, dtype: torch.dtype = torch.float32) -> LlavaLlamaForCausalLM:
-    """Build the model that a directory's GGUF files hold, its weights in a type.
-
-    Raises:
-        CheckpointError: A tensor is missing or there are no such files.
-    """
     language_file, vision_file = find_files(directory)
     language = GgufContent(language_file)
     vision = None if vision_file is None else GgufContent(vision_file)
     config = _config(language, vision)
     model = build_skeleton(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    values: dict[str, torch.Tensor] = {}
     for tensor in plan_tensors(shapes, config, torch.float32):
         content = language if tensor.file == "language" else vision
         if content is None or tensor.name not in content.names:
             raise CheckpointError(f"The GGUF files in {directory} hold no {tensor.name}. Export the model again.")
-        _assign(model, tensor.native, content.read(tensor.name, tensor.num_heads).to(dtype))
-    for name, parameter in list(model.named_parameters()):
-        if parameter.is_meta:  # the tower's last norm, which is never run
-            _assign(model, name, torch.ones(parameter.shape, dtype=dtype))
-    return model.eval()
+        values[tensor.native] = content.read(tensor.name, tensor.num_heads).to(dtype)
+    for name in shapes.keys() - values:  # the tower's last norm, which is never run
+        values[name] = torch.ones(shapes[name], dtype=dtype)
+    model.load_state_dict(values, strict=False, assign=True)  # strict but for buffers, which no file holds
+    transform = None
+    if vision is not None:
+        assert full.base.vision_directory is not None
+        settings = replace(
+            ImageProcessorSettings.from_pretrained(full.base.vision_directory),
+            image_mean=tuple(vision.fields["clip.vision.image_mean"]),
+            image_std=tuple(vision.fields["clip.vision.image_std"]),
+        )
+        transform = ImageTransform(settings, geometry=config.image_geometry)
+    return LoadedModel(
+        tokenizer=full.tokenizer,
+        model=model.eval(),
+        image_transform=transform,
+        template=full.config.conversation_template or DEFAULT_TEMPLATE,
+        context_len=config.max_position_embeddings,
+        base=full.base,
+    )
 
 
 def _config(language: GgufContent, vision: GgufContent | None) -> LlavaLlamaConfig:
@@ -263,8 +250,3 @@ def _config(language: GgufContent, vision: GgufContent | None) -> LlavaLlamaConf
         eos_token_id=keys.get("tokenizer.ggml.eos_token_id"),
         **vision_keys,
     )
-
-
-def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    module, _, leaf = name.rpartition(".")
-    model.get_submodule(module).register_parameter(leaf, nn.Parameter(value, requires_grad=False))

@@ -112,7 +112,23 @@ def write_hf_files(whole: FullModel, target: Path, dtype: torch.dtype | None = N
     notes: list[str] = []
     if not whole.config.conversation_template:
         notes.append(f"the configuration names no template; {DEFAULT_TEMPLATE} is taken")
-    notes += _write_chat_templates(target, whole)
+    tokenizer, mm_use_im_start_end = whole.tokenizer, whole.config.mm_use_im_start_end
+    template = get_template(whole.config.conversation_template or DEFAULT_TEMPLATE)
+    text = chat_template(template, mm_use_im_start_end=mm_use_im_start_end)
+    (target / CHAT_TEMPLATE).write_text(text, encoding="utf-8")
+    notes.append(f"chat template: {template.name}")
+    if template.style is TemplateStyle.PLAIN:
+        notes.append("template plain is that of projector pretraining: no conversation")
+    else:
+        if template.stop != tokenizer.eos_token:
+            notes.append(
+                f"an answer of template {template.name} ends with {template.stop!r}, which is not the tokenizer's end "
+                f"token ({tokenizer.eos_token!r}): give it to a server as a stop string"
+            )
+        separator = begin_separator(tokenizer, template.prompt([("human", "x")]))
+        if separator is not None:
+            text = chat_template(template, mm_use_im_start_end=mm_use_im_start_end, begin=separator)
+            (target / CHAT_TEMPLATE_WITH_BEGIN).write_text(text, encoding="utf-8")
     is_added = _num_rows(whole) > whole.config.vocab_size
     added = "a row for it was added, the mean of the others" if is_added else "it has a row"
     return [*notes, f"<image> is token {image_id}; {added}"]
@@ -129,27 +145,6 @@ def write_image_processor(directory: Path, settings: ImageProcessorSettings, geo
         fields |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
     write_json(directory / PREPROCESSOR_CONFIG, fields | {"processor_class": name})
     return name
-
-
-def _write_chat_templates(directory: Path, whole: FullModel) -> list[str]:
-    tokenizer, mm_use_im_start_end = whole.tokenizer, whole.config.mm_use_im_start_end
-    template = get_template(whole.config.conversation_template or DEFAULT_TEMPLATE)
-    text = chat_template(template, mm_use_im_start_end=mm_use_im_start_end)
-    (directory / CHAT_TEMPLATE).write_text(text, encoding="utf-8")
-    notes = [f"chat template: {template.name}"]
-    if template.stop != tokenizer.eos_token and template.style is not TemplateStyle.PLAIN:
-        notes.append(
-            f"an answer of template {template.name} ends with {template.stop!r}, which is not the tokenizer's end "
-            f"token ({tokenizer.eos_token!r}): give it to a server as a stop string"
-        )
-    if template.style is TemplateStyle.PLAIN:
-        notes.append("template plain is that of projector pretraining: no conversation")
-        return notes
-    separator = begin_separator(tokenizer, template.prompt([("human", "x")]))
-    if separator is not None:
-        text = chat_template(template, mm_use_im_start_end=mm_use_im_start_end, begin=separator)
-        (directory / CHAT_TEMPLATE_WITH_BEGIN).write_text(text, encoding="utf-8")
-    return notes
 
 
 def image_settings(whole: FullModel) -> tuple[ImageProcessorSettings, ImageGeometry]:

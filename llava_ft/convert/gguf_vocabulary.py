@@ -115,28 +115,31 @@ def vocabulary_fields(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerFast
     return fields
 
 
-def check_ids(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerFast) -> int:
+def check_ids(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerFast) -> None:
     """Check that SentencePiece gives a tokenizer's ids from the exported pieces, scores and types.
-
-    Returns:
-        Number of texts that were compared.
 
     Raises:
         RunError: It gives others.
     """
-    from sentencepiece import SentencePieceProcessor
+    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
-    processor = SentencePieceProcessor(model_proto=_model_proto(vocabulary))  # pyright: ignore[reportCallIssue]
-    texts = [*_SAMPLES, *dict.fromkeys(template.system for template in TEMPLATES.values() if template.system)]
-    for sample in texts:
+    proto = cast("Any", sentencepiece_model_pb2).ModelProto()
+    proto.trainer_spec.model_type = _BPE_MODEL
+    proto.trainer_spec.byte_fallback = True
+    proto.normalizer_spec.add_dummy_prefix = True
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    for piece, score, kind in zip(vocabulary.pieces, vocabulary.scores, vocabulary.types, strict=True):
+        written = piece.replace(" ", SPIECE_BLANK) if kind is TokenType.USER_DEFINED else piece
+        proto.pieces.add(piece=written, score=score, type=int(kind))
+    processor = cast("Any", SentencePieceProcessor)(model_proto=proto.SerializeToString())
+    for sample in (*_SAMPLES, *(template.system for template in TEMPLATES.values())):
         expected = tokenizer(sample, add_special_tokens=False)["input_ids"]
-        got = processor.encode(sample)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
+        got = processor.encode(sample)
         if got != expected:
             raise RunError(
                 f"The exported vocabulary gives other ids for {sample!r}: {got} instead of {expected}. Nothing was "
                 "written. llama.cpp cannot tokenise as this model's tokenizer does."
             )
-    return len(texts)
 
 
 def _from_merges(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
@@ -181,17 +184,3 @@ def _fill(vocabulary: Vocabulary, length: int) -> None:
     """Add entries that no text gives up to a length."""
     for index in range(len(vocabulary.pieces), length):
         _append(vocabulary, f"[PAD{index}]", _UNUSED_SCORE, TokenType.UNUSED)
-
-
-def _model_proto(vocabulary: Vocabulary) -> bytes:
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = cast("Any", sentencepiece_model_pb2).ModelProto()
-    proto.trainer_spec.model_type = _BPE_MODEL
-    proto.trainer_spec.byte_fallback = True
-    proto.normalizer_spec.add_dummy_prefix = True
-    proto.normalizer_spec.remove_extra_whitespaces = False
-    for piece, score, kind in zip(vocabulary.pieces, vocabulary.scores, vocabulary.types, strict=True):
-        written = piece.replace(" ", SPIECE_BLANK) if kind is TokenType.USER_DEFINED else piece
-        proto.pieces.add(piece=written, score=score, type=int(kind))
-    return proto.SerializeToString()

@@ -6,7 +6,7 @@ of the question and of the first model's greedy answer to it, and then the greed
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +50,10 @@ class Question:
     name: str
     ids: list[int]
     image: Image.Image | None = None
+
+    def followed_by(self, answer: Sequence[int]) -> "Question":
+        """Return the question with an answer behind it."""
+        return replace(self, ids=[*self.ids, *answer])
 
 
 class Speaker:
@@ -149,7 +153,7 @@ def record(speaker: Speaker, questions: Sequence[Question]) -> list[Record]:
     """Ask a model."""
     answers = [speaker.greedy(question) for question in questions]
     return [
-        Record(question, answer, speaker.logits(_continued(question, answer)))
+        Record(question, answer, speaker.logits(question.followed_by(answer)))
         for question, answer in zip(questions, answers, strict=True)
     ]
 
@@ -182,7 +186,7 @@ def prove(report: ConversionReport, expected: Sequence[Record], got: Speaker, bo
     """
     for question, answer, wanted in expected:
         input_name = f"the fixed {question.name} input"
-        found = got.logits(_continued(question, answer))
+        found = got.logits(question.followed_by(answer))
         if wanted.shape[0] != found.shape[0]:
             raise RunError(
                 f"The two models take {wanted.shape[0]} and {found.shape[0]} positions for {input_name}: they do not "
@@ -232,7 +236,3 @@ def computing_dtype(weights: Path, rounded_to: torch.dtype) -> torch.dtype:
         return torch.float32
     logger.warning("The logits are compared in %s: the memory that is free is too small for float32.", rounded_to)
     return rounded_to
-
-
-def _continued(question: Question, answer: Sequence[int]) -> Question:
-    return Question(question.name, [*question.ids, *answer], question.image)

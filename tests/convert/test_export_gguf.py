@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llava_ft.cli import main
 from llava_ft.convert import export_gguf as gguf_export
-from llava_ft.convert.export_gguf import export_gguf, find_files, load_gguf, read_model
+from llava_ft.convert.export_gguf import export_gguf, find_files, load_gguf
 from llava_ft.convert.gguf_file import plan_tensors, restore_rows
 from llava_ft.convert.gguf_metadata import language_fields
 from llava_ft.convert.proof import ConversionReport
@@ -300,7 +300,7 @@ def test_a_model_without_a_tower_gives_one_file(tmp_path: Path):
     export_gguf(whole("ckpt/base-llm"), tmp_path, report, torch.float32)
     assert [path.name for path in tmp_path.iterdir()] == ["base-llm-F32.gguf"]
     assert not any("class token" in note for note in report.notes)
-    assert not read_model(tmp_path).has_vision
+    assert not load_gguf(tmp_path, whole("ckpt/base-llm")).model.has_vision
 
 
 # The files are compared with the source
@@ -338,7 +338,7 @@ def test_a_wrong_key_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_a_directory_without_exactly_one_model_is_refused(tmp_path: Path):
     with pytest.raises(CheckpointError, match="holds 0 language models"):
-        read_model(tmp_path)
+        load_gguf(tmp_path, whole(LLAVA))
 
 
 # The command
