@@ -15,13 +15,7 @@ from typing import Any, Final
 from llava_ft.checkpoint.directory import ModelDirectory, read_config
 from llava_ft.checkpoint.lineage import LINEAGE
 from llava_ft.checkpoint.manifest import read_manifest, what_is_incomplete
-from llava_ft.checkpoint.names import (
-    ADAPTER_CONFIG,
-    CONFIG,
-    MANIFEST,
-    NON_LORA_BIN,
-    PREPROCESSOR_CONFIG,
-)
+from llava_ft.checkpoint.names import ADAPTER_CONFIG, CONFIG, MANIFEST, NON_LORA_BIN, PREPROCESSOR_CONFIG
 from llava_ft.checkpoint.restore import lacks_projector
 from llava_ft.checkpoint.weights import MODEL_FILES, read_index, read_json
 from llava_ft.checkpoint.zero.files import find_step_directory, find_step_files
@@ -174,9 +168,8 @@ def _describe_directory(path: Path, index: Path | None = None) -> Description:
     found.what = _sentence(found, config, is_file=False)
 
     for file in found.files:
-        found.notes += (
-            [f"{file.path.name} also holds {some_of(file.others)}, which is no tensor."] if file.others else []
-        )
+        if file.others:
+            found.notes.append(f"{file.path.name} also holds {some_of(file.others)}, which is no tensor.")
     steps = sorted((entry.name for entry in path.glob("checkpoint-*") if entry.is_dir()), key=lambda n: (len(n), n))
     if steps:
         found.notes.append(f"It also holds {len(steps)} checkpoints of the run: {some_of(steps)}.")
@@ -202,13 +195,8 @@ def _describe_each(path: Path, files: Sequence[Path]) -> Description:
             return found
     found.inside = [_describe_file(file) for file in files]
     entries = sorted(path.iterdir())
-    for directory in entries:
-        if (
-            directory.is_dir()
-            and not directory.name.startswith(".")
-            and any(map(_tells_of_weights, directory.iterdir()))
-        ):
-            found.inside.append(_describe_directory(directory))
+    directories = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    found.inside += [_describe_directory(one) for one in directories if any(map(_tells_of_weights, one.iterdir()))]
     if found.inside:
         found.kind = "several"
         found.what = f"{len(found.inside)} files and directories of weights that are described one by one."
@@ -441,10 +429,8 @@ def _missing_files(path: Path, found: Description, config: Mapping[str, Any]) ->
         directory = ModelDirectory(path, "lora", dict(config))
         if directory.adapter_file is None:
             missing.append("There is adapter_config.json, but neither adapter_model.bin nor adapter_model.safetensors.")
-        elif (
-            found.tensors
-            and directory.non_lora_file is None
-            and lacks_projector(directory, [tensor.key for tensor in found.tensors])
+        elif (keys := [tensor.key for tensor in found.tensors]) and (
+            directory.non_lora_file is None and lacks_projector(directory, keys)
         ):
             missing.append(
                 f"There is no projector beside the adapter ({NON_LORA_BIN}), though one was trained with it. Original "

@@ -5,8 +5,9 @@ divided into shards in any way. Values are compared in blocks, in float32 (float
 """
 
 import math
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,16 +39,16 @@ class TensorDifference:
     is_rounded: bool = False  # whether the second holds the first's values, rounded to its own type
 
 
-@dataclass(frozen=True)
+@dataclass
 class PartDifference:
     """The difference of one part."""
 
     part: str
     num_common: int
     num_equal: int  # in shape, type and every bit
-    max_difference: float  # the largest of its tensors
-    relative: float
-    worst: str  # name of the tensor with `max_difference`; "" if all are equal
+    max_difference: float = 0.0  # the largest of its tensors
+    relative: float = 0.0
+    worst: str = ""  # name of the tensor with `max_difference`; "" if all are equal
 
 
 @dataclass
@@ -106,21 +107,26 @@ def compare(first: Path, second: Path) -> Difference:
         unreadable=list(dict.fromkeys(problems)),
     )
     common = [tensor for name, tensor in ours.items() if name in theirs]
-    for group in _groups(common):
-        our_keys, their_keys = ({headers[name].key: name for name in group} for headers in (ours, theirs))
+    # Headers lie file by file, so each file of the first is gone through once.
+    ends = accumulate(tensor.num_bytes for tensor in common)
+    for _, group in groupby(zip(common, ends, strict=True), key=lambda of: of[1] // _BYTES_PER_GROUP):
+        names = [tensor.name for tensor, _ in group]
+        our_keys, their_keys = ({headers[name].key: name for name in names} for headers in (ours, theirs))
         held = {our_keys[key]: value.clone() for key, value in our_files.stream(our_keys)}
         for key, value in their_files.stream(their_keys):
             name = their_keys[key]
             difference = _difference(ours[name], theirs[name], held.pop(name), value)
-            found.different += [difference] if difference is not None else []
-    for part in PARTS:
-        num_common = sum(tensor.part == part for tensor in common)
+            if difference is not None:
+                found.different.append(difference)
+    num_common = Counter(tensor.part for tensor in common)
+    for part in (part for part in PARTS if part in num_common):
         different = [one for one in found.different if one.part == part]
-        worst = max(different, key=lambda one: one.max_difference or 0.0, default=None)
-        largest = (worst.max_difference or 0.0, max(one.relative or 0.0 for one in different)) if worst else (0.0, 0.0)
-        if num_common:
-            num_equal = num_common - len(different)
-            found.parts.append(PartDifference(part, num_common, num_equal, *largest, worst.name if worst else ""))
+        one = PartDifference(part, num_common[part], num_common[part] - len(different))
+        if different:
+            worst = max(different, key=lambda tensor: tensor.max_difference or 0.0)
+            one.max_difference, one.worst = worst.max_difference or 0.0, worst.name
+            one.relative = max(tensor.relative or 0.0 for tensor in different)
+        found.parts.append(one)
     return found
 
 
@@ -138,19 +144,6 @@ def _open(description: Description, unreadable: list[str]) -> tuple[dict[str, Te
             continue
         headers |= {tensor.name: tensor for tensor in file.tensors if tensor.part != "derived"}
     return headers, files
-
-
-def _groups(tensors: list[TensorHeader]) -> Iterator[list[str]]:
-    """Yield names in groups of a bounded size; headers lie file by file, so each file is gone through once."""
-    group: list[str] = []
-    num_bytes = 0
-    for tensor in tensors:
-        group.append(tensor.name)
-        num_bytes += tensor.num_bytes
-        if num_bytes >= _BYTES_PER_GROUP:
-            yield group
-            group, num_bytes = [], 0
-    yield group
 
 
 def _difference(
