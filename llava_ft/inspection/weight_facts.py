@@ -111,8 +111,7 @@ def lora_modules(tensors: Iterable[TensorHeader]) -> dict[str, dict[str, TensorH
     """Return the LoRA matrices, A and B, of each module by its native name."""
     found: dict[str, dict[str, TensorHeader]] = {}
     for tensor in tensors:
-        match = _LORA.fullmatch(tensor.name)
-        if match is not None:
+        if match := _LORA.fullmatch(tensor.name):
             found.setdefault(match["module"], {})[match["matrix"]] = tensor
     return found
 
@@ -138,18 +137,14 @@ class PartSummary:
     names: list[Fold]
 
 
-def summarise(tensors: Iterable[TensorHeader]) -> list[PartSummary]:
+def summarise(tensors: Sequence[TensorHeader]) -> list[PartSummary]:
     """Group tensors by part, in the order of `PARTS`."""
-    by_part: dict[str, list[TensorHeader]] = {part: [] for part in PARTS}
-    for tensor in tensors:
-        by_part[tensor.part].append(tensor)
-    return [
-        PartSummary(
-            part, len(members), sum(t.num_values for t in members), sum(t.num_bytes for t in members), fold(members)
-        )
-        for part, members in by_part.items()
-        if members
-    ]
+    summaries: list[PartSummary] = []
+    for part in PARTS:
+        if members := [tensor for tensor in tensors if tensor.part == part]:
+            num_values, num_bytes = sum(t.num_values for t in members), sum(t.num_bytes for t in members)
+            summaries.append(PartSummary(part, len(members), num_values, num_bytes, fold(members)))
+    return summaries
 
 
 def fold(tensors: Iterable[TensorHeader]) -> list[Fold]:

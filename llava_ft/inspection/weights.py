@@ -389,8 +389,7 @@ def _missing_layers(tensors: Sequence[TensorHeader], num_layers: int | None) -> 
     """Find layers that lack what their neighbours have, and numbers that are left out."""
     stacks: dict[str, dict[str, set[int]]] = {}
     for tensor in tensors:
-        match = _LAYER.match(tensor.name)
-        if match is not None and tensor.part in ("layers", "vision tower"):
+        if tensor.part in ("layers", "vision tower") and (match := _LAYER.match(tensor.name)):
             stacks.setdefault(match["stack"], {}).setdefault(match["leaf"], set()).add(int(match["number"]))
     missing: list[str] = []
     for stack, leaves in stacks.items():
