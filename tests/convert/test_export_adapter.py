@@ -10,6 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
+from llava_ft.convert import export_adapter as exporting
 from llava_ft.convert.export_adapter import check_taken, target_expression
 from llava_ft.errors import RunError
 from llava_ft.inference.load import load_model
@@ -92,6 +93,23 @@ def test_a_key_that_peft_would_pass_over_is_an_error(damage: str, tmp_path: Path
     ).model.config
     with pytest.raises(RunError, match="PEFT would not take"):
         check_taken(hf, config, "hf")
+
+
+@pytest.mark.parametrize("damage", ["values", "targets"])
+def test_what_is_wrong_in_the_written_files_leaves_nothing(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    if damage == "values":
+        save = exporting.save_tensors
+        monkeypatch.setattr(exporting, "save_tensors", lambda of, file: save({k: v * 2 for k, v in of.items()}, file))
+    else:
+        monkeypatch.setattr(exporting, "target_expression", lambda modules: "|".join(modules[:-1]))
+    out = tmp_path / "out"
+    argv = ["export", "--model-path", str(LORA), "--save-path", str(out), "--format", "hf", "--adapter-only"]
+    assert run([*argv, "--no-verify"]) == 1
+    reason = "was written with other values" if damage == "values" else "PEFT would not take the exported adapter"
+    assert reason in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
+import gguf
 import pytest
 import torch
 import torch.nn.functional as F
@@ -121,6 +122,25 @@ def test_what_the_language_model_says(tmp_path: Path):
     assert fields["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
     assert "USER" in fields["tokenizer.chat_template"]
     assert "llama.rope.scaling.type" not in fields
+
+
+def test_keys_have_the_types_that_llama_cpp_asks_for(tmp_path: Path):
+    export(LLAVA, tmp_path)
+    language, vision = (gguf.GGUFReader(file).fields for file in find_files(tmp_path) if file is not None)
+    expected = {
+        "llama.block_count": ["UINT32"],
+        "llama.rope.freq_base": ["FLOAT32"],
+        "tokenizer.ggml.bos_token_id": ["UINT32"],
+        "tokenizer.ggml.add_bos_token": ["BOOL"],
+        "tokenizer.ggml.tokens": ["ARRAY", "STRING"],
+        "tokenizer.ggml.scores": ["ARRAY", "FLOAT32"],
+        "tokenizer.ggml.token_type": ["ARRAY", "INT32"],
+        "clip.use_gelu": ["BOOL"],
+        "clip.vision.feature_layer": ["ARRAY", "INT32"],
+        "clip.vision.image_mean": ["ARRAY", "FLOAT32"],
+    }
+    found = language | vision
+    assert {key: [kind.name for kind in found[key].types] for key in expected} == expected
 
 
 def test_linear_scaling_of_positions_is_said():
