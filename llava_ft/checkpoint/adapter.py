@@ -39,25 +39,27 @@ class LoraAdapter:
     """The LoRA matrices of a directory; mappings are by native name.
 
     Attributes:
-        factors: A `(r, in)` and B `(out, r)`, as on disk, for each weight they change.
-        scales: Factor of B A for each such weight.
-        beside: The files that hold what was trained beside them, under keys of `replaced`.
+        beside: The files that hold the matrices and what was trained beside them, under keys of `replaced`.
         replaced: For each of these files the native names, by key, of the values that replace the base's.
+        use_rslora: Whether alpha is divided by the root of the rank.
+        factors: A `(r, in)` and B `(out, r)`, as on disk, for each weight they change.
+        alphas: `lora_alpha` of each such weight.
+        scales: Factor of B A for each.
         magnitudes: With DoRA: the length of each row of the weight, `(out,)`.
         biases: With `lora_bias`: what is added to the bias of a layer, `(out,)` float32.
-        alphas: `lora_alpha` of each weight.
-        use_rslora: Whether alpha is divided by the root of the rank.
     """
 
     path: Path
-    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-    scales: Mapping[str, float]
     beside: Sequence[WeightFiles]
     replaced: Sequence[Mapping[str, str]]
-    magnitudes: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
-    biases: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
-    alphas: Mapping[str, float] = field(default_factory=dict[str, float])
-    use_rslora: bool = False
+    use_rslora: bool
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict[str, tuple[torch.Tensor, torch.Tensor]]
+    )
+    alphas: dict[str, float] = field(default_factory=dict[str, float])
+    scales: dict[str, float] = field(default_factory=dict[str, float])
+    magnitudes: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    biases: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
 
     @classmethod
     def read(cls, directory: ModelDirectory, *, force: Force = False) -> "LoraAdapter":
@@ -71,35 +73,22 @@ class LoraAdapter:
         files = trained_files(directory, force=force)
         parts, name_in_file = _lora_parts(files[0])
         _check_complete(files[0], parts, bool(config.get("use_dora")))
-        use_rslora = bool(config.get("use_rslora"))
         patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-        factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        scales, alphas = dict[str, float](), dict[str, float]()
-        magnitudes, biases = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+        adapter = cls(directory.path, files, replacements(files), bool(config.get("use_rslora")))
         for module, found in parts.items():
             name, rank = f"{module}.weight", found["A.weight"].shape[0]
-            factors[name] = found["A.weight"], found["B.weight"]
+            adapter.factors[name] = found["A.weight"], found["B.weight"]
             # By the module's name in the file; the first pattern that fits wins, as in PEFT.
             fitting = (
                 alpha for text, alpha in patterns.items() if re.match(rf"(.*\.)?({text})$", name_in_file[module])
             )
-            alphas[name] = next(fitting, config.get("lora_alpha", rank))
-            scales[name] = alphas[name] / (rank**0.5 if use_rslora else rank)
+            adapter.alphas[name] = next(fitting, config.get("lora_alpha", rank))
+            adapter.scales[name] = adapter.alphas[name] / (rank**0.5 if adapter.use_rslora else rank)
             if config.get("use_dora"):
-                magnitudes[name] = found["magnitude_vector"]
+                adapter.magnitudes[name] = found["magnitude_vector"]
             if "B.bias" in found:
-                biases[f"{module}.bias"] = scales[name] * found["B.bias"].float()
-        return cls(
-            path=directory.path,
-            factors=factors,
-            scales=scales,
-            beside=files,
-            replaced=replacements(files),
-            magnitudes=magnitudes,
-            biases=biases,
-            alphas=alphas,
-            use_rslora=use_rslora,
-        )
+                adapter.biases[f"{module}.bias"] = adapter.scales[name] * found["B.bias"].float()
+        return adapter
 
     @property
     def changed(self) -> set[str]:

@@ -146,15 +146,7 @@ def merge(
                     "slightly differently; --base-as-trained merges into the weights it was trained on"
                 )
             if options.verify:
-                compare_merged(
-                    staging,
-                    shares,
-                    model_base,
-                    vision_tower=vision_tower,
-                    force=options.force,
-                    quantization=options.quantization,
-                    report=report,
-                )
+                compare_merged(staging, shares, model_base, options, vision_tower=vision_tower, report=report)
             else:
                 report.notes.append("logits and answers were not compared (--no-verify)")
     return report
@@ -164,10 +156,9 @@ def compare_merged(
     merged: Path,
     shares: Shares,
     model_base: str | None,
+    options: MergeOptions | None = None,
     *,
     vision_tower: str | None = None,
-    force: Force = False,
-    quantization: Quantization | None = None,
     report: ConversionReport | None = None,
 ) -> ConversionReport:
     """Compare a merged model with the adapter beside its base, quantised if it was merged into such weights.
@@ -177,16 +168,18 @@ def compare_merged(
     Raises:
         RunError: They differ by more than rounding explains.
     """
-    report = report or ConversionReport("merge", _named(shares), str(merged))
+    options, report = options or MergeOptions(), report or ConversionReport("merge", _named(shares), str(merged))
     rounded_to = next(iter(WeightFiles.open(merged).tensors.values())).dtype
     dtype = computing_dtype(merged, rounded_to)
-    source = open_base_and_adapters(shares, model_base, vision_tower=vision_tower, force=force)
+    source = open_base_and_adapters(shares, model_base, vision_tower=vision_tower, force=options.force)
     tower = vision_tower or source.base.config.mm_vision_tower
     prove_answers(
         report,
-        lambda: load_base_and_adapters(source, dtype=dtype, device="cpu", adapter="beside", quantization=quantization),
+        lambda: load_base_and_adapters(
+            source, dtype=dtype, device="cpu", adapter="beside", quantization=options.quantization
+        ),
         lambda: NativeSpeaker(load_model(str(merged), vision_tower=tower, dtype=dtype, device="cpu")),
-        relative_bound(dtype, rounded_to, quantization=quantization),
+        relative_bound(dtype, rounded_to, quantization=options.quantization),
     )
     return report
 

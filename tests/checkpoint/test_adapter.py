@@ -188,7 +188,7 @@ def test_dora_on_quantised_weights(tmp_path: Path):
     quantization = Quantization(4)
     merge_adapter(tmp_path, quantization=quantization)
     proven = compare_merged(
-        tmp_path / "merged", [(1.0, identify(tmp_path / "adapter"))], None, quantization=quantization
+        tmp_path / "merged", [(1.0, identify(tmp_path / "adapter"))], None, MergeOptions(quantization=quantization)
     )
     assert all(entry["max_difference"] < 1e-5 * entry["scale"] for entry in proven.logits)
     with pytest.raises(UserError, match="beside weights in 8 bits PEFT loses their scales on a CPU"):

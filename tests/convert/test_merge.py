@@ -3,7 +3,6 @@
 import errno
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -216,7 +215,7 @@ def test_a_disk_that_fails_while_it_is_written_leaves_nothing(
             raise RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(*((torch, "save", fails) if weights_format == "bin" else (os, "pwrite", fails)))
+    monkeypatch.setattr(*((torch, "save", fails) if weights_format == "bin" else (Path, "write_bytes", fails)))
     with pytest.raises(RunError, match=r"could not be written: .*Nothing was kept"):
         merge_recorded(tmp_path / "merged", weights_format=weights_format)
     assert list(tmp_path.iterdir()) == []
