@@ -187,6 +187,7 @@ class TestFindings:
             record("6"),
             record(6),
             {"conversations": turns("What is it?", "a red car"), "id": None},
+            {"conversations": turns("And what is that?", "a blue car")},  # two without an id do not share it
         ]
         found = findings_of(check(records, image_folder=tmp_path))
         assert [each.record for each in found["duplicate-record"].examples] == [1, 4, 6, 7]
@@ -209,11 +210,13 @@ class TestFindings:
             {"conversations": turns("One?", "red", "Two?", " \n")},
             record("echo", question="Say cheese.", answer=" Say cheese. "),
             record("stop", answer="It is</s> a car."),
+            record("gone", answer="It is</s> a car.", image="gone.jpg"),  # unusable, which is enough
         ]
         found = findings_of(check(records))
         assert {kind: [each.record for each in finding.examples] for kind, finding in found.items()} == {
             "answer-repeats-question": [1],
             "empty-answer": [0],
+            "image-missing": [3],
             "stop-marker-in-answer": [2],
         }
         assert found["stop-marker-in-answer"].examples[0].reason == "an answer holds '</s>'."
