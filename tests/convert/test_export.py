@@ -88,7 +88,7 @@ def test_too_little_room_is_told_before_weights_are_read(
 def test_a_difference_beyond_the_bound_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(export_command, "_bound", lambda *arguments: -1.0)
+    monkeypatch.setattr(export_command, "relative_bound", lambda *_: -1.0)
     assert run([*argv(tmp_path / "out")[:-1]]) == 1
     assert "largest difference of logits" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
