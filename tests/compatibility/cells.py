@@ -5,6 +5,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -60,7 +61,6 @@ class Case:
     folder: Path
     flags: Mapping[str, Any] = field(default_factory=dict)
     own: OwnRun | None = None
-    _expected: list[Record] | None = None
 
     @property
     def source(self) -> list[str]:
@@ -68,13 +68,15 @@ class Case:
         base = ["--model-base", str(self.checkpoint.base)] if self.checkpoint.base else []
         return ["--model-path", str(self.checkpoint.path), *base]
 
-    @property
+    @cached_property
+    def model(self) -> LoadedModel:
+        """The model made of the tensors that ought to be in the files, without reading them."""
+        return _model_of(self.checkpoint)
+
+    @cached_property
     def expected(self) -> list[Record]:
-        """What the model says that is made of the tensors that ought to be in the files, without reading them."""
-        if self._expected is None:
-            model = _model_of(self.checkpoint)
-            self._expected = record(NativeSpeaker(model), fixed_questions(model))
-        return self._expected
+        """What it says."""
+        return record(NativeSpeaker(self.model), fixed_questions(self.model))
 
     def compare(self, got: Speaker, bound: float) -> None:
         """Compare logits and greedy answers on the fixed questions."""
@@ -114,9 +116,7 @@ def train(case: Case) -> None:
     """
     run = _prepare(case)
     run.trainer.model.eval()
-    model, _ = case.expected
-    started = replace(model, model=run.trainer.model)
-    case.compare(NativeSpeaker(started), SAME)
+    case.compare(NativeSpeaker(replace(case.model, model=run.trainer.model)), SAME)
     before = {name: value.detach().clone() for name, value in run.trainer.model.named_parameters()}
     _finish(run)
     for name, value in run.trainer.model.named_parameters():
@@ -152,12 +152,11 @@ def merge(case: Case) -> None:
 
 def generate(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     """`llava-ft generate` prints the same answer to a question about a picture."""
-    model, _ = case.expected
     template = get_template("v1")
-    prompt = build_prompt(QUESTION, 1, template, mm_use_im_start_end=model.model.config.mm_use_im_start_end)
+    prompt = build_prompt(QUESTION, 1, template, mm_use_im_start_end=case.model.model.config.mm_use_im_start_end)
     written: list[str] = []  # the pieces: a byte that begins no character may be written before it is known as such
     pictures, sampling = [Picture.read(str(IMAGE))], Sampling(max_new_tokens=12)
-    Responder(model).answer(prompt, pictures, template, sampling, write=written.append)
+    Responder(case.model).answer(prompt, pictures, template, sampling, write=written.append)
     ask = ["--image-file", str(IMAGE), "--query", QUESTION, "--conv-mode", "v1", "--max-new-tokens", "12"]
     capsys.readouterr()
     _run("generate", *case.source, *ask, "--temperature", "0")
