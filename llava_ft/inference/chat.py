@@ -5,7 +5,6 @@ error. Where nobody types the questions, the first that cannot be answered ends 
 """
 
 import argparse
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,10 +17,10 @@ from llava_ft.checkpoint.directory import identify, resolve_model_path
 from llava_ft.constants import IMAGE_TOKEN
 from llava_ft.conversation import get_template
 from llava_ft.errors import RunError, UserError
-from llava_ft.inference.console import Screen, choose_screen, find_typed_path, piped_lines, typed_lines
+from llava_ft.inference.console import Screen, find_typed_path, piped_lines, typed_lines
 from llava_ft.inference.dialogue import Dialogue, Picture, Question, save_conversation
 from llava_ft.inference.load import load_by_flags
-from llava_ft.inference.responder import Interrupt, Reply, Sampling, prompt_entries
+from llava_ft.inference.responder import Sampling, prompt_entries
 from llava_ft.inference.voices import Voice, base_and_trained, single_voice
 
 _HELP: Final = """\
@@ -50,7 +49,6 @@ class Chat:
     pending: list[Picture] = field(default_factory=list[Picture])  # images for the next question
     dialogues: list[Dialogue] = field(init=False)  # the history of each voice
     num_answers: int = field(default=0, init=False)
-    _interrupt: Interrupt | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.dialogues = [Dialogue(voice.template, voice.mm_use_im_start_end) for voice in self.voices]
@@ -62,19 +60,14 @@ class Chat:
             UserError: A line cannot be carried out and nobody is there to read why.
             RunError: An answer failed, likewise.
         """
-        previous = signal.signal(signal.SIGINT, self._stop_answer) if self.is_interactive else None
-        try:
-            for line in lines:
-                try:
-                    if not self.take(line):
-                        return
-                except (UserError, RunError) as error:
-                    if not self.is_interactive:
-                        raise
-                    self.screen.notice(str(error))
-        finally:
-            if previous is not None:
-                signal.signal(signal.SIGINT, previous)
+        for line in lines:
+            try:
+                if not self.take(line):
+                    return
+            except (UserError, RunError, KeyboardInterrupt) as error:
+                if not self.is_interactive:
+                    raise
+                self.screen.notice(str(error) or "Stopped.")
 
     def take(self, line: str) -> bool:
         """Carry out one line; returns whether the chat goes on.
@@ -111,7 +104,7 @@ class Chat:
 
     def _image(self, path: str) -> None:
         if path:
-            if not all(voice.responder.loaded.image_transform is not None for voice in self.voices):
+            if any(voice.responder.loaded.image_transform is None for voice in self.voices):
                 raise UserError("Images cannot be given: the model is text-only. Load a LLaVA model to ask about them.")
             self.pending.append(Picture.read(find_typed_path(path)))
         if self.is_interactive or not path:
@@ -150,14 +143,15 @@ class Chat:
         question = self._last_question()
         if self.sampling.temperature == 0:
             self.screen.notice("With --temperature 0 the answer to the same question is the same.")
-        answered = [dialogue.exchanges.pop() for dialogue in self.dialogues]
+        before = [[*dialogue.exchanges] for dialogue in self.dialogues]
+        self._undo("")
         is_answered = False
         try:
             is_answered = self._ask(question)
         finally:
             if not is_answered:
-                for dialogue, exchange in zip(self.dialogues, answered, strict=True):
-                    dialogue.exchanges.append(exchange)
+                for dialogue, exchanges in zip(self.dialogues, before, strict=True):
+                    dialogue.exchanges = exchanges
 
     def _last_question(self) -> Question:
         if not self.dialogues[0].exchanges:
@@ -165,7 +159,7 @@ class Chat:
         return self.dialogues[0].exchanges[-1][0]
 
     def _ask(self, question: Question) -> bool:
-        """Have every voice answer; returns whether all of them did.
+        """Have every voice answer; returns whether all of them did. One that Ctrl-C stops has said what it wrote.
 
         Raises:
             UserError: One of them cannot read the conversation with this question; nobody has answered then.
@@ -174,61 +168,42 @@ class Chat:
         pictures = self.dialogues[0].pictures(question)
         for voice, prompt in zip(self.voices, prompts, strict=True):  # what one cannot read, nobody answers
             prompt_entries(voice.responder.loaded, prompt, pictures)
-        self.screen.begin([voice.name for voice in self.voices])
-        replies: list[Reply] = []
-        interrupt = Interrupt()
-        try:
-            self._interrupt = interrupt
-            for number, (voice, prompt) in enumerate(zip(self.voices, prompts, strict=True)):
-                if interrupt.is_set:
-                    break
-                transformers.set_seed(self.seed + self.num_answers)
-                with voice.speaking():
-                    reply = voice.responder.answer(
-                        prompt,
-                        pictures,
-                        voice.template,
-                        self.sampling,
-                        write=partial(self.screen.write, number),
-                        interrupt=interrupt,
-                    )
-                replies.append(reply)
-        except KeyboardInterrupt:
-            if not self.is_interactive:
-                raise
-        finally:
-            self._interrupt = None
-            self.screen.end()
+        written = [""] * len(self.voices)
+        notices: list[str] = []
+        was_stopped = False
+        with self.screen.answers([voice.name for voice in self.voices]) as show:
+
+            def write(number: int, text: str) -> None:
+                written[number] += text
+                show(number, text)
+
+            try:
+                for number, (voice, prompt) in enumerate(zip(self.voices, prompts, strict=True)):
+                    transformers.set_seed(self.seed + self.num_answers)
+                    with voice.speaking():
+                        reply = voice.responder.answer(
+                            prompt, pictures, voice.template, self.sampling, write=partial(write, number)
+                        )
+                    whose = f"The answer of {voice.name}" if len(self.voices) > 1 else "The answer"
+                    if reply.ending == "length":
+                        notices.append(f"{whose} was cut after {len(reply.ids)} tokens (--max-new-tokens).")
+                    elif reply.ending == "context":
+                        notices.append(f"{whose} was cut: the context is full. Begin anew with /clear, or /undo.")
+                    elif not reply.text:
+                        notices.append(f"{whose} is empty.")
+            except KeyboardInterrupt:
+                if not self.is_interactive:
+                    raise
+                was_stopped = True
         self.num_answers += 1
-        return self._keep(question, replies, interrupt.is_set)
-
-    def _stop_answer(self, _signal: int, _frame: object) -> None:
-        """Have Ctrl-C end the answer; a second one ends it at once, whatever is computed. Elsewhere it does nothing."""
-        interrupt = self._interrupt
-        if interrupt is not None and interrupt.is_set:
-            self._interrupt = None
-            raise KeyboardInterrupt
-        if interrupt is not None:
-            interrupt.is_set = True
-
-    def _keep(self, question: Question, replies: list[Reply], was_interrupted: bool) -> bool:
-        """Take a question and its answers into the history; one that somebody has not answered is taken back."""
-        if was_interrupted and (len(replies) < len(self.voices) or not all(reply.text for reply in replies)):
+        if was_stopped and not all(written):
             self.screen.notice("Stopped. The question was taken back.")
             return False
-        for dialogue, reply in zip(self.dialogues, replies, strict=True):
-            dialogue.exchanges.append((question, reply.text))
+        for dialogue, answer in zip(self.dialogues, written, strict=True):
+            dialogue.exchanges.append((question, answer))
         self.pending = [picture for picture in self.pending if picture not in question.pictures]
-        for voice, reply in zip(self.voices, replies, strict=True):
-            whose = f"The answer of {voice.name}" if len(self.voices) > 1 else "The answer"
-            if reply.ending == "length":
-                self.screen.notice(f"{whose} was cut after {len(reply.ids)} tokens (--max-new-tokens).")
-            elif reply.ending == "context":
-                self.screen.notice(f"{whose} was cut: the context is full. Begin anew with /clear, or /undo.")
-            elif not reply.text:
-                self.screen.notice(f"{whose} is empty.")
-        if was_interrupted:
-            self.screen.notice("Stopped. What was written stays in the conversation.")
+        for text in [*notices, *(["Stopped. What was written stays in the conversation."] if was_stopped else [])]:
+            self.screen.notice(text)
         return True
 
 
@@ -253,7 +228,6 @@ def run_chat(options: argparse.Namespace, stdin: TextIO, output: TextIO, message
             "--compare-with."
         )
     pictures = [Picture.read(path) for path in options.image_file]
-    is_interactive = stdin.isatty()
 
     transformers.logging.set_verbosity_error()  # its advice on generation flags is of no use to somebody who chats
     if options.compare:
@@ -265,10 +239,11 @@ def run_chat(options: argparse.Namespace, stdin: TextIO, output: TextIO, message
         if options.compare_with:
             second = load_by_flags(options, options.compare_with, options.compare_with_base)
             voices.append(single_voice(second, options.compare_with, template))
-    if pictures and not all(voice.responder.loaded.image_transform is not None for voice in voices):
+    if pictures and any(voice.responder.loaded.image_transform is None for voice in voices):
         raise UserError("--image-file is given, but the model is text-only. Load a LLaVA model to ask about images.")
 
-    screen = choose_screen(output, messages, num_voices=len(voices), is_interactive=is_interactive)
+    is_interactive = stdin.isatty()
+    screen = Screen(output, messages, is_interactive=is_interactive)
     chat = Chat(voices, screen, sampling, seed=options.seed, is_interactive=is_interactive, pending=pictures)
     if is_interactive:
         names = " and ".join(voice.name for voice in voices)

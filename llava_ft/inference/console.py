@@ -6,14 +6,16 @@ places two answers side by side. On a terminal, control characters of an answer 
 
 import os
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final, TextIO
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.input import create_input
 from prompt_toolkit.output import create_output
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console
 from rich.live import Live
+from rich.segment import SegmentLines
 from rich.table import Table
 from rich.text import Text
 
@@ -26,7 +28,7 @@ MIN_WIDTH_FOR_COLUMNS: Final = 100
 _COLORS: Final = ("cyan", "yellow")
 
 
-def typed_lines(stdin: TextIO, output: TextIO, messages: TextIO, prompt: str = "> ") -> Iterator[str]:
+def typed_lines(stdin: TextIO, output: TextIO, messages: TextIO) -> Iterator[str]:
     """Yield what somebody types, line by line, until Ctrl-D. Ctrl-C gives up the line.
 
     What is typed is shown on `output` if that is the terminal, or else on `messages`.
@@ -37,7 +39,7 @@ def typed_lines(stdin: TextIO, output: TextIO, messages: TextIO, prompt: str = "
 
     def read(is_first: bool) -> str | None:
         try:
-            return session.prompt(prompt if is_first else "." * (len(prompt) - 1) + " ")
+            return session.prompt("> " if is_first else ". ")
         except KeyboardInterrupt:
             messages.write("(Ctrl-D or /exit ends.)\n")
             messages.flush()
@@ -102,84 +104,63 @@ def find_typed_path(typed: str) -> str:
 
 
 class Screen:
-    """Shows answers one after the other, each ended by a line break; with several, its name stands in front of each."""
+    """Shows answers to `output` and notices to `messages`.
 
-    def __init__(self, output: TextIO, messages: TextIO):
+    Answers come one after the other, with several the name of who answers in front of each. Two stand side by side
+    where somebody types and the terminal is wide enough.
+    """
+
+    def __init__(self, output: TextIO, messages: TextIO, *, is_interactive: bool = False):
         self._output = output
-        self._console = Console(file=output, highlight=False)
+        self._console = console = Console(file=output, highlight=False)
         self._messages = Console(file=messages, highlight=False)
-        self._names: Sequence[str] = ()
-        self._voice = -1
-
-    def begin(self, names: Sequence[str]) -> None:
-        """Begin the answers to a question, of those who have these names."""
-        self._names = names
-        self._voice = -1
-
-    def write(self, voice: int, text: str) -> None:
-        """Write the next piece of the answer of one of them; the first one answers first."""
-        self._go_to(voice)
-        self._put(visible(text) if self._output.isatty() else text)
-
-    def end(self) -> None:
-        """End the answers to a question."""
-        self._go_to(len(self._names) - 1)
-        self._put("\n")
+        is_wide = console.is_terminal and not console.is_dumb_terminal and console.width >= MIN_WIDTH_FOR_COLUMNS
+        self._has_columns = is_interactive and is_wide
 
     def notice(self, text: str) -> None:
         """Say something that is no answer."""
         self._messages.print(Text(visible(text), style="dim"), soft_wrap=True)
 
-    def _go_to(self, voice: int) -> None:
-        while self._voice < voice:
-            if self._voice >= 0:
-                self._put("\n")
-            self._voice += 1
-            if len(self._names) > 1:
-                self._console.print(_heading(self._names, self._voice), end=": ", soft_wrap=True)
+    @contextmanager
+    def answers(self, names: Sequence[str]) -> Generator[Callable[[int, str], object]]:
+        """Show the answers to a question of those who have these names.
 
-    def _put(self, text: str) -> None:
-        self._output.write(text)
-        self._output.flush()
+        Yields:
+            Writes the next piece of the answer of one of them, by number; the first one answers first.
+        """
+        headings = [Text(visible(name), style=_COLORS[number % 2]) for number, name in enumerate(names)]
+        if len(names) == 2 and self._has_columns:
+            texts = [Text(overflow="fold") for _ in names]
+            table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), expand=True)
+            for heading in headings:
+                table.add_column(heading, ratio=1)
+            table.add_row(*texts)
+            is_complete = False
 
+            def shown() -> SegmentLines:
+                lines = self._console.render_lines(table)  # while they are written, as much of their ends as has room
+                return SegmentLines(lines if is_complete else lines[1 - self._console.height :], new_lines=True)
 
-class ColumnScreen(Screen):
-    """Shows two answers side by side on a terminal: while they are written as much of their ends as has room."""
+            with Live(get_renderable=shown, console=self._console, refresh_per_second=10):
+                try:
+                    yield lambda number, text: texts[number].append(visible(text))
+                finally:
+                    is_complete = True
+            return
+        shown = 0  # headings
 
-    def begin(self, names: Sequence[str]) -> None:
-        """See `Screen`."""
-        super().begin(names)
-        self._answers = [Text(overflow="fold") for _ in names]
-        self._is_complete = False
-        self._live = Live(self, console=self._console, refresh_per_second=10)
-        self._live.start()
+        def write(number: int, text: str) -> None:
+            nonlocal shown
+            while shown <= number:
+                if shown > 0:
+                    self._output.write("\n")
+                if len(names) > 1:
+                    self._console.print(headings[shown], end=": ", soft_wrap=True)
+                shown += 1
+            self._output.write(visible(text) if self._output.isatty() else text)
+            self._output.flush()
 
-    def write(self, voice: int, text: str) -> None:
-        """See `Screen`."""
-        self._answers[voice].append(visible(text))
-
-    def end(self) -> None:
-        """See `Screen`."""
-        self._is_complete = True
-        self._live.stop()
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Place the names and the answers in columns."""
-        table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), expand=True)
-        for voice in range(len(self._names)):
-            table.add_column(_heading(self._names, voice), ratio=1)
-        table.add_row(*self._answers)
-        lines = console.render_lines(table, options, new_lines=True)
-        for line in lines if self._is_complete else lines[1 - console.height :]:
-            yield from line
-
-
-def _heading(names: Sequence[str], voice: int) -> Text:
-    return Text(visible(names[voice]), style=_COLORS[voice % 2])
-
-
-def choose_screen(output: TextIO, messages: TextIO, *, num_voices: int, is_interactive: bool) -> Screen:
-    """Choose how answers are shown: two in columns, where somebody types and the terminal is wide enough."""
-    console = Console(file=output)
-    has_columns = console.is_terminal and not console.is_dumb_terminal and console.width >= MIN_WIDTH_FOR_COLUMNS
-    return (ColumnScreen if is_interactive and num_voices == 2 and has_columns else Screen)(output, messages)
+        try:
+            yield write
+        finally:
+            write(len(names) - 1, "\n")

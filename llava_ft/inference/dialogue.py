@@ -55,22 +55,18 @@ def with_placeholders(text: str, num_images: int) -> str:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, as it was typed, and the images given with it.
+    """What is asked, and the images given with it.
 
     Raises:
         UserError: The text has another number of `<image>` than there are pictures.
     """
 
-    text: str
+    text: str  # as it was typed
     pictures: tuple[Picture, ...] = ()
+    turn_text: str = field(init=False)  # as a record has it: with one `<image>` for each picture
 
     def __post_init__(self) -> None:
-        with_placeholders(self.text, len(self.pictures))
-
-    @property
-    def turn_text(self) -> str:
-        """The text as a record has it: with one `<image>` for each picture."""
-        return with_placeholders(self.text, len(self.pictures))
+        object.__setattr__(self, "turn_text", with_placeholders(self.text, len(self.pictures)))
 
 
 @dataclass
@@ -89,10 +85,15 @@ class Dialogue:
             TurnsError: The turns do not fit the template.
         """
         turns: list[ChatTurn] = []
-        for asked, answer in self.exchanges:
+        for asked, answer in [*self.exchanges, (question, "")]:
+            placed = place_images(
+                asked.turn_text,
+                wraps_images=self.template.wraps_images,
+                mm_use_im_start_end=self.mm_use_im_start_end,
+            )
             # An answer that says `<image>` does not ask for a picture.
-            turns += [("human", self._placed(asked)), ("gpt", answer.replace(IMAGE_TOKEN, "< image>"))]
-        return self.template.prompt([*turns, ("human", self._placed(question))], system=self.system)
+            turns += [("human", placed), ("gpt", answer.replace(IMAGE_TOKEN, "< image>"))]
+        return self.template.prompt(turns[:-1], system=self.system)
 
     def pictures(self, question: Question | None = None) -> list[Picture]:
         """Return all pictures in the order of their placeholders."""
@@ -118,21 +119,11 @@ class Dialogue:
             lines += [f"User: {asked.text}", f"{name}: {answer}", ""]
         return "\n".join(lines)
 
-    def _placed(self, question: Question) -> str:
-        return place_images(
-            question.turn_text,
-            wraps_images=self.template.wraps_images,
-            mm_use_im_start_end=self.mm_use_im_start_end,
-        )
-
 
 def save_conversation(path: Path, names: Sequence[str], dialogues: Sequence[Dialogue]) -> None:
-    """Write the conversations of a chat, and who answered in each.
+    """Write the conversations of a chat with those who have these names.
 
-    Args:
-        path: Where to. `.json` gets records of LLaVA's data format with whole paths of the images, others text.
-        names: Who answered.
-        dialogues: The conversation with each of them.
+    `.json` gets records of LLaVA's data format with whole paths of the images, any other file text.
 
     Raises:
         UserError: The file exists or cannot be written.

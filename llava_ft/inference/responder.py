@@ -13,8 +13,8 @@ from itertools import takewhile
 from typing import Any, Literal, cast
 
 import torch
-from transformers import DynamicCache, GenerationMixin
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, GenerationMixin, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from llava_ft.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_ft.conversation import Template
@@ -22,7 +22,6 @@ from llava_ft.data.tokenize import tokenize_prompt
 from llava_ft.errors import RunError, UserError
 from llava_ft.inference.dialogue import Picture
 from llava_ft.inference.load import LoadedModel
-from llava_ft.inference.streaming import AnswerStreamer, finished_answer
 
 
 @dataclass(frozen=True)
@@ -67,18 +66,8 @@ class Sampling:
 Entry = int | Picture
 """What stands at a position: a token, or a part of a picture."""
 
-Ending = Literal["finished", "length", "context", "interrupted"]
-"""Why an answer ended: by itself, at `max_new_tokens`, because the context is full, or by the user."""
-
-
-class Interrupt(StoppingCriteria):
-    """Ends an answer after the token that is being computed."""
-
-    is_set: bool = False
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Say of each row of `input_ids`, `(B, T)`, whether it ends here."""
-        return torch.full((input_ids.shape[0],), self.is_set, dtype=torch.bool, device=input_ids.device)
+Ending = Literal["finished", "length", "context"]
+"""Why an answer ended: by itself, at `max_new_tokens`, or because the context is full."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +130,59 @@ def model_inputs(loaded: LoadedModel, entries: Sequence[Entry]) -> dict[str, tor
     return inputs
 
 
+def finished_answer(text: str, stops: Sequence[str]) -> str:
+    """Return a decoded answer without what ends it, the first of `stops` in it, and without white space around it."""
+    text = text.strip()
+    ends = [position for stop in stops if (position := text.find(stop)) >= 0]
+    return text[: min(ends)].strip() if ends else text
+
+
+def certain_text(text: str, stops: Sequence[str]) -> str:
+    """Return the part of a decoded, unfinished answer that no further token can change."""
+    text = text.lstrip()
+    if any(stop in text for stop in stops):
+        return finished_answer(text, stops)
+    text = text.rstrip("\ufffd")  # a character that is not complete
+    begun = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]  # what may become an end mark
+    return text[: len(text) - max(begun, default=0)].rstrip()
+
+
+class AnswerStreamer(BaseStreamer):
+    """Decodes one answer as its tokens come, and hands what is certain of it to `write`, piece by piece.
+
+    A template may end an answer with a text, such as `###` or `</s>`, which the model writes token by token. What could
+    be the beginning of such a text is held back until the next tokens decide. So are white space, which may be the end
+    of the answer, and the bytes of a character that is not complete. Nothing has to be taken back, and what was written
+    in the end is `finished_answer` of the whole text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], write: Callable[[str], object]):
+        self._tokenizer = tokenizer
+        self._stops = tuple(stops)
+        self._write = write
+        self._ids: list[int] = []
+        self._num_written = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the next token, `(1,)` int64."""
+        self._ids += value.flatten().tolist()
+        self._write_up_to(certain_text(self._decoded(), self._stops))
+
+    def end(self) -> None:
+        """Write what was held back and belongs to the answer."""
+        self._write_up_to(finished_answer(self._decoded(), self._stops))
+
+    def _decoded(self) -> str:
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
+
+    def _write_up_to(self, text: str) -> None:
+        if len(text) > self._num_written:
+            self._write(text[self._num_written :])
+            self._num_written = len(text)
+
+
 class Responder:
     """One model in one conversation. Several may share a model, each with a memory of its own."""
 
@@ -165,7 +207,6 @@ class Responder:
         sampling: Sampling,
         *,
         write: Callable[[str], object] | None = None,
-        interrupt: Interrupt | None = None,
         may_leave_context: bool = False,
     ) -> Reply:
         """Answer a prompt.
@@ -176,7 +217,6 @@ class Responder:
             template: Says where an answer ends.
             sampling: How tokens are chosen.
             write: Takes pieces of the answer as they become certain.
-            interrupt: Ends the answer when it is set.
             may_leave_context: Whether the answer may go on where the model's context ends.
 
         Raises:
@@ -188,18 +228,15 @@ class Responder:
         room = self.loaded.context_len - len(entries)
         limit = sampling.max_new_tokens if may_leave_context else min(sampling.max_new_tokens, room)
         options = sampling.options() | {"max_new_tokens": limit}
-        if interrupt is not None:
-            options["stopping_criteria"] = StoppingCriteriaList([interrupt])
         has_beams = sampling.num_beams > 1
         if has_beams:
             self.forget()
-        num_reused = self._recall(entries)
-        if not has_beams:
-            options["past_key_values"] = self._cache
-            if write is not None:
-                options["streamer"] = AnswerStreamer(tokenizer, stops, write)
-        self._read = []  # nothing counts as read if this ends in an error
+        if write is not None and not has_beams:
+            options["streamer"] = AnswerStreamer(tokenizer, stops, write)
         try:
+            num_reused = self._recall(entries)
+            if not has_beams:
+                options["past_key_values"] = self._cache
             new_embeds = self._model.embed_inputs(**model_inputs(self.loaded, entries[num_reused:]))
             # generate wants the whole prompt and leaves out what the cache holds without looking at it.
             unread = new_embeds.new_zeros((1, num_reused, new_embeds.shape[2]))
@@ -213,7 +250,7 @@ class Responder:
                 tokenizer=tokenizer,
                 **options,
             )
-        except BaseException as error:  # also Ctrl-C: the memory holds a part of the answer
+        except BaseException as error:  # also Ctrl-C: the memory holds an unknown part of the answer
             self.forget()
             if not isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -232,9 +269,7 @@ class Responder:
         ends = settings.eos_token_id if settings is not None else None
         has_ended = ids[-1:] and ids[-1] in (ends if isinstance(ends, list) else [ends])
         ending: Ending = "finished"
-        if interrupt is not None and interrupt.is_set:
-            ending = "interrupted"
-        elif len(ids) == limit and not has_ended and not any(stop in text for stop in stops):
+        if len(ids) == limit and not has_ended and not any(stop in text for stop in stops):
             ending = "context" if limit == room else "length"
         return Reply(answer, ids, ending, len(entries), num_reused)
 

@@ -1,12 +1,12 @@
 """Who answers in a chat: one model, a base and its adapter on the same weights, or two models.
 
 Base and adapter share one set of base weights. The adapter lies beside them and is switched off for the base's answers;
-what was trained beside it - projector, `image_newline`, rows of added tokens, anything else that was not frozen - is
-kept twice, and the values are exchanged with it. Each voice has a memory and a history of its own.
+what was trained beside it - projector, `image_newline`, embeddings with rows of added tokens, anything else that was
+not frozen - is kept twice, and one or the other is put in. Each voice has a memory and a history of its own.
 """
 
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -77,41 +77,38 @@ def base_and_trained(loaded: LoadedModel, template: Template | None) -> list[Voi
             own.directory.path,
             "projector" if any("mm_projector" in name for name in missing) else missing[0],
         )
-    exchanges = _find_exchanges(loaded.plain_model, replaced, own)
+    values = _own_values(loaded.plain_model, replaced, own)
+    parameters = dict(loaded.plain_model.named_parameters())
+    trained_values = {name: parameters[name].data for name in values}
+
+    def put(tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            parameters[name].data = tensor
 
     @contextmanager
     def as_base() -> Generator[None]:
         with loaded.model.disable_adapter() if isinstance(loaded.model, PeftModel) else nullcontext():
-            for exchange in exchanges:
-                exchange.swap()
             try:
+                put(values)
                 yield
             finally:
-                for exchange in exchanges:
-                    exchange.swap()
+                put(trained_values)
+
+    @contextmanager
+    def as_trained() -> Generator[None]:
+        # Ctrl-C may have come while the base's values were taken out.
+        put(trained_values)
+        if isinstance(loaded.model, PeftModel):
+            loaded.model.base_model.enable_adapter_layers()
+        yield
 
     own_template = own.directory.config.get("conversation_template")
     base_template = template or (get_template(own_template) if own_template else get_template(loaded.template))
     wraps = bool(own.config.mm_use_im_start_end)
     return [
         Voice("base", Responder(_with_own_images(loaded, own)), base_template, wraps, as_base),
-        single_voice(loaded, "adapter" if is_adapter else "projector", template),
+        replace(single_voice(loaded, "adapter" if is_adapter else "projector", template), speaking=as_trained),
     ]
-
-
-@dataclass(frozen=True)
-class _Exchange:
-    """The last rows of a parameter, or all of them, which the base has other values for."""
-
-    parameter: nn.Parameter
-    other: torch.Tensor  # the values of these rows that are not in it at the moment
-
-    def swap(self) -> None:
-        """Put the other values in, and keep those that were there."""
-        rows = self.parameter.data[-len(self.other) :]
-        before = rows.clone()
-        rows.copy_(self.other)
-        self.other.copy_(before)
 
 
 def _origins(base: BaseModel) -> dict[str, tuple[WeightSource, str]]:
@@ -119,10 +116,10 @@ def _origins(base: BaseModel) -> dict[str, tuple[WeightSource, str]]:
     return {name: (source, key) for source in base.sources for key, name in source.names.items()}
 
 
-def _find_exchanges(model: nn.Module, replaced: Sequence[str], own: BaseModel) -> list[_Exchange]:
+def _own_values(model: nn.Module, replaced: Sequence[str], own: BaseModel) -> dict[str, torch.Tensor]:
     """Read the base's own values of what was trained, rows of added tokens too, and keep those that differ."""
     parameters, theirs = dict(model.named_parameters()), _origins(own)
-    exchanges: list[_Exchange] = []
+    values: dict[str, torch.Tensor] = {}
     for name in dict.fromkeys([*replaced, *_WITH_ROWS]):
         if name not in parameters or name not in theirs:
             continue
@@ -135,10 +132,9 @@ def _find_exchanges(model: nn.Module, replaced: Sequence[str], own: BaseModel) -
                     "trained on it, so they cannot share one model. Give the base with --compare-with instead."
                 )
             value = fit_rows(tensor.to(device=parameter.device, dtype=parameter.dtype), shape)
-            differs = (parameter.data != value).reshape(value.shape[0], -1).any(dim=1)
-            if bool(differs.any()):  # added tokens come last, so what is kept begins with the first row that differs
-                exchanges.append(_Exchange(parameter, value[int(differs.int().argmax()) :].clone()))
-    return exchanges
+            if not torch.equal(value, parameter.data):
+                values[name] = value
+    return values
 
 
 def _with_own_images(loaded: LoadedModel, own: BaseModel) -> LoadedModel:

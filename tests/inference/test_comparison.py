@@ -7,7 +7,7 @@ import torch
 
 from llava_ft.data.tokenize import tokenize_prompt
 from llava_ft.inference.load import LoadedModel, load_model
-from llava_ft.inference.responder import Interrupt, Sampling
+from llava_ft.inference.responder import Sampling
 from llava_ft.inference.voices import base_and_trained, single_voice
 from tests.conftest import RECORDINGS
 from tests.inference.typed_chat import LANDSCAPE, LORA, V1, Typed
@@ -119,14 +119,25 @@ def test_settings_that_one_model_cannot_hold_twice_are_said(caplog: pytest.LogCa
 
 def test_an_interrupted_comparison_is_taken_back(loaded: LoadedModel):
     first = single_voice(loaded, "one", None)
-    typed = Typed([first, single_voice(loaded, "two", None)])
+    typed = Typed([first, single_voice(loaded, "two", None)], is_interactive=True)
     original = first.responder.answer
 
-    def interrupted(*arguments: object, interrupt: Interrupt, **options: object):
-        interrupt.is_set = True
-        return original(*arguments, interrupt=interrupt, **options)
+    def interrupted(*arguments: object, **options: object):
+        original(*arguments, **options)
+        raise KeyboardInterrupt
 
     first.responder.answer = interrupted
     typed.take("/clear", "Hello")
     assert typed.chat.dialogues[0].exchanges == typed.chat.dialogues[1].exchanges == []
     assert "Stopped. The question was taken back." in typed.messages.getvalue()
+
+
+def test_an_interrupted_switch_is_put_right(with_new_tokens: Path):
+    loaded = load_model(str(with_new_tokens), adapter="beside")
+    base, adapter = base_and_trained(loaded, None)
+    ids = torch.tensor([tokenize_prompt("USER: Hello ASSISTANT:", loaded.tokenizer)])
+    expected = loaded.model(input_ids=ids).logits
+    speaking = base.speaking()
+    speaking.__enter__()  # and Ctrl-C comes before it is left
+    with adapter.speaking():
+        assert torch.equal(loaded.model(input_ids=ids).logits, expected)

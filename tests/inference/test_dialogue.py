@@ -17,7 +17,7 @@ from llava_ft.inference.console import find_typed_path, piped_lines
 from llava_ft.inference.dialogue import Dialogue, Picture, Question
 from llava_ft.inference.generate import build_prompt
 from llava_ft.inference.load import LoadedModel, load_model
-from llava_ft.inference.responder import Interrupt, Responder, Sampling
+from llava_ft.inference.responder import AnswerStreamer, Responder, Sampling
 from llava_ft.inference.voices import single_voice
 from tests.conftest import RECORDINGS
 from tests.inference.typed_chat import LANDSCAPE, SHORT, SQUARE, V1, Typed
@@ -173,14 +173,6 @@ def test_beams_answer_without_memory(loaded: LoadedModel):
 
 def test_why_an_answer_ended(loaded: LoadedModel):
     assert Responder(loaded).answer("Hello", [], V1, Sampling(max_new_tokens=3)).ending == "length"
-    interrupt = Interrupt()
-
-    def stop(_: str) -> None:
-        interrupt.is_set = True
-
-    stopped = Responder(loaded).answer("Hello", [], V1, Sampling(max_new_tokens=64), write=stop, interrupt=interrupt)
-    assert stopped.ending == "interrupted"
-    assert len(stopped.ids) < 64
     long_prompt = "a " * (loaded.context_len - 8)
     responder = Responder(loaded)
     num_prompt = len(tokenize_prompt(long_prompt, loaded.tokenizer))
@@ -188,6 +180,33 @@ def test_why_an_answer_ended(loaded: LoadedModel):
     full = responder.answer(long_prompt, [], V1, Sampling(max_new_tokens=512))
     assert full.num_prompt + len(full.ids) <= loaded.context_len
     assert full.ending in ("context", "finished")
+
+
+def test_a_stopped_answer_stays_as_far_as_it_was_written(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch):
+    def stop_after(text: str, *, is_interactive: bool) -> Typed:
+        typed = Typed([single_voice(loaded, "model", None)], Sampling(max_new_tokens=64), is_interactive=is_interactive)
+        put = AnswerStreamer.put
+
+        def stop(streamer: AnswerStreamer, value: torch.Tensor) -> None:
+            put(streamer, value)
+            if len(typed.output.getvalue()) >= len(text):
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(AnswerStreamer, "put", stop)
+            typed.take("Hello")
+        return typed
+
+    typed = stop_after("four", is_interactive=True)
+    ((_, answer),) = typed.chat.dialogues[0].exchanges
+    assert typed.output.getvalue() == answer + "\n"
+    assert "Stopped. What was written stays in the conversation." in typed.messages.getvalue()
+    assert Typed([single_voice(loaded, "model", None)]).take("Hello")[0].startswith(answer[:4])
+    typed = stop_after("", is_interactive=True)
+    assert typed.chat.dialogues[0].exchanges == []
+    assert "Stopped. The question was taken back." in typed.messages.getvalue()
+    with pytest.raises(KeyboardInterrupt):
+        stop_after("four", is_interactive=False)
 
 
 def test_each_line_is_a_turn(typed: Typed):

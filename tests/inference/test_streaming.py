@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llava_ft.data.tokenizer import load_tokenizer
-from llava_ft.inference.streaming import AnswerStreamer, certain_text, finished_answer
+from llava_ft.inference.responder import AnswerStreamer, certain_text, finished_answer
 from tests.conftest import RECORDINGS
 
 STOPS = ("###", "</s>")

@@ -3,13 +3,14 @@
 import io
 import shutil
 import sys
-from collections.abc import Callable
+import time
 from pathlib import Path
 
 import pytest
 
 from llava_ft import cli
-from llava_ft.inference.console import ColumnScreen, choose_screen
+from llava_ft.inference import console
+from llava_ft.inference.console import Screen
 from llava_ft.inference.load import load_model
 from llava_ft.inference.responder import Sampling
 from llava_ft.inference.voices import base_and_trained, single_voice
@@ -25,35 +26,38 @@ PROMPT = "\x1b[?2004h"
 
 
 @pytest.fixture
-def painted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[ColumnScreen], None]], list[str]]:
-    """Shows what a screen of 44 columns and 10 rows shows in the end."""
+def narrow(monkeypatch: pytest.MonkeyPatch) -> Screen:
+    """A screen of 44 columns and 10 rows, which is wide enough for two answers."""
+    monkeypatch.setattr(console, "MIN_WIDTH_FOR_COLUMNS", 40)
     for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "44", "LINES": "10"}.items():
         monkeypatch.setenv(name, value)
-
-    def paint(write: Callable[[ColumnScreen], None]) -> list[str]:
-        output = io.StringIO()
-        write(ColumnScreen(output, io.StringIO()))
-        screen = PaintedScreen(44, 10)
-        screen.feed(output.getvalue())
-        return screen.text()
-
-    return paint
+    return Screen(io.StringIO(), io.StringIO(), is_interactive=True)
 
 
-def test_two_answers_stand_side_by_side(painted):
-    def write(screen: ColumnScreen) -> None:
-        screen.begin(["base", "adapter"])
+def painted(screen: Screen) -> list[str]:
+    """What a screen shows."""
+    terminal = PaintedScreen(44, 10)
+    terminal.feed(screen._output.getvalue())
+    return terminal.text()
+
+
+def wait_until_shown(screen: Screen, text: str) -> None:
+    deadline = time.monotonic() + 30
+    while text not in screen._output.getvalue():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_two_answers_stand_side_by_side(narrow: Screen):
+    with narrow.answers(["base", "adapter"]) as write:
         for piece in ("It is a small", " red", " hou", "se by the sea.\nYes."):
-            screen.write(0, piece)
-            screen._live.refresh()
+            write(0, piece)
+        wait_until_shown(narrow, "Yes.")
         for piece in ("A", " house.\x1b[2J"):
-            screen.write(1, piece)
-        screen.end()
-        screen.begin(["base", "adapter"])
-        screen.write(1, "漢字かな" * 6)
-        screen.end()
-
-    assert painted(write) == [
+            write(1, piece)
+    with narrow.answers(["base", "adapter"]) as write:
+        write(1, "漢字かな" * 6)
+    assert painted(narrow) == [
         "base                  adapter",
         "It is a small red     A house.\\x1b[2J",
         "house by the sea.",
@@ -66,23 +70,16 @@ def test_two_answers_stand_side_by_side(painted):
     ]
 
 
-def test_answers_longer_than_the_screen_show_their_ends_and_then_all(painted):
-    def write(screen: ColumnScreen) -> None:
-        screen.begin(["base", "adapter"])
-        screen.write(0, "\n".join(f"left {number}" for number in range(20)))
-        screen._live.refresh()
-        before_end.append(screen._console.file.getvalue())
-        screen.write(1, "\n".join(f"right {number}" for number in range(22)))
-        screen.end()
-
-    before_end: list[str] = []
-    lines = painted(write)
+def test_answers_longer_than_the_screen_show_their_ends_and_then_all(narrow: Screen):
+    with narrow.answers(["base", "adapter"]) as write:
+        write(0, "\n".join(f"left {number}" for number in range(20)))
+        wait_until_shown(narrow, "left 19")
+        assert painted(narrow)[-1] == "left 19"
+        write(1, "\n".join(f"right {number}" for number in range(22)))
+    lines = painted(narrow)
     assert lines[:2] == ["base                  adapter", "left 0                right 0"]
     assert lines[20] == "left 19               right 19"
     assert lines[22] == "                      right 21"
-    unfinished = PaintedScreen(44, 10)
-    unfinished.feed(before_end[0])
-    assert unfinished.text()[-1] == "left 19"
 
 
 class _Terminal(io.StringIO):
@@ -93,10 +90,9 @@ class _Terminal(io.StringIO):
 @pytest.mark.parametrize("is_interactive", [True, False])
 def test_nothing_in_an_answer_steers_a_terminal(is_interactive: bool):
     output, messages = _Terminal(), _Terminal()
-    screen = choose_screen(output, messages, num_voices=1, is_interactive=is_interactive)
-    screen.begin(["model"])
-    screen.write(0, "a\x1b[2Jb\x07\x9b")
-    screen.end()
+    screen = Screen(output, messages, is_interactive=is_interactive)
+    with screen.answers(["model"]) as write:
+        write(0, "a\x1b[2Jb\x07\x9b")
     screen.notice("name\x1b]0;title\x07")
     assert output.getvalue() == "a\\x1b[2Jb\\x07\\x9b\n"
     assert "name\\x1b]0;title\\x07" in messages.getvalue()
@@ -104,10 +100,8 @@ def test_nothing_in_an_answer_steers_a_terminal(is_interactive: bool):
 
 def test_a_pipe_gets_an_answer_as_it_is():
     output = io.StringIO()
-    screen = choose_screen(output, io.StringIO(), num_voices=1, is_interactive=True)
-    screen.begin(["model"])
-    screen.write(0, "a [bold]b[/bold]\x1b " + "long " * 40)
-    screen.end()
+    with Screen(output, io.StringIO(), is_interactive=True).answers(["model"]) as write:
+        write(0, "a [bold]b[/bold]\x1b " + "long " * 40)
     assert output.getvalue() == "a [bold]b[/bold]\x1b " + "long " * 40 + "\n"
 
 
