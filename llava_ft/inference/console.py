@@ -137,11 +137,11 @@ class Screen:
             table.add_row(*texts)
             is_complete = False
 
-            def shown() -> SegmentLines:
+            def ends() -> SegmentLines:
                 lines = self._console.render_lines(table)  # while they are written, as much of their ends as has room
                 return SegmentLines(lines if is_complete else lines[1 - self._console.height :], new_lines=True)
 
-            with Live(get_renderable=shown, console=self._console, refresh_per_second=10):
+            with Live(get_renderable=ends, console=self._console, refresh_per_second=10):
                 try:
                     yield lambda number, text: texts[number].append(visible(text))
                 finally:

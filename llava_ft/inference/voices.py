@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -99,7 +100,7 @@ def base_and_trained(loaded: LoadedModel, template: Template | None) -> list[Voi
         # Ctrl-C may have come while the base's values were taken out.
         put(trained_values)
         if isinstance(loaded.model, PeftModel):
-            loaded.model.base_model.enable_adapter_layers()
+            cast("Any", loaded.model.base_model).enable_adapter_layers()
         yield
 
     own_template = own.directory.config.get("conversation_template")
