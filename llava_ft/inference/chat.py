@@ -5,6 +5,7 @@ error. Where nobody types the questions, the first that cannot be answered ends 
 """
 
 import argparse
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -60,14 +61,20 @@ class Chat:
             UserError: A line cannot be carried out and nobody is there to read why.
             RunError: An answer failed, likewise.
         """
-        for line in lines:
-            try:
-                if not self.take(line):
-                    return
-            except (UserError, RunError, KeyboardInterrupt) as error:
-                if not self.is_interactive:
-                    raise
-                self.screen.notice(str(error) or "Stopped.")
+        # Ctrl-C ends an answer, see `_ask`; a second one, behind that, must not end the chat. Lines have it as a key.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if self.is_interactive else None
+        try:
+            for line in lines:
+                try:
+                    if not self.take(line):
+                        return
+                except (UserError, RunError) as error:
+                    if not self.is_interactive:
+                        raise
+                    self.screen.notice(str(error))
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGINT, before)
 
     def take(self, line: str) -> bool:
         """Carry out one line; returns whether the chat goes on.
@@ -178,6 +185,8 @@ class Chat:
                 show(number, text)
 
             try:
+                if self.is_interactive:
+                    signal.signal(signal.SIGINT, _interrupt_once)
                 for number, (voice, prompt) in enumerate(zip(self.voices, prompts, strict=True)):
                     transformers.set_seed(self.seed + self.num_answers)
                     with voice.speaking():
@@ -195,6 +204,9 @@ class Chat:
                 if not self.is_interactive:
                     raise
                 was_stopped = True
+            finally:
+                if self.is_interactive:
+                    signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.num_answers += 1
         if was_stopped and not all(written):
             self.screen.notice("Stopped. The question was taken back.")
@@ -205,6 +217,11 @@ class Chat:
         for text in [*notices, *(["Stopped. What was written stays in the conversation."] if was_stopped else [])]:
             self.screen.notice(text)
         return True
+
+
+def _interrupt_once(_signal: int, _frame: object) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def run_chat(options: argparse.Namespace, stdin: TextIO, output: TextIO, messages: TextIO) -> None:
