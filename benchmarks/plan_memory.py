@@ -60,7 +60,6 @@ class Case:
     ranks: int = 1
     zero: dict | None = None
     varied_lengths: bool = False
-    quick: bool = False
 
 
 def zero(stage: int, **options) -> dict:
@@ -85,7 +84,7 @@ LITTLE_KEPT = {
     "stage3_param_persistence_threshold": 10_000,
 }
 CASES = {
-    "full": Case("60M", quick=True),
+    "full": Case("60M"),
     "full, checkpointing": Case("60M", CHECKPOINTING),
     "full, checkpointing, batch 4": Case("60M", CHECKPOINTING | {"per_device_train_batch_size": 4}),
     "full, accumulation": Case("60M", {"gradient_accumulation_steps": 2}),
@@ -94,7 +93,7 @@ CASES = {
     "full, sgd": Case("60M", {"optim": "sgd"}),
     "full, adafactor": Case("60M", {"optim": "adafactor"}),
     "full, adamw_8bit": Case("60M", {"optim": "adamw_8bit"}),
-    "lora": Case("60M", LORA, quick=True),
+    "lora": Case("60M", LORA),
     "lora, varied lengths": Case("60M", LORA | {"per_device_train_batch_size": 4}, varied_lengths=True),
     "lora, eager attention": Case("60M", LORA | {"attn_implementation": "eager"}),
     "lora, checkpointing": Case("60M", LORA | CHECKPOINTING | {"per_device_train_batch_size": 4}),
@@ -315,7 +314,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="cases; all when absent")
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="the two quickest cases")
     parser.add_argument("--output", type=Path, help="folder for plan_memory.json and plan_memory.md")
     parser.add_argument(
         "--add", action="store_true", help="keep the files' rows of other cases, and write each at once"
@@ -331,7 +329,7 @@ def main() -> int:
         return 0
     import torch
 
-    names = options.names or [name for name, case in CASES.items() if case.quick or not options.quick]
+    names = options.names or list(CASES)
     unknown = sorted(set(names) - set(CASES))
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; --list shows the names")

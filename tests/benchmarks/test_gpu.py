@@ -91,7 +91,7 @@ def test_without_a_gpu_nothing_is_measured(capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-SEEN_ELSEWHERE = {"step_7b", "step_full", "step_13b", "tests"}
+SEEN_ELSEWHERE = {"step_7b", "step_qlora", "step_full", "step_13b", "tests"}
 """Steps that `test_step.py` makes with the smallest model; and a dry run of the tests only collects this suite."""
 
 

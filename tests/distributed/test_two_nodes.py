@@ -153,20 +153,6 @@ def test_torchrun_with_numbered_nodes_and_deepspeed(machines, alone, entry: Path
     check(tmp_path / "out", launch(machines, commands, tmp_path), alone)
 
 
-def deepspeed_command(machines: tuple[Machine, Machine], tmp_path: Path) -> list[str]:
-    hostfile = tmp_path / "hostfile"
-    hostfile.write_text("".join(f"{machine.address} slots=1\n" for machine in machines))
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--hostfile", str(hostfile)]
-    return [*command, "--master_addr", machines[0].address, "--master_port", "29501"]
-
-
-def test_deepspeed_started_on_each_machine(machines, alone, entry: Path, tmp_path: Path):
-    argv = flags(tmp_path / "out", **RUN, per_device_train_batch_size=1, deepspeed="zero2")
-    start = deepspeed_command(machines, tmp_path)
-    commands = [[*start, "--no_ssh", "--node_rank", str(number), str(entry), *argv] for number in (0, 1)]
-    check(tmp_path / "out", launch(machines, commands, tmp_path), alone)
-
-
 def test_deepspeed_started_on_one_machine(machines, alone, entry: Path, tmp_path: Path):
     """The hostfile's own way, with everything but the login."""
     tools = tmp_path / "bin"
@@ -174,7 +160,12 @@ def test_deepspeed_started_on_one_machine(machines, alone, entry: Path, tmp_path
     namespaces = {machine.address: machine.namespace for machine in machines}
     (tools / "pdsh").write_text(PDSH.format(python=sys.executable, namespaces=namespaces))
     (tools / "pdsh").chmod(0o755)
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("".join(f"{machine.address} slots=1\n" for machine in machines))
     argv = flags(tmp_path / "out", **RUN, per_device_train_batch_size=1, deepspeed="zero2")
-    command = [*deepspeed_command(machines, tmp_path), "--no_ssh_check", str(entry), *argv]
+    command = [
+        *(str(Path(sys.executable).parent / "deepspeed"), "--hostfile", str(hostfile), "--no_ssh_check"),
+        *("--master_addr", machines[0].address, "--master_port", "29501", str(entry), *argv),
+    ]
     path = f"{tools}:{os.environ['PATH']}"
     check(tmp_path / "out", launch(machines, [command], tmp_path, PATH=path), alone)
