@@ -3,7 +3,7 @@
 There is one row for each record, also for one that cannot be used, so a row's number is its record's. Rows are facts
 about the text alone, with one token for each image: neither the length limit nor the size of an image is in them.
 
-`datasets.Dataset.from_file` opens each file. All processes of a machine share the mapped pages.
+`datasets.Dataset.from_file` reads such a file too. All processes of a machine share the mapped pages.
 """
 
 import json
