@@ -23,6 +23,7 @@ os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 
 RECORDINGS = Path(__file__).parent / "golden"
 SEVERAL_RANKS = Path(__file__).parent / "distributed"
+LONGEST = {"test_compile.py", "test_gpu.py", "test_quickstart.py", "test_vision_cache.py"}
 
 
 class _ByFile(LoadScopeScheduling):
@@ -39,8 +40,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _ByFile
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the tests that start ranks, which take longest."""
-    items.sort(key=lambda item: SEVERAL_RANKS not in item.path.parents)
+    """Begin with the tests that start ranks, then with the longest files: no process is left alone with one."""
+    items.sort(key=lambda item: (SEVERAL_RANKS not in item.path.parents, item.path.name not in LONGEST))
 
 
 def pytest_collection_finish() -> None:
