@@ -59,11 +59,10 @@ def as_text(plan: Plan) -> str:
     on_host = {name: size * machine.gpus_per_node for name, size in memory.host.items()}
     disk = plan.checkpoint | {"total": sum(plan.checkpoint.values()), "the run's result": sum(plan.result.values())}
     once = {"the vision cache, at most": plan.vision_cache, "merged_base, once": plan.merged_base}
-    changes = [
-        (change.flags, verdict_of(change.alone), verdict_of(change.together), change.cost + needs)
-        for change in plan.changes
-        for needs in [f"; {host(change.alone)} of host memory per machine" if host(change.alone) else ""]
-    ]
+    changes: list[tuple[str, ...]] = []
+    for change in plan.changes:
+        needs = f"; {host(change.alone)} of host memory per machine" if host(change.alone) else ""
+        changes.append((change.flags, verdict_of(change.alone), verdict_of(change.together), change.cost + needs))
     sections = [
         [*_verdict(plan), _describe_run(plan)],
         _table(("Tried, the cheapest first", "computed again", f"{each}     ", "of the host"), ways),
