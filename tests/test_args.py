@@ -670,6 +670,7 @@ REFUSED_YAML = [
     ("lora_r:\n", r"line 4: lora_r=null: it has no value. Allowed: a whole number"),
     ("lora_r: 8: 9\n", r"run.yaml, line 4: not valid YAML: mapping values are not allowed here"),
     ("lora_r: 'x\n", r"not valid YAML"),
+    ("lora_r: 8\x01\n", r"not valid YAML: unacceptable character #x0001"),
     ("? [a, b]\n: 8\n", r"line 4: the key is a sequence. Keys are flag names"),
     ("report_to: [[wandb]]\n", r"line 4: a list may hold single values only"),
     ("config: other.yaml\n", r"line 4: config belongs on the command line"),

@@ -45,11 +45,11 @@ WITHOUT_EFFECT: Final[Mapping[str, tuple[Any, str]]] = {
 """Type hint, and why nothing happens."""
 
 Values: TypeAlias = "MutableMapping[str, object]"
-Translation: TypeAlias = Callable[[object, Values], str]
-"""Gets the old flag's value; changes the values of the same source, and returns a note."""
+Translation: TypeAlias = Callable[[str, object, Values], str]
+"""Gets the old flag's name and value; changes the values of the same source, and returns a note."""
 
 
-def _warmup_ratio(value: object, values: Values) -> str:
+def _warmup_ratio(_name: str, value: object, values: Values) -> str:
     """A ratio is a number of warm-up steps below 1 now; 1.0 itself would mean one step.
 
     Warm-up steps beside it win, as they did in transformers 4.37.
@@ -63,13 +63,13 @@ def _warmup_ratio(value: object, values: Values) -> str:
     return f"warmup_ratio={ratio} is now warmup_steps={values['warmup_steps']} (below 1: a share of all steps)."
 
 
-def _save_safetensors(value: object, values: Values) -> str:
+def _save_safetensors(name: str, value: object, values: Values) -> str:
     if value:
         return "save_safetensors=True has no effect: weights_format decides, safetensors for full checkpoints."
-    return _is_now("save_safetensors", "weights_format", "bin", switched_on_by=False)(value, values)
+    return _is_now("weights_format", "bin", switched_on_by=False)(name, value, values)
 
 
-def _trust_remote_code(value: object, values: Values) -> str:
+def _trust_remote_code(_name: str, value: object, _values: Values) -> str:
     if not value:
         return "trust_remote_code=False is how it always is."
     raise UserError(
@@ -78,10 +78,10 @@ def _trust_remote_code(value: object, values: Values) -> str:
     )
 
 
-def _is_now(old: str, new: str, meaning: str | list[str], *, switched_on_by: bool = True) -> Translation:
+def _is_now(new: str, meaning: str | list[str], *, switched_on_by: bool = True) -> Translation:
     """Translate a switch into a value of another flag, unless the same source says otherwise under the new name."""
 
-    def translate(value: object, values: Values) -> str:
+    def translate(old: str, value: object, values: Values) -> str:
         if bool(value) != switched_on_by:
             return f"{old}={value} is the default."
         if values.get(new, meaning) != meaning:
@@ -93,10 +93,10 @@ def _is_now(old: str, new: str, meaning: str | list[str], *, switched_on_by: boo
     return translate
 
 
-def _into_mapping(name: str, target: str, key: str) -> Translation:
+def _into_mapping(target: str, key: str) -> Translation:
     """Translate a flag into one key of another flag that takes a mapping."""
 
-    def translate(value: object, values: Values) -> str:
+    def translate(name: str, value: object, values: Values) -> str:
         if value is None or value == 0:
             return f"{name}={value} is the default."
         current: Any = values.get(target) or {}
@@ -109,17 +109,17 @@ def _into_mapping(name: str, target: str, key: str) -> Translation:
 
 
 TRANSLATED: Final[Mapping[str, tuple[Any, Translation]]] = {
-    "adafactor": (bool, _is_now("adafactor", "optim", "adafactor")),
-    "dispatch_batches": (bool | None, _into_mapping("dispatch_batches", "accelerator_config", "dispatch_batches")),
-    "fsdp_min_num_params": (int, _into_mapping("fsdp_min_num_params", "fsdp_config", "min_num_params")),
+    "adafactor": (bool, _is_now("optim", "adafactor")),
+    "dispatch_batches": (bool | None, _into_mapping("accelerator_config", "dispatch_batches")),
+    "fsdp_min_num_params": (int, _into_mapping("fsdp_config", "min_num_params")),
     "fsdp_transformer_layer_cls_to_wrap": (
         str | None,
-        _into_mapping("fsdp_transformer_layer_cls_to_wrap", "fsdp_config", "transformer_layer_cls_to_wrap"),
+        _into_mapping("fsdp_config", "transformer_layer_cls_to_wrap"),
     ),
-    "group_by_length": (bool, _is_now("group_by_length", "train_sampling_strategy", "group_by_length")),
-    "include_inputs_for_metrics": (bool, _is_now("include_inputs_for_metrics", "include_for_metrics", ["inputs"])),
+    "group_by_length": (bool, _is_now("train_sampling_strategy", "group_by_length")),
+    "include_inputs_for_metrics": (bool, _is_now("include_for_metrics", ["inputs"])),
     "save_safetensors": (bool | None, _save_safetensors),
-    "split_batches": (bool | None, _into_mapping("split_batches", "accelerator_config", "split_batches")),
+    "split_batches": (bool | None, _into_mapping("accelerator_config", "split_batches")),
     "trust_remote_code": (bool, _trust_remote_code),
     "warmup_ratio": (float, _warmup_ratio),
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from llava_ft.args import legacy
@@ -36,30 +35,6 @@ _Values: TypeAlias = "dict[str, object]"
 _Arguments = TypeVar("_Arguments")
 
 
-class OnThisMachine:
-    """What a request becomes on this machine, worked out at its first use.
-
-    A request and those derived from it share one, so that devices are initialised once.
-    """
-
-    def __init__(self, model: ModelArguments, flags: TrainingFlags, inherited: Mapping[str, object], notes: list[str]):
-        self._model, self._flags, self._inherited, self._notes = model, flags, inherited, notes
-
-    @cached_property
-    def training(self) -> TrainingArguments:
-        """See `ParsedArgs.training`."""
-        from llava_ft.args.build import build_training_arguments
-
-        return build_training_arguments(self._flags, self._inherited, self._notes)
-
-    @cached_property
-    def attn_implementation(self) -> str:
-        """The attention kernel that this machine can run."""
-        from llava_ft.args.build import choose_attention
-
-        return choose_attention(self._model.attn_implementation, self.training, self._notes)
-
-
 @dataclass(frozen=True)
 class ParsedArgs:
     """A checked request.
@@ -69,7 +44,6 @@ class ParsedArgs:
         data: Where the records are.
         flags: The training flags of `TrainingFlags`, typed; no device has been touched for them.
         inherited: Fields of `transformers.TrainingArguments` that were given, plain and checked.
-        machine: What it becomes on this machine.
         notes: What the user should be told: translated spellings and flags without effect. Devices add to it.
         print_config: Whether the request is only to print the resolved configuration.
         kernel: The attention kernel, once it is settled for the model; None leaves it to the machine.
@@ -79,10 +53,11 @@ class ParsedArgs:
     data: DataArguments
     flags: TrainingFlags
     inherited: Mapping[str, object]
-    machine: OnThisMachine = field(compare=False, repr=False)
     notes: list[str] = field(default_factory=list[str], compare=False)
     print_config: bool = field(default=False, compare=False)
     kernel: str | None = field(default=None, compare=False)
+    _machine: dict[str, Any] = field(default_factory=dict[str, Any], compare=False, repr=False)
+    """What was asked of this machine. Requests derived from this one have it too, so devices are initialised once."""
 
     def with_model(self, model_name_or_path: str) -> ParsedArgs:
         """Return the same request for another base."""
@@ -102,12 +77,20 @@ class ParsedArgs:
         Raises:
             UserError: If this machine cannot do what was asked and there is no fallback.
         """
-        return self.machine.training
+        if "training" not in self._machine:
+            from llava_ft.args.build import build_training_arguments
+
+            self._machine["training"] = build_training_arguments(self.flags, self.inherited, self.notes)
+        return self._machine["training"]
 
     @property
     def attn_implementation(self) -> str:
         """The attention kernel that this machine can run: one of `args/attention.py`'s."""
-        return self.kernel or self.machine.attn_implementation
+        if self.kernel is None and "kernel" not in self._machine:
+            from llava_ft.args.build import choose_attention
+
+            self._machine["kernel"] = choose_attention(self.model.attn_implementation, self.training, self.notes)
+        return self.kernel or self._machine["kernel"]
 
 
 def parse_args(argv: Sequence[str], *, required: Sequence[str] = REQUIRED_TO_TRAIN) -> ParsedArgs:
@@ -150,8 +133,7 @@ def parse_args(argv: Sequence[str], *, required: Sequence[str] = REQUIRED_TO_TRA
     notes.extend(_default_evaluation(data, inherited))
     check_arguments(model, data, flags, inherited)
     notes.extend(find_idle_flags(model, data, flags))
-    machine = OnThisMachine(model, flags, inherited, notes)
-    return ParsedArgs(model, data, flags, inherited, machine, notes, print_config)
+    return ParsedArgs(model, data, flags, inherited, notes, print_config)
 
 
 def resolved_config(parsed: ParsedArgs) -> dict[str, Any]:
@@ -210,7 +192,7 @@ def _read_source(entries: Sequence[Entry], notes: list[str]) -> _Values:
             notes.append(f"{key} has no effect: {reason}.")
         elif key in legacy.TRANSLATED:
             hint, translate = legacy.TRANSLATED[key]
-            notes.append(translate(_value(entry, ValueType.of(hint)), values))
+            notes.append(translate(key, _value(entry, ValueType.of(hint)), values))
         elif key in flags:
             values[key] = _value(entry, flags[key])
         else:

@@ -73,17 +73,33 @@ def read_yaml(path: Path) -> list[Entry]:
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}. Give a YAML file.") from error
-    loader: Any = _Loader(text)
+    entries: list[Entry] = []
+    lines: dict[str, int] = {}
     try:
+        loader: Any = _Loader(text)
         root = loader.get_single_node()
-        return _mapping_entries(path, root, loader)
+        if not isinstance(root, yaml.MappingNode | None):
+            raise UserError(f"{path} is a {root.id}, not a mapping. Write one `key: value` per line.")
+        for key_node, value_node in root.value if root is not None else ():
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise UserError(
+                    f"{path}, line {line}: the key is a {key_node.id}. Keys are flag names, such as lora_r."
+                )
+            key = str(key_node.value)
+            if key in lines:
+                raise UserError(
+                    f"{path}, line {line}: {key} was given in line {lines[key]} already. Each key may occur once; "
+                    "remove one of the two."
+                )
+            lines[key] = line
+            entries.append(Entry(key, _node_value(path, value_node, loader), f"{path}, line {line}: {key}"))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f", line {mark.line + 1}"
         problem = getattr(error, "problem", None) or str(error)
         raise UserError(f"{path}{line}: not valid YAML: {problem}. Write one `key: value` per line.") from error
-    finally:
-        loader.dispose()
+    return entries
 
 
 def write_yaml(values: Mapping[str, object]) -> str:
@@ -136,28 +152,6 @@ class _Dumper(yaml.SafeDumper):
 
     yaml_representers = yaml.SafeDumper.yaml_representers | {str: _represent_text}
     yaml_implicit_resolvers = _with_point_free_floats(yaml.SafeDumper.yaml_implicit_resolvers)
-
-
-def _mapping_entries(path: Path, root: Any, loader: Any) -> list[Entry]:
-    if root is None:
-        return []
-    if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{path} is a {root.id}, not a mapping. Write one `key: value` per line.")
-    first_lines: dict[str, int] = {}
-    entries: list[Entry] = []
-    for key_node, value_node in root.value:
-        line = key_node.start_mark.line + 1
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise UserError(f"{path}, line {line}: the key is a {key_node.id}. Keys are flag names, such as lora_r.")
-        key = str(key_node.value)
-        if key in first_lines:
-            raise UserError(
-                f"{path}, line {line}: {key} was given in line {first_lines[key]} already. Each key may "
-                "occur once; remove one of the two."
-            )
-        first_lines[key] = line
-        entries.append(Entry(key, _node_value(path, value_node, loader), f"{path}, line {line}: {key}"))
-    return entries
 
 
 def _node_value(path: Path, node: Any, loader: Any) -> Raw:
