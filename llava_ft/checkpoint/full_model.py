@@ -2,7 +2,7 @@
 
 Merging and every export read a model through `FullModel`. Each weight is read, what was trained is put in with float32
 arithmetic, and the result is rounded once, a block of rows at a time: beside the tensor that is yielded, memory holds
-the adapter and a few megabytes.
+the adapter, or what several come to, and a few megabytes.
 """
 
 from collections import Counter

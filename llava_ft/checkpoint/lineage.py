@@ -139,14 +139,19 @@ def git_commit(directory: Path) -> str:
 
     It is asked once, so that a run reports one state; "" if there is no repository, no commit in it, or no usable git.
     """
-    command = ("git", "--no-optional-locks", "-C", str(directory))
-    command += ("describe", "--always", "--exclude=*", "--abbrev=40", "--dirty= (modified)")
+    # `describe --dirty` would write the index, which somebody may be committing from.
+    command = ("git", "--no-optional-locks", "-C", str(directory), "status", "--porcelain=v2", "--branch")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS_FOR_GIT, check=True)
+        done = subprocess.run(
+            (*command, "--untracked-files=no"), capture_output=True, text=True, timeout=_SECONDS_FOR_GIT, check=True
+        )
     except (OSError, subprocess.SubprocessError) as error:
         logger.debug("No commit of %s is known: %s", directory, error)
         return ""
-    return done.stdout.strip()
+    lines = done.stdout.splitlines()
+    commit = next((line.split()[-1] for line in lines if line.startswith("# branch.oid")), "(initial)")
+    is_modified = any(not line.startswith("#") for line in lines)
+    return "" if commit == "(initial)" else commit + " (modified)" * is_modified
 
 
 def _kind_and_fingerprint(path: Path) -> dict[str, str]:

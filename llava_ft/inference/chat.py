@@ -200,6 +200,8 @@ class Chat:
                         notices.append(f"{whose} was cut: the context is full. Begin anew with /clear, or /undo.")
                     elif not reply.text:
                         notices.append(f"{whose} is empty.")
+                if self.is_interactive:  # here, so that Ctrl-C at the very end is caught below
+                    signal.signal(signal.SIGINT, signal.SIG_IGN)
             except KeyboardInterrupt:
                 if not self.is_interactive:
                     raise

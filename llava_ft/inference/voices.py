@@ -134,7 +134,7 @@ def _own_values(model: nn.Module, replaced: Sequence[str], own: BaseModel) -> di
                 )
             value = fit_rows(tensor.to(device=parameter.device, dtype=parameter.dtype), shape)
             if not torch.equal(value, parameter.data):
-                values[name] = value
+                values[name] = value.clone()  # what a stream gives is only valid until the next one
     return values
 
 

@@ -227,7 +227,8 @@ def _fill(args: ParsedArgs, base: BaseModel, store: FeatureStore, missing: Mappi
         generator=torch.Generator(),  # the run's own random numbers stay as they are
     )
     unreadable: list[str] = []
-    with Progress("Encoding images", len(share), "images") as progress, ThreadPoolExecutor(1) as thread:
+    whose = "" if training.world_size == 1 else ", this rank's share"
+    with Progress(f"Encoding images{whose}", len(share), "images") as progress, ThreadPoolExecutor(1) as thread:
         written: Future[None] | None = None
         for batch in loader:
             unreadable += [share[digest].ref.image for digest, pixels in batch if pixels is None]

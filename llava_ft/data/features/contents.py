@@ -34,6 +34,8 @@ _PREFIX: Final = "contents"
 _TENSORS: Final = ("states", "contents")
 _SETTLED_SECONDS: Final = 2.0
 """A file changed more recently may be changed again within the same tick of the file system's clock."""
+_TRIES: Final = 3
+"""How often a file that changes while it is read, such as one that is being copied, is read again."""
 _NUM_THREADS: Final = 16
 _IMAGES_PER_TASK: Final = 256
 _IMAGES_PER_SHARD: Final = 1024
@@ -131,11 +133,15 @@ def _state(fingerprints: Mapping[ImagePlace, str], image: RunImage) -> bytes:
 
 def _read(fingerprints: Mapping[ImagePlace, str], image: RunImage) -> tuple[bytes, bytes]:
     """Return state and content of an image that does not change while it is read."""
-    state = _state(fingerprints, image)
-    if state != NO_CONTENT and parse_embedded(image.ref.image) is None:
-        with suppress(OSError):
-            age = time.time() - os.stat(image.reader.locate(image.ref)).st_ctime
-            time.sleep(_SETTLED_SECONDS - age if 0 <= age < _SETTLED_SECONDS else 0)
-    content = image.content_digest()
-    is_stable = NO_CONTENT not in (state, content) and state == _state(fingerprints, image)
-    return (state, content) if is_stable else (NO_CONTENT, NO_CONTENT)
+    for _ in range(_TRIES):
+        state = _state(fingerprints, image)
+        if state != NO_CONTENT and parse_embedded(image.ref.image) is None:
+            with suppress(OSError):
+                age = time.time() - os.stat(image.reader.locate(image.ref)).st_ctime
+                time.sleep(_SETTLED_SECONDS - age if 0 <= age < _SETTLED_SECONDS else 0)
+        content = image.content_digest()
+        if NO_CONTENT in (state, content):
+            break
+        if state == _state(fingerprints, image):
+            return state, content
+    return NO_CONTENT, NO_CONTENT

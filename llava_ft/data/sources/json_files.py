@@ -42,7 +42,8 @@ class JsonSource(IndexedSource):
     def __init__(self, name: str, files: Sequence[Path], image_folder: str | None = None):
         super().__init__(name, files, image_folder)
         self._has_lines = [file.suffix.lower() in _LINES_SUFFIXES for file in self.files]
-        self.index_kind = f"json-{'lines' if all(self._has_lines) else 'list'}-2"
+        kinds = hashlib.blake2b(bytes(self._has_lines), digest_size=4).hexdigest()  # of the files, in their order
+        self.index_kind = f"json-{kinds}-2"
         self._fingerprint = ""
 
     def fingerprint(self) -> str:

@@ -226,6 +226,8 @@ def _members_of(file: BinaryIO, path: Path) -> Iterator[_Member]:
                     yield info.name, info.offset_data, info.size, kind
             file.seek(tar.offset)
             end = file.read(_BLOCK)
+    except OSError as error:
+        raise UserError(f"Shard {path} cannot be read: {error.strerror or error}. Check --data_path.") from None
     except tarfile.TarError as error:
         raise UserError(
             f"Shard {path} is truncated or not a tar file ({error}). Fetch it again, or leave it out."
