@@ -110,8 +110,10 @@ class TestSecondStart:
     def test_more_is_read_when_more_is_asked_for(self, start, opened):
         start(check_images="exists")
         assert not opened
-        start(check_images="decode")
-        assert len(opened) == 3
+        for level in ("header", "decode"):
+            opened.clear()
+            start(check_images=level)
+            assert len(opened) == 3
         opened.clear()
         start(check_images="header")
         assert not opened

@@ -277,7 +277,9 @@ class TestDamage:
     def rows(self, source_of, settings, tokenize):
         return prepare_rows(source_of(), tokenize, settings)
 
-    @pytest.mark.parametrize("damage", ["shorter", "longer", "gone", "no manifest", "half a manifest", "other format"])
+    @pytest.mark.parametrize(
+        "damage", ["shorter", "longer", "gone", "no manifest", "half a manifest", "other format", "offsets"]
+    )
     def test_is_noticed_and_made_good(self, rows, source_of, settings, tokenize, damage, caplog):
         expected = rows.joined("input_ids").tolist()
         file, manifest = next(rows.directory.glob("*.arrow")), rows.directory / "manifest.json"
@@ -290,6 +292,12 @@ class TestDamage:
             file.unlink()
         elif damage == "no manifest":
             manifest.unlink()
+        elif damage == "offsets":
+            ends = np.cumsum([0, *rows.counts("input_ids")], dtype=np.int32)
+            wrong = ends.copy()
+            wrong[1] = ends[-1] + 100
+            assert content.count(ends.tobytes()) == 1
+            file.write_bytes(content.replace(ends.tobytes(), wrong.tobytes()))
         elif damage == "half a manifest":
             manifest.write_text(manifest.read_text()[:50])
         else:

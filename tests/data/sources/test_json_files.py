@@ -189,6 +189,20 @@ def test_a_file_that_changes_is_not_read_on(tmp_path):
         list(source.read(0, 1))
 
 
+def test_a_file_that_changes_while_it_is_searched_gets_no_index(tmp_path, monkeypatch):
+    path, scan = write(tmp_path, "a.json", "[1, 2]"), json_files.scan_list
+
+    def scan_and_change(file, name):
+        found = scan(file, name)
+        write(tmp_path, "a.json", "[1, 2, 3]")
+        return found
+
+    monkeypatch.setattr(json_files, "scan_list", scan_and_change)
+    with pytest.raises(UserError, match="changed after it was first read"):
+        opened(path, tmp_path)
+    assert not list((tmp_path / "cache").rglob("*.npy"))
+
+
 def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(UserError, match=r"cannot be written to .* --data_cache_dir"):
