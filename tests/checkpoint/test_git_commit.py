@@ -1,5 +1,6 @@
 """Which commit a run says it was started from."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -37,6 +38,14 @@ def test_the_commit_of_a_folder_inside_a_repository(repository: Path):
 def test_changed_files_are_told(repository: Path):
     (repository / "code.py").write_text("2\n")
     assert git_commit(repository) == f"{git(repository, 'rev-parse', 'HEAD')} (modified)"
+
+
+def test_the_index_is_left_alone(repository: Path):
+    os.utime(repository / "code.py", (1, 1))  # git would note that its content is the same
+    before = (repository / ".git/index").stat()
+    assert git_commit(repository) == git(repository, "rev-parse", "HEAD")
+    after = (repository / ".git/index").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 def test_it_is_asked_once(repository: Path):

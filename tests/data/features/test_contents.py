@@ -87,6 +87,19 @@ class TestContents:
         assert content_digests(tmp_path / "table", [image]) == [digest_of(b"new")]
         assert time.monotonic() - start > 0.25
 
+    def test_a_file_that_changes_while_it_is_read_is_read_again(self, tmp_path, monkeypatch):
+        image, read = self.image(tmp_path / "a", b"first"), RunImage.content_digest
+        changes = [b"second, longer"]
+
+        def read_and_change(image: RunImage) -> bytes:
+            content = read(image)
+            if changes:
+                (tmp_path / "a").write_bytes(changes.pop())
+            return content
+
+        monkeypatch.setattr(RunImage, "content_digest", read_and_change)
+        assert content_digests(tmp_path / "table", [image]) == [digest_of(b"second, longer")]
+
     def test_an_image_in_a_source_is_known_by_the_sources_fingerprint(self, tmp_path):
         source = _Source("one", [b"a", b"b"])
         images = [image_at(embedded_name(index, 0), ImagePlace(None, source)) for index in range(2)]

@@ -171,6 +171,15 @@ def test_the_fingerprint_is_that_of_the_content(tmp_path):
     assert open_source(write(tmp_path, "a.json", "[2]")).fingerprint() != first
 
 
+def test_files_of_the_other_kind_are_searched_anew(tmp_path):
+    write(tmp_path, "a.json", "[1]")
+    lines = write(tmp_path, "b.jsonl", '{"b": 1}')
+    assert len(opened(tmp_path / "*.json*", tmp_path)) == 2
+    lines.rename(tmp_path / "b.json")
+    with pytest.raises(UserError, match="does not hold a list"):
+        opened(tmp_path / "*.json*", tmp_path)
+
+
 def test_a_long_search_is_announced(tmp_path, monkeypatch, caplog):
     path = write(tmp_path, "a.json", "[1]")
     opened(write(tmp_path, "b.json", "[2]"), tmp_path)

@@ -155,6 +155,16 @@ def test_a_fault_in_the_middle(tmp_path):
         opened(path, tmp_path)
 
 
+def test_a_disk_that_fails_while_a_shard_is_walked_through(tmp_path, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    pack(tmp_path / "a.tar", [("1.json", json.dumps(talk(0)).encode())])
+    monkeypatch.setattr(tarfile, "open", fail)
+    with pytest.raises(UserError, match=r"a.tar cannot be read: Input/output error"):
+        opened(tmp_path / "a.tar", tmp_path)
+
+
 def test_compressed_shards_links_and_empty_ones_are_refused(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("x.json"))
