@@ -193,6 +193,8 @@ class Chat:
                         reply = voice.responder.answer(
                             prompt, pictures, voice.template, self.sampling, write=partial(write, number)
                         )
+                    # What was written may differ: bytes that are no character in the end may have looked like one.
+                    written[number] = reply.text
                     whose = f"The answer of {voice.name}" if len(self.voices) > 1 else "The answer"
                     if reply.ending == "length":
                         notices.append(f"{whose} was cut after {len(reply.ids)} tokens (--max-new-tokens).")

@@ -219,6 +219,15 @@ def test_each_line_is_a_turn(typed: Typed):
     ]
 
 
+def test_the_history_has_the_answer_as_it_is_decoded_in_the_end(typed: Typed):
+    typed.take(f"/image {SQUARE}", "Hi")  # bytes: the first ones look like characters until the next ones come
+    ((question, answer),) = typed.chat.dialogues[0].exchanges
+    prompt = Dialogue(V1).prompt(question)
+    reply = Responder(typed.chat.voices[0].responder.loaded).answer(prompt, question.pictures, V1, SHORT)
+    assert typed.output.getvalue() != answer + "\n"
+    assert answer == reply.text
+
+
 def test_an_image_belongs_to_the_next_question(typed: Typed):
     typed.take(f"/image {LANDSCAPE}", f"/image {SQUARE}", "What are these?", "And why?")
     first, second = (question for question, _ in typed.chat.dialogues[0].exchanges)
