@@ -22,8 +22,6 @@ from llava_ft.checkpoint.names import (
     EMBEDDINGS,
     IMAGE_NEWLINE,
     clip_to_native_name,
-    is_projector,
-    is_vision,
     native_name,
 )
 from llava_ft.checkpoint.quantized_base import refuse_quantized
@@ -33,6 +31,7 @@ from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import build_skeleton, is_llava_config, settle_config, vision_fields
 from llava_ft.models.config import LlavaLlamaConfig
 from llava_ft.models.llava import LlavaLlamaForCausalLM
+from llava_ft.models.parts import any_in, module_part
 from llava_ft.models.vision import CLIPVisionTower
 from llava_ft.tuning.quant import Quantization, check_quantized, quantize_linears
 
@@ -73,7 +72,7 @@ class BaseModel:
     @property
     def holds_vision_tower(self) -> bool:
         """Whether the base model's own files hold a vision tower, which may be another than the one it names."""
-        return any(map(is_vision, self.sources[0].names.values()))
+        return any_in("vision tower", self.sources[0].names.values())
 
 
 def find_base(
@@ -105,7 +104,7 @@ def find_base(
     refuse_quantized(str(directory.path))
     files = WeightFiles.open(directory.path)
     base_source = WeightSource.of("base model", files, native_name)
-    has_tower = any(map(is_vision, base_source.names.values()))
+    has_tower = any_in("vision tower", base_source.names.values())
     tower_name = vision_tower or directory.config.get("mm_vision_tower")
     # An adapter's config.json repeats the tower's name of its base; that asks for no other tower.
     asks_for_another = vision_tower is not None and vision_tower != directory.config.get("mm_vision_tower")
@@ -142,7 +141,7 @@ def find_base(
         sources.append(WeightSource.of("vision tower", tower_files, clip_to_native_name))
 
     beside = directory.projector_file if directory.kind == "llava" and not projector_file else None
-    if beside is not None and any(map(is_projector, base_source.names.values())):
+    if beside is not None and any_in("projector", base_source.names.values()):
         logger.info("%s is not used: the model's own weights hold the projector.", beside)
     elif beside is not None:
         logger.info("The projector is taken from %s: the model's own weights lack it.", beside)
@@ -150,7 +149,7 @@ def find_base(
     token_rows = None
     if projector_file:
         projector, token_rows = _open_projector(Path(projector_file), config)
-        sources = [*(_only(source, lambda name: not is_projector(name)) for source in sources), projector]
+        sources = [*(_only(source, lambda name: module_part(name) != "projector") for source in sources), projector]
     sources += extra_sources
     check_config(config, sources, str(directory.path))
 
@@ -168,7 +167,7 @@ def find_base(
         directory=directory,
         config=config,
         sources=tuple(sources),
-        projector_is_new=is_untrained and not any(map(is_projector, names)),
+        projector_is_new=is_untrained and not any_in("projector", names),
         newline_is_new=config.has_image_newline and not had_newline and IMAGE_NEWLINE not in names,
         vision_directory=vision_directory if vision is not None else None,
         token_rows=token_rows,
@@ -233,7 +232,7 @@ def load_base(
     if not with_tower and model.has_vision:
         model.runs_tower = False
         del model.model.vision_tower
-        sources = tuple(_only(source, lambda name: not is_vision(name)) for source in sources)
+        sources = tuple(_only(source, lambda name: module_part(name) != "vision tower") for source in sources)
     if quantization is not None:
         quantize_linears(model, quantization, dtype_of)
     ledger = load_weights(
@@ -266,7 +265,8 @@ def load_tower(base: BaseModel, *, dtype: torch.dtype, device: torch.device | st
     alone.config = LlavaLlamaConfig(tie_word_embeddings=False)
     alone.model = nn.Module()
     alone.model.vision_tower = tower
-    load_weights(alone, [_only(source, is_vision) for source in base.sources], dtype_of=lambda _: dtype, device=device)
+    sources = [_only(source, lambda name: module_part(name) == "vision tower") for source in base.sources]
+    load_weights(alone, sources, dtype_of=lambda _: dtype, device=device)
     return tower.to(device).eval()
 
 
@@ -277,7 +277,7 @@ def _open_projector(path: Path, config: LlavaLlamaConfig) -> tuple[WeightSource,
         raise CheckpointError(f"The projector file {path} is of no use to a text-only model. Add --vision_tower.")
     files = WeightFiles.open(path)
     names = {key: native_name(key) for key in files.tensors}
-    projector = {key: name for key, name in names.items() if is_projector(name)}
+    projector = {key: name for key, name in names.items() if module_part(name) == "projector"}
     if not projector:
         raise CheckpointError(
             f"{path} holds no projector: none of its {len(names)} tensors is named mm_projector. "

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from llava_ft.checkpoint.load import WeightSource
-from llava_ft.checkpoint.names import is_language_model, is_vision, native_name
+from llava_ft.checkpoint.names import native_name
 from llava_ft.checkpoint.weights import WeightFiles
+from llava_ft.models.parts import LANGUAGE_MODEL, module_part
 
 _VALUES_PER_TENSOR = 64
 
@@ -23,7 +24,7 @@ def language_model_fingerprint(sources: Iterable[WeightSource]) -> str:
         `sha256:` and 32 hexadecimal digits.
     """
     samples: dict[str, bytes] = {}
-    for name, tensor in _tensors(sources, is_language_model):
+    for name, tensor in _tensors(sources, lambda name: module_part(name) in LANGUAGE_MODEL):
         flat = tensor.reshape(-1)
         stride = max(1, flat.numel() // _VALUES_PER_TENSOR)
         samples[name] = _shape_and_values(tensor, flat[::stride][:_VALUES_PER_TENSOR])
@@ -38,7 +39,7 @@ def vision_tower_fingerprint(sources: Iterable[WeightSource]) -> str:
     Returns:
         `sha256:` and 32 hexadecimal digits.
     """
-    vision = _tensors(sources, is_vision)
+    vision = _tensors(sources, lambda name: module_part(name) == "vision tower")
     return _digest({name: hashlib.sha256(_shape_and_values(t, t)).digest() for name, t in vision})
 
 

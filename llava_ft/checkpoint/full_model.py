@@ -16,10 +16,11 @@ from llava_ft.checkpoint.adapter import merged
 from llava_ft.checkpoint.base_and_adapters import BaseAndAdapters, open_base_and_adapters
 from llava_ft.checkpoint.directory import ModelDirectory
 from llava_ft.checkpoint.load import Ledger, Plan, WeightSource, fit_rows, plan_sources, stream_planned
-from llava_ft.checkpoint.names import EMBEDDINGS, is_vision, native_name
+from llava_ft.checkpoint.names import EMBEDDINGS, native_name
 from llava_ft.checkpoint.overrides import Force
 from llava_ft.models.builder import build_skeleton
 from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.models.parts import any_in
 from llava_ft.tuning.freeze import language_model_linears
 from llava_ft.tuning.quant import Quantization
 
@@ -82,7 +83,7 @@ class FullModel:
         self.dtype = max(num_bytes, key=lambda dtype: num_bytes[dtype])
         for _, adapter in self.adapters:
             adapter.check_shapes(self.shapes)
-        self._tower_is_changed = any(is_vision(name) for _, adapter in self.adapters for name in adapter.changed)
+        self._tower_is_changed = any(any_in("vision tower", adapter.changed) for _, adapter in self.adapters)
 
     def names(self, *, with_tower: bool) -> list[str]:
         """Native names of the tensors that `stream` yields, in its order."""

@@ -19,7 +19,8 @@ from torch import nn
 from llava_ft.checkpoint.names import EMBEDDINGS, HEAD, IMAGE_NEWLINE, is_derived
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.errors import CheckpointError, some_of
-from llava_ft.models.llava import LlavaLlamaForCausalLM, part_of
+from llava_ft.models.llava import LlavaLlamaForCausalLM
+from llava_ft.models.parts import part_of
 from llava_ft.tuning.quant import is_quantized, set_quantized_weight
 
 logger = logging.getLogger(__name__)

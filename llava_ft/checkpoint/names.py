@@ -95,21 +95,6 @@ def is_derived(name: str) -> bool:
     return _DERIVED.search(name) is not None
 
 
-def is_vision(name: str) -> bool:
-    """Whether a native name belongs to the vision tower."""
-    return name.startswith("model.vision_tower.")
-
-
-def is_projector(name: str) -> bool:
-    """Whether a native name belongs to the projector."""
-    return name.startswith(PROJECTOR_PREFIX)
-
-
-def is_language_model(name: str) -> bool:
-    """Whether a native name belongs to the language model: what an adapter is trained on."""
-    return not (is_vision(name) or is_projector(name) or name == IMAGE_NEWLINE)
-
-
 def adapter_name(name: str) -> str:
     """Return the key of a LoRA parameter in an adapter file, given its name in a PEFT model."""
     return re.sub(r"\.default(?=\.|$)", "", name)

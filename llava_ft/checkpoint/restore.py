@@ -26,7 +26,6 @@ from llava_ft.checkpoint.names import (
     NON_LORA_BIN,
     TRAINER_STATE,
     is_derived,
-    is_projector,
     is_transformers_spelling,
     plain_name,
 )
@@ -34,6 +33,7 @@ from llava_ft.checkpoint.overrides import Force, refuse_unless
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.errors import CheckpointError, some_of
 from llava_ft.models.builder import is_llava_config
+from llava_ft.models.parts import module_part
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def lacks_projector(directory: ModelDirectory, adapter_keys: Iterable[str]) -> b
     So what counts is who wrote the directory: one with the names of transformers' own layout comes from PEFT, as does
     one that holds nothing that a run of LLaVA leaves - its configuration, its state, DeepSpeed's files.
     """
-    if any(is_projector(plain_name(key)) or is_transformers_spelling(key) for key in adapter_keys):
+    if any(module_part(plain_name(key)) == "projector" or is_transformers_spelling(key) for key in adapter_keys):
         return False
     leftovers = (TRAINER_STATE, MANIFEST, "latest")
     return (

@@ -32,12 +32,11 @@ from llava_ft.checkpoint.names import (
     PROJECTOR_BIN,
     PROJECTOR_SAFETENSORS,
     adapter_name,
-    is_language_model,
-    native_name,
 )
 from llava_ft.checkpoint.weights import SAFETENSORS_DTYPES
 from llava_ft.errors import UserError
 from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.models.parts import LANGUAGE_MODEL, module_part, part_of
 
 WeightsFormat = Literal["bin", "safetensors", "both"]
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -68,8 +67,8 @@ def write_lora(
     adapter: dict[str, torch.Tensor] = {}
     beside: dict[str, torch.Tensor] = {}
     for name, tensor in trained.items():
-        is_bias = name.endswith("bias") and is_language_model(native_name(name))
-        (adapter if "lora_" in name or is_bias else beside)[adapter_name(name)] = tensor
+        is_bias = name.endswith("bias") and module_part(name) in LANGUAGE_MODEL
+        (adapter if part_of(name) == "LoRA" or is_bias else beside)[adapter_name(name)] = tensor
     beside |= {PEFT_PREFIX + name: tensor for name, tensor in (whole_matrices or {}).items()}
     write_tensors(directory, adapter, weights_format, ADAPTER_BIN, ADAPTER_SAFETENSORS)
     write_tensors(directory, beside, weights_format, NON_LORA_BIN, NON_LORA_SAFETENSORS)

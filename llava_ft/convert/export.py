@@ -10,7 +10,7 @@ import torch
 from llava_ft.checkpoint.base_and_adapters import open_base_and_adapters
 from llava_ft.checkpoint.directory import identify, resolve_model_path
 from llava_ft.checkpoint.full_model import FullModel, open_full_model
-from llava_ft.checkpoint.names import CONFIG, is_vision, native_name
+from llava_ft.checkpoint.names import CONFIG, native_name
 from llava_ft.checkpoint.overrides import collect_ignored
 from llava_ft.checkpoint.save import shard_bytes
 from llava_ft.checkpoint.weights import WeightFiles, read_json
@@ -22,6 +22,7 @@ from llava_ft.convert.proof import ConversionReport, check_target, proven_direct
 from llava_ft.convert.verify import NativeSpeaker, Speaker, computing_dtype, prove_answers, relative_bound
 from llava_ft.errors import UserError
 from llava_ft.inference.load import LoadedModel, load_base_and_adapters, load_model
+from llava_ft.models.parts import any_in
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def _compare(
             return HfSpeaker.load(staging, dtype)
         tower = request.vision_tower or full.config.mm_vision_tower
         base = str(full.base.directory.path) if request.adapter_only else None
-        if base is None and any(is_vision(native_name(name)) for name in WeightFiles.open(staging).tensors):
+        if base is None and any_in("vision tower", map(native_name, WeightFiles.open(staging).tensors)):
             tower = None
         loaded = load_model(str(staging), base, vision_tower=tower, dtype=dtype, device="cpu", adapter="beside")
         return NativeSpeaker(loaded)

@@ -34,8 +34,6 @@ from llava_ft.checkpoint.names import (
     NON_LORA_BIN,
     PEFT_PREFIX,
     is_derived,
-    is_projector,
-    is_vision,
     plain_name,
 )
 from llava_ft.checkpoint.save import adapter_config_fields, config_fields, save_tensors, write_json
@@ -47,6 +45,7 @@ from llava_ft.convert.proof import ConversionReport
 from llava_ft.errors import CheckpointError, RunError
 from llava_ft.models.builder import build_skeleton
 from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.models.parts import any_in, module_part
 
 Layout = Literal["llava", "hf"]
 
@@ -132,13 +131,13 @@ def _check_layout(whole: FullModel, lora: LoraAdapter, layout: Layout) -> None:
     reason = why_not_hf(whole.config) if layout == "hf" else None
     if reason is not None:
         raise CheckpointError(f"transformers' own layout cannot hold the base of {lora.path}: {reason}")
-    others = sorted({name for names in lora.replaced for name in names.values() if not is_projector(name)})
+    others = sorted({name for names in lora.replaced for name in names.values() if module_part(name) != "projector"})
     if layout == "hf" and others:
         raise CheckpointError(
             f"{lora.path} holds {others[0]} and {len(others) - 1} other tensors that were trained beside the adapter. "
             f"Of those a PEFT adapter can hold the projector. {_WHOLE_INSTEAD}"
         )
-    if layout == "llava" and ({EMBEDDINGS, HEAD} & set(others) or any(map(is_vision, [*others, *lora.changed]))):
+    if layout == "llava" and ({EMBEDDINGS, HEAD} & set(others) or any_in("vision tower", [*others, *lora.changed])):
         raise CheckpointError(
             f"{lora.path} changes the vocabulary's matrices or the vision tower, which original LLaVA does not take "
             f"from an adapter. {_WHOLE_INSTEAD}"

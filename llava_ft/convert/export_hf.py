@@ -23,7 +23,7 @@ from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.checkpoint.hf.config import hf_fields
 from llava_ft.checkpoint.hf.names import hub_name
 from llava_ft.checkpoint.load import fit_rows
-from llava_ft.checkpoint.names import CONFIG, EMBEDDINGS, GENERATION_CONFIG, HEAD, PREPROCESSOR_CONFIG, is_vision
+from llava_ft.checkpoint.names import CONFIG, EMBEDDINGS, GENERATION_CONFIG, HEAD, PREPROCESSOR_CONFIG
 from llava_ft.checkpoint.save import Layout, ShardWriter, check_space, layout_bytes, write_json
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.constants import IMAGE_TOKEN
@@ -37,6 +37,7 @@ from llava_ft.data.images import ImageTransform
 from llava_ft.errors import CheckpointError
 from llava_ft.geometry import ImageGeometry
 from llava_ft.inference.load import DEFAULT_TEMPLATE
+from llava_ft.models.parts import module_part
 
 CHAT_TEMPLATE: Final = "chat_template.jinja"
 CHAT_TEMPLATE_WITH_BEGIN: Final = "chat_template_with_bos.jinja"
@@ -74,7 +75,7 @@ def export_hf(
         value = piece.value
         if piece.name in (EMBEDDINGS, HEAD):
             value = fit_rows(value, (num_rows, *value.shape[1:]))
-        if tower is not None and is_vision(piece.name):
+        if tower is not None and module_part(piece.name) == "vision tower":
             tower.add(piece.name, value)
         report.count(piece)
         writer.add(hub_name(piece.name), value)

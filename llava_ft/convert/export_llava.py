@@ -19,7 +19,6 @@ from llava_ft.checkpoint.names import (
     GENERATION_CONFIG,
     HEAD,
     PREPROCESSOR_CONFIG,
-    is_vision,
     native_name,
 )
 from llava_ft.checkpoint.save import ShardWriter, check_space, config_fields, layout_bytes, save_tensors, write_json
@@ -37,6 +36,7 @@ from llava_ft.convert.native_record import (
 from llava_ft.convert.proof import ConversionReport, prove_tensors
 from llava_ft.data.image_processor import ImageProcessorSettings
 from llava_ft.errors import CheckpointError
+from llava_ft.models.parts import module_part
 
 _VOCABULARY: Final = (EMBEDDINGS, HEAD)
 
@@ -61,7 +61,7 @@ def export_llava(
     layout = {
         name: ((min(shape[0], num_rows), *shape[1:]) if name in _VOCABULARY else shape, on_disk)
         for name, (shape, on_disk) in whole.layout(dtype, with_tower=True).items()
-        if not (leaves_tower_out and is_vision(name))
+        if not (leaves_tower_out and module_part(name) == "vision tower")
     }
     check_space(target, layout_bytes(layout))
     if (
@@ -138,7 +138,7 @@ def _tower_is_as_exported(whole: FullModel, record: WeightRecord) -> bool:
     """Whether the tower has the values that it had when it was put in by the export."""
     digest = TensorDigest()
     base = whole.base.sources[0]
-    vision = {key: name for key, name in base.names.items() if is_vision(name)}
+    vision = {key: name for key, name in base.names.items() if module_part(name) == "vision tower"}
     if not vision or any(whole.origin(name) != "frozen" for name in vision.values()):
         return False
     for key, value in base.files.stream(vision):

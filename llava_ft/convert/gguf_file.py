@@ -24,9 +24,10 @@ from typing import Any, Final, Literal
 import numpy as np
 import torch
 
-from llava_ft.checkpoint.names import IMAGE_NEWLINE, PROJECTOR_PREFIX, VISION_PREFIX, is_projector, is_vision
+from llava_ft.checkpoint.names import PROJECTOR_PREFIX, VISION_PREFIX
 from llava_ft.errors import CheckpointError, UserError
 from llava_ft.models.config import LlavaLlamaConfig, hidden_state_index
+from llava_ft.models.parts import LANGUAGE_MODEL, module_part
 
 File = Literal["language", "vision"]
 """`language` is the language model's file, `vision` the one with tower and projector (llama.cpp's "mmproj")."""
@@ -83,8 +84,8 @@ def plan_tensors(
         layer = _TOWER_LAYER.match(native)
         if native.startswith(_TOWER_END) or (layer is not None and int(layer[1]) >= num_read):
             continue
-        file: File = "vision" if is_vision(native) or is_projector(native) or native == IMAGE_NEWLINE else "language"
-        if is_projector(native):  # the package knows it by the names of transformers' layout alone
+        file: File = "language" if module_part(native) in LANGUAGE_MODEL else "vision"
+        if module_part(native) == "projector":  # the package knows it by the names of transformers' layout alone
             name = native.replace(PROJECTOR_PREFIX, "mm.")
         else:
             name = names[file].get_name(native.replace("model.vision_tower.", "", 1), (".weight", ".bias"))

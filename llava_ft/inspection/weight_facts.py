@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import Any, Final
 
 from llava_ft.checkpoint.names import EMBEDDINGS, HEAD, is_transformers_spelling
-from llava_ft.inspection.weight_headers import PARTS, TensorHeader
+from llava_ft.inspection.weight_headers import PARTS_OF_FILES, TensorHeader
 
 _LAYER: Final = re.compile(r"^model\.layers\.(\d+)\.")
 _TOWER_LAYER: Final = re.compile(r"encoder\.layers\.(\d+)\.")
@@ -138,9 +138,9 @@ class PartSummary:
 
 
 def summarise(tensors: Sequence[TensorHeader]) -> list[PartSummary]:
-    """Group tensors by part, in the order of `PARTS`."""
+    """Group tensors by part, in the order of `PARTS_OF_FILES`."""
     summaries: list[PartSummary] = []
-    for part in PARTS:
+    for part in PARTS_OF_FILES:
         if members := [tensor for tensor in tensors if tensor.part == part]:
             num_values, num_bytes = sum(t.num_values for t in members), sum(t.num_bytes for t in members)
             summaries.append(PartSummary(part, len(members), num_values, num_bytes, fold(members)))

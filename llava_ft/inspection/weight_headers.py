@@ -16,19 +16,14 @@ from typing import Any, Final, cast
 import torch
 
 from llava_ft.checkpoint.names import (
-    EMBEDDINGS,
-    HEAD,
-    IMAGE_NEWLINE,
-    NEW_ROWS_SUFFIX,
     clip_to_native_name,
     is_derived,
-    is_projector,
-    is_vision,
     plain_name,
 )
 from llava_ft.checkpoint.pickles import load_pickle
 from llava_ft.checkpoint.weights import SAFETENSORS_DTYPES
 from llava_ft.errors import CheckpointError
+from llava_ft.models.parts import part_of
 
 _WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _NO_WEIGHTS: Final = re.compile(
@@ -38,11 +33,11 @@ _CLIP: Final = re.compile(r"(?:vision_model|text_model|text_projection|visual_pr
 _CONTAINERS: Final = ("state_dict", "model", "module", "model_state_dict")
 _MOST_HEADER_BYTES: Final = 100 * 10**6
 
-PARTS: Final = (
+PARTS_OF_FILES: Final = (
     "embeddings", "layers", "norm", "head", "projector", "image newline", "vision tower", "LoRA A", "LoRA B",
     "DoRA magnitudes", "LoRA biases", "rows of added tokens", "CLIP text half", "derived", "other",
 )  # fmt: skip
-"""What `part_of_tensor` returns, in the order in which parts are shown."""
+"""Parts of files, in the order in which they are shown: those of `models/parts.py`, decoder and LoRA in pieces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +46,7 @@ class TensorHeader:
 
     key: str  # its name in the file
     name: str  # its native name
-    part: str  # one of `PARTS`
+    part: str  # one of `PARTS_OF_FILES`
     shape: tuple[int, ...]
     dtype: str
     num_bytes: int
@@ -76,23 +71,21 @@ class FileHeader:
 
 def part_of_tensor(name: str) -> str:
     """Return which part of a model a tensor belongs to, by its native name."""
-    parts = (
+    finer = (
         ("DoRA magnitudes", ".lora_magnitude_vector" in name),
         ("LoRA biases", ".lora_B.bias" in name),
         ("LoRA A", ".lora_A." in name or ".lora_embedding_A" in name),
         ("LoRA B", ".lora_B." in name or ".lora_embedding_B" in name),
         ("derived", is_derived(name)),
-        ("rows of added tokens", name.endswith(NEW_ROWS_SUFFIX)),
         ("CLIP text half", name.startswith("clip.")),
-        ("embeddings", name == EMBEDDINGS),
-        ("head", name in (HEAD, "lm_head.bias")),
-        ("image newline", name == IMAGE_NEWLINE),
-        ("vision tower", is_vision(name)),
-        ("projector", is_projector(name)),
         ("layers", name.startswith("model.layers.")),
         ("norm", name.startswith("model.norm.")),
     )
-    return next((part for part, holds_it in parts if holds_it), "other")
+    found = next((part for part, holds_it in finer if holds_it), None)
+    if found is None:
+        part = part_of(name)
+        found = {"new token rows": "rows of added tokens", "language model": "other"}.get(part, part)
+    return found
 
 
 def is_weight_file(path: Path) -> bool:

@@ -16,7 +16,7 @@ import torch
 from llava_ft.checkpoint.names import EMBEDDINGS, HEAD
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.errors import CheckpointError
-from llava_ft.inspection.weight_headers import PARTS, TensorHeader
+from llava_ft.inspection.weight_headers import PARTS_OF_FILES, TensorHeader
 from llava_ft.inspection.weights import Description, describe
 
 _BYTES_PER_GROUP: Final = 256 * 2**20
@@ -119,7 +119,7 @@ def compare(first: Path, second: Path) -> Difference:
             if difference is not None:
                 found.different.append(difference)
     num_common = Counter(tensor.part for tensor in common)
-    for part in (part for part in PARTS if part in num_common):
+    for part in (part for part in PARTS_OF_FILES if part in num_common):
         different = [one for one in found.different if one.part == part]
         one = PartDifference(part, num_common[part], num_common[part] - len(different))
         if different:

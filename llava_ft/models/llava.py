@@ -342,27 +342,3 @@ def scatter_image_features(embeds_BTD: torch.Tensor, features_SD: torch.Tensor, 
             f"{IMAGE_TOKEN_INDEX} for each image token, in the order of the images."
         )
     return embeds_BTD.masked_scatter(mask_BT.unsqueeze(-1), features_SD.to(embeds_BTD.dtype))
-
-
-def parts(model: nn.Module) -> dict[str, str]:
-    """Name the part of the model that each parameter belongs to.
-
-    Returns:
-        Parameter name to one of "LoRA", "projector", "image newline", "vision tower", "new token rows", "embeddings",
-        "head" and "language model".
-    """
-    return {name: part_of(name) for name, _ in model.named_parameters()}
-
-
-def part_of(name: str) -> str:
-    """Name the part of the model that a parameter name, with or without PEFT's prefixes, belongs to."""
-    markers = (
-        ("lora_", "LoRA"),
-        ("mm_projector", "projector"),
-        ("image_newline", "image newline"),
-        ("vision_tower", "vision tower"),
-        ("new_rows", "new token rows"),
-        ("embed_tokens", "embeddings"),
-        ("lm_head", "head"),
-    )
-    return next((part for marker, part in markers if marker in name), "language model")

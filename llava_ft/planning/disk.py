@@ -16,12 +16,11 @@ from llava_ft.checkpoint.names import (
     NON_LORA_BIN,
     OPTIMIZER,
     PROJECTOR_BIN,
-    is_language_model,
-    is_vision,
     native_name,
 )
 from llava_ft.checkpoint.weights import WeightFiles, has_model_weights
 from llava_ft.data.features.store import FeatureFormat
+from llava_ft.models.parts import LANGUAGE_MODEL, module_part, part_of
 from llava_ft.planning.model import ModelOutline, ParameterShape
 from llava_ft.planning.placement import optimizer_kind
 from llava_ft.planning.request import PlanRequest
@@ -58,7 +57,7 @@ def checkpoint_files(
         inside = [
             shape
             for shape in trained
-            if "lora_" in shape.name or (shape.name.endswith("bias") and is_language_model(native_name(shape.name)))
+            if shape.part == "LoRA" or (shape.name.endswith("bias") and module_part(shape.name) in LANGUAGE_MODEL)
         ]
         # Embeddings and head are there whole if rows of added tokens are trained.
         by_name = {native_name(shape.name): shape for shape in shapes}
@@ -66,7 +65,7 @@ def checkpoint_files(
         whole = sum(shape.numel * shape.dtype.itemsize for shape in matrices)
         files = {ADAPTER_BIN: 4 * _count(inside), NON_LORA_BIN: 4 * (_count(trained) - _count(inside)) + whole}
     else:
-        written = [shape for shape in shapes if save_vision_tower or shape.is_trained or not is_vision(shape.name)]
+        written = [shape for shape in shapes if save_vision_tower or shape.is_trained or shape.part != "vision tower"]
         size = request.compute_dtype.itemsize
         files = {WHOLE_MODEL: sum(shape.numel * (size if is_final else shape.dtype.itemsize) for shape in written)}
     copies = 2 if weights_format == "both" else 1
@@ -97,9 +96,8 @@ def merged_base_bytes(shapes: Sequence[ParameterShape], outline: ModelOutline) -
     return dtype.itemsize * sum(
         shape.numel
         for name, shape in native.items()
-        if "lora_" not in name
-        and not name.endswith(NEW_ROWS_SUFFIX)
-        and (outline.holds_vision_tower or not is_vision(name))
+        if part_of(name) not in ("LoRA", "new token rows")
+        and (outline.holds_vision_tower or module_part(name) != "vision tower")
     )
 
 

@@ -20,7 +20,7 @@ from llava_ft.checkpoint.names import ADAPTER_CONFIG, CONFIG, PROJECTOR_BIN, PRO
 from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import build_skeleton
 from llava_ft.models.config import LlavaLlamaConfig
-from llava_ft.models.llava import part_of
+from llava_ft.models.parts import part_of
 from llava_ft.planning.quantized import stored_bytes
 from llava_ft.planning.request import PlanRequest
 from llava_ft.resolve import config_from_files, settle_base, start_of

@@ -2,10 +2,11 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from llava_ft.args import ParsedArgs
 from llava_ft.errors import UserError
+from llava_ft.models.parts import PARTS
 from llava_ft.planning.advice import Change, Way, advise, find_ways
 from llava_ft.planning.disk import checkpoint_files, merged_base_bytes, vision_cache_bytes
 from llava_ft.planning.memory import MemoryPlanner, RankMemory
@@ -16,12 +17,6 @@ from llava_ft.planning.step import Batch
 from llava_ft.planning.workload import find_workload
 
 logger = logging.getLogger(__name__)
-
-PARTS: Final = (
-    *("embeddings", "language model", "head", "projector"),
-    *("image newline", "vision tower", "LoRA", "new token rows"),
-)
-"""Parts of the model in the order of the report; see `part_of`."""
 
 
 @dataclass(frozen=True)

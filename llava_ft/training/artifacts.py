@@ -32,7 +32,6 @@ from llava_ft.checkpoint.names import (
     NEW_ROWS_SUFFIX,
     RUN_CONFIG,
     TRAINABLE_TABLE,
-    is_vision,
     native_name,
 )
 from llava_ft.checkpoint.restore import whole_shape
@@ -53,6 +52,7 @@ from llava_ft.data.sources.mixture import MixtureEntry, open_mixture
 from llava_ft.data.sources.open import is_mixture
 from llava_ft.data.tokenizer import save_tokenizer
 from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.models.parts import module_part
 from llava_ft.training.fragments import whole_dtype, whole_value
 from llava_ft.training.start_from import describe_start
 from llava_ft.tuning.freeze import Method
@@ -139,7 +139,7 @@ class RunArtifacts:
         parameters = {
             name: parameter
             for name, parameter in model.named_parameters()
-            if self.save_vision_tower or parameter.requires_grad or not is_vision(name)
+            if self.save_vision_tower or parameter.requires_grad or module_part(name) != "vision tower"
         }
         layout = {
             name: (whole_shape(parameter), dtype or whole_dtype(parameter)) for name, parameter in parameters.items()

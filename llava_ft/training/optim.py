@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from llava_ft.checkpoint.restore import whole_shape
-from llava_ft.models.llava import part_of
+from llava_ft.models.parts import part_of
 from llava_ft.terminal import columns
 from llava_ft.tuning.quant import dtype_name, is_quantized, size_in_memory
 

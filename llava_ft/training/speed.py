@@ -20,7 +20,7 @@ from llava_ft.checkpoint.restore import whole_shape
 from llava_ft.constants import IGNORE_INDEX
 from llava_ft.models.config import LlavaLlamaConfig
 from llava_ft.models.flops import Counts, Flops, model_flops
-from llava_ft.models.llava import part_of
+from llava_ft.models.parts import part_of
 from llava_ft.tuning.quant import size_in_memory
 
 _ONE_PER_IMAGE: Final = ("image_sizes", "pixel_values", "image_features")

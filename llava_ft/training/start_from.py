@@ -15,11 +15,12 @@ from llava_ft.checkpoint.base import BaseModel, find_base
 from llava_ft.checkpoint.directory import identify
 from llava_ft.checkpoint.lineage import describe_parent, read_lineage
 from llava_ft.checkpoint.manifest import MERGED_BASE, what_is_incomplete
-from llava_ft.checkpoint.names import NEW_ROWS_SUFFIX, NON_LORA_BIN, is_language_model, plain_name
+from llava_ft.checkpoint.names import NEW_ROWS_SUFFIX, NON_LORA_BIN, plain_name
 from llava_ft.checkpoint.overrides import Force, force_from_flags, refuse_unless
 from llava_ft.checkpoint.restore import restore_trained
 from llava_ft.checkpoint.start import Start
 from llava_ft.errors import UserError
+from llava_ft.models.parts import LANGUAGE_MODEL, module_part
 from llava_ft.resolve import config_wishes
 from llava_ft.training.distributed import wait_for_first
 from llava_ft.training.fragments import gathered, value_setter
@@ -78,7 +79,14 @@ def put_start(args: ParsedArgs, start: Start, model: nn.Module) -> None:
     put = value_setter(model)
     if start.has_adapter and start.mode == "continue":
         # Projector and image_newline have their values by now, from the start's files or the base's.
-        restore_trained(model, start.path, as_start=True, put=put, force=force_of(args), is_needed=is_language_model)
+        restore_trained(
+            model,
+            start.path,
+            as_start=True,
+            put=put,
+            force=force_of(args),
+            is_needed=lambda name: module_part(name) in LANGUAGE_MODEL,
+        )
         logger.info("Starting from the adapter in %s and what was trained beside it.", start.path)
         return
     parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from llava_ft.errors import UserError
-from llava_ft.models.llava import LlavaLlamaForCausalLM, part_of
+from llava_ft.models.llava import LlavaLlamaForCausalLM
+from llava_ft.models.parts import part_of
 from llava_ft.models.token_rows import add_new_rows
 
 Method = Literal["full", "lora", "projector"]

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llava_ft.errors import UserError
-from llava_ft.models.llava import part_of
+from llava_ft.models.parts import module_part
 from llava_ft.tuning.freeze import DECODER_LAYER, language_model_linears
 from llava_ft.tuning.lora_layer import use_fast_layers
 
@@ -83,7 +83,7 @@ def add_lora(
     model.name_or_path = base_model_name  # PEFT writes this over what its config says
     peft_model = wrap_with_peft(model, config)
     for name, parameter in peft_model.named_parameters():
-        if name.endswith("bias") and part_of(name) == "vision tower":
+        if name.endswith("bias") and module_part(name) == "vision tower":
             parameter.requires_grad_(False)
     if fast:
         use_fast_layers(peft_model)

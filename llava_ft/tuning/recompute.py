@@ -24,7 +24,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from llava_ft.models.llava import part_of
+from llava_ft.models.parts import part_of
 from llava_ft.tuning.lora_layer import LoraDecoderLayer
 
 Mode = Literal["none", "full", "selective"]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from llava_ft.checkpoint.hf.names import hub_name, module_name
 from llava_ft.errors import CheckpointError
 from llava_ft.inspection.weight_facts import braced, fold, ranges
-from llava_ft.inspection.weight_headers import PARTS, TensorHeader, part_of_tensor, read_header
+from llava_ft.inspection.weight_headers import PARTS_OF_FILES, TensorHeader, part_of_tensor, read_header
 from llava_ft.inspection.weights import Description, describe
 from llava_ft.inspection.weights_difference import compare
 from tests.training.helpers import train
@@ -136,7 +136,7 @@ def test_rows_of_added_tokens_in_a_projector_s_file_are_no_vocabulary(tmp_path: 
 )
 def test_parts(name: str, part: str):
     assert part_of_tensor(name) == part
-    assert part in PARTS
+    assert part in PARTS_OF_FILES
 
 
 # What is missing

@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llava_ft.checkpoint.base import find_base, load_base
 from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava_ft.models.llava import part_of
+from llava_ft.models.parts import part_of
 from llava_ft.planning.tracker import MemoryTracker
 from llava_ft.tuning import recompute
 from llava_ft.tuning.lora import add_lora

@@ -22,12 +22,10 @@ from llava_ft.checkpoint.names import (
     CONFIG,
     EMBEDDINGS,
     HEAD,
-    IMAGE_NEWLINE,
     NEW_ROWS_SUFFIX,
     PEFT_PREFIX,
     RUN_CONFIG,
     is_derived,
-    is_projector,
     native_name,
 )
 from llava_ft.checkpoint.run_settings import find_settings, settle_adapter_config, settle_model_config
@@ -44,6 +42,7 @@ from llava_ft.checkpoint.zero.files import find_step_directory
 from llava_ft.checkpoint.zero.shards import ZeroShards
 from llava_ft.constants import ORIGINAL_DEFAULTS
 from llava_ft.errors import CheckpointError, UserError
+from llava_ft.models.parts import PROJECTOR, part_of
 
 logger = logging.getLogger(__name__)
 
@@ -229,15 +228,8 @@ def _what_was_trained(shards: ZeroShards) -> tuple[Kind, list[str]]:
     trained = list(shards.trained)
     every = [*trained, *shards.others]
     # What every run trains that keeps the language model frozen.
-    small = [
-        name
-        for name in every
-        if "lora_" in name
-        or is_projector(native_name(name))
-        or native_name(name) == IMAGE_NEWLINE
-        or name.endswith(NEW_ROWS_SUFFIX)
-    ]
-    if any("lora_" in name for name in every):
+    small = [name for name in every if part_of(name) in {*PROJECTOR, "LoRA", "new token rows"}]
+    if any(part_of(name) == "LoRA" for name in every):
         if not trained and shards.num_optimized not in (0, len(small)):
             raise CheckpointError(
                 f"{shards.directory} is of ZeRO stage 0, whose files do not say what was trained. By their names "
