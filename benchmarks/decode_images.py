@@ -4,7 +4,7 @@
     python benchmarks/decode_images.py
 
 A JPEG of 4000 x 3000 pixels is drawn, and brought from the file's bytes to what the trainer hands to the device, for
-each way of preparing images: decoded whole, and shrunk by the decoder. The table goes into docs/images.md.
+each way of preparing images: decoded whole, and shrunk by the decoder. The table goes into docs/reference/images.md.
 """
 
 import io
@@ -29,7 +29,7 @@ from llava_ft.geometry import DEFAULT_GRIDS, ImageGeometry  # noqa: E402
 
 SIZE_WH = (4000, 3000)
 SIDE = 336
-PAGE = REPOSITORY / "docs/images.md"
+PAGE = REPOSITORY / "docs/reference/images.md"
 MARK = "<!-- written by benchmarks/decode_images.py -->\n"
 GEOMETRIES = {
     "`square`": ImageGeometry(SIDE, 14),

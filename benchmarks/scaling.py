@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Computes how long a step takes on 8 to 1,024 GPUs, and writes the tables of docs/scaling.md. Nothing is measured.
+"""Computes how long a step takes on 8 to 1,024 GPUs, for the tables of docs/internals/scaling.md. None is measured.
 
     python benchmarks/scaling.py [--write] [--gpu H200] [--network GB/s] [--share 0.4]
 
 prints the tables; `--write` puts those of H200s into the page. A step is its computation at an achievable share of the
 GPU's peak, the wait for the rank with the most work, the communication that computation does not hide, and the
-optimizer's step at the memory's bandwidth; docs/scaling.md states the model and where its figures are from.
+optimizer's step at the memory's bandwidth; docs/internals/scaling.md states the model and where its figures are from.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from llava_ft.planning.model import ModelOutline, ParameterShape, build_model, f
 from llava_ft.planning.placement import optimizer_kind
 from llava_ft.planning.request import Machine, PlanRequest, plan_request
 
-PAGE: Final = Path(__file__).resolve().parents[1] / "docs/scaling.md"
+PAGE: Final = Path(__file__).resolve().parents[1] / "docs/internals/scaling.md"
 SIZES: Final = (8, 16, 32, 64, 128, 256, 512, 1024)
 GPUS_PER_NODE: Final = 8
 RECORDS: Final = 665_298
@@ -416,7 +416,7 @@ def put_into(page: str, name: str, table: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Compute all tables; print them, or write them into the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write the tables of H200s into docs/scaling.md")
+    parser.add_argument("--write", action="store_true", help="write the tables of H200s into docs/internals/scaling.md")
     parser.add_argument("--gpu", choices=GPUS, default="H200")
     parser.add_argument("--network", type=float, help="GB/s of each GPU's share of the network, each way")
     parser.add_argument("--share", type=float, default=0.4, help="of the peak at which matrix products run")

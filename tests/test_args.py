@@ -113,7 +113,7 @@ OWN_FLAGS = {
     "vision_tower",
     "weights_format",
 }
-"""The public surface. A new flag is a decision: add it here, to docs/arguments.md and to the changelog."""
+"""The public surface. A new flag is a decision: add it here, to docs/reference/arguments.md and to the changelog."""
 
 
 def script_argv(name: str, **variables: str) -> list[str]:
@@ -242,7 +242,7 @@ class TestPublicSurface:
     def test_documentation_states_every_own_flag_with_its_default_and_help(self):
         rows = [
             [cell.strip() for cell in line.strip().strip("|").replace("\\|", "\0").split("|")]
-            for line in (REPO / "docs" / "arguments.md").read_text().splitlines()
+            for line in (REPO / "docs/reference/arguments.md").read_text().splitlines()
             if line.startswith("| `")
         ]
         documented = {row[0].strip("`"): row for row in rows if len(row) == 5}

@@ -15,8 +15,9 @@ PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
-    *(f"docs/{page.name}" for page in (REPO / "docs").glob("*.md")),
+    *sorted(page.relative_to(REPO).as_posix() for page in (REPO / "docs").rglob("*.md")),
 ]
+NAMING_PAGES = ("llava_ft", "scripts", "benchmarks", "tests", "configs")
 BESIDE_THE_ARGUMENTS = {"config", "print_config", "json"}
 """Flags that are read before the arguments of a run are."""
 
@@ -26,7 +27,7 @@ def read(page: str) -> str:
 
 
 def test_the_file_tree_is_that_of_the_package():
-    block = re.findall(r"^```\n(llava_ft/ .*?)^```$", read("README.md"), re.S | re.M)[0]
+    block = re.findall(r"^```\n(llava_ft/ .*?)^```$", read("docs/internals/file-tree.md"), re.S | re.M)[0]
     listed: list[str] = []
     folders: list[str] = []
     for line in block.splitlines():
@@ -41,9 +42,14 @@ def test_the_file_tree_is_that_of_the_package():
     assert set(listed) == modules | directories
 
 
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```$|^    .*$", "", text, flags=re.S | re.M)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str):
-    for link in re.findall(r"\]\(([^)]+)\)", read(page)):
+    for link in re.findall(r"""\]\(([^)]+)\)|<img [^>]*src="([^"]+)\"""", without_code(read(page))):
+        link = link[0] or link[1]
         if link.startswith(("http://", "https://")):
             continue
         path, _, anchor = link.partition("#")
@@ -53,6 +59,22 @@ def test_links_lead_somewhere(page: str):
             headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.M)
             anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in anchors, link
+
+
+def test_the_index_lists_every_page_once():
+    linked = re.findall(r"\]\(((?:start|how-to|reference|internals)/[^)#]+)\)", read("docs/README.md"))
+    pages = [page.removeprefix("docs/") for page in PAGES if page.startswith("docs/") and page != "docs/README.md"]
+    assert sorted(linked) == pages
+
+
+@pytest.mark.parametrize("folder", NAMING_PAGES)
+def test_pages_that_files_name_exist(folder: str):
+    """In messages, docstrings and tests, as a path from the root of the repository."""
+    for file in sorted((REPO / folder).rglob("*")):
+        if file.suffix not in {".py", ".sh", ".yaml", ".md"}:
+            continue
+        for page in re.findall(r"\bdocs/[\w/-]+\.md", file.read_text(encoding="utf-8")):
+            assert page in PAGES, f"{file.relative_to(REPO)}: {page}"
 
 
 OF_LAUNCHERS = {"--num_gpus", "--nproc-per-node"}
@@ -67,7 +89,19 @@ def flags_of_commands(capsys: pytest.CaptureFixture[str]) -> set[str]:
     return set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/resume.md", "docs/checkpoint_layout.md", "docs/differences.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "docs/start/quick-start.md",
+        "docs/start/your-own-data.md",
+        "docs/start/coming-from-llava.md",
+        "docs/how-to/resume.md",
+        "docs/reference/checkpoint-layout.md",
+        "docs/reference/commands.md",
+        "docs/reference/differences.md",
+    ],
+)
 def test_flags_exist(page: str, capsys: pytest.CaptureFixture[str]):
     of_commands = flags_of_commands(capsys)
     of_training = set(all_flags()) | set(SPELLINGS) | BESIDE_THE_ARGUMENTS

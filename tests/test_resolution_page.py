@@ -1,4 +1,4 @@
-"""The counts in docs/resolution.md are those of the code.
+"""The counts in docs/how-to/resolution.md are those of the code.
 
     python -m tests.test_resolution_page
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llava_ft.geometry import ImageGeometry, parse_grid_pinpoints
 
-PAGE = Path(__file__).parents[1] / "docs/resolution.md"
+PAGE = Path(__file__).parents[1] / "docs/how-to/resolution.md"
 MARK = "<!-- computed by tests/test_resolution_page.py -->\n"
 LLAVA_16 = parse_grid_pinpoints("(1x2),(2x1),(2x2),(3x1),(1x3)", 336)
 SETTINGS = {

@@ -232,7 +232,7 @@ def _unknown(entry: Entry) -> UserError:
     known = [*all_flags(), *legacy.SPELLINGS, *_OF_THE_COMMAND_LINE]
     hint = did_you_mean(entry.key, known, " Flags are those of LLaVA and of transformers.TrainingArguments.")
     value = "" if entry.is_bare else f"={_shown(entry)}"
-    return UserError(f"{entry.where}{value}: there is no such flag.{hint} docs/arguments.md lists them all.")
+    return UserError(f"{entry.where}{value}: there is no such flag.{hint} docs/reference/arguments.md lists them all.")
 
 
 def _take(values: _Values, owner: Callable[..., _Arguments]) -> _Arguments:

@@ -66,7 +66,7 @@ class TrainingFlags:
         "none", "Which biases of the language model are trained beside LoRA."
     )
     fast_lora: bool = flag(
-        True, "LoRA's arithmetic written out in place of PEFT's; equal but for rounding, see speed.md."
+        True, "LoRA's arithmetic written out in place of PEFT's; equal but for rounding, see docs/internals/speed.md."
     )
     mm_projector_lr: float | None = flag(None, "Learning rate of the projector. Unset: learning_rate.")
     group_by_modality_length: bool = flag(False, "Batches of similar length that are all with images or all without.")

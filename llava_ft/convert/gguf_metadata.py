@@ -78,7 +78,7 @@ def differences(config: LlavaLlamaConfig) -> list[str]:
         return []
     found = [
         "many builds of llama.cpp put the class token behind the patches (its issue 25814) and so misread every CLIP "
-        "tower: docs/gguf.md has the test and the one-line correction"
+        "tower: docs/how-to/gguf.md has the test and the one-line correction"
     ]
     aspect_ratio = config.image_aspect_ratio
     if aspect_ratio == "square":

@@ -3,7 +3,7 @@
 The result is a whole LLaVA model. It is made on the CPU, tensor by tensor: each weight is read, the adapter's part is
 added in float32, and the sum is rounded once and written at once; memory holds the adapter, and the largest tensor a
 few times. Before the result gets its name it is proven: every tensor is compared with the files it comes from, and
-logits and answers on fixed inputs with those of the adapter beside the base. See docs/merge.md.
+logits and answers on fixed inputs with those of the adapter beside the base. See docs/how-to/merge.md.
 
 What was trained on quantised weights is merged into the base's own, never into quantised ones: the sum would be rounded
 to 4 or 8 bits once more. On request it is merged into what the quantised weights are worth, the weights it was trained

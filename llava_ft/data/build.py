@@ -68,7 +68,7 @@ def build_datasets(
     """Prepare, check, measure and split the records of a run.
 
     Args:
-        data_path: Training records, see `docs/data_format.md`.
+        data_path: Training records, see `docs/reference/data-format.md`.
         tokenize: Template and tokenizer.
         image_transform: Prepares one picture; None for a model without vision tower.
         image_folder: Folder that relative paths of images start from, where a source has none of its own.

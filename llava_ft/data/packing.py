@@ -8,7 +8,7 @@ ranks.
 
 Why not first-fit decreasing alone: it puts the longest samples together and the shortest together, which leaves 4% to
 9% of the rows empty when only three or four samples with images fit into one. Among 4096 samples there are nearly
-always one or two that end a row exactly; docs/packing.md has the numbers.
+always one or two that end a row exactly; docs/how-to/packing.md has the numbers.
 """
 
 from collections import defaultdict, deque

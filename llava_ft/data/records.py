@@ -1,8 +1,9 @@
 """From a raw record to a sample: the only place that knows how records are written.
 
 A record is one conversation about any number of images. Three forms are told apart by their keys: LLaVA's
-`conversations`, the `messages` of OpenAI and Hugging Face, and the `texts` of The Cauldron. `docs/data_format.md`
-describes every variation that is accepted. What is not accepted raises; nothing is repaired silently.
+`conversations`, the `messages` of OpenAI and Hugging Face, and the `texts` of The Cauldron.
+`docs/reference/data-format.md` describes every variation that is accepted. What is not accepted raises; nothing is
+repaired silently.
 """
 
 import base64

@@ -3,8 +3,8 @@
 The whole prompt is tokenised once, split at image placeholders only, as LLaVA does at inference. A token is
 supervised when any of its characters belongs to a segment that is to be learnt. LLaVA finds these by
 tokenising each turn again and adding up lengths, and masks a whole sample where the sums disagree; characters
-cannot disagree (`docs/differences.md` lists what follows from that). Which segments are learnt is a choice
-(`Supervise`, `docs/masks.md`); by default what the template says the assistant produces.
+cannot disagree (`docs/reference/differences.md` lists what follows from that). Which segments are learnt is a choice
+(`Supervise`, `docs/reference/masks.md`); by default what the template says the assistant produces.
 
 An image is one `IMAGE_TOKEN_INDEX` here. `preparation/samples.py` makes it as many as the image has tokens.
 """

@@ -1,4 +1,4 @@
-"""The report of `llava-ft check-data` as text and as a page; `docs/check_data.md` describes its JSON keys."""
+"""The report of `llava-ft check-data` as text and as a page; `docs/how-to/check-data.md` describes its JSON keys."""
 
 import io
 import shutil

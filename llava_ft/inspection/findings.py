@@ -24,7 +24,7 @@ class Finding:
     examples: list[Example]  # the first of them
 
 
-_RECORD: Final = "Correct the records; docs/data_format.md has the format."
+_RECORD: Final = "Correct the records; docs/reference/data-format.md has the format."
 _FILE: Final = "Replace the files, or leave the records out."
 _LONG: Final = "Raise model_max_length or shorten the records."
 

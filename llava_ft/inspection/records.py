@@ -37,7 +37,7 @@ _CUT_MARKS: Final = ("{-", "-}")  # around text that is cut off
 
 @dataclass
 class RecordView:
-    """One record as the model will see it; `docs/masks.md` describes the keys of the JSON output."""
+    """One record as the model will see it; `docs/reference/masks.md` describes the keys of the JSON output."""
 
     source: str
     index: int  # in its source, from 0

@@ -1,6 +1,6 @@
 """Numbers about the usable records: how long they are, what truncation takes away, what packing will give.
 
-They are JSON values, as they stand in the report; `docs/check_data.md` says what each means.
+They are JSON values, as they stand in the report; `docs/how-to/check-data.md` says what each means.
 """
 
 import math

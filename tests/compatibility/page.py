@@ -1,4 +1,4 @@
-"""`docs/compatibility.md`: written from what the tests found, and read again to compare."""
+"""`docs/reference/compatibility.md`: written from what the tests found, and read again to compare."""
 
 import inspect
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 Results = dict[tuple[str, str], str | None]
 """For row and column None if it was done, else why it was refused."""
 
-PAGE = Path(__file__).parents[2] / "docs/compatibility.md"
+PAGE = Path(__file__).parents[2] / "docs/reference/compatibility.md"
 COMMAND = "LLAVA_FT_WRITE_PAGES=1 python -m pytest tests/compatibility -n0"
 _DONE = "yes"
 _NOTE = re.compile(r"no \[(\d+)\]")

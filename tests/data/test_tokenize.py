@@ -1,7 +1,7 @@
 """Ids and labels against recordings of the original, and the laws of expansion and truncation.
 
 Every recorded conversation is compared. Where ours differs on purpose, `rule_for` names the rule, and each
-rule has its own assertion of what ours does instead (see docs/differences.md).
+rule has its own assertion of what ours does instead (see docs/reference/differences.md).
 """
 
 import gzip

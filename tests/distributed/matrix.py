@@ -1,6 +1,6 @@
-"""What was run of method x ZeRO stage x ranks x dtype, and of resuming from one on another: `docs/zero_matrix.md`.
+"""Method x ZeRO stage x ranks x dtype, and resuming from one on another: writes `docs/internals/zero-matrix.md`.
 
-    python -m tests.distributed.matrix --write docs/zero_matrix.md
+    python -m tests.distributed.matrix --write docs/internals/zero-matrix.md
 
 Every run is one of six steps with 4 samples a step, on the recorded tiny checkpoints and CPU ranks. A run is compared
 with the same run in one process without DeepSpeed; a resumed run with the uninterrupted one it continues.
@@ -213,10 +213,11 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed")
 INTRODUCTION = """
 # What was run: ZeRO stage, ranks, dtype and method
 
-Made by `python -m tests.distributed.matrix --write docs/zero_matrix.md` on CPU ranks (gloo) with the tiny models of the
-tests: six steps of 4 samples, images and text mixed. Numbers are the largest difference of a step's loss, near 8 at the
-start. A difference above the tolerance would be bold: 1e-4 for float32, where only the order of sums differs; 0.05 for
-bfloat16, which keeps 8 bits, so that a loss near 8 is known to about 0.03 and gradients are summed in bfloat16.
+Made by `python -m tests.distributed.matrix --write docs/internals/zero-matrix.md` on CPU ranks (gloo) with the tiny
+models of the tests: six steps of 4 samples, images and text mixed. Numbers are the largest difference of a step's loss,
+near 8 at the start. A difference above the tolerance would be bold: 1e-4 for float32, where only the order of sums
+differs; 0.05 for bfloat16, which keeps 8 bits, so that a loss near 8 is known to about 0.03 and gradients are summed in
+bfloat16.
 
 `none` is training without DeepSpeed, `zero2 x 2` is `--deepspeed zero2` with 2 ranks. Losses are compared with those of
 one process without DeepSpeed. A resumed run took 3 of its 6 steps on the one setting (rows) and 3 on the other

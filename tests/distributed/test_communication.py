@@ -1,4 +1,4 @@
-"""What two ranks send under DeepSpeed is what docs/scaling.md is computed from.
+"""What two ranks send under DeepSpeed is what docs/internals/scaling.md is computed from.
 
 Collectives are counted where Python hands them to torch's process group. DDP is not among them: its buckets go from
 C++ to the backend.

@@ -54,7 +54,7 @@ def test_with_the_same_ranks_and_stage_it_is_bit_equal(
 def test_with_other_ranks_or_another_stage(
     pools: Pools, tmp_path: Path, method: str, origin: Setting, target: Setting, dtype: str
 ):
-    """One for each way of reading and of writing; all of them are in docs/zero_matrix.md, which `matrix.py` writes."""
+    """One for each way of reading and of writing; `matrix.py` tries all: docs/internals/zero-matrix.md."""
     straight = pools.straight(method, origin, dtype)
     result = pools.resume(straight, tmp_path, method, target, dtype)
     assert difference(straight.result, result, first_step=4) <= TOLERANCES[dtype]

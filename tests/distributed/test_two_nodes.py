@@ -1,4 +1,4 @@
-"""Runs on two machines, started in each of the ways that docs/multi_node.md names.
+"""Runs on two machines, started in each of the ways that docs/how-to/multi-node.md names.
 
 The machines are network namespaces. What they train is compared with one process that takes both machines' samples in
 one batch.

@@ -167,7 +167,7 @@ class TestFindings:
         assert found.unusable() == {}
 
     def test_every_kind_is_described(self):
-        page = (GOLDEN.parents[1] / "docs" / "data_format.md").read_text()
+        page = (GOLDEN.parents[1] / "docs/reference/data-format.md").read_text()
         table = page.split("## Records that cannot be used", 1)[1]
         listed = set(re.findall(r"`([a-z]+(?:-[a-z]+)+)`", table))
         assert len(listed) > 20

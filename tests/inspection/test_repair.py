@@ -223,6 +223,6 @@ class TestTargets:
 
 
 def test_every_repair_is_documented():
-    page = (Path(__file__).parents[2] / "docs" / "check_data.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/how-to/check-data.md").read_text()
     for name in REPAIRS:
         assert re.search(rf"^\| `{re.escape(name)}` \|", page, re.M), name

@@ -18,7 +18,7 @@ from tests.conftest import RECORDINGS
 from tests.planning.helpers import GPU_7B, LORA, plan_of, request_of, write_configs
 
 GIB = 2**30
-PAGE = RECORDINGS.parents[1] / "docs/plan.md"
+PAGE = RECORDINGS.parents[1] / "docs/how-to/plan.md"
 
 
 def run(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -227,7 +227,7 @@ class TestPublished:
         ],
     )
     def test_recipes_take_what_was_recorded(self, config, gpus, total):
-        """In bytes; docs/plan.md has them in GiB."""
+        """In bytes; docs/how-to/plan.md has them in GiB."""
         argv = ["--config", config]
         outline, request = request_of(argv, gpus=gpus)
         args = parse_args(argv, required=("model_name_or_path",))

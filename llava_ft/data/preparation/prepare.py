@@ -1,7 +1,7 @@
 """Records tokenised once and kept: by as many processes as there are cores, for all ranks and runs of a machine.
 
 What is kept is independent of the length limit, the vision tower and the images (`tokenized_rows.py`), so a change of
-these takes no new preparation. `docs/preparation.md` says what does.
+these takes no new preparation. `docs/reference/preparation.md` says what does.
 """
 
 import hashlib

@@ -9,7 +9,7 @@
         prompt_prefix: "Answer briefly. "
     epoch_size: 100000
 
-`docs/mixture.md` explains each key. Which records are taken is decided in `selection.py`.
+`docs/how-to/mixture.md` explains each key. Which records are taken is decided in `selection.py`.
 """
 
 import difflib
@@ -248,7 +248,7 @@ def _read_yaml(path: Path) -> object:
         mark = cast("Any", getattr(error, "problem_mark", None))
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or error
-        raise UserError(f"Mixture {path}{line}: not valid YAML: {problem}. See docs/mixture.md for examples.") from None
+        raise UserError(f"Mixture {path}{line}: not valid YAML: {problem}. Examples: docs/how-to/mixture.md") from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -40,7 +40,7 @@ def open_source(path: str | Path, *, split: str | None = None, image_folder: str
     """Find out what kind of source a path is. Records are not read yet.
 
     Args:
-        path: See `docs/data_format.md`. A split may be part of it, as in `folder:validation`.
+        path: See `docs/reference/data-format.md`. A split may be part of it, as in `folder:validation`.
         split: Split of a data set that has several.
         image_folder: Folder of the images that the records name by path; None means the run's.
 

@@ -54,7 +54,7 @@ class DataSources:
         """Open and prepare the sources.
 
         Args:
-            path: A file, directory, name or mixture; see `docs/data_format.md`.
+            path: A file, directory, name or mixture; see `docs/reference/data-format.md`.
             cache_dir: Where the sources keep what reading by number needs.
 
         Raises:

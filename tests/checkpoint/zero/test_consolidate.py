@@ -343,7 +343,7 @@ def test_neither_deepspeed_nor_a_gpu_is_needed(tmp_path: Path):
 
 
 def test_the_page_names_flags_that_exist(capsys: pytest.CaptureFixture[str]):
-    page = (RECORDINGS.parents[1] / "docs/consolidate.md").read_text()
+    page = (RECORDINGS.parents[1] / "docs/how-to/consolidate.md").read_text()
     for command in (cli.consolidate, cli.merge):
         with pytest.raises(SystemExit):
             command(["--help"])

@@ -22,7 +22,7 @@ def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```$", (DOCS / page).read_text(encoding="utf-8"), re.M | re.S)
 
 
-RECORDS = [json.loads(block) for block in blocks("data_format.md", "json")]
+RECORDS = [json.loads(block) for block in blocks("reference/data-format.md", "json")]
 
 
 def test_records():
@@ -52,7 +52,7 @@ def test_records_as_files(suffix, tmp_path):
 def test_tables(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (28, 28)).save("digit.png")
-    (example,) = blocks("data_format.md", "python")
+    (example,) = blocks("reference/data-format.md", "python")
     exec(example, {})
     for path in ("digits", "digits.parquet"):
         source = open_source(path)
@@ -64,7 +64,7 @@ def test_tables(tmp_path, monkeypatch):
 
 
 def test_tar_shards(tmp_path):
-    (listing,) = blocks("data_format.md", "text")
+    (listing,) = blocks("reference/data-format.md", "text")
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name in (line.split()[0] for line in listing.splitlines()):
             record = {"conversations": [{"from": "human", "value": "<image>" * (1 + ("2." in name))}]}
@@ -82,7 +82,7 @@ def test_tar_shards(tmp_path):
 
 def test_kinds_are_listed():
     """Each kind that the checks of a record can give has a line in the table."""
-    page = (DOCS / "data_format.md").read_text(encoding="utf-8")
+    page = (DOCS / "reference/data-format.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"`([a-z]+(?:-[a-z]+)+)`", page[page.index("## Records that cannot be used") :]))
     named = set(re.findall(r'"([a-z]+(?:-[a-z]+)+)"', str(parse_record.__doc__)))
     assert len(named) > 15
@@ -94,7 +94,7 @@ def test_kinds_are_listed():
 
 def test_mixtures(tmp_path):
     mixtures = []
-    for number, text in enumerate(blocks("mixture.md", "yaml")):
+    for number, text in enumerate(blocks("how-to/mixture.md", "yaml")):
         (tmp_path / f"{number}.yaml").write_text(text)
         mixtures.append(open_mixture(tmp_path / f"{number}.yaml"))
     first, weighted, kept = mixtures
@@ -110,7 +110,7 @@ def test_mixtures(tmp_path):
 
 def test_prefixes():
     rows = re.findall(
-        r"^\| `([^`]*)` \| `(Briefly: [^`]*|<image>⏎Briefly[^`]*)` \|$", (DOCS / "mixture.md").read_text(), re.M
+        r"^\| `([^`]*)` \| `(Briefly: [^`]*|<image>⏎Briefly[^`]*)` \|$", (DOCS / "how-to/mixture.md").read_text(), re.M
     )
     assert len(rows) == 3
     for before, after in rows:

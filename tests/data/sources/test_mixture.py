@@ -90,7 +90,7 @@ def test_a_source_that_cannot_be_opened_is_named(tmp_path):
         ("sources: [{path: a, held_out: 5}, {path: ./a}]", r"'./a' is there twice, .* join the two entries"),
         ("sources: [{path: a, name: x}, {path: b, name: x}]", r"two sources are named 'x'"),
         ("sources: [{path: a, path: b}]", r"line 1: not valid YAML: 'path' is given twice"),
-        ("sources:\n - path: a\n  weight: 1", r"line 3: not valid YAML: .* See docs/mixture.md"),
+        ("sources:\n - path: a\n  weight: 1", r"line 3: not valid YAML: .* Examples: docs/how-to/mixture.md"),
         ("sources: [{path: a, held_out: !!python/name:os.system x}]", r"not valid YAML: could not determine a constr"),
     ],
 )
