@@ -1,13 +1,9 @@
 """Arguments: dataclasses, YAML and command line, checks across fields.
 
-    parsed = parse_args(["--config", "lora.yaml", "--lora_r", "64"])
-    parsed.model, parsed.data, parsed.flags      # plain and checked; nothing has been opened
-    parsed.training                              # transformers.TrainingArguments; initialises devices
-
-`TrainingArguments` is imported at its first use, because transformers takes seconds to import.
+parsed = parse_args(["--config", "lora.yaml", "--lora_r", "64"])
+parsed.model, parsed.data, parsed.flags      # plain and checked; nothing has been opened
+parsed.training                              # transformers.TrainingArguments; initialises devices
 """
-
-from typing import TYPE_CHECKING, Any
 
 from llava_ft.args.data import DataArguments
 from llava_ft.args.flags import format_help
@@ -15,25 +11,13 @@ from llava_ft.args.model import ModelArguments
 from llava_ft.args.parse import ParsedArgs, parse_args, resolved_config, to_yaml
 from llava_ft.args.training import TrainingFlags
 
-if TYPE_CHECKING:
-    from llava_ft.args.build import TrainingArguments
-
 __all__ = [
     "DataArguments",
     "ModelArguments",
     "ParsedArgs",
-    "TrainingArguments",
     "TrainingFlags",
     "format_help",
     "parse_args",
     "resolved_config",
     "to_yaml",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "TrainingArguments":
-        from llava_ft.args.build import TrainingArguments
-
-        return TrainingArguments
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,9 +5,9 @@ Each message has three parts: what is wrong, what is allowed, what to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Final
+from typing import Any, Final
 
 from llava_ft.args.data import DataArguments
 from llava_ft.args.model import ModelArguments
@@ -19,6 +19,73 @@ from llava_ft.geometry import parse_grid_pinpoints, parse_s2_scales
 
 CHECKPOINT_OPTIONS: Final = frozenset({"use_reentrant", "preserve_rng_state", "determinism_check", "early_stop"})
 """Options of `torch.utils.checkpoint` that `gradient_checkpointing_kwargs` takes."""
+
+_RANGES: Final[Sequence[tuple[str, Callable[[float], bool], str]]] = (
+    ("preprocessing_num_workers", lambda x: x >= 1, "must be at least 1. Leave it out to use every core."),
+    (
+        "validation_fraction",
+        lambda x: 0 <= x < 1,
+        "allowed is at least 0 and below 1. Give the share of data_path to hold out, such as 0.02.",
+    ),
+    ("length_multiple", lambda x: x >= 0, "must not be negative. Give 0 for no filling up, or 128."),
+    ("lora_r", lambda x: x >= 1, "the rank must be at least 1. Usual values are 8 to 128."),
+    ("lora_alpha", lambda x: x >= 1, "must be at least 1. Twice lora_r is usual."),
+    ("lora_dropout", lambda x: 0 <= x < 1, "allowed is at least 0 and below 1. The default is 0.05."),
+    ("model_max_length", lambda x: x >= 1, "must be at least 1 token. LLaVA v1.5 uses 2048."),
+    ("bad_sample_limit", lambda x: 0 <= x <= 1, "a share between 0 and 1 is allowed. The default is 0.05."),
+    ("mm_projector_lr", lambda x: x >= 0, "must not be negative. Leave it out to use learning_rate."),
+    ("gradient_checkpointing_every", lambda x: x >= 1, "must be at least 1. 1 is every layer, 2 every second."),
+    (
+        "learning_rate weight_decay max_grad_norm warmup_steps dataloader_num_workers",
+        lambda x: x >= 0,
+        "must not be negative. Give 0 or more.",
+    ),
+    (
+        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps",
+        lambda x: x >= 1,
+        "must be at least 1. Give a whole number from 1.",
+    ),
+    ("max_steps", lambda x: x >= 1 or x == -1, "must be at least 1, or -1 to let num_train_epochs decide."),
+    (
+        "save_steps logging_steps eval_steps",
+        lambda x: 0 < x <= 1 or (x > 1 and x == int(x)),
+        "give a whole number from 1, or a share of all steps between 0 and 1.",
+    ),
+)
+"""Numbers, what each has to be, and what is said of another one."""
+
+_EXCLUSIVE: Final[Mapping[tuple[str, str], str]] = {
+    ("validation_fraction", "validation_data_path"): ". Give either a file of its own or a share of data_path.",
+    ("lora_enable", "tune_mm_mlp_adapter"): (
+        ": tune_mm_mlp_adapter trains the projector alone. LoRA trains the projector beside it anyway, so leave out "
+        "tune_mm_mlp_adapter."
+    ),
+    ("freeze_mm_mlp_adapter", "tune_mm_mlp_adapter"): (
+        ": one keeps the projector fixed, the other trains nothing else. Give one of the two."
+    ),
+    ("init_from", "lora_weight_path"): (
+        ": lora_weight_path is init_from with adapter_mode=continue. Give one of the two."
+    ),
+    ("init_from", "pretrain_mm_mlp_adapter"): (
+        ": init_from brings the projector it was trained with. Leave out pretrain_mm_mlp_adapter, or override a "
+        "configuration file with --pretrain_mm_mlp_adapter null."
+    ),
+    ("bf16", "fp16"): ". Give one of the two; bf16 where the GPU has it.",
+    ("bf16_full_eval", "fp16_full_eval"): ". Give one of the two; bf16 where the GPU has it.",
+    ("packing", "padding_free"): ": packed rows have no padding between samples anyway. Give one of the two.",
+    ("packing", "group_by_modality_length"): (
+        ": packed rows are all of one length. Leave out one; --no_group_by_modality_length overrides a configuration "
+        "file."
+    ),
+    ("packing", "train_sampling_strategy"): (
+        ": samples stand where there is room for them, and packed rows are all of one length. Leave out "
+        "train_sampling_strategy."
+    ),
+    ("group_by_modality_length", "train_sampling_strategy"): (
+        ": both set the order of the records. Give one of the two."
+    ),
+}
+"""Flags of which one at most may be given, and what is said of both."""
 
 
 def check_arguments(
@@ -36,10 +103,13 @@ def check_arguments(
         UserError: For the first contradiction found.
     """
     get_template(model.version)
+    values = {**vars(model), **vars(data), **vars(training), **inherited}
     problems = chain(
+        _number_problems(values, inherited),
+        _exclusions(values),
         _input_problems(model, data),
         _tuning_problems(model, training),
-        _run_problems(data, training, inherited),
+        _run_problems(training, inherited),
         _evaluation_problems(data, inherited),
     )
     for problem in problems:
@@ -48,31 +118,42 @@ def check_arguments(
 
 def find_idle_flags(model: ModelArguments, data: DataArguments, training: TrainingFlags) -> list[str]:
     """Return a note for each flag that differs from its default and changes nothing in this combination."""
-    notes: list[str] = []
-    if training.lora_enable and model.freeze_backbone:
-        notes.append("freeze_backbone has no effect with lora_enable: LoRA keeps the language model fixed anyway.")
-    defaults = TrainingFlags()
-    idle: dict[str, str] = {}
-    if not training.lora_enable:
-        names = ("lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lora_target_modules")
-        idle |= dict.fromkeys(names, "without lora_enable")
-    if training.bits != 4:
-        idle |= dict.fromkeys(("quant_type", "double_quant"), f"with bits={training.bits}")
-    for name, condition in idle.items():
-        if getattr(training, name) != getattr(defaults, name):
-            notes.append(f"{name} has no effect {condition}.")
-    if data.image_aspect_ratio in ("square", "pad"):
-        given = {"image_grid_pinpoints": data.image_grid_pinpoints, "mm_patch_merge_type": model.mm_patch_merge_type}
-        notes += [f"{name} has no effect without anyres." for name, value in given.items() if value is not None]
-    if data.vision_cache is None and data.vision_cache_dtype != "compute":
-        notes.append("vision_cache_dtype has no effect without vision_cache.")
-    if data.packing and data.length_multiple:
-        notes.append("length_multiple has no effect with packing: rows have model_max_length tokens.")
-    if training.gradient_checkpointing == "none" and training.gradient_checkpointing_every != 1:
-        notes.append("gradient_checkpointing_every has no effect without gradient_checkpointing.")
-    if training.mpt_attn_impl != defaults.mpt_attn_impl:
-        notes.append("mpt_attn_impl has no effect: use attn_implementation.")
-    return notes
+    uses_lora, is_tiled = training.lora_enable, data.image_aspect_ratio not in ("square", "pad")
+    idle = (
+        ("freeze_backbone", uses_lora, " with lora_enable: LoRA keeps the language model fixed anyway"),
+        ("lora_r lora_alpha lora_dropout lora_bias lora_target_modules", not uses_lora, " without lora_enable"),
+        ("quant_type double_quant", training.bits != 4, f" with bits={training.bits}"),
+        ("image_grid_pinpoints mm_patch_merge_type", not is_tiled, " without anyres"),
+        ("vision_cache_dtype", data.vision_cache is None, " without vision_cache"),
+        ("length_multiple", data.packing, " with packing: rows have model_max_length tokens"),
+        ("gradient_checkpointing_every", training.gradient_checkpointing == "none", " without gradient_checkpointing"),
+        ("mpt_attn_impl", True, ": use attn_implementation"),
+    )
+    given = {**vars(model), **vars(data), **vars(training)}
+    defaults = {**vars(ModelArguments("")), **vars(DataArguments()), **vars(TrainingFlags()), "length_multiple": 0}
+    return [
+        f"{name} has no effect{why}."
+        for names, is_idle, why in idle
+        if is_idle
+        for name in names.split()
+        if given[name] not in (None, defaults[name])
+    ]
+
+
+def _number_problems(values: Mapping[str, Any], inherited: Mapping[str, object]) -> Iterator[str]:
+    for names, is_allowed, otherwise in _RANGES:
+        for name in names.split():
+            value = values.get(name)
+            if value is not None and not is_allowed(value):
+                yield f"{name}={f'{value:g}' if name in inherited else value}: {otherwise}"
+
+
+def _exclusions(values: Mapping[str, Any]) -> Iterator[str]:
+    given = {name: value for name, value in values.items() if value and value != "random"}
+    for pair, why in _EXCLUSIVE.items():
+        if given.keys() >= set(pair):
+            shown = (name if given[name] is True else f"{name}={given[name]}" for name in pair)
+            yield f"{' and '.join(shown)} exclude each other{why}"
 
 
 def _input_problems(model: ModelArguments, data: DataArguments) -> Iterator[str]:
@@ -94,20 +175,6 @@ def _input_problems(model: ModelArguments, data: DataArguments) -> Iterator[str]
             f"image_aspect_ratio={ratio}: unknown. Allowed: square, pad, anyres, anyres_max_N with N from 1. "
             "LLaVA v1.5 uses pad, LLaVA v1.6 anyres."
         )
-    workers = data.preprocessing_num_workers
-    if workers is not None and workers < 1:
-        yield f"preprocessing_num_workers={workers}: must be at least 1. Leave it out to use every core."
-    if not 0.0 <= data.validation_fraction < 1.0:
-        yield (
-            f"validation_fraction={data.validation_fraction}: allowed is at least 0 and below 1. Give the "
-            "share of data_path to hold out, such as 0.02."
-        )
-    if data.validation_fraction > 0 and data.validation_data_path is not None:
-        yield (
-            f"validation_fraction={data.validation_fraction} and "
-            f"validation_data_path={data.validation_data_path} exclude each other. Give either a file of "
-            "its own or a share of data_path."
-        )
 
     merge_type = model.mm_patch_merge_type
     if data.image_grid_pinpoints is not None:
@@ -127,16 +194,6 @@ def _input_problems(model: ModelArguments, data: DataArguments) -> Iterator[str]
 
 
 def _tuning_problems(model: ModelArguments, training: TrainingFlags) -> Iterator[str]:
-    if training.lora_enable and model.tune_mm_mlp_adapter:
-        yield (
-            "lora_enable and tune_mm_mlp_adapter exclude each other: tune_mm_mlp_adapter trains the "
-            "projector alone. LoRA trains the projector beside it anyway, so leave out tune_mm_mlp_adapter."
-        )
-    if training.freeze_mm_mlp_adapter and model.tune_mm_mlp_adapter:
-        yield (
-            "freeze_mm_mlp_adapter and tune_mm_mlp_adapter exclude each other: one keeps the projector "
-            "fixed, the other trains nothing else. Give one of the two."
-        )
     frozen = model.freeze_backbone and training.freeze_mm_mlp_adapter and not training.lora_enable
     if frozen and not model.mm_use_im_start_end:
         yield (
@@ -154,12 +211,6 @@ def _tuning_problems(model: ModelArguments, training: TrainingFlags) -> Iterator
             "tune_mm_mlp_adapter, or use bits=16."
         )
 
-    if training.lora_r <= 0:
-        yield f"lora_r={training.lora_r}: the rank must be at least 1. Usual values are 8 to 128."
-    if training.lora_alpha <= 0:
-        yield f"lora_alpha={training.lora_alpha}: must be at least 1. Twice lora_r is usual."
-    if not 0.0 <= training.lora_dropout < 1.0:
-        yield f"lora_dropout={training.lora_dropout}: allowed is at least 0 and below 1. The default is 0.05."
     if training.lora_weight_path and not training.lora_enable:
         yield (
             f"lora_weight_path={training.lora_weight_path} needs lora_enable, which is off. Add "
@@ -178,11 +229,6 @@ def _tuning_problems(model: ModelArguments, training: TrainingFlags) -> Iterator
 
     start, flag = training.start
     mode = training.adapter_mode
-    if training.init_from and training.lora_weight_path:
-        yield (
-            f"init_from={training.init_from} and lora_weight_path={training.lora_weight_path} exclude each other: "
-            "lora_weight_path is init_from with adapter_mode=continue. Give one of the two."
-        )
     if mode is not None and not start:
         yield (
             f"adapter_mode={mode} says what becomes of the adapter in init_from, which is missing. Add init_from, or "
@@ -193,12 +239,6 @@ def _tuning_problems(model: ModelArguments, training: TrainingFlags) -> Iterator
             f"adapter_mode={mode} and lora_weight_path={start} exclude each other: lora_weight_path always goes on "
             f"with the adapter. Write init_from={start}."
         )
-    if training.init_from and model.pretrain_mm_mlp_adapter is not None:
-        yield (
-            f"init_from={training.init_from} and pretrain_mm_mlp_adapter={model.pretrain_mm_mlp_adapter} exclude each "
-            "other: init_from brings the projector it was trained with. Leave out pretrain_mm_mlp_adapter, or override "
-            "a configuration file with --pretrain_mm_mlp_adapter null."
-        )
     if mode == "merge_first" and training.bits != 16:
         yield (
             f"adapter_mode=merge_first and bits={training.bits} exclude each other: quantising the merged weights "
@@ -207,30 +247,17 @@ def _tuning_problems(model: ModelArguments, training: TrainingFlags) -> Iterator
         )
 
 
-def _run_problems(data: DataArguments, training: TrainingFlags, inherited: Mapping[str, object]) -> Iterator[str]:
+def _run_problems(training: TrainingFlags, inherited: Mapping[str, object]) -> Iterator[str]:
     if training.remove_unused_columns:
         yield (
             "remove_unused_columns=True would take from the records what the collator needs. Only False is "
             "allowed; leave the flag out."
         )
-    if data.length_multiple is not None and data.length_multiple < 0:
-        yield f"length_multiple={data.length_multiple}: must not be negative. Give 0 for no filling up, or 128."
-    if training.model_max_length < 1:
-        yield f"model_max_length={training.model_max_length}: must be at least 1 token. LLaVA v1.5 uses 2048."
-    if not 0.0 <= training.bad_sample_limit <= 1.0:
-        yield f"bad_sample_limit={training.bad_sample_limit}: a share between 0 and 1 is allowed. The default is 0.05."
-    rate = training.mm_projector_lr
-    if rate is not None and rate < 0:
-        yield f"mm_projector_lr={rate}: must not be negative. Leave it out to use learning_rate."
-
-    every, mode = training.gradient_checkpointing_every, training.gradient_checkpointing
-    if every < 1:
-        yield f"gradient_checkpointing_every={every}: must be at least 1. 1 is every layer, 2 every second."
-    if training.activation_offload and mode != "full":
+    if training.activation_offload and training.gradient_checkpointing != "full":
         yield (
-            f"activation_offload with gradient_checkpointing={mode}: what is moved to the host's memory is the inputs "
-            "of layers that are computed again as a whole. Add gradient_checkpointing=full, or leave out "
-            "activation_offload."
+            f"activation_offload with gradient_checkpointing={training.gradient_checkpointing}: what is moved to the "
+            "host's memory is the inputs of layers that are computed again as a whole. Add "
+            "gradient_checkpointing=full, or leave out activation_offload."
         )
     options = training.gradient_checkpointing_kwargs or {}
     if options.get("use_reentrant"):
@@ -247,50 +274,9 @@ def _run_problems(data: DataArguments, training: TrainingFlags, inherited: Mappi
                 f"{instead}."
             )
 
-    for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers"):
-        value = _number(inherited, name, 0.0)
-        if value < 0:
-            yield f"{name}={value:g}: must not be negative. Give 0 or more."
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        value = _number(inherited, name, 1.0)
-        if value < 1:
-            yield f"{name}={value:g}: must be at least 1. Give a whole number from 1."
-    max_steps = _number(inherited, "max_steps", -1.0)
-    if max_steps < 1 and max_steps != -1:
-        yield f"max_steps={max_steps:g}: must be at least 1, or -1 to let num_train_epochs decide."
     epochs = _number(inherited, "num_train_epochs", 3.0)
-    if epochs <= 0 and max_steps == -1:
+    if epochs <= 0 and _number(inherited, "max_steps", -1.0) == -1:
         yield f"num_train_epochs={epochs:g}: must be above 0 unless max_steps is given. Give either."
-    for name in ("save_steps", "logging_steps", "eval_steps"):
-        value = _number(inherited, name, 1.0)
-        if value <= 0 or (value > 1 and value != int(value)):
-            yield f"{name}={value:g}: give a whole number from 1, or a share of all steps between 0 and 1."
-
-    for suffix in ("", "_full_eval"):
-        if inherited.get(f"bf16{suffix}") and inherited.get(f"fp16{suffix}"):
-            yield f"bf16{suffix} and fp16{suffix} exclude each other. Give one of the two; bf16 where the GPU has it."
-
-    strategy = inherited.get("train_sampling_strategy", "random")
-    if data.packing and data.padding_free:
-        yield (
-            "packing and padding_free exclude each other: packed rows have no padding between samples anyway. Give one "
-            "of the two."
-        )
-    if data.packing and training.group_by_modality_length:
-        yield (
-            "packing and group_by_modality_length exclude each other: packed rows are all of one length. Leave out "
-            "one; --no_group_by_modality_length overrides a configuration file."
-        )
-    if data.packing and strategy != "random":
-        yield (
-            f"packing and train_sampling_strategy={strategy} exclude each other: samples stand where there is room for "
-            "them, and packed rows are all of one length. Leave out train_sampling_strategy."
-        )
-    if training.group_by_modality_length and strategy != "random":
-        yield (
-            f"group_by_modality_length and train_sampling_strategy={strategy} exclude each other: both set "
-            "the order of the records. Give one of the two."
-        )
 
 
 def _evaluation_problems(data: DataArguments, inherited: Mapping[str, object]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
-from llava_ft.args.sources import config_folders, known_configs
+from llava_ft.args.sources import find_config, known_configs
 from llava_ft.errors import UserError, did_you_mean
 
 _Section = Mapping[str, Any]
@@ -100,9 +100,7 @@ def read_deepspeed_config(given: str | dict[str, Any], notes: list[str]) -> tupl
     if not isinstance(given, str):
         return given, "the mapping"
     path = Path(given).expanduser()
-    names = [path.name] if path.suffix == ".json" else [path.name, f"{path.name}.json"]
-    candidates = [path, *(folder / candidate for folder in config_folders() for candidate in names)]
-    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    found = find_config(given, (".json",), anywhere=True)
     if found is None:
         known = known_configs(".json")
         hint = did_you_mean(path.stem, [file.removesuffix(".json") for file in known])

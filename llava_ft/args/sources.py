@@ -107,26 +107,26 @@ def write_yaml(values: Mapping[str, object]) -> str:
     return str(yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000))
 
 
-def find_config(name: str) -> Path | None:
-    """Look up a YAML configuration: as a path, in `./configs`, then in the source tree's `configs`.
+def find_config(name: str, suffixes: Sequence[str] = (".yaml", ".yml"), *, anywhere: bool = False) -> Path | None:
+    """Look up a configuration: as a path, in `./configs`, then in the source tree's `configs`.
 
-    A bare file name may lack its suffix. None is returned if there is no such file.
+    In these folders a bare file name is looked up, which may lack its suffix; with `anywhere`, that of any path is.
+    None is returned if there is no such file.
     """
     path = Path(name).expanduser()
     candidates = [path]
-    if path.name == name:
-        candidates += [folder / (name + suffix) for folder in config_folders() for suffix in ("", ".yaml", ".yml")]
+    if anywhere or path.name == name:
+        candidates += [folder / (path.name + suffix) for folder in _config_folders() for suffix in ("", *suffixes)]
     return next((candidate for candidate in candidates if candidate.is_file()), None)
-
-
-def config_folders() -> list[Path]:
-    """Return the folders in which a bare configuration name is looked up, in that order."""
-    return [Path("configs"), Path(__file__).resolve().parents[2] / "configs"]
 
 
 def known_configs(suffix: str) -> list[str]:
     """Return the names of the configuration files that can be asked for by name."""
-    return sorted({path.name for folder in config_folders() for path in folder.glob(f"*{suffix}")})
+    return sorted({path.name for folder in _config_folders() for path in folder.glob(f"*{suffix}")})
+
+
+def _config_folders() -> list[Path]:
+    return [Path("configs"), Path(__file__).resolve().parents[2] / "configs"]
 
 
 def _with_point_free_floats(resolvers: dict[str, Any]) -> dict[str, Any]:
