@@ -6,8 +6,8 @@ Checked against transformers 4.37 (what LLaVA ran on) and 5.23.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any, Final, TypeAlias
+from collections.abc import Mapping, MutableMapping
+from typing import Any, Final
 
 from llava_ft.errors import UserError
 
@@ -44,85 +44,82 @@ WITHOUT_EFFECT: Final[Mapping[str, tuple[Any, str]]] = {
 }
 """Type hint, and why nothing happens."""
 
-Values: TypeAlias = "MutableMapping[str, object]"
-Translation: TypeAlias = Callable[[str, object, Values], str]
-"""Gets the old flag's name and value; changes the values of the same source, and returns a note."""
-
-
-def _warmup_ratio(_name: str, value: object, values: Values) -> str:
-    """A ratio is a number of warm-up steps below 1 now; 1.0 itself would mean one step.
-
-    Warm-up steps beside it win, as they did in transformers 4.37.
-    """
-    ratio = float(str(value))
-    if not 0.0 <= ratio <= 1.0:
-        raise UserError(f"warmup_ratio={ratio}: a share of all steps lies between 0 and 1. For steps use warmup_steps.")
-    if float(str(values.get("warmup_steps", 0))) > 0:
-        return f"warmup_ratio={ratio} has no effect beside warmup_steps={values['warmup_steps']}."
-    values["warmup_steps"] = min(ratio, math.nextafter(1.0, 0.0)) if ratio else 0
-    return f"warmup_ratio={ratio} is now warmup_steps={values['warmup_steps']} (below 1: a share of all steps)."
-
-
-def _save_safetensors(name: str, value: object, values: Values) -> str:
-    if value:
-        return "save_safetensors=True has no effect: weights_format decides, safetensors for full checkpoints."
-    return _is_now("weights_format", "bin", switched_on_by=False)(name, value, values)
-
-
-def _trust_remote_code(_name: str, value: object, _values: Values) -> str:
-    if not value:
-        return "trust_remote_code=False is how it always is."
-    raise UserError(
-        "trust_remote_code=True: code that comes with a model is never run. The models that are supported need none; "
-        "leave the flag out."
-    )
-
-
-def _is_now(new: str, meaning: str | list[str], *, switched_on_by: bool = True) -> Translation:
-    """Translate a switch into a value of another flag, unless the same source says otherwise under the new name."""
-
-    def translate(old: str, value: object, values: Values) -> str:
-        if bool(value) != switched_on_by:
-            return f"{old}={value} is the default."
-        if values.get(new, meaning) != meaning:
-            raise UserError(f"{old} contradicts {new}={values[new]}: it means {new}={meaning}. Give one of the two.")
-        values[new] = meaning
-        shown = old if switched_on_by else f"{old}={value}"
-        return f"{shown} is now {new}={' '.join(meaning) if isinstance(meaning, list) else meaning}."
-
-    return translate
-
-
-def _into_mapping(target: str, key: str) -> Translation:
-    """Translate a flag into one key of another flag that takes a mapping."""
-
-    def translate(name: str, value: object, values: Values) -> str:
-        if value is None or value == 0:
-            return f"{name}={value} is the default."
-        current: Any = values.get(target) or {}
-        if not isinstance(current, dict):
-            raise UserError(f"{name} beside {target}={current!r}: set {key} in that file instead.")
-        values[target] = {**current, key: value}
-        return f"{name} is now {key} of {target}."
-
-    return translate
-
-
-TRANSLATED: Final[Mapping[str, tuple[Any, Translation]]] = {
-    "adafactor": (bool, _is_now("optim", "adafactor")),
-    "dispatch_batches": (bool | None, _into_mapping("accelerator_config", "dispatch_batches")),
-    "fsdp_min_num_params": (int, _into_mapping("fsdp_config", "min_num_params")),
-    "fsdp_transformer_layer_cls_to_wrap": (
-        str | None,
-        _into_mapping("fsdp_config", "transformer_layer_cls_to_wrap"),
-    ),
-    "group_by_length": (bool, _is_now("train_sampling_strategy", "group_by_length")),
-    "include_inputs_for_metrics": (bool, _is_now("include_for_metrics", ["inputs"])),
-    "save_safetensors": (bool | None, _save_safetensors),
-    "split_batches": (bool | None, _into_mapping("accelerator_config", "split_batches")),
-    "trust_remote_code": (bool, _trust_remote_code),
-    "warmup_ratio": (float, _warmup_ratio),
+TRANSLATED: Final[Mapping[str, Any]] = {
+    "adafactor": bool,
+    "dispatch_batches": bool | None,
+    "fsdp_min_num_params": int,
+    "fsdp_transformer_layer_cls_to_wrap": str | None,
+    "group_by_length": bool,
+    "include_inputs_for_metrics": bool,
+    "save_safetensors": bool | None,
+    "split_batches": bool | None,
+    "trust_remote_code": bool,
+    "warmup_ratio": float,
 }
-"""Type hint, and what to do."""
+"""Type hints; `translate` says what they have become."""
 
 SPELLINGS: Final = frozenset(RENAMED) | frozenset(WITHOUT_EFFECT) | frozenset(TRANSLATED)
+
+_SWITCHES: Final[Mapping[str, tuple[bool, str, object]]] = {
+    "adafactor": (True, "optim", "adafactor"),
+    "group_by_length": (True, "train_sampling_strategy", "group_by_length"),
+    "include_inputs_for_metrics": (True, "include_for_metrics", ["inputs"]),
+    "save_safetensors": (False, "weights_format", "bin"),
+}
+"""Position of the switch, and the flag and the value that it stands for now. The other position is the default."""
+
+_KEYS: Final[Mapping[str, tuple[str, str]]] = {
+    "dispatch_batches": ("accelerator_config", "dispatch_batches"),
+    "fsdp_min_num_params": ("fsdp_config", "min_num_params"),
+    "fsdp_transformer_layer_cls_to_wrap": ("fsdp_config", "transformer_layer_cls_to_wrap"),
+    "split_batches": ("accelerator_config", "split_batches"),
+}
+"""Flags that are a key of another flag's mapping now."""
+
+
+def translate(name: str, value: Any, values: MutableMapping[str, Any]) -> str:
+    """Write the value of an old spelling into those of the same source, and return a note about it.
+
+    Raises:
+        UserError: The same source says otherwise under the new name, or the value has no meaning any more.
+    """
+    if name == "warmup_ratio":
+        # A ratio is a number of warm-up steps below 1 now; 1.0 itself would mean one step. Warm-up steps beside it win,
+        # as they did in transformers 4.37.
+        if not 0.0 <= value <= 1.0:
+            raise UserError(
+                f"warmup_ratio={value}: a share of all steps lies between 0 and 1. For steps use warmup_steps."
+            )
+        if values.get("warmup_steps", 0) > 0:
+            return f"warmup_ratio={value} has no effect beside warmup_steps={values['warmup_steps']}."
+        values["warmup_steps"] = min(value, math.nextafter(1.0, 0.0)) if value else 0
+        return f"warmup_ratio={value} is now warmup_steps={values['warmup_steps']} (below 1: a share of all steps)."
+
+    if name == "trust_remote_code":
+        if not value:
+            return "trust_remote_code=False is how it always is."
+        raise UserError(
+            "trust_remote_code=True: code that comes with a model is never run. The models that are supported need "
+            "none; leave the flag out."
+        )
+
+    if name in _KEYS:
+        flag, key = _KEYS[name]
+        if value is None or value == 0:
+            return f"{name}={value} is the default."
+        current: Any = values.get(flag) or {}
+        if not isinstance(current, dict):
+            raise UserError(f"{name} beside {flag}={current!r}: set {key} in that file instead.")
+        values[flag] = {**current, key: value}
+        return f"{name} is now {key} of {flag}."
+
+    position, flag, meaning = _SWITCHES[name]
+    if bool(value) != position:
+        if name == "save_safetensors":
+            return "save_safetensors=True has no effect: weights_format decides, safetensors for full checkpoints."
+        return f"{name}={value} is the default."
+    if values.get(flag, meaning) != meaning:
+        raise UserError(f"{name} contradicts {flag}={values[flag]}: it means {flag}={meaning}. Give one of the two.")
+    values[flag] = meaning
+    shown = " ".join(map(str, meaning)) if isinstance(meaning, list) else meaning
+    return f"{name if position else f'{name}={value}'} is now {flag}={shown}."

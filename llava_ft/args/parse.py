@@ -191,8 +191,8 @@ def _read_source(entries: Sequence[Entry], notes: list[str]) -> _Values:
             _value(entry, ValueType.of(hint))
             notes.append(f"{key} has no effect: {reason}.")
         elif key in legacy.TRANSLATED:
-            hint, translate = legacy.TRANSLATED[key]
-            notes.append(translate(key, _value(entry, ValueType.of(hint)), values))
+            value = _value(entry, ValueType.of(legacy.TRANSLATED[key]))
+            notes.append(legacy.translate(key, value, values))
         elif key in flags:
             values[key] = _value(entry, flags[key])
         else:
