@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from llava_ft.checkpoint.save import write_json
 from llava_ft.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_ft.data.tokenize import tokenize_prompt
-from llava_ft.data.tokenizer import LlamaSpmTokenizer
+from llava_ft.data.tokenizer import SentencePieceTokenizer
 from llava_ft.errors import CheckpointError
 
 _PROBES: Final = (
@@ -67,9 +67,11 @@ def write_hf_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> i
         "image_token": IMAGE_TOKEN,
         "model_max_length": int(cast("Any", tokenizer).model_max_length),
         "padding_side": "left",
-        "tokenizer_class": "LlamaTokenizer" if isinstance(tokenizer, LlamaSpmTokenizer) else "PreTrainedTokenizerFast",
+        "tokenizer_class": "LlamaTokenizer"
+        if isinstance(tokenizer, SentencePieceTokenizer)
+        else "PreTrainedTokenizerFast",
     }
-    if isinstance(tokenizer, LlamaSpmTokenizer):
+    if isinstance(tokenizer, SentencePieceTokenizer):
         fields["legacy"] = tokenizer.legacy
     write_json(directory / "tokenizer_config.json", fields)
     write_json(directory / "special_tokens_map.json", {**named, "image_token": IMAGE_TOKEN})

@@ -1,7 +1,7 @@
-"""The settings of a CLIP image processor: preprocessor_config.json in each form that was ever written.
+"""The settings of a tower's image processor: preprocessor_config.json in each form that was ever written.
 
-A model in transformers' own layout describes its own image processor, which is CLIP's with a step before it: padding to
-a square, or cutting into tiles. transformers 5 keeps the description inside `processor_config.json`, which then wins.
+A model in transformers' own layout describes its own image processor, which is the tower's with a step before it:
+padding to a square, or cutting into tiles. transformers 5 keeps that inside `processor_config.json`, which then wins.
 
 Rescaling and normalisation give each of the 256 levels of a channel one value, so both are a table (`PixelNormalizer`):
 pictures travel as bytes, a quarter of the size, and become numbers on the device.
@@ -26,15 +26,13 @@ from llava_ft.errors import UserError
 PREPROCESSOR_CONFIG: Final = "preprocessor_config.json"
 PROCESSOR_CONFIG: Final = "processor_config.json"
 
-_KNOWN_PROCESSORS = re.compile(r"CLIP.*|Llava(?:Next)?ImageProcessor(?:Fast|Pil)?")
-
 
 @dataclass(frozen=True, slots=True)
 class ImageProcessorSettings:
-    """The settings of a CLIP image processor, under their names in preprocessor_config.json.
+    """How pictures are resized, cropped, rescaled and normalised; the names are those of preprocessor_config.json.
 
     Attributes:
-        size: `{"shortest_edge": N}` or `{"height": H, "width": W}`, in pixels.
+        size: `{"shortest_edge": N}`, which keeps proportions, or `{"height": H, "width": W}`, in pixels.
         crop_size: `{"height": H, "width": W}`, in pixels.
         resample: Pillow's number of the filter; 3 is bicubic.
     """
@@ -52,7 +50,7 @@ class ImageProcessorSettings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = PREPROCESSOR_CONFIG) -> "ImageProcessorSettings":
-        """Read the content of a preprocessor_config.json; a missing key has CLIP's default.
+        """Read the content of a preprocessor_config.json; a missing key has the processor's default.
 
         Args:
             values: The content. Sizes are a number or a mapping, as the versions of transformers wrote them.
@@ -62,12 +60,15 @@ class ImageProcessorSettings:
             UserError: It describes another kind of processor, or a value is not usable.
         """
         processor = values.get("image_processor_type") or values.get("feature_extractor_type") or "CLIP"
-        if not _KNOWN_PROCESSORS.fullmatch(str(processor)):
+        defaults = next(
+            (settings for known, settings in _PROCESSORS.items() if re.fullmatch(known, str(processor))), None
+        )
+        if defaults is None:
             raise UserError(f"{source} describes a {processor}; only CLIP's are known. Use a CLIP vision tower.")
         given = {name: value for name, value in values.items() if value is not None}
 
         def read(name: str, is_allowed: Callable[[Any], bool], allowed: str) -> Any:
-            value = given.get(name, getattr(_DEFAULTS, name))
+            value = given.get(name, getattr(defaults, name))
             if not is_allowed(value):
                 raise UserError(f"{source}: {name} is {value!r}; it must be {allowed}.")
             return value
@@ -153,7 +154,8 @@ class ImageProcessorSettings:
 class PixelNormalizer:
     """Turns the bytes of prepared pictures into what the vision tower reads, on whatever device they are.
 
-    The values are CLIP's, bit for bit: rescaled in float64, rounded to float32, and normalised in float32.
+    The values are those of transformers' processors, bit for bit: rescaled in float64, rounded to float32, and
+    normalised in float32.
     """
 
     def __init__(self, settings: ImageProcessorSettings):
@@ -183,8 +185,8 @@ def normalize_batch(batch: dict[str, Any], normalizer: PixelNormalizer | None) -
     return {**batch, "pixel_values": normalizer(pixels)}
 
 
-_DEFAULTS: Final = ImageProcessorSettings()
-"""What a missing value of a preprocessor_config.json means: CLIP's."""
+_PROCESSORS: Final = {r"CLIP.*|Llava(?:Next)?ImageProcessor(?:Fast|Pil)?": ImageProcessorSettings()}
+"""The image processors that are known by what files call them, and what a value means that their files leave out."""
 
 
 def _is_size(value: Any, known: Sequence[set[str]]) -> bool:
@@ -225,7 +227,7 @@ def pads_to_square(directory: Path) -> bool:
 def copy_image_settings(source: Path, target: Path) -> None:
     """Write preprocessor_config.json for a model whose images are prepared as those of another directory.
 
-    A file that describes CLIP's own processor is copied as it is.
+    A file that describes the tower's own processor is copied as it is.
 
     Raises:
         UserError: The settings are missing or not usable.

@@ -1,8 +1,8 @@
 """From a picture to the tensor that the vision tower reads.
 
-The arithmetic is that of the CLIP image processor: resize, centre crop, rescale, normalise. It is written on Pillow and
-a table of 256 values per channel (`PixelNormalizer`), and the height of an image never has to be told from its channels
-by guessing (LLaVA fails on some heights).
+The arithmetic is that of transformers' image processors: resize, centre crop, rescale, normalise, each as the settings
+say. It is written on Pillow and a table of 256 values per channel (`PixelNormalizer`), and the height of an image never
+has to be told from its channels by guessing (LLaVA fails on some heights).
 """
 
 import os
@@ -29,9 +29,9 @@ _FILTER: Final = Image.Resampling.BICUBIC
 class ImageTransform:
     """Prepares pictures for the vision tower.
 
-    "square" is the CLIP processor itself: the shortest edge is resized and the centre cropped. "pad" first puts the
-    picture in the middle of a square of CLIP's mean colour, so that nothing is cropped (LLaVA 1.5). "anyres" gives an
-    overview and the tiles of a grid (LLaVA 1.6; `cut_into_tiles`).
+    "square" is the tower's own processor: for CLIP the shortest edge is resized and the centre cropped. "pad" first
+    puts the picture in the middle of a square of the mean colour, so that nothing is cropped (LLaVA 1.5). "anyres"
+    gives an overview and the tiles of a grid (LLaVA 1.6; `cut_into_tiles`).
 
     Args:
         settings: Sizes, filter and normalisation.
@@ -194,7 +194,7 @@ class ImageTransform:
         return int(shortest * width / height), shortest
 
     def _crop(self, picture: Image.Image) -> Image.Image:
-        """Cut out the centre; where the picture is too small, black surrounds it, as in CLIP."""
+        """Cut out the centre; where the picture is too small, black surrounds it, as transformers does."""
         if not self.settings.do_center_crop:
             return picture
         height, width = self.output_size

@@ -1,9 +1,9 @@
 """Load, extend and save tokenizers so that ids equal those LLaVA was trained with.
 
-LLaVA uses the slow (SentencePiece) LLaMA tokenizer of transformers 4. Version 5 has only a fast one. Its ids
-differ for runs of spaces (it orders merges by id, not by score) and where text starts with a space or follows
-a special token. So a LLaMA tokenizer is built here from `tokenizer.model`: merges ordered by
-SentencePiece score, and the leading blank added as the `legacy` flag of `tokenizer_config.json` asks:
+LLaVA's models were trained with slow SentencePiece tokenizers of transformers 4. Version 5 has only fast ones. Their
+ids differ for runs of spaces (merges are ordered by id, not by score) and where text starts with a space or follows a
+special token. So a SentencePiece tokenizer is built here from `tokenizer.model`: merges ordered by score, and the
+leading blank added as the `legacy` flag of `tokenizer_config.json` asks:
 
 - `legacy` true (also when the flag is absent): before every stretch of text between special tokens;
 - `legacy` false: before the first stretch only.
@@ -32,7 +32,9 @@ _META_BLANKS: Final = 259
 _SPM_FILE: Final = "tokenizer.model"
 _FAST_FILE: Final = "tokenizer.json"
 _CONFIG_FILE: Final = "tokenizer_config.json"
-_LLAMA_CLASSES: Final = ("LlamaTokenizer", "LlamaTokenizerFast")
+_SPM_CLASSES: Final = ("LlamaTokenizer", "LlamaTokenizerFast")
+"""Tokenizer classes whose `tokenizer.model` is a SentencePiece model of this kind; the first is what is written."""
+
 _GENERIC_CLASSES: Final = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 _NAMED_TOKENS: Final = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"
@@ -44,8 +46,8 @@ _NORMAL_PIECE, _CONTROL_PIECE, _USER_PIECE = 1, 3, 4
 _TOKEN_FIELDS: Final = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 
 
-class LlamaSpmTokenizer(PreTrainedTokenizerFast):
-    """A LLaMA tokenizer with the ids of transformers 4's slow one.
+class SentencePieceTokenizer(PreTrainedTokenizerFast):
+    """A SentencePiece (BPE) tokenizer with the ids of transformers 4's slow one.
 
     `save_pretrained` also writes what loaders of the slow one read: `tokenizer.model`, the class name, the
     `legacy` flag and the added tokens.
@@ -67,7 +69,7 @@ class LlamaSpmTokenizer(PreTrainedTokenizerFast):
         config_path = directory / _CONFIG_FILE
         config = json.loads(config_path.read_text(encoding="utf-8"))
         config.update(
-            tokenizer_class="LlamaTokenizer",
+            tokenizer_class=_SPM_CLASSES[0],
             legacy=self.legacy,
             add_bos_token=self.add_bos_token,
             add_eos_token=self.add_eos_token,
@@ -108,10 +110,10 @@ def load_tokenizer(path: str | Path, *, model_max_length: int | None = None) -> 
     tokenizer_class = config.get("tokenizer_class")
     has_spm = (directory / _SPM_FILE).is_file()
     has_fast = (directory / _FAST_FILE).is_file()
-    if has_spm and (tokenizer_class in _LLAMA_CLASSES or (tokenizer_class in _GENERIC_CLASSES and not has_fast)):
+    if has_spm and (tokenizer_class in _SPM_CLASSES or (tokenizer_class in _GENERIC_CLASSES and not has_fast)):
         tokenizer = _load_from_spm(directory, config)
-    elif has_fast and tokenizer_class in _LLAMA_CLASSES:
-        tokenizer = _load_llama_from_json(directory, config)
+    elif has_fast and tokenizer_class in _SPM_CLASSES:
+        tokenizer = _load_from_json(directory, config)
     elif has_fast or has_spm or (directory / "vocab.json").is_file() or (directory / "vocab.txt").is_file():
         tokenizer = _load_other(directory)
     else:
@@ -191,7 +193,7 @@ def _as_added_token(value: object, directory: Path, *, special: bool) -> AddedTo
     return AddedToken(fields["content"], normalized=False, special=special, **flags)
 
 
-def _load_from_spm(directory: Path, config: dict[str, Any]) -> LlamaSpmTokenizer:
+def _load_from_spm(directory: Path, config: dict[str, Any]) -> SentencePieceTokenizer:
     path = directory / _SPM_FILE
     data = path.read_bytes()
     proto = _parse_spm(data, path)
@@ -219,7 +221,7 @@ def _load_from_spm(directory: Path, config: dict[str, Any]) -> LlamaSpmTokenizer
 
 
 def _parse_spm(data: bytes, path: Path) -> Any:
-    """Parse a SentencePiece file and check that it is one that LLaMA's slow tokenizer could load."""
+    """Parse a SentencePiece file and check that it is of the kind that is built here."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
@@ -296,9 +298,11 @@ def _restore_added_tokens(backend: Tokenizer, directory: Path, config: Mapping[s
     _add_tokens(backend, named + [_as_added_token(token, directory, special=True) for token in additional])
 
 
-def _wrap(backend: Tokenizer, config: Mapping[str, Any], legacy: bool, spm_model: bytes | None) -> LlamaSpmTokenizer:
+def _wrap(
+    backend: Tokenizer, config: Mapping[str, Any], legacy: bool, spm_model: bytes | None
+) -> SentencePieceTokenizer:
     passed_on = ("model_max_length", "chat_template", "use_default_system_prompt")
-    return LlamaSpmTokenizer(
+    return SentencePieceTokenizer(
         tokenizer_object=backend,
         legacy=legacy,
         spm_model=spm_model,
@@ -309,8 +313,8 @@ def _wrap(backend: Tokenizer, config: Mapping[str, Any], legacy: bool, spm_model
     )
 
 
-def _load_llama_from_json(directory: Path, config: Mapping[str, Any]) -> LlamaSpmTokenizer:
-    """Load a LLaMA tokenizer of which only the fast file is there; its merges count as written, but for Meta's."""
+def _load_from_json(directory: Path, config: Mapping[str, Any]) -> SentencePieceTokenizer:
+    """Load a tokenizer of which only the fast file is there; its merges count as written, but for Meta's."""
     path = directory / _FAST_FILE
     content = _read_json(path)
     order_merges_of_meta(content.get("model"))
