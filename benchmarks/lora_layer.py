@@ -28,8 +28,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from workload import PRESETS, Preset
 
-from llava_ft.models.config import LlavaLlamaConfig
-from llava_ft.models.llava import LlavaLlamaForCausalLM
+from llava_ft.models.families.llama import LlavaLlamaConfig, LlavaLlamaForCausalLM
 from llava_ft.planning.tracker import MemoryTracker
 from llava_ft.tuning.lora import add_lora
 from llava_ft.tuning.lora_layer import use_fast_layers

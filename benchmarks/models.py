@@ -8,14 +8,14 @@ from torch import nn
 from workload import Preset
 
 from llava_ft.models.builder import build_skeleton, settle_config, vision_fields
-from llava_ft.models.config import LlavaLlamaConfig
-from llava_ft.models.llava import LlavaLlamaForCausalLM, part_of
+from llava_ft.models.config import LlavaModelConfig
+from llava_ft.models.llava import LlavaForCausalLM, part_of
 from llava_ft.tuning.quant import Quantization, is_quantized, quantize_linears, set_quantized_weight
 
 QUANTIZATION = Quantization(4, "nf4", True)
 
 
-def preset_config(preset: Preset) -> LlavaLlamaConfig:
+def preset_config(preset: Preset) -> LlavaModelConfig:
     """The configuration of a preset's model."""
     fields: dict[str, Any] = {"model_type": "llama", "eos_token_id": 2, "pad_token_id": 0, **preset.language}
     wishes = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "image_aspect_ratio": "pad"}
@@ -23,7 +23,7 @@ def preset_config(preset: Preset) -> LlavaLlamaConfig:
     return settle_config(fields, "random", wishes=wishes, vision_tower="inside", vision=vision)
 
 
-def build_native(preset: Preset, attn_implementation: str) -> LlavaLlamaForCausalLM:
+def build_native(preset: Preset, attn_implementation: str) -> LlavaForCausalLM:
     """The program's model with random weights on the preset's device, in the dtypes of training; nothing is marked yet.
 
     Weights that are trained are float32, frozen ones in the compute dtype.

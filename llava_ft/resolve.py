@@ -13,7 +13,7 @@ from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import is_llava_config, settle_config, vision_fields
-from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.models.config import LlavaModelConfig
 from llava_ft.tuning.freeze import TuningPlan
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def config_from_files(
     *,
     read_tower: Callable[[str], Mapping[str, Any]],
     projector_is_replaced: bool,
-) -> LlavaLlamaConfig:
+) -> LlavaModelConfig:
     """Settle the configuration of the run's model without looking at weights; `find_base` does it with them.
 
     Args:
@@ -109,7 +109,7 @@ def config_from_files(
     )
 
 
-def sample_tokenizer(args: ParsedArgs, config: LlavaLlamaConfig, directory: Path) -> SampleTokenizer:
+def sample_tokenizer(args: ParsedArgs, config: LlavaModelConfig, directory: Path) -> SampleTokenizer:
     """Make what turns a run's records into ids and labels.
 
     Args:

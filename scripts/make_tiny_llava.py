@@ -33,8 +33,7 @@ from llava_ft.data.image_processor import ImageProcessorSettings
 from llava_ft.data.records import Sample, Turn
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.data.tokenizer import load_tokenizer, save_tokenizer
-from llava_ft.models.config import LlavaLlamaConfig
-from llava_ft.models.llava import LlavaLlamaForCausalLM
+from llava_ft.models.families.llama import LlavaLlamaConfig, LlavaLlamaForCausalLM
 
 SIDE = 56
 COLOURS = {

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from llava_ft.constants import IMAGE_TOKEN_INDEX
-from llava_ft.models.llava import LlavaLlamaForCausalLM, scatter_image_features
+from llava_ft.models.llava import LlavaForCausalLM, scatter_image_features
 
 
-def all_hidden_states(model: LlavaLlamaForCausalLM, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+def all_hidden_states(model: LlavaForCausalLM, pixel_values: torch.Tensor) -> list[torch.Tensor]:
     """Every hidden state of the tower."""
     encoder = model._tower.vision_tower.vision_model
     states = [encoder.pre_layrnorm(encoder.embeddings(pixel_values))]
@@ -28,7 +28,7 @@ def all_hidden_states(model: LlavaLlamaForCausalLM, pixel_values: torch.Tensor) 
 
 def loss_of(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     """The mean loss of a padded batch."""
-    native = next(module for module in model.modules() if isinstance(module, LlavaLlamaForCausalLM))
+    native = next(module for module in model.modules() if isinstance(module, LlavaForCausalLM))
     pixels, side = batch.get("pixel_values"), native._tower.input_size
     if pixels is None:
         pixels = torch.zeros(1, 3, side, side, device=batch["input_ids"].device)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from llava_ft.checkpoint.config_check import check_config
 from llava_ft.checkpoint.directory import ModelDirectory, identify, resolve_model_path
@@ -29,8 +30,8 @@ from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.data.image_processor import PREPROCESSOR_CONFIG, image_settings_file
 from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import build_skeleton, is_llava_config, settle_config, vision_fields
-from llava_ft.models.config import LlavaLlamaConfig
-from llava_ft.models.llava import LlavaLlamaForCausalLM
+from llava_ft.models.config import LlavaModelConfig
+from llava_ft.models.llava import LlavaForCausalLM
 from llava_ft.models.parts import any_in, module_part
 from llava_ft.models.vision import CLIPVisionTower
 from llava_ft.tuning.quant import Quantization, check_quantized, quantize_linears
@@ -62,7 +63,7 @@ class BaseModel:
     """
 
     directory: ModelDirectory
-    config: LlavaLlamaConfig
+    config: LlavaModelConfig
     sources: tuple[WeightSource, ...]
     projector_is_new: bool
     newline_is_new: bool
@@ -201,7 +202,7 @@ def load_base(
     quantization: Quantization | None = None,
     division: Division | None = None,
     with_tower: bool = True,
-) -> tuple[LlavaLlamaForCausalLM, Ledger]:
+) -> tuple[LlavaForCausalLM, Ledger]:
     """Build the model and read its weights.
 
     Args:
@@ -262,7 +263,7 @@ def load_tower(base: BaseModel, *, dtype: torch.dtype, device: torch.device | st
     assert isinstance(tower, CLIPVisionTower)
     tower.one_at_a_time = torch.device(device).type == "cpu"
     alone: Any = nn.Module()  # the tower under the names that it has in a model
-    alone.config = LlavaLlamaConfig(tie_word_embeddings=False)
+    alone.config = PreTrainedConfig(tie_word_embeddings=False)
     alone.model = nn.Module()
     alone.model.vision_tower = tower
     sources = [_only(source, lambda name: module_part(name) == "vision tower") for source in base.sources]
@@ -270,7 +271,7 @@ def load_tower(base: BaseModel, *, dtype: torch.dtype, device: torch.device | st
     return tower.to(device).eval()
 
 
-def _open_projector(path: Path, config: LlavaLlamaConfig) -> tuple[WeightSource, WeightFiles | None]:
+def _open_projector(path: Path, config: LlavaModelConfig) -> tuple[WeightSource, WeightFiles | None]:
     if not path.is_file():
         raise CheckpointError(f"The projector file {path} does not exist.")
     if config.mm_vision_config is None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from llava_ft.checkpoint.load import WeightSource
 from llava_ft.checkpoint.names import EMBEDDINGS, VISION_PREFIX
 from llava_ft.errors import CheckpointError
-from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.models.config import LlavaModelConfig
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _VISION_LAYER = re.compile(re.escape(VISION_PREFIX) + r"encoder\.layers\.(\d+)\.")
@@ -19,7 +19,7 @@ _VISION_LAYER = re.compile(re.escape(VISION_PREFIX) + r"encoder\.layers\.(\d+)\.
 _Shapes = Mapping[str, tuple[int, ...]]
 
 
-def check_config(config: LlavaLlamaConfig, sources: Iterable[WeightSource], where: str) -> None:
+def check_config(config: LlavaModelConfig, sources: Iterable[WeightSource], where: str) -> None:
     """Refuse a configuration that asks for more than its weights hold.
 
     What is too small is left to `plan_sources`, which compares every shape. Messages name `where` it comes from.
@@ -38,7 +38,7 @@ def check_config(config: LlavaLlamaConfig, sources: Iterable[WeightSource], wher
             )
 
 
-def _sizes(config: LlavaLlamaConfig, shapes: _Shapes) -> Iterator[tuple[str, int, int, str]]:
+def _sizes(config: LlavaModelConfig, shapes: _Shapes) -> Iterator[tuple[str, int, int, str]]:
     """Yield each field's name and value, the value that the files can hold, and where they say so."""
     first = "model.layers.0."
     query, gate = f"{first}self_attn.q_proj.weight", f"{first}mlp.gate_proj.weight"

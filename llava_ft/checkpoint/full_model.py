@@ -19,7 +19,7 @@ from llava_ft.checkpoint.load import Ledger, Plan, WeightSource, fit_rows, plan_
 from llava_ft.checkpoint.names import EMBEDDINGS, native_name
 from llava_ft.checkpoint.overrides import Force
 from llava_ft.models.builder import build_skeleton
-from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.models.config import LlavaModelConfig
 from llava_ft.models.parts import any_in
 from llava_ft.tuning.freeze import language_model_linears
 from llava_ft.tuning.quant import Quantization
@@ -58,7 +58,7 @@ class FullModel:
         self.directory, self.base, self.adapters = source.directories[0], source.base, source.adapters
         self.tokenizer, self.fingerprint = source.tokenizer, source.fingerprint
         self.quantization = quantization
-        self.config: LlavaLlamaConfig = self.base.config
+        self.config: LlavaModelConfig = self.base.config
         self.num_new_rows = max(0, len(self.tokenizer) - self.config.vocab_size)
         self.config.vocab_size += self.num_new_rows
         skeleton = build_skeleton(self.config)

@@ -19,7 +19,7 @@ from torch import nn
 from llava_ft.checkpoint.names import EMBEDDINGS, HEAD, IMAGE_NEWLINE, is_derived
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.errors import CheckpointError, some_of
-from llava_ft.models.llava import LlavaLlamaForCausalLM
+from llava_ft.models.llava import LlavaForCausalLM
 from llava_ft.models.parts import part_of
 from llava_ft.tuning.quant import is_quantized, set_quantized_weight
 
@@ -97,7 +97,7 @@ class Ledger:
 
 
 def load_weights(
-    model: LlavaLlamaForCausalLM,
+    model: LlavaForCausalLM,
     sources: Sequence[WeightSource],
     *,
     dtype_of: Callable[[str], torch.dtype],
@@ -151,7 +151,7 @@ def load_weights(
 
 
 def plan_sources(
-    model: LlavaLlamaForCausalLM,
+    model: LlavaForCausalLM,
     sources: Sequence[WeightSource],
     ledger: Ledger,
     *,
@@ -257,7 +257,7 @@ def _is_to_be_quantized(model: nn.Module, name: str) -> bool:
     return leaf == "weight" and is_quantized(model.get_submodule(module_name))
 
 
-def _head_is_tied(model: LlavaLlamaForCausalLM) -> bool:
+def _head_is_tied(model: LlavaForCausalLM) -> bool:
     return bool(model.config.tie_word_embeddings)
 
 

@@ -31,6 +31,7 @@ from llava_ft.checkpoint.weights import read_json
 from llava_ft.constants import ORIGINAL_DEFAULTS
 from llava_ft.errors import CheckpointError, UserError
 from llava_ft.models.builder import is_llava_config
+from llava_ft.models.families import find_family, known_families
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _TOKENIZER_FILES = (
@@ -185,7 +186,9 @@ def settle_model_config(settings: RunSettings, shapes: Shapes, base_config: Mapp
         return dict(settings.config)
     if settings.flags_file is None and not is_llava_config(base_config):
         return {}
-    fields = {**base_config, "model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"]}
+    # Without a base nothing names the language model; files of that kind are of the original's LLaMA.
+    family = find_family(base_config) or known_families()[0]
+    fields = {**base_config, "model_type": family.llava_types[0], "architectures": [family.model_class.__name__]}
     for key, default in ORIGINAL_DEFAULTS.items():
         flag = settings.flags.get(key)
         fields[key] = flag if flag is not None else base_config.get(key, default)

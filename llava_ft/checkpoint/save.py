@@ -35,7 +35,7 @@ from llava_ft.checkpoint.names import (
 )
 from llava_ft.checkpoint.weights import SAFETENSORS_DTYPES
 from llava_ft.errors import UserError
-from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.models.config import LlavaModelConfig
 from llava_ft.models.parts import LANGUAGE_MODEL, module_part, part_of
 
 WeightsFormat = Literal["bin", "safetensors", "both"]
@@ -244,7 +244,7 @@ def check_space(directory: Path, num_bytes: int) -> None:
         )
 
 
-def config_fields(config: LlavaLlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
+def config_fields(config: LlavaModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Return the content of `config.json`: what differs from the defaults, and every field that LLaVA reads.
 
     Loaders take `dtype`, that of the weights, as their own default.

@@ -44,7 +44,7 @@ from llava_ft.convert.native_record import copy_files, num_native_rows, read_wei
 from llava_ft.convert.proof import ConversionReport
 from llava_ft.errors import CheckpointError, RunError
 from llava_ft.models.builder import build_skeleton
-from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.models.config import LlavaModelConfig
 from llava_ft.models.parts import any_in, module_part
 
 Layout = Literal["llava", "hf"]
@@ -236,7 +236,7 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def check_taken(directory: Path, config: LlavaLlamaConfig, layout: Layout) -> None:
+def check_taken(directory: Path, config: LlavaModelConfig, layout: Layout) -> None:
     """Check that PEFT takes every tensor of an adapter's file, and finds every tensor that it looks for.
 
     `PeftModel.from_pretrained` passes over keys that it does not know, and starts modules anew whose keys it does not

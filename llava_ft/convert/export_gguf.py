@@ -43,7 +43,7 @@ from llava_ft.data.images import ImageTransform
 from llava_ft.errors import CheckpointError, RunError, UserError
 from llava_ft.inference.load import DEFAULT_TEMPLATE, LoadedModel
 from llava_ft.models.builder import build_skeleton
-from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.models.families.llama import LlavaLlamaConfig
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ import torch
 
 from llava_ft.checkpoint.names import PROJECTOR_PREFIX, VISION_PREFIX
 from llava_ft.errors import CheckpointError, UserError
-from llava_ft.models.config import LlavaLlamaConfig, hidden_state_index
+from llava_ft.models.config import LlavaModelConfig, hidden_state_index
 from llava_ft.models.parts import LANGUAGE_MODEL, module_part
 
 File = Literal["language", "vision"]
@@ -59,7 +59,7 @@ class GgufTensor:
 
 
 def plan_tensors(
-    shapes: Mapping[str, tuple[int, ...]], config: LlavaLlamaConfig, dtype: torch.dtype
+    shapes: Mapping[str, tuple[int, ...]], config: LlavaModelConfig, dtype: torch.dtype
 ) -> list[GgufTensor]:
     """Say where each tensor of a model goes, in the order of the files.
 
@@ -133,7 +133,7 @@ def restore_rows(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
     return tensor.reshape(num_heads, -1, 2, *rest).transpose(1, 2).reshape(-1, *rest)
 
 
-def num_tower_layers(config: LlavaLlamaConfig) -> int:
+def num_tower_layers(config: LlavaModelConfig) -> int:
     """Layers of the vision tower in front of the features that LLaVA reads: the ones that are exported."""
     vision = config.vision_config
     assert vision is not None

@@ -12,7 +12,7 @@ import torch
 from llava_ft.convert.gguf_file import Fields, num_tower_layers, real
 from llava_ft.data.image_processor import ImageProcessorSettings
 from llava_ft.errors import CheckpointError
-from llava_ft.models.config import LlavaLlamaConfig, projector_depth
+from llava_ft.models.config import LlavaModelConfig, projector_depth
 
 _FILE_TYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
 _QUANTIZATION_VERSION: Final = 2
@@ -20,7 +20,7 @@ _ACTIVATIONS: Final = ("quick_gelu", "gelu")
 _ELSEWHERE: Final = "Export with --format llava instead."
 
 
-def check_expressible(config: LlavaLlamaConfig) -> None:
+def check_expressible(config: LlavaModelConfig) -> None:
     """Check that llama.cpp can run a model like this one.
 
     Raises:
@@ -72,7 +72,7 @@ def check_image_settings(settings: ImageProcessorSettings) -> None:
         )
 
 
-def differences(config: LlavaLlamaConfig) -> list[str]:
+def differences(config: LlavaModelConfig) -> list[str]:
     """Say in what llama.cpp treats images otherwise than the model was trained, though it reads the files."""
     if config.mm_vision_config is None:
         return []
@@ -99,7 +99,7 @@ def differences(config: LlavaLlamaConfig) -> list[str]:
     return found
 
 
-def language_fields(config: LlavaLlamaConfig, name: str, dtype: torch.dtype) -> Fields:
+def language_fields(config: LlavaModelConfig, name: str, dtype: torch.dtype) -> Fields:
     """Describe the language model, all but its vocabulary."""
     rope = _rope(config)
     head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
@@ -125,7 +125,7 @@ def language_fields(config: LlavaLlamaConfig, name: str, dtype: torch.dtype) -> 
     return fields
 
 
-def vision_fields(config: LlavaLlamaConfig, settings: ImageProcessorSettings, name: str, dtype: torch.dtype) -> Fields:
+def vision_fields(config: LlavaModelConfig, settings: ImageProcessorSettings, name: str, dtype: torch.dtype) -> Fields:
     """Describe the vision tower and the projector."""
     vision = config.vision_config
     assert vision is not None
@@ -171,5 +171,5 @@ def _general_fields(name: str, dtype: torch.dtype) -> Fields:
     }
 
 
-def _rope(config: LlavaLlamaConfig) -> dict[str, Any]:
+def _rope(config: LlavaModelConfig) -> dict[str, Any]:
     return dict(cast("Any", config).rope_parameters or {})

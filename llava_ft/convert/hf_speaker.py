@@ -22,12 +22,12 @@ from llava_ft.convert.export_hf import write_hf_files
 from llava_ft.convert.hf_tokenizer import image_token_id
 from llava_ft.convert.verify import Question, Speaker
 from llava_ft.errors import RunError
-from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.models.config import LlavaModelConfig
 
 MODEL_CLASSES: Any = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
 
 
-def build_hf_skeleton(config: LlavaLlamaConfig, dtype: Any) -> Any:
+def build_hf_skeleton(config: LlavaModelConfig, dtype: Any) -> Any:
     """Build transformers' own model for a configuration, with its parameters on the meta device.
 
     `dtype` is what the model's configuration says.

@@ -20,7 +20,7 @@ from llava_ft.checkpoint.names import PEFT_PREFIX
 from llava_ft.checkpoint.overrides import Force, force_from_flags
 from llava_ft.data.images import ImageTransform
 from llava_ft.errors import UserError
-from llava_ft.models.llava import LlavaLlamaForCausalLM
+from llava_ft.models.llava import LlavaForCausalLM
 from llava_ft.tuning.lora import wrap_with_peft
 from llava_ft.tuning.quant import Quantization, check_quantization
 
@@ -34,17 +34,17 @@ class LoadedModel:
     """A model ready to answer."""
 
     tokenizer: PreTrainedTokenizerFast
-    model: LlavaLlamaForCausalLM | PeftModel  # in evaluation mode
+    model: LlavaForCausalLM | PeftModel  # in evaluation mode
     image_transform: ImageTransform | None  # how an image becomes pixels; None for a text-only model
     template: str  # name of the conversation template it was trained with
     context_len: int  # longest sequence in tokens
     base: BaseModel  # what it was made of
 
     @property
-    def plain_model(self) -> LlavaLlamaForCausalLM:
+    def plain_model(self) -> LlavaForCausalLM:
         """The model without PEFT around it; adapters that lie beside its weights stay."""
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        assert isinstance(model, LlavaLlamaForCausalLM)
+        assert isinstance(model, LlavaForCausalLM)
         return model
 
 
@@ -59,7 +59,7 @@ def load_pretrained_model(
     force: Force = False,
     load_8bit: bool = False,
     load_4bit: bool = False,
-) -> tuple[PreTrainedTokenizerFast, LlavaLlamaForCausalLM, ImageTransform | None, int]:
+) -> tuple[PreTrainedTokenizerFast, LlavaForCausalLM, ImageTransform | None, int]:
     """Load a model for use, with an adapter added into the weights if there is one.
 
     With `load_4bit` or `load_8bit` the language model's linear layers are quantised, and an adapter stays beside them.
@@ -183,7 +183,7 @@ def load_base_and_adapters(
             shapes[f"{name}.weight"] = (module.out_features, module.in_features)
     for _, lora in trained.adapters:
         lora.check_shapes(shapes)
-    result: LlavaLlamaForCausalLM | PeftModel = model
+    result: LlavaForCausalLM | PeftModel = model
     if trained.adapters and (adapter == "beside" or quantization is not None):
         result = _beside(model, trained.adapters)
     else:
@@ -218,7 +218,7 @@ def choose_quantization(model_path: str, bits: Literal[4, 8, 16]) -> Quantizatio
     return in_training if in_training is not None and in_training.bits == bits else Quantization(bits)
 
 
-def _beside(model: LlavaLlamaForCausalLM, adapters: Adapters) -> PeftModel:
+def _beside(model: LlavaForCausalLM, adapters: Adapters) -> PeftModel:
     """Put adapters beside the weights, each on exactly the modules it has matrices for; PEFT does the arithmetic."""
     names = ["default", *(f"adapter_{index}" for index in range(1, len(adapters)))]
     wrapped = wrap_with_peft(model, _peft_config(adapters[0][1]))

@@ -17,12 +17,12 @@ from llava_ft.geometry import (
     parse_s2_scales,
 )
 from llava_ft.models.attention.kernels import register
-from llava_ft.models.config import LlavaLlamaConfig, hidden_state_index, projector_depth
-from llava_ft.models.llava import LlavaLlamaForCausalLM
+from llava_ft.models.config import LlavaModelConfig, hidden_state_index, projector_depth
+from llava_ft.models.families import family_of, find_family
+from llava_ft.models.llava import LlavaForCausalLM
 
 logger = logging.getLogger(__name__)
 
-_LANGUAGE_MODELS = ("llama", "llava_llama", "llava")
 # `auto_map` names code in the directory, which is never run; `num_labels` makes transformers build a table of labels.
 _NOT_TAKEN_OVER = ("model_type", "architectures", "torch_dtype", "auto_map", "num_labels", "id2label", "label2id")
 _VISION_FIELDS = (
@@ -41,7 +41,9 @@ _VISION_FIELDS = (
 
 def is_llava_config(fields: Mapping[str, Any]) -> bool:
     """Whether a `config.json` describes a LLaVA model in the native layout."""
-    return "mm_projector_type" in fields or "mm_hidden_size" in fields or fields.get("model_type") == "llava_llama"
+    family = find_family(fields)
+    is_named = family is not None and fields.get("model_type") == family.llava_types[0]
+    return "mm_projector_type" in fields or "mm_hidden_size" in fields or is_named
 
 
 def vision_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -79,7 +81,7 @@ def settle_config(
     vision_tower: str | None,
     vision: Mapping[str, Any] | None,
     projector_is_replaced: bool = False,
-) -> LlavaLlamaConfig:
+) -> LlavaModelConfig:
     """Settle the configuration of the model to build.
 
     What the user asks for comes first, then what a LLaVA checkpoint says, then `ORIGINAL_DEFAULTS`.
@@ -96,7 +98,8 @@ def settle_config(
     Raises:
         UserError: The base is no LLaMA, a wish is impossible, or it contradicts the checkpoint's weights.
     """
-    if base.get("model_type") not in _LANGUAGE_MODELS or "text_config" in base:
+    family = find_family(base)
+    if family is None:
         raise UserError(_unsupported_base(base, where))
     fields = {key: value for key, value in base.items() if key not in _NOT_TAKEN_OVER}
     was_llava = is_llava_config(base)
@@ -117,14 +120,14 @@ def settle_config(
     fields["use_mm_proj"] = vision is not None
     if vision is not None:
         _settle_resolution(fields, wishes, vision, where if was_llava else "")
-    config = LlavaLlamaConfig(**fields)
+    config = family.config_class(**fields)
     config._name_or_path = where  # what PEFT calls an adapter's base; the file names the base's own base
-    config.architectures = [LlavaLlamaForCausalLM.__name__]
+    config.architectures = [family.model_class.__name__]
     _check(config)
     return config
 
 
-def build_skeleton(config: LlavaLlamaConfig, *, attn_implementation: str = "sdpa") -> LlavaLlamaForCausalLM:
+def build_skeleton(config: LlavaModelConfig, *, attn_implementation: str = "sdpa") -> LlavaForCausalLM:
     """Build the model with its parameters on the meta device and its buffers in memory.
 
     Args:
@@ -136,7 +139,7 @@ def build_skeleton(config: LlavaLlamaConfig, *, attn_implementation: str = "sdpa
     """
     config._attn_implementation = register(attn_implementation)
     with init_empty_weights(include_buffers=False):
-        model = LlavaLlamaForCausalLM(config)
+        model = family_of(config).model_class(config)
     model.requires_grad_(False)
     return model
 
@@ -173,7 +176,7 @@ def _settle_resolution(
         fields["mm_hidden_size"] = vision["hidden_size"] * len(settled)
 
 
-def _check(config: LlavaLlamaConfig) -> None:
+def _check(config: LlavaModelConfig) -> None:
     if config.mm_vision_select_feature not in SELECT_FEATURES:
         raise UserError(
             f"mm_vision_select_feature is {config.mm_vision_select_feature!r}; allowed are "

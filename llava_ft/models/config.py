@@ -1,20 +1,22 @@
 """Configuration of a LLaVA model: the language model's fields and, beside them, LLaVA's `mm_*` fields.
 
+Each family of language models puts the two together: `families/`.
+
 The file written by `save_pretrained` is read by original LLaVA (transformers 4.37) as well as by transformers 5:
 fields that transformers 5 renamed are written under both names.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import CLIPVisionConfig, LlamaConfig
+from transformers import CLIPVisionConfig, PreTrainedConfig
 
 from llava_ft.constants import PROJECTOR_TYPE_PATTERN
 from llava_ft.errors import UserError
 from llava_ft.geometry import DEFAULT_GRIDS, DEFAULT_S2_SCALES, ImageGeometry, parse_grid_pinpoints, parse_s2_scales
 
 
-class LlavaLlamaConfig(LlamaConfig):
-    """LLaMA configuration with LLaVA's fields, named as in `llava/model/llava_arch.py`.
+class LlavaModelConfig(PreTrainedConfig):
+    """LLaVA's fields, named as in `llava/model/llava_arch.py`; a family adds its language model's.
 
     Attributes:
         mm_vision_tower: Name or path of the vision tower; None is a text-only model.
@@ -32,7 +34,21 @@ class LlavaLlamaConfig(LlamaConfig):
         conversation_template: Template the model was trained with. Original LLaVA ignores it.
     """
 
-    model_type = "llava_llama"
+    if TYPE_CHECKING:  # of every language model's configuration
+        vocab_size: int
+        hidden_size: int
+        intermediate_size: int
+        num_hidden_layers: int
+        num_attention_heads: int
+        num_key_value_heads: int
+        head_dim: int | None
+        max_position_embeddings: int
+        hidden_act: str
+        rms_norm_eps: float
+        attention_bias: bool
+        mlp_bias: bool
+        tie_word_embeddings: bool
+        rope_parameters: Any
 
     mm_vision_tower: str | None = None
     mm_vision_config: dict[str, Any] | None = None

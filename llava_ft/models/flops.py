@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from llava_ft.models.config import LlavaLlamaConfig, hidden_state_index
+from llava_ft.models.config import LlavaModelConfig, hidden_state_index
 
 _LAYER: Final = re.compile(r"layers\.(\d+)\.")
 _BEHIND_ATTENTION: Final = ("o_proj", "gate_proj", "up_proj", "down_proj")
@@ -88,7 +88,7 @@ class Flops:
         )
 
 
-def model_flops(config: LlavaLlamaConfig, weights: Sequence[Weight], *, runs_tower: bool = True) -> tuple[Flops, Flops]:
+def model_flops(config: LlavaModelConfig, weights: Sequence[Weight], *, runs_tower: bool = True) -> tuple[Flops, Flops]:
     """Count what training needs, however it is done.
 
     Args:
@@ -106,7 +106,7 @@ def model_flops(config: LlavaLlamaConfig, weights: Sequence[Weight], *, runs_tow
 
 
 def decoder_forward(
-    config: LlavaLlamaConfig, weights: Sequence[Weight], layers: Collection[int] | None = None
+    config: LlavaModelConfig, weights: Sequence[Weight], layers: Collection[int] | None = None
 ) -> Flops:
     """Count the forward pass of the decoder's layers.
 
@@ -123,7 +123,7 @@ def decoder_forward(
     return total
 
 
-def _decoder_backward(config: LlavaLlamaConfig, weights: Sequence[Weight]) -> Flops:
+def _decoder_backward(config: LlavaModelConfig, weights: Sequence[Weight]) -> Flops:
     is_fed = any(w.is_trained for w in weights if w.part in ("embeddings", "projector", "image newline")) or any(
         w.is_trained and w.part == "new token rows" and "lm_head" not in w.name for w in weights
     )
@@ -148,13 +148,13 @@ def _layer_of(name: str) -> int:
     return int(found.group(1))
 
 
-def _attention_per_pair(config: LlavaLlamaConfig) -> float:
+def _attention_per_pair(config: LlavaModelConfig) -> float:
     """FLOPs of one layer's attention forward, for a pair of positions."""
     heads = int(config.num_attention_heads)
     return 4.0 * heads * int(getattr(config, "head_dim", None) or int(config.hidden_size) // heads)
 
 
-def _linear(weight: Weight, products: int, config: LlavaLlamaConfig) -> Flops:
+def _linear(weight: Weight, products: int, config: LlavaModelConfig) -> Flops:
     flops = 2.0 * weight.numel * products
     is_last = _layer_of(weight.name) == int(config.num_hidden_layers) - 1
     is_selective = is_last and any(leaf in weight.name for leaf in _BEHIND_ATTENTION)
@@ -173,7 +173,7 @@ def _head(weights: Sequence[Weight]) -> Flops:
     return Flops(per_supervised=total)
 
 
-def _vision(config: LlavaLlamaConfig, weights: Sequence[Weight], runs_tower: bool) -> tuple[Flops, tuple[Flops, Flops]]:
+def _vision(config: LlavaModelConfig, weights: Sequence[Weight], runs_tower: bool) -> tuple[Flops, tuple[Flops, Flops]]:
     geometry = config.image_geometry
     if geometry is None:
         return Flops(), (Flops(), Flops())
@@ -186,7 +186,7 @@ def _vision(config: LlavaLlamaConfig, weights: Sequence[Weight], runs_tower: boo
     return Flops(per_tile=tower_flops(config, weights)) if runs_tower else Flops(), projector
 
 
-def tower_flops(config: LlavaLlamaConfig, weights: Sequence[Weight]) -> float:
+def tower_flops(config: LlavaModelConfig, weights: Sequence[Weight]) -> float:
     """FLOPs of the vision tower for one tile, up to the layer that is read; with S2 at all scales."""
     geometry, vision = config.image_geometry, config.mm_vision_config
     assert geometry is not None
@@ -206,7 +206,7 @@ def tower_flops(config: LlavaLlamaConfig, weights: Sequence[Weight]) -> float:
     return total * sum((side // geometry.image_size) ** 2 for side in sides)
 
 
-def tower_layers_read(config: LlavaLlamaConfig) -> int:
+def tower_layers_read(config: LlavaModelConfig) -> int:
     """Number of layers of the vision tower that run: up to the one whose output is read."""
     vision = config.mm_vision_config
     assert vision is not None

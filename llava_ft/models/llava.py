@@ -18,11 +18,11 @@ C width of the tower, S supervised positions, V vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava_ft.constants import IMAGE_TOKEN_INDEX
@@ -30,19 +30,30 @@ from llava_ft.geometry import ImageGeometry, SizeWH
 from llava_ft.models.anyres import merge_tiles
 from llava_ft.models.attention.boundaries import SampleBoundaries, boundaries_of_batch
 from llava_ft.models.attention.kernels import takes_boundaries, takes_chosen_queries
-from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.models.config import LlavaModelConfig
 from llava_ft.models.decoder import LastDecoderLayer, read_last_layer_selectively
 from llava_ft.models.loss import LossHead, mean_loss, supervised_positions
 from llava_ft.models.projector import build_projector
 from llava_ft.models.vision import CLIPVisionTower
 
-_Base = LlamaForCausalLM if TYPE_CHECKING else object
+if TYPE_CHECKING:
+
+    class _CausalLM(PreTrainedModel, GenerationMixin):
+        """What every causal language model of transformers has."""
+
+        model: Any
+        lm_head: nn.Linear
+else:
+    _CausalLM = object
 
 
-class LlavaMixin(_Base):
+class LlavaForCausalLM(_CausalLM):
     """Vision for a causal language model whose decoder is `self.model` and whose head is `self.lm_head`."""
 
-    config: LlavaLlamaConfig
+    config: LlavaModelConfig
+
+    layer_form: ClassVar[str | None] = None
+    """Whose form the decoder's layers have, as kernels are written for one: "llama", or None for no kernel's."""
 
     runs_tower: bool = True
     """Whether pixels are encoded here. False where `image_features` are handed in for every image of a run: a
@@ -50,7 +61,14 @@ class LlavaMixin(_Base):
 
     _geometry: ImageGeometry | None = None
 
-    def _add_vision(self, config: LlavaLlamaConfig) -> None:
+    def __init__(self, config: LlavaModelConfig):
+        super().__init__(config)
+        self.lm_head.__class__ = LossHead
+        if self.layer_form == "llama":
+            read_last_layer_selectively(self.model.layers)
+        self._add_vision(config)
+
+    def _add_vision(self, config: LlavaModelConfig) -> None:
         """Add the tower and the projector that `config` describes; nothing for a text-only model."""
         vision_config, geometry = config.vision_config, config.image_geometry
         if vision_config is None or geometry is None:
@@ -307,18 +325,6 @@ class LlavaMixin(_Base):
         embeds = self.embed_inputs(input_ids, pixel_values, image_sizes)
         generate = super().generate  # pyright: ignore[reportAttributeAccessIssue] - its `self` is too narrow
         return generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
-
-
-class LlavaLlamaForCausalLM(LlavaMixin, LlamaForCausalLM):
-    """LLaVA on LLaMA and on models of LLaMA's architecture, such as Vicuna."""
-
-    config_class = LlavaLlamaConfig
-
-    def __init__(self, config: LlavaLlamaConfig):
-        super().__init__(config)
-        self.lm_head.__class__ = LossHead
-        read_last_layer_selectively(self.model.layers)
-        self._add_vision(config)
 
 
 def scatter_image_features(embeds_BTD: torch.Tensor, features_SD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:

@@ -64,7 +64,9 @@ def part_of(name: str) -> Part:
     steps = name.split(".")
     if any(step.startswith("lora_") for step in steps):
         return "LoRA"
-    return "new token rows" if "new_rows" in steps else module_part(name)
+    if "new_rows" in steps:
+        return "new token rows"
+    return module_part(name)
 
 
 def any_in(part: Part, names: Iterable[str]) -> bool:

@@ -19,7 +19,7 @@ from llava_ft.checkpoint.directory import read_config
 from llava_ft.checkpoint.names import ADAPTER_CONFIG, CONFIG, PROJECTOR_BIN, PROJECTOR_SAFETENSORS
 from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import build_skeleton
-from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.models.config import LlavaModelConfig
 from llava_ft.models.parts import part_of
 from llava_ft.planning.quantized import stored_bytes
 from llava_ft.planning.request import PlanRequest
@@ -96,7 +96,7 @@ class ModelOutline:
     """
 
     name: str
-    config: LlavaLlamaConfig
+    config: LlavaModelConfig
     num_new_rows: int
     directory: Path | None
     notes: tuple[str, ...] = ()

@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves
 
 from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ft.geometry import SizeWH
-from llava_ft.models.config import LlavaLlamaConfig
-from llava_ft.models.llava import LlavaLlamaForCausalLM
+from llava_ft.models.config import LlavaModelConfig
+from llava_ft.models.llava import LlavaForCausalLM
 from llava_ft.planning.quantized import replace_kernel
 from llava_ft.planning.request import PlanRequest
 from llava_ft.planning.tracker import MemoryTracker, Peak
@@ -62,7 +62,7 @@ class Batch:
     is_padded: bool
     image_size_wh: SizeWH | None = None
 
-    def inputs(self, config: LlavaLlamaConfig, *, feature_dtype: torch.dtype | None = None) -> dict[str, Any]:
+    def inputs(self, config: LlavaModelConfig, *, feature_dtype: torch.dtype | None = None) -> dict[str, Any]:
         """Make a batch up for the model's `forward`: images come first, what is supervised last.
 
         Args:
@@ -119,7 +119,7 @@ def trace_step(model: nn.Module, request: PlanRequest, batch: Batch, gradients: 
         batch: The micro-batch.
         gradients: What becomes of gradients.
     """
-    native = next(module for module in model.modules() if isinstance(module, LlavaLlamaForCausalLM))
+    native = next(module for module in model.modules() if isinstance(module, LlavaForCausalLM))
     tracker = _StepTracker(on_gpu=request.on_gpu, logits_shape=(batch.num_supervised, native.config.vocab_size))
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
@@ -224,7 +224,7 @@ def _give_fake_values(model: nn.Module, request: PlanRequest) -> None:
                 module._buffers[leaf] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _watch_phases(model: LlavaLlamaForCausalLM, tracker: MemoryTracker) -> None:
+def _watch_phases(model: LlavaForCausalLM, tracker: MemoryTracker) -> None:
     def enter(phase: str, label: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
             tracker.phase, tracker.label = phase, label

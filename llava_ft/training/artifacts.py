@@ -51,7 +51,7 @@ from llava_ft.data.report import DataReport
 from llava_ft.data.sources.mixture import MixtureEntry, open_mixture
 from llava_ft.data.sources.open import is_mixture
 from llava_ft.data.tokenizer import save_tokenizer
-from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.models.config import LlavaModelConfig
 from llava_ft.models.parts import module_part
 from llava_ft.training.fragments import whole_dtype, whole_value
 from llava_ft.training.start_from import describe_start
@@ -65,7 +65,7 @@ class RunArtifacts:
     """What every save of a run writes."""
 
     method: Method
-    config: LlavaLlamaConfig
+    config: LlavaModelConfig
     tokenizer: PreTrainedTokenizerFast
     vision_directory: Path | None  # where `preprocessor_config.json` is copied from; None for a text-only model
     run_config: str  # the resolved configuration of the run, as YAML

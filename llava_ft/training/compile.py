@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from llava_ft.models.llava import LlavaMixin
+from llava_ft.models.llava import LlavaForCausalLM
 from llava_ft.models.vision import CLIPVisionTower
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor", mode: str | N
         Number of layers.
     """
     torch._dynamo.config.recompile_limit = max(_GRAPHS_OF_A_LAYER, torch._dynamo.config.recompile_limit)
-    native: Any = next(module for module in model.modules() if isinstance(module, LlavaMixin))
+    native: Any = next(module for module in model.modules() if isinstance(module, LlavaForCausalLM))
     _keep_attention_outside(native.config._attn_implementation)
     stacks: list[list[Any]] = [list(native.model.layers)]
     tower = getattr(native.model, "vision_tower", None)

@@ -13,7 +13,7 @@ from llava_ft.checkpoint.directory import absolute_or_hub_name
 from llava_ft.checkpoint.names import EMBEDDINGS, HEAD
 from llava_ft.errors import UserError
 from llava_ft.models.attention.kernels import limit
-from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.models.config import LlavaModelConfig
 from llava_ft.training.distributed import zero_division
 from llava_ft.training.fragments import gathered
 from llava_ft.tuning.freeze import TuningPlan
@@ -69,7 +69,7 @@ def load_model_to_train(
     return result
 
 
-def settle_attention(args: ParsedArgs, config: LlavaLlamaConfig) -> ParsedArgs:
+def settle_attention(args: ParsedArgs, config: LlavaModelConfig) -> ParsedArgs:
     """Return the request with a kernel that goes with the model: where `auto` took one that does not, sdpa.
 
     Raises:
@@ -107,7 +107,7 @@ def check_bits(args: ParsedArgs, checkpoint: Path | None) -> None:
         )
 
 
-def complete_config(args: ParsedArgs, config: LlavaLlamaConfig) -> None:
+def complete_config(args: ParsedArgs, config: LlavaModelConfig) -> None:
     """Note in config.json what original LLaVA notes there, and the template."""
     config.tune_mm_mlp_adapter = args.model.tune_mm_mlp_adapter
     config.freeze_mm_mlp_adapter = args.flags.freeze_mm_mlp_adapter

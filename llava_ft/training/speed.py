@@ -18,7 +18,7 @@ from torch import nn
 
 from llava_ft.checkpoint.restore import whole_shape
 from llava_ft.constants import IGNORE_INDEX
-from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.models.config import LlavaModelConfig
 from llava_ft.models.flops import Counts, Flops, model_flops
 from llava_ft.models.parts import part_of
 from llava_ft.tuning.quant import size_in_memory
@@ -153,7 +153,7 @@ class _Weight:
     is_trained: bool
 
 
-def flops_of_run(model: nn.Module, config: LlavaLlamaConfig, *, runs_tower: bool) -> Flops:
+def flops_of_run(model: nn.Module, config: LlavaModelConfig, *, runs_tower: bool) -> Flops:
     """Count the FLOPs that training this model needs, without recomputation.
 
     Args:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from llava_ft.errors import UserError
-from llava_ft.models.llava import LlavaLlamaForCausalLM
+from llava_ft.models.llava import LlavaForCausalLM
 from llava_ft.models.parts import part_of
 from llava_ft.models.token_rows import add_new_rows
 
@@ -82,7 +82,7 @@ class TuningPlan:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.trains(name))
 
-    def separate_new_rows(self, model: LlavaLlamaForCausalLM, num_new: int) -> None:
+    def separate_new_rows(self, model: LlavaForCausalLM, num_new: int) -> None:
         """Make the rows of added tokens trainable on their own where the matrices around them are frozen.
 
         Pretraining trains the input rows alone, as the original does; LoRA runs train input and output rows.

@@ -20,7 +20,7 @@ from llava_ft.data.tokenizer import load_tokenizer
 from llava_ft.errors import CheckpointError, UserError
 from llava_ft.inference.generate import prepare_inputs
 from llava_ft.inference.load import LoadedModel, load_model
-from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.models.families.llama import LlavaLlamaConfig
 from tests.conftest import RECORDINGS
 from tests.layouts.hf import NUM_ROWS, PINPOINTS_HW, TOKENIZER, load_hf, write_hf, write_hf_adapter
 from tests.training.helpers import flags, prepare

@@ -14,7 +14,7 @@ from llava_ft.data.images import ImageTransform
 from llava_ft.errors import UserError
 from llava_ft.geometry import ImageGeometry, parse_grid_pinpoints
 from llava_ft.models.anyres import as_picture, merge_tiles, unpad
-from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.models.families.llama import LlavaLlamaConfig
 from tests.conftest import RECORDINGS, read_recording
 from tests.models.test_forward import TOLERANCE, load, read
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from llava_ft.constants import IGNORE_INDEX
 from llava_ft.models.decoder import LastDecoderLayer
-from llava_ft.models.llava import LlavaLlamaForCausalLM
+from llava_ft.models.llava import LlavaForCausalLM
 from tests.models.test_forward import load
 
 LENGTHS = (11, 7, 14)
@@ -46,14 +46,14 @@ def padded() -> dict[str, torch.Tensor]:
     }
 
 
-def make_model(kernel: str) -> LlavaLlamaForCausalLM:
+def make_model(kernel: str) -> LlavaForCausalLM:
     model = load("ckpt/llava15-tiny", kernel)
     model.requires_grad_(True)
     model.model.vision_tower.requires_grad_(False)
     return model.train()
 
 
-def loss_and_gradients(model: LlavaLlamaForCausalLM, batch: dict[str, torch.Tensor]) -> tuple[float, dict]:
+def loss_and_gradients(model: LlavaForCausalLM, batch: dict[str, torch.Tensor]) -> tuple[float, dict]:
     model.zero_grad()
     loss = model(**batch).loss
     loss.backward()

@@ -8,7 +8,7 @@ from llava_ft.checkpoint.base import find_base, load_base
 from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ft.data.image_files import load_image
 from llava_ft.data.images import ImageTransform
-from llava_ft.models.llava import LlavaLlamaForCausalLM
+from llava_ft.models.llava import LlavaForCausalLM
 from tests.conftest import RECORDINGS, read_recording
 
 TOLERANCE = 1e-4
@@ -24,7 +24,7 @@ IMAGES = {
 }
 
 
-def load(path: str, attn_implementation: str = "eager", **wishes) -> LlavaLlamaForCausalLM:
+def load(path: str, attn_implementation: str = "eager", **wishes) -> LlavaForCausalLM:
     base = find_base(path, wishes=wishes)
     model, _ = load_base(base, dtype_of=lambda name: torch.float32, attn_implementation=attn_implementation)
     return model.eval()

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from llava_ft.args import parse_args
-from llava_ft.models.llava import LlavaLlamaForCausalLM
+from llava_ft.models.llava import LlavaForCausalLM
 from llava_ft.planning.model import ModelOutline, find_outline
 from llava_ft.planning.plan import Plan, make_plan
 from llava_ft.planning.request import PlanRequest, plan_machine, plan_request
@@ -59,6 +59,6 @@ def plan_of(argv: list[str], *, gpus: int = 1, nodes: int = 1, gpu_memory: str =
     return make_plan(args, plan_machine(args.inherited, gpus=gpus, nodes=nodes, gpu_memory=gpu_memory))
 
 
-def native_model(model: nn.Module) -> LlavaLlamaForCausalLM:
+def native_model(model: nn.Module) -> LlavaForCausalLM:
     """Return the LLaVA model inside what PEFT wraps around it."""
-    return next(module for module in model.modules() if isinstance(module, LlavaLlamaForCausalLM))
+    return next(module for module in model.modules() if isinstance(module, LlavaForCausalLM))

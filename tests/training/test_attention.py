@@ -8,7 +8,7 @@ import pytest
 
 from llava_ft.args import parse_args
 from llava_ft.errors import UserError
-from llava_ft.models.llava import LlavaLlamaForCausalLM
+from llava_ft.models.llava import LlavaForCausalLM
 from llava_ft.training.model_setup import settle_attention
 from tests.training.helpers import flags, prepare, train
 
@@ -75,13 +75,13 @@ def test_rows_are_joined_where_the_kernel_is_told_where_samples_begin(tmp_path, 
 
 @pytest.mark.parametrize("flag", ["packing", "padding_free"])
 def test_lengths_reach_the_model_from_a_worker(tmp_path, monkeypatch, flag):
-    seen, forward = [], LlavaLlamaForCausalLM.forward
+    seen, forward = [], LlavaForCausalLM.forward
 
     def spy(self, *args, **kwargs):
         seen.append((kwargs.get("sample_lengths"), kwargs["input_ids"].shape))
         return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(LlavaLlamaForCausalLM, "forward", spy)
+    monkeypatch.setattr(LlavaForCausalLM, "forward", spy)
     changes = {flag: True, "group_by_modality_length": None, "model_max_length": 256, "dataloader_num_workers": 1}
     train(tmp_path, max_steps=2, attn_implementation="sdpa", **changes)
     assert len(seen) == 2

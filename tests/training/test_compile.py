@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llava_ft.args import parse_args
 from llava_ft.constants import IGNORE_INDEX
-from llava_ft.models.llava import LlavaLlamaForCausalLM
+from llava_ft.models.llava import LlavaForCausalLM
 from llava_ft.training.compile import compile_layers
 from llava_ft.training.data_setup import length_multiple
 from llava_ft.tuning.lora import add_lora
@@ -136,7 +136,7 @@ def test_names_stay_and_compiling_twice_is_compiling_once():
 
 def test_a_tower_that_does_not_run_is_left_alone():
     model: Any = load("ckpt/llava15-tiny", "sdpa")
-    assert isinstance(model, LlavaLlamaForCausalLM)
+    assert isinstance(model, LlavaForCausalLM)
     model.runs_tower = False
     assert compile_layers(model, backend="eager") == len(model.model.layers)
 

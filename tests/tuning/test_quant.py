@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from llava_ft.checkpoint.base import find_base, load_base
 from llava_ft.errors import RunError, UserError
-from llava_ft.models.llava import LlavaLlamaForCausalLM
+from llava_ft.models.llava import LlavaForCausalLM
 from llava_ft.tuning.freeze import language_model_linears
 from llava_ft.tuning.lora import add_lora
 from llava_ft.tuning.quant import (
@@ -38,12 +38,12 @@ IDS = torch.tensor([[1, 5, 9, 300, 17, 42, 7, 11]])
 
 def load(
     quantization: Quantization | None, dtype: torch.dtype = torch.float32, path: str = "ckpt/llava15-tiny"
-) -> LlavaLlamaForCausalLM:
+) -> LlavaForCausalLM:
     base = find_base(path, vision_tower="ckpt/clip-tiny" if "llava" in path else None)
     return load_base(base, dtype_of=lambda name: dtype, quantization=quantization)[0]
 
 
-def dequantized(quantization: Quantization) -> LlavaLlamaForCausalLM:
+def dequantized(quantization: Quantization) -> LlavaForCausalLM:
     """The model in float32, with the values that its linear layers have after quantisation."""
     model = load(None)
     for name in language_model_linears(model):

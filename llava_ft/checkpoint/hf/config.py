@@ -16,7 +16,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextCo
 
 from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import vision_fields
-from llava_ft.models.config import LlavaLlamaConfig
+from llava_ft.models.config import LlavaModelConfig
+from llava_ft.models.families.llama import LlavaLlamaConfig
 
 NATIVE_KEY: Final = "llava_ft"
 """Where a `config.json` of transformers' layout keeps the native fields that the layout has no place for."""
@@ -103,7 +104,7 @@ def native_fields(hf: Mapping[str, Any], where: str = "The model") -> dict[str, 
     return fields | dict(cast("Mapping[str, Any]", beyond) if isinstance(beyond, Mapping) else {})
 
 
-def hf_fields(config: LlavaLlamaConfig, *, image_token_id: int, dtype: torch.dtype) -> dict[str, Any]:
+def hf_fields(config: LlavaModelConfig, *, image_token_id: int, dtype: torch.dtype) -> dict[str, Any]:
     """Return the `config.json` of transformers' own layout for a model.
 
     Args:
@@ -156,7 +157,7 @@ def hf_fields(config: LlavaLlamaConfig, *, image_token_id: int, dtype: torch.dty
     return fields | ({NATIVE_KEY: beyond} if beyond else {})
 
 
-def why_not_hf(config: LlavaLlamaConfig) -> str | None:
+def why_not_hf(config: LlavaModelConfig) -> str | None:
     """Say why transformers' own layout cannot hold a model; None if it can."""
     geometry = config.image_geometry
     if geometry is None:

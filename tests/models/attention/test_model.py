@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from llava_ft.models.llava import LlavaLlamaForCausalLM
+from llava_ft.models.llava import LlavaForCausalLM
 from tests.models.attention.test_kernels import KERNELS, WITH_GRADIENT
 from tests.models.test_decoder import LENGTHS, assert_same, joined, loss_and_gradients, make_model, padded, samples
 from tests.models.test_forward import load
@@ -25,7 +25,7 @@ def with_lengths(batch: dict, lengths: tuple[int, ...] = LENGTHS) -> dict:
     return {**batch, "sample_lengths": list(lengths)}
 
 
-def logits_of(model: LlavaLlamaForCausalLM, batch: dict) -> torch.Tensor:
+def logits_of(model: LlavaForCausalLM, batch: dict) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(**{key: value for key, value in batch.items() if key != "labels"}).logits
 

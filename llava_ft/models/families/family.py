@@ -1,0 +1,23 @@
+"""What a family of language models says of itself."""
+
+from dataclasses import dataclass
+
+from llava_ft.models.config import LlavaModelConfig
+from llava_ft.models.llava import LlavaForCausalLM
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of language models: data, no logic.
+
+    Attributes:
+        model_type: `model_type` of the `config.json` of a language model alone.
+        model_class: LLaVA on this language model. Its name is written into `config.json` as the architecture.
+        config_class: Configuration of `model_class`.
+        llava_types: `model_type` of a LLaVA model's `config.json` in the native layout; the first is written.
+    """
+
+    model_type: str
+    model_class: type[LlavaForCausalLM]
+    config_class: type[LlavaModelConfig]
+    llava_types: tuple[str, ...]
