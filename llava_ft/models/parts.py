@@ -52,7 +52,10 @@ def module_part(name: str) -> Part:
     Args:
         name: Name of a parameter or module in the model, with or without PEFT's and other wrappers' prefixes.
     """
-    return next((_MODULES[step] for step in name.split(".") if step in _MODULES), "language model")
+    for step in name.split("."):
+        if step in _MODULES:
+            return _MODULES[step]
+    return "language model"
 
 
 def part_of(name: str) -> Part:
