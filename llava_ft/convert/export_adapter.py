@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from peft import get_peft_model_state_dict as _state_dict  # pyright: ignore[reportUnknownVariableType]
 
 from llava_ft.checkpoint.adapter import LoraAdapter
-from llava_ft.checkpoint.full_model import FullModel
+from llava_ft.checkpoint.full_model import FullModel, ModelTensor
 from llava_ft.checkpoint.hf.config import why_not_hf
 from llava_ft.checkpoint.hf.names import module_name
 from llava_ft.checkpoint.names import (
@@ -74,11 +74,9 @@ def export_adapter(
     tensors: dict[str, torch.Tensor] = {}  # by plain native name
     for files in lora.beside:
         wanted = {key: plain_name(key) for key in files.tensors if not is_derived(key)}
-        read = {wanted[key]: value if dtype is None else value.to(dtype) for key, value in files.read(wanted).items()}
-        counts = report.sources.setdefault(str(files.path), {"tensors": 0, "bytes": 0})
-        counts["tensors"] += len(read)
-        counts["bytes"] += sum(value.nbytes for value in read.values())
-        tensors |= read
+        for key, value in files.read(wanted).items():
+            tensors[wanted[key]] = value if dtype is None else value.to(dtype)
+            report.count(ModelTensor(wanted[key], tensors[wanted[key]], "replaced", str(files.path)))
     if not (dtype is None and _restore_source(lora.path, target, tensors, layout)):
         _write(whole, lora, target, tensors, layout)
 
@@ -193,24 +191,21 @@ def _write(
 
 def target_expression(modules: list[str]) -> str:
     """Write modules as one regular expression over whole names, short where all layers have the same ones."""
-    layer = re.compile(r"^(?P<before>.*\.layers\.)(?P<number>\d+)\.(?P<leaf>.+)$")
-    by_stack: dict[str, dict[str, set[str]]] = {}
+    by_stack: dict[str, dict[str, set[int]]] = {}
     alone: list[str] = []
     for module in modules:
-        if match := layer.match(module):
-            by_stack.setdefault(match["before"], {}).setdefault(match["leaf"], set()).add(match["number"])
+        if match := re.match(r"(.*\.layers\.)(\d+)\.(.+)$", module):
+            by_stack.setdefault(match[1], {}).setdefault(match[3], set()).add(int(match[2]))
         else:
             alone.append(re.escape(module))
-    for before, leaves in by_stack.items():
-        numbers = [tuple(sorted(found, key=int)) for found in leaves.values()]
-        if len(set(numbers)) == 1:
-            layers = "|".join(numbers[0])
-            alone.append(
-                f"{re.escape(before)}(?:{layers})\\.(?:{'|'.join(re.escape(leaf) for leaf in sorted(leaves))})"
-            )
+    for stack, leaves in by_stack.items():
+        numbers = sorted(set[int]().union(*leaves.values()))
+        if all(len(found) == len(numbers) for found in leaves.values()):
+            layers, names = "|".join(map(str, numbers)), "|".join(map(re.escape, sorted(leaves)))
+            alone.append(f"{re.escape(stack)}(?:{layers})\\.(?:{names})")
         else:
             alone += [
-                re.escape(f"{before}{n}.{leaf}") for leaf in sorted(leaves) for n in sorted(leaves[leaf], key=int)
+                re.escape(f"{stack}{number}.{leaf}") for leaf in sorted(leaves) for number in sorted(leaves[leaf])
             ]
     return "|".join(alone)
 

@@ -74,8 +74,8 @@ def export_gguf(whole: FullModel, target: Path, report: ConversionReport, dtype:
     vocabulary = read_vocabulary(whole.tokenizer, whole.shapes["model.embed_tokens.weight"][0])
     check_ids(vocabulary, whole.tokenizer)
     template_text, template_notes = _template(whole)
-    path = whole.directory.path.resolve()  # a checkpoint is named after the run's directory as well
-    name = f"{path.parent.name}-{path.name}" if path.name.startswith("checkpoint-") else path.name
+    source = whole.directory.path.resolve()  # a checkpoint is named after the run's directory as well
+    name = f"{source.parent.name}-{source.name}" if source.name.startswith("checkpoint-") else source.name
     name = "-".join(name.split()) or "model"
     fields: dict[File, Fields] = {
         "language": language_fields(config, name, dtype) | vocabulary_fields(vocabulary, whole.tokenizer, template_text)
@@ -99,24 +99,18 @@ def export_gguf(whole: FullModel, target: Path, report: ConversionReport, dtype:
         report.count(replace(found, value=rounded))
         return rounded
 
-    tensors_of: dict[File, list[GgufTensor]] = {
-        file: [tensor for tensor in plan if tensor.file == file] for file in paths
-    }
-    for file, tensors in tensors_of.items():
-        write_gguf(paths[file], ARCHITECTURES[file], fields[file], tensors, value_of)
-    files: dict[File, GgufContent] = {file: GgufContent(paths[file]) for file in paths}
-    for file, content in files.items():
+    files: dict[File, GgufContent] = {}
+    for file, path in paths.items():
+        tensors = [tensor for tensor in plan if tensor.file == file]
+        write_gguf(path, ARCHITECTURES[file], fields[file], tensors, value_of)
+        files[file] = content = GgufContent(path)
         for key, value in {"general.architecture": ARCHITECTURES[file], **fields[file]}.items():
-            found = content.fields.get(key)
-            if found != value:
-                raise RunError(f"{paths[file]} says {key} = {found!r}, and not {value!r}.")
+            if content.fields.get(key) != value:
+                raise RunError(f"{path} says {key} = {content.fields.get(key)!r}, and not {value!r}.")
         written = {(name, content.shape(name), content.dtype(name)) for name in content.names}
-        expected = {(tensor.name, tensor.shape, tensor.dtype) for tensor in tensors_of[file]}
-        if written != expected:
-            odd = sorted(name for name, _, _ in written ^ expected)
-            raise RunError(
-                f"{paths[file]} does not hold the tensors it should: {', '.join(odd[:4])}. Nothing was kept."
-            )
+        odd = sorted(name for name, _, _ in written ^ {(tensor.name, tensor.shape, tensor.dtype) for tensor in tensors})
+        if odd:
+            raise RunError(f"{path} does not hold the tensors it should: {', '.join(odd[:4])}. Nothing was kept.")
     read = ((tensor.native, files[tensor.file].read(tensor.name, tensor.num_heads)) for tensor in plan)
     names = {tensor.native for tensor in plan}
     prove_tensors(report, whole, read, [name for name in whole.names(with_tower=True) if name in names])

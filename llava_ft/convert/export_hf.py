@@ -30,14 +30,13 @@ from llava_ft.constants import IMAGE_TOKEN
 from llava_ft.conversation import TemplateStyle, get_template
 from llava_ft.convert.chat_template import chat_template
 from llava_ft.convert.hf_tokenizer import begin_separator, image_token_id, write_hf_tokenizer
-from llava_ft.convert.native_record import TensorDigest, write_native_record
+from llava_ft.convert.native_record import write_native_record
 from llava_ft.convert.proof import ConversionReport, prove_tensors
 from llava_ft.data.image_processor import ImageProcessorSettings
 from llava_ft.data.images import ImageTransform
 from llava_ft.errors import CheckpointError
 from llava_ft.geometry import ImageGeometry
 from llava_ft.inference.load import DEFAULT_TEMPLATE
-from llava_ft.models.parts import module_part
 
 CHAT_TEMPLATE: Final = "chat_template.jinja"
 CHAT_TEMPLATE_WITH_BEGIN: Final = "chat_template_with_bos.jinja"
@@ -64,7 +63,6 @@ def export_hf(
             "do_resize with a shortest_edge. Keep the native layout."
         )
     num_rows = _num_rows(whole)
-    tower = TensorDigest() if not whole.base.holds_vision_tower else None
     layout: Layout = {
         hub_name(name): ((num_rows, *shape[1:]) if name in (EMBEDDINGS, HEAD) else shape, on_disk)
         for name, (shape, on_disk) in whole.layout(dtype, with_tower=True).items()
@@ -75,14 +73,12 @@ def export_hf(
         value = piece.value
         if piece.name in (EMBEDDINGS, HEAD):
             value = fit_rows(value, (num_rows, *value.shape[1:]))
-        if tower is not None and module_part(piece.name) == "vision tower":
-            tower.add(piece.name, value)
         report.count(piece)
         writer.add(hub_name(piece.name), value)
     writer.finish()
     report.notes += write_hf_files(whole, target, dtype)
-    write_native_record(target, whole, tower)
     native = {hub_name(name): name for name in whole.names(with_tower=True)}
+    write_native_record(target, whole, native)
     written = ((native.get(key, key), tensor) for key, tensor in WeightFiles.open(target).stream())
     prove_tensors(report, whole, written, native.values())
 

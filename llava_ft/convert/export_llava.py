@@ -25,12 +25,12 @@ from llava_ft.checkpoint.save import ShardWriter, check_space, config_fields, la
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.convert.native_record import (
     NATIVE_FOLDER,
-    TensorDigest,
     WeightRecord,
-    config_is_as_exported,
+    config_digest,
     copy_files,
     num_native_rows,
     read_weight_record,
+    tensors_digest,
     write_native_tokenizer,
 )
 from llava_ft.convert.proof import ConversionReport, prove_tensors
@@ -81,8 +81,9 @@ def export_llava(
     tokenizer = write_native_tokenizer(whole.tokenizer, num_rows, target, source)
     pad_token_id = cast("int | None", tokenizer.pad_token_id)
 
-    is_unchanged = whole.directory.kind == "llava" and whole.base.directory.layout == "hf" and dtype is None
-    if not (is_unchanged and config_is_as_exported(source) and copy_files(source / NATIVE_FOLDER, target, [CONFIG])):
+    is_unchanged = whole.directory.kind == "llava" and dtype is None
+    is_unchanged &= record is not None and record.config == config_digest(source)
+    if not (is_unchanged and copy_files(source / NATIVE_FOLDER, target, [CONFIG])):
         config = copy.deepcopy(whole.config)
         config.vocab_size = num_rows
         if config.pad_token_id is not None and config.pad_token_id >= num_rows:
@@ -136,14 +137,11 @@ def _num_rows(whole: FullModel, record: WeightRecord | None, report: ConversionR
 
 def _tower_is_as_exported(whole: FullModel, record: WeightRecord) -> bool:
     """Whether the tower has the values that it had when it was put in by the export."""
-    digest = TensorDigest()
     base = whole.base.sources[0]
     vision = {key: name for key, name in base.names.items() if module_part(name) == "vision tower"}
     if not vision or any(whole.origin(name) != "frozen" for name in vision.values()):
         return False
-    for key, value in base.files.stream(vision):
-        digest.add(vision[key], value)
-    return digest.hexdigest() == record.tower
+    return tensors_digest((vision[key], value) for key, value in base.files.stream(vision)) == record.tower
 
 
 def _cut(piece: ModelTensor, num_rows: int) -> torch.Tensor:

@@ -7,9 +7,8 @@ SentencePiece's own implementation, on the pieces and scores that go into the fi
 
 import json
 import logging
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
 from transformers import PreTrainedTokenizerFast
 
@@ -45,17 +44,16 @@ _SAMPLES: Final = (
 )
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """The entries of a vocabulary, in the order of their ids."""
+class Piece(NamedTuple):
+    """An entry of a vocabulary."""
 
-    pieces: list[str]  # blanks written as U+2581, in user-defined ones as they are
-    scores: list[float]  # when neighbours are joined, the highest comes first
-    types: list[TokenType]
+    text: str  # blanks written as U+2581, in user-defined ones as they are
+    score: float  # when neighbours are joined, the highest comes first
+    kind: TokenType
 
 
-def read_vocabulary(tokenizer: PreTrainedTokenizerFast, num_rows: int) -> Vocabulary:
-    """Take the vocabulary out of a tokenizer.
+def read_vocabulary(tokenizer: PreTrainedTokenizerFast, num_rows: int) -> list[Piece]:
+    """Take the vocabulary out of a tokenizer, in the order of the ids.
 
     Args:
         tokenizer: A LLaMA tokenizer, with its SentencePiece file or without.
@@ -66,56 +64,54 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerFast, num_rows: int) -> Vocabu
     """
     spm_model: bytes | None = getattr(tokenizer, "spm_model", None)
     if spm_model is None:
-        vocabulary = _from_merges(tokenizer)
+        pieces = _from_merges(tokenizer)
     else:
         from sentencepiece import sentencepiece_model_pb2
 
-        vocabulary, proto = Vocabulary([], [], []), cast("Any", sentencepiece_model_pb2).ModelProto()
+        proto = cast("Any", sentencepiece_model_pb2).ModelProto()
         proto.ParseFromString(spm_model)
-        for piece in proto.pieces:
-            _append(vocabulary, piece.piece, float(piece.score), TokenType(piece.type))
-    if len(vocabulary.pieces) > num_rows:
+        pieces = [Piece(piece.piece, float(piece.score), TokenType(piece.type)) for piece in proto.pieces]
+    if len(pieces) > num_rows:
         raise CheckpointError(
-            f"The tokenizer has {len(vocabulary.pieces)} pieces, but the model has embeddings for {num_rows}. Its "
-            "files are another model's; copy those that belong to it."
+            f"The tokenizer has {len(pieces)} pieces, but the model has embeddings for {num_rows}. Its files are "
+            "another model's; copy those that belong to it."
         )
     for index, token in sorted(tokenizer.added_tokens_decoder.items()):
         if index >= num_rows:
             logger.warning("Vocabulary: %s has no row in the model and is left out.", token.content)
-        elif index >= len(vocabulary.pieces):
-            _fill(vocabulary, index)
-            _append(vocabulary, token.content, _ADDED_SCORE, _type_of_added(token.special))
-    _fill(vocabulary, num_rows)
-    return vocabulary
+        elif index >= len(pieces):
+            kind = TokenType.CONTROL if token.special else TokenType.USER_DEFINED
+            pieces += [*_unused(len(pieces), index), Piece(token.content, _ADDED_SCORE, kind)]
+    pieces += _unused(len(pieces), num_rows)
+    return [
+        piece._replace(text=piece.text.replace(SPIECE_BLANK, " ")) if piece.kind is TokenType.USER_DEFINED else piece
+        for piece in pieces
+    ]
 
 
-def vocabulary_fields(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerFast, chat_template: str | None) -> Fields:
+def vocabulary_fields(pieces: list[Piece], tokenizer: PreTrainedTokenizerFast, chat_template: str | None) -> Fields:
     """Return the description of a vocabulary for a GGUF file; `chat_template` is Jinja text, None leaves it out."""
     backend = cast("Any", tokenizer)
     fields: Fields = {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.tokens": vocabulary.pieces,
-        "tokenizer.ggml.scores": [real(score) for score in vocabulary.scores],
-        "tokenizer.ggml.token_type": [int(kind) for kind in vocabulary.types],
+        "tokenizer.ggml.tokens": [piece.text for piece in pieces],
+        "tokenizer.ggml.scores": [real(piece.score) for piece in pieces],
+        "tokenizer.ggml.token_type": [int(piece.kind) for piece in pieces],
         "tokenizer.ggml.add_bos_token": bool(getattr(backend, "add_bos_token", True)),
         "tokenizer.ggml.add_eos_token": bool(getattr(backend, "add_eos_token", False)),
         "tokenizer.ggml.add_space_prefix": True,
     }
-    for key, index in (
-        ("bos", tokenizer.bos_token_id),
-        ("eos", tokenizer.eos_token_id),
-        ("unknown", tokenizer.unk_token_id),
-        ("padding", tokenizer.pad_token_id),
-    ):
-        if isinstance(index, int) and index < len(vocabulary.pieces):
+    for key, short in {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}.items():
+        index = getattr(backend, f"{short}_token_id")
+        if isinstance(index, int) and index < len(pieces):
             fields[f"tokenizer.ggml.{key}_token_id"] = index
     if chat_template is not None:
         fields["tokenizer.chat_template"] = chat_template
     return fields
 
 
-def check_ids(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerFast) -> None:
+def check_ids(pieces: list[Piece], tokenizer: PreTrainedTokenizerFast) -> None:
     """Check that SentencePiece gives a tokenizer's ids from the exported pieces, scores and types.
 
     Raises:
@@ -128,8 +124,8 @@ def check_ids(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerFast) -> Non
     proto.trainer_spec.byte_fallback = True
     proto.normalizer_spec.add_dummy_prefix = True
     proto.normalizer_spec.remove_extra_whitespaces = False
-    for piece, score, kind in zip(vocabulary.pieces, vocabulary.scores, vocabulary.types, strict=True):
-        written = piece.replace(" ", SPIECE_BLANK) if kind is TokenType.USER_DEFINED else piece
+    for text, score, kind in pieces:
+        written = text.replace(" ", SPIECE_BLANK) if kind is TokenType.USER_DEFINED else text
         proto.pieces.add(piece=written, score=score, type=int(kind))
     processor = cast("Any", SentencePieceProcessor)(model_proto=proto.SerializeToString())
     for sample in (*_SAMPLES, *(template.system for template in TEMPLATES.values())):
@@ -142,7 +138,7 @@ def check_ids(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerFast) -> Non
             )
 
 
-def _from_merges(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
+def _from_merges(tokenizer: PreTrainedTokenizerFast) -> list[Piece]:
     """Take pieces from a `tokenizer.json`: the rank of the first merge that gives a piece stands in for its score."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     model = content["model"]
@@ -155,32 +151,21 @@ def _from_merges(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(model["merges"]):
         ranks.setdefault("".join(merge.split(" ", 1) if isinstance(merge, str) else merge), rank)
-    vocabulary = Vocabulary([], [], [])
-    for piece, index in sorted(model["vocab"].items(), key=lambda item: item[1]):
-        _fill(vocabulary, index)
+    pieces: list[Piece] = []
+    for text, index in sorted(model["vocab"].items(), key=lambda item: item[1]):
+        pieces += _unused(len(pieces), index)
         kind = TokenType.NORMAL
-        if piece == tokenizer.unk_token:
+        if text == tokenizer.unk_token:
             kind = TokenType.UNKNOWN
         elif index in added:
-            kind = _type_of_added(added[index]["special"])
-        elif len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            kind = TokenType.CONTROL if added[index]["special"] else TokenType.USER_DEFINED
+        elif len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             kind = TokenType.BYTE
-        joined = kind is TokenType.NORMAL and len(piece) > 1
-        _append(vocabulary, piece, -float(ranks.get(piece, len(ranks))) if joined else 0.0, kind)
-    return vocabulary
+        joined = kind is TokenType.NORMAL and len(text) > 1
+        pieces.append(Piece(text, -float(ranks.get(text, len(ranks))) if joined else 0.0, kind))
+    return pieces
 
 
-def _type_of_added(is_special: bool) -> TokenType:
-    return TokenType.CONTROL if is_special else TokenType.USER_DEFINED
-
-
-def _append(vocabulary: Vocabulary, piece: str, score: float, kind: TokenType) -> None:
-    vocabulary.pieces.append(piece.replace(SPIECE_BLANK, " ") if kind is TokenType.USER_DEFINED else piece)
-    vocabulary.scores.append(score)
-    vocabulary.types.append(kind)
-
-
-def _fill(vocabulary: Vocabulary, length: int) -> None:
-    """Add entries that no text gives up to a length."""
-    for index in range(len(vocabulary.pieces), length):
-        _append(vocabulary, f"[PAD{index}]", _UNUSED_SCORE, TokenType.UNUSED)
+def _unused(start: int, end: int) -> list[Piece]:
+    """Return entries that no text gives for some ids."""
+    return [Piece(f"[PAD{index}]", _UNUSED_SCORE, TokenType.UNUSED) for index in range(start, end)]

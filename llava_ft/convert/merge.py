@@ -13,7 +13,6 @@ on.
 import argparse
 import logging
 import math
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from llava_ft.checkpoint.names import CONFIG, GENERATION_CONFIG, RUN_CONFIG
 from llava_ft.checkpoint.overrides import Force, collect_ignored, force_from_flags
 from llava_ft.checkpoint.save import ShardWriter, check_space, config_fields, layout_bytes, shard_bytes, write_json
 from llava_ft.checkpoint.weights import WeightFiles
+from llava_ft.convert.native_record import copy_files
 from llava_ft.convert.proof import ConversionReport, check_target, prove_tensors, proven_directory
 from llava_ft.convert.verify import NativeSpeaker, computing_dtype, prove_answers, relative_bound
 from llava_ft.data.image_processor import copy_image_settings
@@ -138,8 +138,8 @@ def merge(
         details = {"weights": [share for share, _ in shares]}
         with proven_directory(report, full, "--save-model-path", manifest="full", details=details) as staging:
             _write_merged(staging, full, report, options)
-            names = full.names(with_tower=options.save_vision_tower)
-            prove_tensors(report, full, WeightFiles.open(staging).stream(), names)
+            written = WeightFiles.open(staging).stream()
+            prove_tensors(report, full, written, full.names(with_tower=options.save_vision_tower))
             if in_training is not None and options.quantization is None:
                 report.notes.append(
                     f"it was trained on weights in {in_training} and is merged into the base's own, which answer "
@@ -212,5 +212,4 @@ def _write_merged(staging: Path, full: FullModel, report: ConversionReport, opti
     base = full.base
     if base.vision_directory is not None:
         copy_image_settings(base.vision_directory, staging)
-    if (base.directory.path / GENERATION_CONFIG).is_file():
-        shutil.copyfile(base.directory.path / GENERATION_CONFIG, staging / GENERATION_CONFIG)
+    copy_files(base.directory.path, staging, [GENERATION_CONFIG])

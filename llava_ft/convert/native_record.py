@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,10 +24,11 @@ from transformers import PreTrainedTokenizerFast
 from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.checkpoint.names import CONFIG, GENERATION_CONFIG, PREPROCESSOR_CONFIG, is_derived, native_name
 from llava_ft.checkpoint.save import write_json
-from llava_ft.checkpoint.weights import read_json
+from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.constants import IMAGE_TOKEN
 from llava_ft.data.tokenizer import load_tokenizer, save_tokenizer
 from llava_ft.errors import CheckpointError
+from llava_ft.models.parts import module_part
 
 NATIVE_FOLDER: Final = "native"
 TOKENIZER_FILES: Final = (
@@ -41,44 +42,26 @@ _SMALL_FILES: Final = (CONFIG, GENERATION_CONFIG, PREPROCESSOR_CONFIG, *TOKENIZE
 
 @dataclass(frozen=True)
 class WeightRecord:
-    """The weight files of a native model.
+    """The weight files of a native model."""
 
-    Attributes:
-        files: For each file the tensors in it, in their order, with their type on disk.
-        num_rows: Rows of the vocabulary.
-        tower: SHA-256 of the vision tower's tensors as they were exported, if the source's own files held none; None if
-            they did.
-        config: SHA-256 of what the exported `config.json` says.
-    """
-
-    files: dict[str, dict[str, str]]
-    num_rows: int
-    tower: str | None
-    config: str
+    files: dict[str, dict[str, str]]  # for each file the tensors in it, in their order, with their type on disk
+    num_rows: int  # of the vocabulary
+    tower: str | None  # digest of the vision tower as it was exported; None if the source's own files held it
+    config: str  # digest of the exported `config.json`
 
 
-class TensorDigest:
-    """A SHA-256 over names, types, shapes and values of tensors, in the order of their names."""
-
-    def __init__(self) -> None:
-        self._digests: dict[str, str] = {}
-
-    def add(self, name: str, value: torch.Tensor) -> None:
-        """Add a tensor."""
+def tensors_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Return a SHA-256 over names, types, shapes and values of tensors, in the order of their names."""
+    digests: dict[str, str] = {}
+    for name, value in tensors:
         digest = hashlib.sha256(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().contiguous().view(torch.uint8).numpy().data)
-        self._digests[name] = digest.hexdigest()
-
-    def hexdigest(self) -> str:
-        """Return the digest of all of them."""
-        return hashlib.sha256("".join(self._digests[name] for name in sorted(self._digests)).encode()).hexdigest()
+        digests[name] = digest.hexdigest()
+    return hashlib.sha256("".join(digests[name] for name in sorted(digests)).encode()).hexdigest()
 
 
-def write_native_record(directory: Path, whole: FullModel, tower: TensorDigest | None) -> None:
-    """Keep in an exported directory what the native model's files were like.
-
-    `tower` holds the vision tower's tensors, if they came from another directory than the model's.
-    """
+def write_native_record(directory: Path, whole: FullModel, native: Mapping[str, str]) -> None:
+    """Keep in an exported directory what the native model's files were like; `native` are the names of its keys."""
     source = whole.directory.path
     folder = directory / NATIVE_FOLDER
     folder.mkdir()
@@ -90,13 +73,12 @@ def write_native_record(directory: Path, whole: FullModel, tower: TensorDigest |
         for key, info in whole.base.sources[0].files.tensors.items():
             if not is_derived(native_name(key)):
                 files.setdefault(info.file.name, {})[key] = str(info.dtype).removeprefix("torch.")
-        record = WeightRecord(
-            files,
-            whole.config.vocab_size - whole.num_new_rows,
-            tower.hexdigest() if tower is not None else None,
-            _config_digest(directory),
-        )
-        write_json(folder / _WEIGHTS, asdict(record))
+        tower = None
+        if not whole.base.holds_vision_tower:
+            keys = [key for key, name in native.items() if module_part(name) == "vision tower"]
+            tower = tensors_digest((native[key], value) for key, value in WeightFiles.open(directory).stream(keys))
+        num_rows = whole.config.vocab_size - whole.num_new_rows
+        write_json(folder / _WEIGHTS, asdict(WeightRecord(files, num_rows, tower, config_digest(directory))))
     else:
         save_tokenizer(whole.tokenizer, folder)
     if not any(folder.iterdir()):
@@ -127,12 +109,6 @@ def read_weight_record(directory: Path) -> WeightRecord | None:
         raise CheckpointError(f"{path} is damaged. Delete it to convert without it, or copy it again.") from None
 
 
-def config_is_as_exported(directory: Path) -> bool:
-    """Whether an exported model's `config.json` says what the export wrote."""
-    record = read_weight_record(directory)
-    return record is not None and record.config == _config_digest(directory)
-
-
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> bool:
     """Copy those of the files that there are; returns whether there were any."""
     found = [name for name in names if (source / name).is_file()]
@@ -141,7 +117,8 @@ def copy_files(source: Path, target: Path, names: Iterable[str]) -> bool:
     return bool(found)
 
 
-def _config_digest(directory: Path) -> str:
+def config_digest(directory: Path) -> str:
+    """Return a SHA-256 over what a model's `config.json` says."""
     content = read_json(directory / CONFIG)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -5,6 +5,7 @@ of the question and of the first model's greedy answer to it, and then the greed
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,7 +57,7 @@ class Question:
         return replace(self, ids=[*self.ids, *answer])
 
 
-class Speaker:
+class Speaker(ABC):
     """A model that can be asked, in whatever program and layout."""
 
     repeats_question = False
@@ -66,9 +67,9 @@ class Speaker:
         self.model = model
         self._settings = settings  # of `generate`
 
+    @abstractmethod
     def inputs(self, question: Question) -> dict[str, torch.Tensor]:
         """Return what the model takes."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def logits(self, question: Question) -> torch.Tensor:
@@ -79,16 +80,8 @@ class Speaker:
     def greedy(self, question: Question) -> list[int]:
         """Return the ids of the greedy answer, with the end token if the model ended it."""
         inputs = self.inputs(question)
-        answer = self.model.generate(
-            **inputs,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            repetition_penalty=1.0,
-            max_new_tokens=ANSWER_TOKENS,
-            **self._settings,
-        )
+        greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "repetition_penalty": 1.0}
+        answer = self.model.generate(**inputs, **greedy, max_new_tokens=ANSWER_TOKENS, **self._settings)
         return answer[0, inputs["input_ids"].shape[1] if self.repeats_question else 0 :].tolist()
 
 
@@ -120,15 +113,15 @@ class NativeSpeaker(Speaker):
 
     def __init__(self, loaded: LoadedModel):
         super().__init__(loaded.model, pad_token_id=loaded.tokenizer.pad_token_id)
-        self._loaded = loaded
+        self._image_transform = loaded.image_transform
 
     def inputs(self, question: Question) -> dict[str, torch.Tensor]:
         """Return what the model takes."""
-        device = next(self._loaded.model.parameters()).device
+        device = next(self.model.parameters()).device
         if question.image is None:
             return {"input_ids": torch.tensor([question.ids], device=device)}
-        transform = self._loaded.image_transform
-        geometry: ImageGeometry | None = self._loaded.model.config.image_geometry
+        transform = self._image_transform
+        geometry: ImageGeometry | None = self.model.config.image_geometry
         assert transform is not None
         assert geometry is not None
         position = question.ids.index(IMAGE_TOKEN_INDEX)

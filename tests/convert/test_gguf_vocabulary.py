@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llava_ft.convert.gguf_vocabulary import TokenType, Vocabulary, check_ids, read_vocabulary
+from llava_ft.convert.gguf_vocabulary import TokenType, check_ids, read_vocabulary
 from llava_ft.data.tokenizer import load_tokenizer
 from llava_ft.errors import CheckpointError, RunError
 from tests.conftest import RECORDINGS
@@ -35,15 +35,15 @@ def test_rows_without_a_token_get_one_that_no_text_gives():
     tokenizer = load_tokenizer(LLAVA)
     tokenizer.add_tokens(["<box>"])
     vocabulary = read_vocabulary(tokenizer, 516)
-    assert vocabulary.pieces[512:] == ["<box>", "[PAD513]", "[PAD514]", "[PAD515]"]
-    assert vocabulary.types[512:] == [TokenType.USER_DEFINED] + [TokenType.UNUSED] * 3
+    assert [piece.text for piece in vocabulary[512:]] == ["<box>", "[PAD513]", "[PAD514]", "[PAD515]"]
+    assert [piece.kind for piece in vocabulary[512:]] == [TokenType.USER_DEFINED] + [TokenType.UNUSED] * 3
     check_ids(vocabulary, tokenizer)
 
 
 def test_an_added_token_without_a_row_is_left_out(caplog: pytest.LogCaptureFixture):
     tokenizer = load_tokenizer(LLAVA)
     tokenizer.add_tokens(["<box>"])
-    assert len(read_vocabulary(tokenizer, 512).pieces) == 512
+    assert len(read_vocabulary(tokenizer, 512)) == 512
     assert "<box> has no row" in caplog.text
 
 
@@ -59,13 +59,14 @@ def test_a_vocabulary_is_taken_from_tokenizer_json_alone(tmp_path: Path, source:
     tokenizer = load_tokenizer(tmp_path)
     vocabulary = read_vocabulary(tokenizer, len(tokenizer))
     check_ids(vocabulary, tokenizer)
-    assert vocabulary.types == read_vocabulary(load_tokenizer(source), len(tokenizer)).types
+    with_scores = read_vocabulary(load_tokenizer(source), len(tokenizer))
+    assert [piece.kind for piece in vocabulary] == [piece.kind for piece in with_scores]
 
 
 def test_other_ids_are_an_error():
     tokenizer = load_tokenizer(LLAVA)
     vocabulary = read_vocabulary(tokenizer, 512)
-    upside_down = Vocabulary(vocabulary.pieces, [-score for score in vocabulary.scores], vocabulary.types)
+    upside_down = [piece._replace(score=-piece.score) for piece in vocabulary]
     with pytest.raises(RunError, match="gives other ids for 'What is in the image"):
         check_ids(upside_down, tokenizer)
 
