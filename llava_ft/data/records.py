@@ -11,7 +11,7 @@ import binascii
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Final, Literal, NoReturn, TypeGuard
 from urllib.parse import unquote, urlsplit
@@ -28,6 +28,7 @@ EMBEDDED: Final = "embedded:"
 _EMBEDDED_NAME: Final = re.compile(re.escape(EMBEDDED) + r"(\d+)/(\d+)")
 _ADDRESS: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _DATA_URI: Final = re.compile(r"data:image/[\w.+-]+(;[\w.=-]+)*;base64,", re.IGNORECASE)
+_LEADING_IMAGES: Final = re.compile(rf"(?:\s*{re.escape(IMAGE_TOKEN)})*\s*")
 _SHOWN_CHARACTERS: Final = 60
 """How much of a wrong value an error message repeats."""
 
@@ -113,10 +114,11 @@ def parse_embedded(image: str) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
-def parse_record(record: object, index: int) -> Sample:
+def parse_record(record: object, index: int, prompt_prefix: str = "") -> Sample:
     """Check the raw record at a position of its source and give it its type.
 
-    Whether placeholders and images fit each other is left to the tokenisation, which knows the template.
+    Whether placeholders and images fit each other is left to the tokenisation, which knows the template. The prefix is
+    put in front of the text of the first question, behind the image placeholders that lead it.
 
     Raises:
         BadSampleError: The record cannot be used. Kinds: "not-an-object", "bad-id", "bad-image", "image-is-url",
@@ -124,7 +126,16 @@ def parse_record(record: object, index: int) -> Sample:
             "tool-turn", "roles-not-alternating", "misplaced-system", "no-human-turn", "bad-text", "bad-part",
             "bad-weight", "image-in-answer", "image-in-system", "placeholder-mismatch", those of `BrokenRecord`.
     """
-    return _Parser(index).parse(record)[0]
+    sample = _Parser(index).parse(record)[0]
+    if not prompt_prefix:
+        return sample
+    turns = list(sample.turns)
+    place = next(place for place, turn in enumerate(turns) if turn.role == "human")
+    text = turns[place].text
+    found = _LEADING_IMAGES.match(text) if IMAGE_TOKEN in text else None
+    start = found.end() if found and IMAGE_TOKEN in found[0] else 0
+    turns[place] = replace(turns[place], text=text[:start] + prompt_prefix + text[start:])
+    return replace(sample, turns=tuple(turns))
 
 
 def image_values(record: object, index: int) -> list[ImageValue]:

@@ -11,9 +11,10 @@ An image is one `IMAGE_TOKEN_INDEX` here. `preparation/samples.py` makes it as m
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, Literal, cast
 
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from llava_ft.constants import IGNORE_INDEX, IM_END_TOKEN, IM_START_TOKEN, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
@@ -24,7 +25,7 @@ from llava_ft.errors import BadSampleError, UserError
 _SKIP_HINT: Final = "Fix the record or pass --on_bad_sample skip."
 
 Spans = list[tuple[int, int]]
-"""First and past-the-end character."""
+"""First and past-the-end character, or token."""
 
 Supervise = Literal["answers", "last_answer", "all"]
 """What is learnt: what the assistant says, only its last turn with text, or the prompt too."""
@@ -34,21 +35,38 @@ SUPERVISE_CHOICES: Final = ("answers", "last_answer", "all")
 
 @dataclass(frozen=True, slots=True)
 class TokenizedSample:
-    """A tokenised conversation before images are expanded.
+    """A tokenised conversation before images are expanded and anything is cut off.
 
     Attributes:
+        index: Position of the record in its source.
+        id: The record's own, "" when it has none.
+        images: As the record names them.
         input_ids: Vocabulary ids, and one `IMAGE_TOKEN_INDEX` per image.
-        labels: As long as `input_ids`: the id where it is supervised, elsewhere `IGNORE_INDEX`.
-        num_images: Number of `IMAGE_TOKEN_INDEX` in `input_ids`.
+        target_spans: Start and end of each supervised stretch of `input_ids`, ascending.
         answer_ends: For each assistant's turn that has text, in order and supervised or not, the number of tokens up to
             and with its end marker: where the conversation may be cut off. In the `###` templates an answer ends with
             its block, the last one with the conversation.
     """
 
+    index: int
+    id: str
+    images: Sequence[str]
     input_ids: list[int]
-    labels: list[int]
-    num_images: int
-    answer_ends: list[int] = field(default_factory=list[int])
+    target_spans: Spans
+    answer_ends: list[int]
+
+    @property
+    def labels(self) -> list[int]:
+        """The ids that are supervised, and `IGNORE_INDEX` in all other places."""
+        labels = [IGNORE_INDEX] * len(self.input_ids)
+        for start, end in self.target_spans:
+            labels[start:end] = self.input_ids[start:end]
+        return labels
+
+    @property
+    def image_positions(self) -> list[int]:
+        """Where the images are in `input_ids`."""
+        return np.flatnonzero(np.asarray(self.input_ids) == IMAGE_TOKEN_INDEX).tolist()
 
 
 def place_images(text: str, *, wraps_images: bool = False, mm_use_im_start_end: bool = False) -> str:
@@ -131,8 +149,8 @@ class SampleTokenizer:
             start, end = end, end + len(segment.text)
             if segment.is_target:
                 targets.append((start, end))
-        labels = _label(input_ids, spans, targets)
-        if labels.count(IGNORE_INDEX) == len(labels):
+        target_spans = _target_tokens(input_ids, spans, targets)
+        if not target_spans:
             reason = f"{self._why_unsupervised(sample)}, so there is nothing to learn. {_SKIP_HINT}"
             raise BadSampleError(sample.index, sample.id, "no-supervised-token", reason)
         # Behind the last character of each turn of the assistant that has text and is in the prompt.
@@ -144,7 +162,7 @@ class SampleTokenizer:
                 ends[segment.turn] = end
         starts = [first for first, _ in spans]
         answer_ends = [bisect_left(starts, end) for end in ends.values()]
-        return TokenizedSample(input_ids, labels, len(sample.images), answer_ends)
+        return TokenizedSample(sample.index, sample.id, sample.images, input_ids, target_spans, answer_ends)
 
     def _turn_segments(self, sample: Sample) -> list[Segment]:
         self._check_placeholders(sample)
@@ -245,18 +263,20 @@ def _has_answer(turn: Turn) -> bool:
     return turn.role == "gpt" and bool(turn.text)
 
 
-def _label(input_ids: Sequence[int], spans: Spans, targets: Spans) -> list[int]:
-    """Keep the ids whose characters touch a target span; both lists are in reading order.
+def _target_tokens(input_ids: Sequence[int], spans: Spans, targets: Spans) -> Spans:
+    """Find the stretches of tokens whose characters touch a target span; all lists are in reading order.
 
     A token without characters of its own (a blank that the tokenizer puts in front) counts with the character
-    it stands before. Images and the begin token are never kept.
+    it stands before. Images and the begin token are never supervised.
     """
-    labels: list[int] = []
+    found: Spans = []
     remaining = iter([*targets, (1 << 62, 1 << 62)])
     target_start, target_end = next(remaining)
-    for token, (first, last) in zip(input_ids, spans, strict=True):
+    for position, (token, (first, last)) in enumerate(zip(input_ids, spans, strict=True)):
         while target_end <= first:
             target_start, target_end = next(remaining)
-        is_target = target_start < max(last, first + 1) and token != IMAGE_TOKEN_INDEX
-        labels.append(token if is_target else IGNORE_INDEX)
-    return labels
+        if token == IMAGE_TOKEN_INDEX or target_start >= max(last, first + 1):
+            continue
+        start = found.pop()[0] if found and found[-1][1] == position else position
+        found.append((start, position + 1))
+    return found

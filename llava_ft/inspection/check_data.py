@@ -10,11 +10,11 @@ import numpy as np
 from transformers import TrainingArguments
 
 from llava_ft.args import ParsedArgs
+from llava_ft.data.preparation.samples import DataPlan
 from llava_ft.data.sources.selection import DataSources
 from llava_ft.errors import UserError
 from llava_ft.inspection.check_report import as_text, report_page
 from llava_ft.inspection.check_source import SourceCheck, check_source
-from llava_ft.inspection.data_plan import DataPlan
 from llava_ft.inspection.findings import find_all
 from llava_ft.inspection.pages import write_page
 from llava_ft.inspection.repair import check_target, write_fixed

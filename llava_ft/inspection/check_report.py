@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from llava_ft.data.preparation.samples import DataPlan
 from llava_ft.inspection.check_source import SourceCheck
-from llava_ft.inspection.data_plan import DataPlan
 from llava_ft.inspection.findings import SEVERITIES
 from llava_ft.inspection.pages import render_page
 from llava_ft.terminal import visible

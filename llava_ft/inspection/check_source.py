@@ -22,14 +22,13 @@ from llava_ft.data.image_files import ImagePlace, load_image, refuse_unreadable_
 from llava_ft.data.preparation.image_facts import ImageChecks, ImageFacts, look_at_image
 from llava_ft.data.preparation.prepare import RECORDS_FOR_PROCESSES, prepare_rows
 from llava_ft.data.preparation.processes import Progress, run_alone, run_tasks
-from llava_ft.data.preparation.samples import find_samples
+from llava_ft.data.preparation.samples import DataPlan, find_samples
 from llava_ft.data.preparation.tokenized_rows import Array, TokenizedRows
 from llava_ft.data.preparation.truncation import too_long_reason
 from llava_ft.data.records import Sample, parse_record
 from llava_ft.data.sources.base import RecordSource
 from llava_ft.errors import BadSampleError, ImageError
 from llava_ft.geometry import SizeWH
-from llava_ft.inspection.data_plan import DataPlan
 
 RECORDS_PER_TASK: Final = 256
 IMAGES_PER_TASK: Final = 32

@@ -11,15 +11,11 @@ from typing import Final, TextIO
 from transformers import PreTrainedTokenizerBase
 
 from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from llava_ft.data.image_files import ImagePlace, is_relative
-from llava_ft.data.preparation.image_facts import look_at_image
-from llava_ft.data.records import Sample, parse_record
+from llava_ft.data.preparation.samples import DataPlan
+from llava_ft.data.records import parse_record
 from llava_ft.data.sources.base import RecordSource
-from llava_ft.data.sources.mixture import with_prompt_prefix
 from llava_ft.data.sources.selection import DataSources
-from llava_ft.errors import BadSampleError, ImageError, UserError
-from llava_ft.geometry import SizeWH
-from llava_ft.inspection.data_plan import DataPlan
+from llava_ft.errors import BadSampleError, UserError
 from llava_ft.inspection.pages import render_page, write_page
 from llava_ft.terminal import has_color, visible
 
@@ -203,25 +199,19 @@ def view_records(
             )
     ranges = [(index, index + 1) for index in selection.indices] or [(0, len(source))]
     numbered = (pair for start, end in ranges for pair in enumerate(source.read(start, end), start))
-    geometry, place = plan.limits.geometry, plan.place_of(source)
     num_shown = 0
     for index, record in numbered:
         if num_shown == selection.limit:
             return
         view = RecordView(source.name, index)
         try:
-            sample = with_prompt_prefix(parse_record(record, index), prompt_prefix)
+            sample = parse_record(record, index, prompt_prefix)
             if selection.ids and sample.id not in selection.ids:
                 continue
-            tokens = plan.tokenize(sample)
-            sizes = [_look_at(image, sample, plan, place) for image in sample.images]
-            num_kept, num_image_tokens = len(tokens.input_ids), None
-            if not sizes or (geometry is not None and not (geometry.needs_image_sizes and None in sizes)):
-                layout = plan.layout(sample, tokens, sizes)
-                num_kept, num_image_tokens = layout.judge(plan.limits).ids, sum(width for _, width in layout.images)
-            view.id, view.images = sample.id, list(sample.images)
+            tokens, image_tokens, view.num_kept = plan.judge(sample, source)
+            view.id, view.images, view.num_images = sample.id, list(sample.images), len(sample.images)
             view.input_ids, view.labels = tokens.input_ids, tokens.labels
-            view.num_images, view.num_image_tokens, view.num_kept = tokens.num_images, num_image_tokens, num_kept
+            view.num_image_tokens = None if image_tokens is None else sum(image_tokens)
         except BadSampleError as error:
             if selection.ids and error.sample_id not in selection.ids:
                 continue
@@ -229,16 +219,6 @@ def view_records(
         num_shown += 1
         summary.add(view)
         yield view
-
-
-def _look_at(image: str, sample: Sample, plan: DataPlan, place: ImagePlace) -> SizeWH | None:
-    """Check an image of a record as the run does; without a folder there is nothing to open."""
-    if place.folder is None and is_relative(image):
-        return None
-    try:
-        return look_at_image(image, place, plan.checks)
-    except ImageError as error:
-        raise BadSampleError(sample.index, sample.id, error.kind, str(error)) from None
 
 
 def render_record(view: RecordView, tokenizer: PreTrainedTokenizerBase, *, color: bool) -> str:

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from llava_ft.constants import IMAGE_TOKEN
+from llava_ft.data.image_files import ImagePlace
+from llava_ft.data.preparation.image_facts import ImageChecks
+from llava_ft.data.preparation.samples import DataPlan
 from llava_ft.data.records import parse_record
 from llava_ft.data.sources.base import RecordSource
 from llava_ft.errors import BadSampleError, RunError, UserError
+from llava_ft.geometry import SizeWH
 from llava_ft.inspection.check_source import NUM_EXAMPLES, SourceCheck, decode_images, read_in_parts
-from llava_ft.inspection.data_plan import DataPlan
 
 _SUFFIXES: Final = (".json", ".jsonl")
 _ROLES: Final = {"user": "human", "human": "human", "assistant": "gpt", "gpt": "gpt", "system": "system"}
@@ -124,16 +127,19 @@ def _repair(record: object, index: int, source: RecordSource, plan: DataPlan) ->
             continue
         names.append(name)
         try:
-            sample = parse_record(repaired, index)
-            tokens = plan.tokenize(sample)
-            decoded = decode_images(plan.place_of(source), plan.checks, sample.images)
-            if any(image.error for image in decoded):
-                continue
-            plan.layout(sample, tokens, [image.size_wh for image in decoded]).judge(plan.limits)
+            if plan.judge(parse_record(repaired, index), source, _decode)[1] is not None:
+                return repaired, names
         except BadSampleError:
             continue
-        return repaired, names
     return None
+
+
+def _decode(image: str, place: ImagePlace, checks: ImageChecks) -> SizeWH:
+    """Give the size of an image that can be decoded."""
+    (decoded,) = decode_images(place, checks, [image])
+    if decoded.error is not None:
+        raise decoded.error
+    return decoded.size_wh
 
 
 def name_roles(record: Record) -> bool:

@@ -64,7 +64,7 @@ class TestItems:
                 picture = Image.open(SOURCES / entry["image"]).convert("RGB")
                 assert torch.equal(item["pixel_values"], transform.pixels(picture))
             num_positions = int((item["input_ids"] == IMAGE_TOKEN_INDEX).sum())
-            assert num_positions == TOKENS_PER_IMAGE * tokens.num_images
+            assert num_positions == TOKENS_PER_IMAGE * len(tokens.images)
 
     def test_several_images_are_in_reading_order(self, build, transform):
         names = ["square.png", "rgba.png", "square.png"]

@@ -80,7 +80,7 @@ def test_labels_and_placeholders(directory, sample, template, im_start_end):
         answers = [turn.text for turn in sample.turns if turn.role == "gpt"]
         assert error.kind == "empty-first-question" or (error.kind == "no-supervised-token" and not any(answers))
         return
-    assert tokenized.input_ids.count(IMAGE_TOKEN_INDEX) == tokenized.num_images == len(sample.images)
+    assert tokenized.input_ids.count(IMAGE_TOKEN_INDEX) == len(sample.images)
     assert len(tokenized.labels) == len(tokenized.input_ids)
     for token, label in zip(tokenized.input_ids, tokenized.labels, strict=True):
         assert label in (token, IGNORE_INDEX)
@@ -151,7 +151,7 @@ def test_any_record_is_a_sample_or_a_named_error(directory, record, template):
     if error is None:
         tokenized, error = outcome(make_in(directory, template), sample)
     if error is None:
-        assert tokenized.num_images == len(sample.images)
+        assert len(tokenized.image_positions) == len(sample.images)
     else:
         assert error.index == 9
         assert error.kind

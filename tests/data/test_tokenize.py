@@ -322,7 +322,7 @@ def test_several_images_stay_in_place_and_order(tokenizer):
     text = "".join(segment.text for segment in make.segments(sample))
     assert "USER: Is <image> like <image>? ASSISTANT: No.</s>USER: <image>\nAnd ASSISTANT: Yes.</s>" in text
     tokenized = make(sample)
-    assert tokenized.num_images == tokenized.input_ids.count(IMAGE_TOKEN_INDEX) == 3
+    assert len(tokenized.images) == tokenized.input_ids.count(IMAGE_TOKEN_INDEX) == 3
     assert all(
         label == IGNORE_INDEX
         for token, label in zip(tokenized.input_ids, tokenized.labels, strict=True)

@@ -6,10 +6,10 @@ import pytest
 
 from llava_ft.data.preparation.image_facts import ImageChecks
 from llava_ft.data.preparation.prepare import PreparationSettings
+from llava_ft.data.preparation.samples import DataPlan
 from llava_ft.data.preparation.truncation import Limits
 from llava_ft.data.sources.open import open_source
 from llava_ft.inspection.check_source import check_source
-from llava_ft.inspection.data_plan import DataPlan
 from tests.data.conftest import GEOMETRY, SOURCES, build, folder, tokenize, tokenizer, transform
 
 __all__ = ["build", "folder", "tokenize", "tokenizer", "transform"]

@@ -16,12 +16,12 @@ from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ft.conversation import get_template
 from llava_ft.data.preparation.image_facts import ImageChecks
 from llava_ft.data.preparation.prepare import PreparationSettings
+from llava_ft.data.preparation.samples import DataPlan
 from llava_ft.data.preparation.truncation import Limits
 from llava_ft.data.sources.open import open_source
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.errors import UserError
 from llava_ft.geometry import ImageGeometry
-from llava_ft.inspection.data_plan import DataPlan
 from llava_ft.inspection.records import (
     ALL_RECORDS,
     InspectionSummary,

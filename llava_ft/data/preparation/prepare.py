@@ -19,9 +19,8 @@ import tokenizers
 from llava_ft.data.preparation.build_once import open_or_build
 from llava_ft.data.preparation.processes import Progress, num_cores, run_tasks
 from llava_ft.data.preparation.tokenized_rows import TokenizedRows, write_manifest, write_rows
-from llava_ft.data.records import Sample, parse_record
+from llava_ft.data.records import parse_record
 from llava_ft.data.sources.base import RecordSource
-from llava_ft.data.sources.mixture import with_prompt_prefix
 from llava_ft.data.tokenize import SampleTokenizer, TokenizedSample
 from llava_ft.errors import BadSampleError, UserError
 
@@ -143,11 +142,10 @@ def prepare_rows(
 def _tokenize_part(source: RecordSource, tokenize: SampleTokenizer, prefix: str, directory: Path, part: range) -> Path:
     """Tokenise some records into a file: the work of one process."""
 
-    def rows() -> Iterator[tuple[Sample, TokenizedSample] | BadSampleError]:
+    def rows() -> Iterator[TokenizedSample | BadSampleError]:
         for index, record in zip(part, source.read(part.start, part.stop), strict=True):
             try:
-                sample = with_prompt_prefix(parse_record(record, index), prefix)
-                yield sample, tokenize(sample)
+                yield tokenize(parse_record(record, index, prefix))
             except BadSampleError as error:
                 yield error
 

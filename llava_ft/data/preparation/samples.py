@@ -1,22 +1,71 @@
-"""From tokenised records to usable samples of known length: images counted, too long ones cut or left out.
+"""What a run makes of its records: the one place for training, planning, `check-data` and `inspect data`.
 
-No token is looked at for that: 665,000 records take seconds, and another length limit, vision tower or policy takes no
-new tokenisation. The tokens stay on disk, mapped into memory; what is held here is a few numbers for each sample.
+`DataPlan.judge` says it of one raw record: parsed, tokenised, its images looked at, cut where it is too long.
+`find_samples` says the same of all tokenised records of a source, and holds a few numbers for each. Tokens are looked
+at only in records that are too long, and `truncation.judge` judges these one by one as well: 665,000 records take
+seconds, and another length limit, vision tower or policy takes no new tokenisation.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from llava_ft.constants import IGNORE_INDEX
-from llava_ft.data.preparation.image_facts import ImageFacts
-from llava_ft.data.preparation.tokenized_rows import Array, TokenizedRows, image_positions, spans_of, target_spans
-from llava_ft.data.preparation.truncation import Limits, TokenLayout
+from llava_ft.data.image_files import ImagePlace, is_relative
+from llava_ft.data.preparation.image_facts import ImageChecks, ImageFacts, look_at_image
+from llava_ft.data.preparation.prepare import PreparationSettings
+from llava_ft.data.preparation.tokenized_rows import Array, TokenizedRows
+from llava_ft.data.preparation.truncation import Limits, judge
 from llava_ft.data.records import Sample
-from llava_ft.data.tokenize import TokenizedSample
-from llava_ft.errors import BadSampleError
+from llava_ft.data.sources.base import RecordSource
+from llava_ft.data.tokenize import SampleTokenizer, TokenizedSample
+from llava_ft.errors import BadSampleError, ImageError
 from llava_ft.geometry import SizeWH
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """How a run reads its data."""
+
+    tokenize: SampleTokenizer
+    limits: Limits
+    checks: ImageChecks  # what is found out about images before training
+    image_folder: str | None = None  # for sources without one of their own
+    preparation: PreparationSettings = field(default_factory=PreparationSettings)
+
+    def place_of(self, source: RecordSource) -> ImagePlace:
+        """Say where the images of a source are."""
+        return ImagePlace(source.image_folder or self.image_folder, source)
+
+    def judge(
+        self,
+        sample: Sample,
+        source: RecordSource,
+        look: Callable[[str, ImagePlace, ImageChecks], SizeWH | None] = look_at_image,
+    ) -> tuple[TokenizedSample, list[int] | None, int]:
+        """Say what the run makes of one record; `look` gives the size of an image, or raises what is wrong with it.
+
+        Returns:
+            Its tokens; the tokens that each of its images is expanded to, None where that is not known: without a
+            vision tower, or with anyres without a folder to look into; and how many of its tokens stay.
+
+        Raises:
+            BadSampleError: The run cannot use the record.
+        """
+        tokens = self.tokenize(sample)
+        geometry, place = self.limits.geometry, self.place_of(source)
+        sizes: list[SizeWH | None] = []
+        for image in tokens.images:
+            try:
+                is_nowhere = place.folder is None and is_relative(image)
+                sizes.append(None if is_nowhere else look(image, place, self.checks))
+            except ImageError as error:
+                raise BadSampleError(sample.index, sample.id, error.kind, str(error)) from None
+        if sizes and (geometry is None or (geometry.needs_image_sizes and None in sizes)):
+            return tokens, None, len(tokens.input_ids)
+        image_tokens = [geometry.num_tokens(size) for size in sizes] if geometry is not None else []
+        return tokens, image_tokens, judge(tokens, image_tokens, self.limits).ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +120,7 @@ class Samples:
         record, cut = int(self.record_indices[row]), int(self.cuts[row])
         input_ids = self.rows.numbers("input_ids", record)[:cut].astype(np.int64)
         labels = np.full(cut, IGNORE_INDEX, dtype=np.int64)
-        for start, end in spans_of(self.rows.numbers("target_spans", record)):
+        for start, end in self.rows.target_spans(record):
             labels[start:end] = input_ids[start:end]
         num_images, geometry = int(self.num_images[row]), self.limits.geometry
         if num_images == 0:
@@ -140,18 +189,9 @@ def find_samples(rows: TokenizedRows, limits: Limits, facts: ImageFacts | None =
     dropped: list[int] = []
     # A record that fits and has something to learn stays whole; the others are judged one by one.
     for record in good[is_long[good] | (full_supervised[good] == 0)].tolist():
-        positions: list[int] = rows.numbers("image_positions", record).tolist()
         tokens: list[int] = image_tokens[image_bounds[record] : image_bounds[record + 1]].tolist()
-        layout = TokenLayout(
-            index=record,
-            sample_id=rows.sample_id(record),
-            num_ids=int(num_ids[record]),
-            images=list(zip(positions, tokens, strict=True)),
-            target_spans=spans_of(rows.numbers("target_spans", record)),
-            answer_ends=rows.numbers("answer_ends", record).tolist(),
-        )
         try:
-            kept = layout.judge(limits)
+            kept = judge(rows.sample(record), tokens, limits)
         except BadSampleError as error:
             if error.kind == "too-long":
                 dropped.append(record)
@@ -183,24 +223,6 @@ def find_samples(rows: TokenizedRows, limits: Limits, facts: ImageFacts | None =
         num_lost_tokens=int((full_lengths - lengths)[usable].sum() + full_lengths[dropped].sum()),
         full_lengths=full_lengths,
         full_supervised=full_supervised,
-    )
-
-
-def lay_out(sample: Sample, tokens: TokenizedSample, image_tokens: Iterable[int]) -> TokenLayout:
-    """Lay out a record that is in no file.
-
-    Args:
-        sample: The record.
-        tokens: Its tokens.
-        image_tokens: Tokens that each of its images is expanded to.
-    """
-    return TokenLayout(
-        index=sample.index,
-        sample_id=sample.id,
-        num_ids=len(tokens.input_ids),
-        images=list(zip(image_positions(tokens.input_ids).tolist(), image_tokens, strict=True)),
-        target_spans=spans_of(target_spans(tokens.labels)),
-        answer_ends=tokens.answer_ends,
     )
 
 

@@ -9,7 +9,7 @@ about the text alone, with one token for each image: neither the length limit no
 import json
 import os
 from collections.abc import Iterable
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,10 +17,8 @@ import numpy as np
 import pyarrow  # pyright: ignore[reportMissingTypeStubs]
 import pyarrow.compute  # pyright: ignore[reportMissingTypeStubs]
 
-from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ft.data.preparation.build_once import NotUsableError
-from llava_ft.data.records import Sample
-from llava_ft.data.tokenize import TokenizedSample
+from llava_ft.data.tokenize import Spans, TokenizedSample
 from llava_ft.errors import BadSampleError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -46,23 +44,22 @@ _FORMAT: Final = 1
 _ROWS_PER_BATCH: Final = 1_000
 
 
-def write_rows(path: Path, rows: Iterable[tuple[Sample, TokenizedSample] | BadSampleError]) -> None:
+def write_rows(path: Path, rows: Iterable[TokenizedSample | BadSampleError]) -> None:
     """Write records, or why they cannot be used, into a file, with only some of them in memory at a time."""
 
-    def columns_of(row: tuple[Sample, TokenizedSample] | BadSampleError) -> dict[str, object]:
+    def columns_of(row: TokenizedSample | BadSampleError) -> dict[str, object]:
         if isinstance(row, BadSampleError):
             nothing = dict.fromkeys((*NUMBER_LISTS, "images"), ())
             return {
                 "id": storable(row.sample_id), "error_kind": row.kind, "error_reason": storable(row.reason), **nothing
             }  # fmt: skip
-        sample, tokens = row
         return {
-            "id": storable(sample.id),
-            "input_ids": np.asarray(tokens.input_ids, dtype=np.int32),
-            "target_spans": target_spans(tokens.labels),
-            "answer_ends": tokens.answer_ends,
-            "image_positions": image_positions(tokens.input_ids),
-            "images": sample.images,
+            "id": storable(row.id),
+            "input_ids": np.asarray(row.input_ids, dtype=np.int32),
+            "target_spans": list(chain.from_iterable(row.target_spans)),
+            "answer_ends": row.answer_ends,
+            "image_positions": row.image_positions,
+            "images": row.images,
         }
 
     def storable(text: str) -> str:  # UTF-8 has no place for half characters (lone surrogates)
@@ -73,23 +70,6 @@ def write_rows(path: Path, rows: Iterable[tuple[Sample, TokenizedSample] | BadSa
         while batch := list(islice(remaining, _ROWS_PER_BATCH)):
             columns = [pa.array([row.get(field.name) for row in batch], field.type) for field in _SCHEMA]
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
-
-
-def target_spans(labels: list[int]) -> Array:
-    """List start and end of each supervised stretch, one after the other; `spans_of` pairs them."""
-    is_target = np.asarray(labels) != IGNORE_INDEX
-    return np.flatnonzero(np.diff(is_target, prepend=False, append=False)).astype(np.int32)
-
-
-def spans_of(flat: Array) -> list[tuple[int, int]]:
-    """Give starts and ends of an entry of `target_spans` in pairs."""
-    numbers: list[int] = flat.tolist()
-    return list(zip(numbers[::2], numbers[1::2], strict=True))
-
-
-def image_positions(input_ids: list[int] | Array) -> Array:
-    """List the positions of images."""
-    return np.flatnonzero(np.asarray(input_ids) == IMAGE_TOKEN_INDEX).astype(np.int32)
 
 
 def write_manifest(directory: Path, files: Iterable[Path], made_from: dict[str, str]) -> None:
@@ -153,6 +133,16 @@ class TokenizedRows:
     def numbers(self, name: str, row: int) -> Array:
         """Give a row's entry of one of `NUMBER_LISTS`, int32, as a view."""
         return self._table.column(name)[row].values.to_numpy(zero_copy_only=True)
+
+    def target_spans(self, row: int) -> Spans:
+        """Give start and end of each supervised stretch of a row's tokens."""
+        numbers: list[int] = self.numbers("target_spans", row).tolist()
+        return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+    def sample(self, row: int) -> TokenizedSample:
+        """Give back what `write_rows` was given for a record that can be used."""
+        input_ids, ends = (self.numbers(name, row).tolist() for name in ("input_ids", "answer_ends"))
+        return TokenizedSample(row, self.sample_id(row), self.images(row), input_ids, self.target_spans(row), ends)
 
     def sample_id(self, row: int) -> str:
         """Give the record's own id, "" where there is none."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from llava_ft.data.tokenize import TokenizedSample
 from llava_ft.errors import BadSampleError
 from llava_ft.geometry import ImageGeometry
 
@@ -35,55 +36,40 @@ class Extent:
     tokens: int  # tokens, an image with all of its own
     images: int  # the first ones
     supervised: int  # tokens that have to be predicted; the very first has nothing to be predicted from
-    answers: int  # whole ones
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLayout:
-    """Where images, answers and supervised tokens of a tokenised record are. Positions count an image as one token."""
+def judge(sample: TokenizedSample, image_tokens: Sequence[int], limits: Limits) -> Extent:
+    """Say what a run trains on: all of a record, or what truncation leaves of it.
 
-    index: int
-    sample_id: str
-    num_ids: int
-    images: Sequence[tuple[int, int]]  # position of each, ascending, and the tokens it is expanded to
-    target_spans: Sequence[tuple[int, int]]  # starts and ends of the supervised stretches, ascending
-    answer_ends: Sequence[int]  # position after each answer, ascending: where a conversation may end
+    Args:
+        sample: The record.
+        image_tokens: Tokens that each of its images is expanded to.
+        limits: What decides that.
 
-    def extent(self, end: int) -> Extent:
-        """Measure the record up to the token before `end`."""
-        sizes = [size for position, size in self.images if position < end]
-        return Extent(
-            ids=end,
-            tokens=end - len(sizes) + sum(sizes),
-            images=len(sizes),
-            supervised=sum(max(0, min(stop, end) - max(start, 1)) for start, stop in self.target_spans),
-            answers=sum(answer_end <= end for answer_end in self.answer_ends),
-        )
-
-    def judge(self, limits: Limits) -> Extent:
-        """Say what a run trains on: all of the record, or what truncation leaves of it.
-
-        Raises:
-            BadSampleError: It does not train on the record. Kinds: "too-long" unless records are truncated,
-                "truncated-answer", "no-supervised-token".
-        """
-        cut, num_tokens = self.num_ids, self.extent(self.num_ids).tokens
-        if num_tokens > limits.max_length:
-            if limits.truncation != "truncate":
-                raise BadSampleError(self.index, self.sample_id, "too-long", too_long_reason(num_tokens, limits))
-            found = find_cut(self.num_ids, self.images, self.target_spans, self.answer_ends, limits.max_length)
-            if found is None:
-                reason = (
-                    f"of its {num_tokens} tokens model_max_length = {limits.max_length} leaves no part of an answer. "
-                    "Raise model_max_length, shorten the record or leave it out."
-                )
-                raise BadSampleError(self.index, self.sample_id, "truncated-answer", reason)
-            cut = found
-        kept = self.extent(cut)
-        if kept.supervised == 0:
-            reason = "no token of it is supervised, so there is nothing to learn. Fix the record or leave it out."
-            raise BadSampleError(self.index, self.sample_id, "no-supervised-token", reason)
-        return kept
+    Raises:
+        BadSampleError: It does not train on the record. Kinds: "too-long" unless records are truncated,
+            "truncated-answer", "no-supervised-token".
+    """
+    images = list(zip(sample.image_positions, image_tokens, strict=True))
+    cut = len(sample.input_ids)
+    num_tokens = cut - len(images) + sum(image_tokens)
+    if num_tokens > limits.max_length:
+        if limits.truncation != "truncate":
+            raise BadSampleError(sample.index, sample.id, "too-long", too_long_reason(num_tokens, limits))
+        found = find_cut(cut, images, sample.target_spans, sample.answer_ends, limits.max_length)
+        if found is None:
+            reason = (
+                f"of its {num_tokens} tokens model_max_length = {limits.max_length} leaves no part of an answer. "
+                "Raise model_max_length, shorten the record or leave it out."
+            )
+            raise BadSampleError(sample.index, sample.id, "truncated-answer", reason)
+        cut = found
+    supervised = sum(max(0, min(end, cut) - max(start, 1)) for start, end in sample.target_spans)
+    if supervised == 0:
+        reason = "no token of it is supervised, so there is nothing to learn. Fix the record or leave it out."
+        raise BadSampleError(sample.index, sample.id, "no-supervised-token", reason)
+    kept = [size for position, size in images if position < cut]
+    return Extent(cut, cut - len(kept) + sum(kept), len(kept), supervised)
 
 
 def too_long_reason(num_tokens: int, limits: Limits) -> str:
@@ -101,7 +87,9 @@ def find_cut(
     answer_ends: Sequence[int],
     max_length: int,
 ) -> int | None:
-    """Find how many tokens of a sample stay; see `TokenLayout`. Only `max_length` counts images with all their tokens.
+    """Find how many tokens of a sample stay; an image is one of them.
+
+    `images` are positions and sizes; only `max_length` counts images with all their tokens.
 
     Returns:
         Tokens that stay, `num_tokens` for a sample that fits; None if nothing would stay that has to be predicted.

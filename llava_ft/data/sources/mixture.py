@@ -18,19 +18,17 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final, TypeGuard, cast
 
 import yaml
 
 from llava_ft.constants import IMAGE_TOKEN
-from llava_ft.data.records import Sample, is_list, is_mapping, kind_of
+from llava_ft.data.records import is_list, is_mapping, kind_of
 from llava_ft.data.sources.base import RecordSource
 from llava_ft.data.sources.open import is_mixture, open_source, resolve_source
 from llava_ft.errors import UserError
-
-_LEADING_IMAGES: Final = re.compile(rf"(?:\s*{re.escape(IMAGE_TOKEN)})*\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,19 +90,6 @@ class Mixture:
                 source.name = entry.name
             sources.append(source)
         return sources
-
-
-def with_prompt_prefix(sample: Sample, prefix: str) -> Sample:
-    """Put `prefix` in front of the text of the first question, behind the image placeholders that lead it."""
-    if not prefix:
-        return sample
-    turns = list(sample.turns)
-    place = next(place for place, turn in enumerate(turns) if turn.role == "human")
-    text = turns[place].text
-    found = _LEADING_IMAGES.match(text) if IMAGE_TOKEN in text else None
-    start = found.end() if found and IMAGE_TOKEN in found[0] else 0
-    turns[place] = replace(turns[place], text=text[:start] + prefix + text[start:])
-    return replace(sample, turns=tuple(turns))
 
 
 def open_mixture(path: str | os.PathLike[str]) -> Mixture:

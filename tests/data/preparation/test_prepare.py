@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -19,9 +20,9 @@ from llava_ft.conversation import get_template
 from llava_ft.data.preparation import prepare, tokenized_rows
 from llava_ft.data.preparation.build_once import NotUsableError
 from llava_ft.data.preparation.prepare import PreparationSettings, prepare_rows
-from llava_ft.data.preparation.samples import find_samples, lay_out
-from llava_ft.data.preparation.tokenized_rows import TokenizedRows, spans_of
-from llava_ft.data.preparation.truncation import Limits
+from llava_ft.data.preparation.samples import find_samples
+from llava_ft.data.preparation.tokenized_rows import TokenizedRows
+from llava_ft.data.preparation.truncation import Limits, judge
 from llava_ft.data.records import parse_record
 from llava_ft.data.sources.open import open_source
 from llava_ft.data.tokenize import SampleTokenizer
@@ -82,9 +83,9 @@ def judge_record(tokenize, entry, number, limits):
     sample, tokens, error = tokenize_record(tokenize, entry, number)
     if error:
         return None, None, error
-    layout = lay_out(sample, tokens, [TOKENS_PER_IMAGE] * len(sample.images))
+    image_tokens = [TOKENS_PER_IMAGE] * len(sample.images)
     try:
-        return layout.extent(layout.num_ids), layout.judge(limits), None
+        return judge(tokens, image_tokens, Limits(GEOMETRY, 1 << 30)), judge(tokens, image_tokens, limits), None
     except BadSampleError as error:
         return None, None, error
 
@@ -103,10 +104,10 @@ class TestRows:
             assert number not in errors
             assert rows.numbers("input_ids", number).tolist() == tokens.input_ids
             assert rows.numbers("answer_ends", number).tolist() == tokens.answer_ends
-            labels = [-100] * len(tokens.input_ids)
-            for start, end in spans_of(rows.numbers("target_spans", number)):
-                labels[start:end] = tokens.input_ids[start:end]
-            assert labels == tokens.labels
+            assert rows.target_spans(number) == tokens.target_spans
+            assert rows.numbers("image_positions", number).tolist() == tokens.image_positions
+            again = rows.sample(number)
+            assert replace(again, images=tuple(again.images)) == tokens
             positions = rows.numbers("image_positions", number)
             assert [tokens.input_ids[position] for position in positions] == [-200] * tokens.num_images
             assert rows.images(number) == list(sample.images)

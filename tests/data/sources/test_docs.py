@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from llava_ft.data.records import Turn, parse_record
-from llava_ft.data.sources.mixture import open_mixture, with_prompt_prefix
+from llava_ft.data.sources.mixture import open_mixture
 from llava_ft.data.sources.open import open_source
 from llava_ft.data.sources.selection import select_rows
 from llava_ft.errors import BadSampleError
@@ -115,5 +115,5 @@ def test_prefixes():
     assert len(rows) == 3
     for before, after in rows:
         turns = [{"from": "human", "value": before.replace("⏎", "\n")}]
-        sample = with_prompt_prefix(parse_record({"conversations": turns}, 0), "Briefly: ")
+        sample = parse_record({"conversations": turns}, 0, "Briefly: ")
         assert sample.turns[0].text == after.replace("⏎", "\n")

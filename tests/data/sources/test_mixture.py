@@ -1,11 +1,12 @@
 """The YAML file of a mixture: what it may say, and what it means for one record."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from llava_ft.data.records import Sample, Turn
-from llava_ft.data.sources.mixture import MixtureEntry, check_holds_out, open_mixture, with_prompt_prefix
+from llava_ft.data.records import Turn, parse_record
+from llava_ft.data.sources.mixture import MixtureEntry, check_holds_out, open_mixture
 from llava_ft.errors import UserError
 
 
@@ -130,8 +131,8 @@ def test_files_that_cannot_be_read(tmp_path):
     ],
 )
 def test_prompt_prefix(text, expected):
-    turns = (Turn("gpt", "Welcome!"), Turn("human", text), Turn("gpt", "A.", 0), Turn("human", "Again?"))
-    sample = Sample(3, "x", turns, ("a.jpg",), "system")
-    changed = with_prompt_prefix(sample, "P: ")
-    assert changed == Sample(3, "x", (turns[0], Turn("human", expected), *turns[2:]), ("a.jpg",), "system")
-    assert with_prompt_prefix(sample, "") is sample
+    said = [("system", "system"), ("gpt", "Welcome!"), ("human", text), ("gpt", "A."), ("human", "Again?")]
+    entry = {"id": "x", "image": "a.jpg", "conversations": [{"from": role, "value": value} for role, value in said]}
+    sample = parse_record(entry, 3)
+    turns = (sample.turns[0], Turn("human", expected), *sample.turns[2:])
+    assert parse_record(entry, 3, "P: ") == replace(sample, turns=turns)
