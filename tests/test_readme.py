@@ -77,6 +77,14 @@ def test_pages_that_files_name_exist(folder: str):
             assert page in PAGES, f"{file.relative_to(REPO)}: {page}"
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
+def test_files_that_pages_name_exist(page: str):
+    """As a path from the root of the repository or from the package; `llava/` is the original's."""
+    for path in re.findall(r"(?<![\w/.-])((?:\w+/)+\w+\.py)\b", read(page)):
+        if not path.startswith("llava/"):
+            assert (REPO / path).exists() or (REPO / "llava_ft" / path).exists(), f"{page} names {path}"
+
+
 OF_LAUNCHERS = {"--num_gpus", "--nproc-per-node"}
 
 
