@@ -43,7 +43,7 @@ def test_the_file_tree_is_that_of_the_package():
 
 
 def without_code(text: str) -> str:
-    return re.sub(r"^```.*?^```$|^    .*$", "", text, flags=re.S | re.M)
+    return re.sub(r"^```.*?^```$|^    [^\n]*$", "", text, flags=re.S | re.M)
 
 
 @pytest.mark.parametrize("page", PAGES)
