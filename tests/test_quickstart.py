@@ -95,3 +95,7 @@ def test_a_quarter_of_the_quick_start(scripts, tmp_path):
     asked = argparse.Namespace(**files, data=data, run=tmp_path / "lora", output=tmp_path)
     assert quickstart_report.compare(asked) == 0
     assert json.loads((tmp_path / "report.json").read_text())["accuracy_after"] == 1
+
+    from quickstart_picture import HEIGHT, WIDTH, draw
+
+    assert draw(tmp_path).size == (WIDTH, HEIGHT)
