@@ -14,7 +14,7 @@ from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import is_llava_config, settle_config, vision_fields
 from llava_ft.models.config import LlavaModelConfig
-from llava_ft.tuning.freeze import TuningPlan
+from llava_ft.tuning.plan import TuningPlan
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ def tuning_plan(args: ParsedArgs, *, has_vision: bool) -> TuningPlan:
         freeze_mm_mlp_adapter=args.flags.freeze_mm_mlp_adapter,
         freeze_backbone=args.model.freeze_backbone,
         has_vision=has_vision,
+        mm_projector_lr=args.flags.mm_projector_lr,
     )
 
 

@@ -44,7 +44,7 @@ _PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "safete
 class Manifest:
     """Content of `llava_ft.json`."""
 
-    kind: str  # lora, projector or full
+    kind: str  # see `ResultKind`
     base: str = ""
     base_fingerprint: str = ""  # see `language_model_fingerprint`
     step: int = 0

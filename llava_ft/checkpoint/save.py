@@ -36,8 +36,11 @@ from llava_ft.checkpoint.names import (
 from llava_ft.checkpoint.weights import SAFETENSORS_DTYPES
 from llava_ft.errors import UserError
 from llava_ft.models.config import LlavaModelConfig
-from llava_ft.models.parts import LANGUAGE_MODEL, module_part, part_of
+from llava_ft.models.parts import LANGUAGE_MODEL, PARTS, PROJECTOR, module_part, part_of
+from llava_ft.tuning.plan import TuningPlan
 
+ResultKind = Literal["lora", "projector", "full"]
+"""What a run's directory holds: an adapter with what was trained beside it, a projector, or a whole model."""
 WeightsFormat = Literal["bin", "safetensors", "both"]
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and type of each tensor of a model."""
@@ -49,6 +52,17 @@ _PEFT_0_10_KEYS = frozenset((
     "target_modules", "task_type", "use_dora", "use_rslora",
 ))  # fmt: skip
 """What `adapter_config.json` held in PEFT 0.10, which refuses any other key."""
+
+
+def result_kind(plan: TuningPlan) -> ResultKind:
+    """Say which files hold what a run trains.
+
+    A projector's file has room for token rows beside it. So where neither the language model nor token rows are
+    trained (`freeze_backbone`), the whole model is written: the rows of added tokens are in its matrices alone.
+    """
+    if plan.has_lora:
+        return "lora"
+    return "projector" if plan.new_rows and not plan.trains_any(set(PARTS) - PROJECTOR) else "full"
 
 
 def write_lora(

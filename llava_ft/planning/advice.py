@@ -11,12 +11,12 @@ from typing import Any, Final
 
 from llava_ft.args.deepspeed_file import read_deepspeed_config
 from llava_ft.models.flops import Counts, Flops, decoder_forward, model_flops
+from llava_ft.models.parts import LANGUAGE_MODEL
 from llava_ft.planning.memory import MemoryPlanner, RankMemory
 from llava_ft.planning.model import ModelOutline, ParameterShape
 from llava_ft.planning.request import LoraSettings, PlanRequest, ZeroSettings
 from llava_ft.planning.step import Batch
 from llava_ft.planning.workload import Workload
-from llava_ft.tuning.freeze import TuningPlan
 from llava_ft.tuning.quant import Quantization
 from llava_ft.tuning.recompute import Recomputation, is_cheap
 
@@ -156,7 +156,7 @@ def _changes(request: PlanRequest) -> dict[str, tuple[str, str, PlanRequest]]:
         if stage < wanted and ranks > 1:
             file = f"zero{wanted}.json"
             add(f"stage {wanted}", f"--deepspeed {file}", cost, zero=configured(file))
-    if request.quantization != Quantization(4) and not request.tuning.train_language_model:
+    if request.quantization != Quantization(4) and not request.tuning.trains_any(LANGUAGE_MODEL):
         zero2 = configured("zero2.json")
         settings = zero2 if ranks > 1 or stage == 3 else zero
         flags = "--bits 4 --deepspeed zero2.json" if settings == zero2 else "--bits 4"
@@ -173,9 +173,8 @@ def _changes(request: PlanRequest) -> dict[str, tuple[str, str, PlanRequest]]:
     if lora is not None and lora.r > _SMALLEST_RANK:
         smaller = replace(lora, r=_SMALLEST_RANK)
         add("smaller rank", f"--lora_r {_SMALLEST_RANK}", "what the adapter can learn", lora=smaller)
-    if request.tuning.train_language_model:
-        tuning = TuningPlan("lora", request.tuning.train_projector, train_language_model=False)
+    if request.tuning.trains_any(LANGUAGE_MODEL):
         adapters = LoraSettings(_RANK_OF_ADVICE, 2 * _RANK_OF_ADVICE, 0.05, "none", None)
         flags = f"--lora_enable True --lora_r {adapters.r} --lora_alpha {adapters.alpha}"
-        add("LoRA", flags, "the language model itself stays fixed", tuning=tuning, lora=adapters)
+        add("LoRA", flags, "the language model itself stays fixed", tuning=request.tuning.with_lora(), lora=adapters)
     return found

@@ -18,6 +18,7 @@ from llava_ft.checkpoint.names import (
     PROJECTOR_BIN,
     native_name,
 )
+from llava_ft.checkpoint.save import result_kind
 from llava_ft.checkpoint.weights import WeightFiles, has_model_weights
 from llava_ft.data.features.store import FeatureFormat
 from llava_ft.models.parts import LANGUAGE_MODEL, module_part, part_of
@@ -51,9 +52,10 @@ def checkpoint_files(
         is_final: Whether it is the result of the run, which has no optimizer state.
     """
     trained = [shape for shape in shapes if shape.is_trained]
-    if request.tuning.method == "projector":
+    written_as = result_kind(request.tuning)
+    if written_as == "projector":
         files = {PROJECTOR_BIN: 4 * _count(trained)}
-    elif request.tuning.method == "lora":
+    elif written_as == "lora":
         inside = [
             shape
             for shape in trained

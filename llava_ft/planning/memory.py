@@ -104,7 +104,6 @@ class MemoryPlanner:
             batch_size=1,
             accumulation=1,
             optimizer="",
-            projector_has_own_rate=False,
             max_steps=-1,
             num_epochs=1.0,
             zero=None if request.zero is None else ZeroSettings(),

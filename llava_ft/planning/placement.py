@@ -264,11 +264,10 @@ def _as_loaded(shapes: Sequence[ParameterShape]) -> int:
 
 
 def _largest_group(trained: Sequence[ParameterShape], request: PlanRequest) -> list[int]:
-    """Sizes of the parameters that the optimizer updates together: matrices and vectors apart, as decay differs."""
-    groups: dict[tuple[bool, bool], list[int]] = {}
+    """Sizes of the parameters that the optimizer updates together: those of one rate and decay."""
+    groups: dict[tuple[float | None, float | None], list[int]] = {}
     for shape in trained:
-        has_own_rate = request.projector_has_own_rate and shape.part == "projector"
-        groups.setdefault((has_own_rate, len(shape.shape) >= 2), []).append(shape.numel)
+        groups.setdefault(request.tuning.rate_and_decay(shape.name, len(shape.shape)), []).append(shape.numel)
     return max(groups.values(), key=sum, default=[])
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from llava_ft.checkpoint.save import result_kind
 from llava_ft.planning.memory import COMPONENTS, RankMemory
 from llava_ft.planning.plan import Plan
 from llava_ft.terminal import columns
@@ -92,7 +93,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         },
         "machine": asdict(machine) | {"world_size": machine.world_size},
         "run": {
-            "method": request.tuning.method,
+            "method": result_kind(request.tuning),
             "lora": asdict(request.lora) if request.lora else None,
             "quantization": str(request.quantization) if request.quantization else None,
             "compute_dtype": str(request.compute_dtype).removeprefix("torch."),
@@ -160,7 +161,7 @@ def _verdict(plan: Plan) -> list[str]:
 
 def _describe_run(plan: Plan) -> str:
     request, machine = plan.request, plan.request.machine
-    method = {"full": "full", "projector": "projector alone"}.get(request.tuning.method, "")
+    method = {"full": "full", "projector": "projector alone"}.get(result_kind(request.tuning), "")
     if request.lora is not None:
         method = f"LoRA r={request.lora.r}"
     unit = machine.rank_name if machine.world_size == 1 else {"GPU": "GPUs", "process": "processes"}[machine.rank_name]

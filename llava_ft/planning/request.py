@@ -13,9 +13,10 @@ from llava_ft.args import ParsedArgs
 from llava_ft.args.attention import AttentionMachine, choose_kernel, installed_kernels
 from llava_ft.args.build import adapt_to_device
 from llava_ft.args.deepspeed_file import check_deepspeed_config, read_deepspeed_config
+from llava_ft.checkpoint.save import result_kind
 from llava_ft.errors import UserError
 from llava_ft.resolve import tuning_plan
-from llava_ft.tuning.freeze import TuningPlan
+from llava_ft.tuning.plan import TuningPlan
 from llava_ft.tuning.quant import Quantization, check_quantization
 from llava_ft.tuning.recompute import Recomputation
 
@@ -135,7 +136,6 @@ class PlanRequest:
     batch_size: int  # samples of one rank in one forward pass
     accumulation: int  # forward passes of one optimizer step
     optimizer: str  # transformers' name
-    projector_has_own_rate: bool  # the projector is a parameter group of its own
     zero: ZeroSettings | None  # None without DeepSpeed
     tower: Tower = "runs"
     max_steps: int = -1  # with a number below 1 `num_epochs` counts
@@ -209,7 +209,7 @@ def plan_request(args: ParsedArgs, machine: Machine, *, hidden_size: int, has_vi
     kernels = AttentionMachine(machine.device == "cuda", is_half, installed=installed_kernels() | {wish})
     tower: Tower = "runs"
     if args.data.vision_cache is not None:
-        tower = "held" if tuning.method == "full" and flags.save_vision_tower else "absent"
+        tower = "held" if result_kind(tuning) == "full" and flags.save_vision_tower else "absent"
     return PlanRequest(
         machine=machine,
         tuning=tuning,
@@ -226,7 +226,6 @@ def plan_request(args: ParsedArgs, machine: Machine, *, hidden_size: int, has_vi
         batch_size=int(values["per_device_train_batch_size"]),
         accumulation=int(values["gradient_accumulation_steps"]),
         optimizer=str(values["optim"]),
-        projector_has_own_rate=flags.mm_projector_lr is not None,
         zero=zero,
         tower=tower,
         max_steps=int(values["max_steps"]),

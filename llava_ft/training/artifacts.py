@@ -27,8 +27,6 @@ from llava_ft.checkpoint.lineage import describe_parent, git_commit, read_lineag
 from llava_ft.checkpoint.manifest import Manifest
 from llava_ft.checkpoint.names import (
     CONFIG,
-    EMBEDDINGS,
-    HEAD,
     NEW_ROWS_SUFFIX,
     RUN_CONFIG,
     TRAINABLE_TABLE,
@@ -39,6 +37,7 @@ from llava_ft.checkpoint.save import (
     ShardWriter,
     WeightsFormat,
     config_fields,
+    result_kind,
     vocabulary_matrices,
     write_json,
     write_lora,
@@ -55,7 +54,7 @@ from llava_ft.models.config import LlavaModelConfig
 from llava_ft.models.parts import module_part
 from llava_ft.training.fragments import whole_dtype, whole_value
 from llava_ft.training.start_from import describe_start
-from llava_ft.tuning.freeze import Method
+from llava_ft.tuning.plan import TuningPlan
 
 _MAX_SHARD_BYTES = 5 * 10**9
 
@@ -64,7 +63,7 @@ _MAX_SHARD_BYTES = 5 * 10**9
 class RunArtifacts:
     """What every save of a run writes."""
 
-    method: Method
+    plan: TuningPlan  # what is trained
     config: LlavaModelConfig
     tokenizer: PreTrainedTokenizerFast
     vision_directory: Path | None  # where `preprocessor_config.json` is copied from; None for a text-only model
@@ -91,7 +90,7 @@ class RunArtifacts:
             is_final: Whether this is the result of the run and not a checkpoint to resume from.
         """
         dtype = self.compute_dtype
-        if self.method != "full":
+        if result_kind(self.plan) != "full":
             self._write_trained(directory, model)
         elif is_final:
             self._write_whole_model(directory, model, dtype)
@@ -111,12 +110,12 @@ class RunArtifacts:
         """Write `lineage.json` and then `llava_ft.json`, after which the directory counts as complete."""
         self.write_lineage(directory, step)
         commit = git_commit(Path.cwd())
-        Manifest(self.method, self.base, self.base_fingerprint, step, self.template, commit).write(directory)
+        Manifest(result_kind(self.plan), self.base, self.base_fingerprint, step, self.template, commit).write(directory)
 
     def _write_trained(self, directory: Path | None, model: nn.Module) -> None:
         parameters = dict(model.named_parameters())
         # Original LLaVA needs a matrix whole whose rows of added tokens were trained beside an adapter.
-        with_rows = [name for name in parameters if name.endswith(NEW_ROWS_SUFFIX) and self.method == "lora"]
+        with_rows = [name for name in parameters if name.endswith(NEW_ROWS_SUFFIX) and self.plan.has_lora]
         matrices = {name.removesuffix(NEW_ROWS_SUFFIX) + ".weight" for name in with_rows}
         values: dict[str, torch.Tensor] = {}
         for name, parameter in parameters.items():
@@ -127,8 +126,8 @@ class RunArtifacts:
         if directory is None:
             return
         weights_format: WeightsFormat = "bin" if self.weights_format == "auto" else self.weights_format
-        trained = {name: value for name, value in values.items() if native_name(name) not in (EMBEDDINGS, HEAD)}
-        if self.method == "projector":
+        trained = {name: value for name, value in values.items() if name not in matrices}
+        if not self.plan.has_lora:
             write_projector(directory, trained, weights_format)
             return
         assert self.lora_config is not None

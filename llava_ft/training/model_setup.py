@@ -11,13 +11,14 @@ from llava_ft.checkpoint.base import BaseModel, load_base
 from llava_ft.checkpoint.base_and_adapters import quantization_in_training
 from llava_ft.checkpoint.directory import absolute_or_hub_name
 from llava_ft.checkpoint.names import EMBEDDINGS, HEAD
+from llava_ft.checkpoint.save import result_kind
 from llava_ft.errors import UserError
 from llava_ft.models.attention.kernels import limit
 from llava_ft.models.config import LlavaModelConfig
 from llava_ft.training.distributed import zero_division
 from llava_ft.training.fragments import gathered
-from llava_ft.tuning.freeze import TuningPlan
 from llava_ft.tuning.lora import add_lora
+from llava_ft.tuning.plan import TuningPlan
 from llava_ft.tuning.quant import Quantization, check_quantization
 from llava_ft.tuning.recompute import Recomputation, recompute_activations
 
@@ -42,14 +43,14 @@ def load_model_to_train(
         attn_implementation=args.attn_implementation,
         quantization=quantization_of(args),
         division=zero_division(args.training),
-        with_tower=encodes_images or (plan.method == "full" and saves_tower(args, base)),
+        with_tower=encodes_images or (result_kind(plan) == "full" and saves_tower(args, base)),
     )
     model.runs_tower = encodes_images
     ledger.log()
     with gathered([model.get_parameter(EMBEDDINGS), model.get_parameter(HEAD)] if num_new_rows else []):
         plan.separate_new_rows(model, num_new_rows)
     result: nn.Module = model
-    if plan.method == "lora":
+    if plan.has_lora:
         result = add_lora(
             model,
             r=args.flags.lora_r,

@@ -1,6 +1,6 @@
 """Parameter groups of the optimizer, and the table that says what is trained and how, and what is quantised.
 
-Groups follow LLaVA's: the projector may have a learning rate of its own (`mm_projector_lr`), and only matrices decay.
+Groups follow LLaVA's: a part may have a learning rate of its own (`mm_projector_lr`), and only matrices decay.
 Differs from LLaVA: there is no empty group. DeepSpeed drops empty groups, the learning rates then move up by one, and
 the projector trains at the rate of the language model.
 """
@@ -14,6 +14,7 @@ from torch import nn
 from llava_ft.checkpoint.restore import whole_shape
 from llava_ft.models.parts import part_of
 from llava_ft.terminal import columns
+from llava_ft.tuning.plan import TuningPlan
 from llava_ft.tuning.quant import dtype_name, is_quantized, size_in_memory
 
 
@@ -43,37 +44,37 @@ class TrainableRow:
 
 
 def parameter_groups(
-    model: nn.Module, *, learning_rate: float, weight_decay: float, mm_projector_lr: float | None
+    model: nn.Module, plan: TuningPlan, *, learning_rate: float, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Divide the trainable parameters into groups: decayed and not, the projector apart if it has its own rate.
+    """Divide the trainable parameters into groups by the plan's rates and decays, those with the run's own rate first.
 
     Args:
         model: The model; only parameters that require a gradient are taken.
-        learning_rate: Rate of everything but the projector.
-        weight_decay: Decay of matrices. Vectors (biases, norms) do not decay.
-        mm_projector_lr: Rate of the projector; `learning_rate` when absent.
+        plan: What is trained.
+        learning_rate: Rate of the parts that have none of their own.
+        weight_decay: Decay of the matrices of parts that have none of their own.
 
     Returns:
         Groups for a torch optimizer, none of them empty, with the `names` of their parameters.
     """
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
-    for is_projector in (False, True):
-        for decays in (True, False):
-            rate = mm_projector_lr if is_projector and mm_projector_lr is not None else learning_rate
-            groups[is_projector, decays] = {
-                "params": [],
-                "names": [],
-                "lr": rate,
-                "weight_decay": weight_decay if decays else 0.0,
-            }
+    groups: dict[tuple[float | None, float | None], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        has_own_rate = mm_projector_lr is not None and part_of(name) == "projector"
-        group = groups[has_own_rate, len(whole_shape(parameter)) >= 2]
+        rate, decay = plan.rate_and_decay(name, len(whole_shape(parameter)))
+        group = groups.setdefault(
+            (rate, decay),
+            {
+                "params": [],
+                "names": [],
+                "lr": learning_rate if rate is None else rate,
+                "weight_decay": weight_decay if decay is None else decay,
+            },
+        )
         group["params"].append(parameter)
         group["names"].append(name)
-    return [group for group in groups.values() if group["params"]]
+    # The order is that of the learning rates in a checkpoint's schedule.
+    return [groups[key] for key in sorted(groups, key=lambda key: (key[0] is not None, key[1] == 0.0))]
 
 
 def parameter_table(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[TrainableRow]:

@@ -202,7 +202,7 @@ def prepare_run(args: ParsedArgs) -> Run:
         peft_config = getattr(model, "peft_config", None)
         base_name = absolute_or_hub_name(args.model.model_name_or_path)
         artifacts = RunArtifacts(
-            method=plan.method,
+            plan=plan,
             config=base.config,
             tokenizer=tokenizer,
             vision_directory=base.vision_directory,
@@ -279,7 +279,6 @@ def _make_trainer(
         train_sampler=sampler,
         describe_record=datasets.train.describe,
         loss_normalization=args.flags.loss_normalization,
-        mm_projector_lr=args.flags.mm_projector_lr,
         bad_sample_limit=args.flags.bad_sample_limit,
         pixel_normalizer=None if vision is None else PixelNormalizer(ImageProcessorSettings.from_pretrained(vision)),
         speed=speed,

@@ -52,7 +52,6 @@ class LlavaTrainer(Trainer):
         describe_record: Names the record with an index of the training data, for messages.
         loss_normalization: `tokens` divides the summed loss of an optimizer step by its supervised tokens;
             `micro_batch` averages the means of the micro-batches, as original LLaVA does.
-        mm_projector_lr: Learning rate of the projector, if it has its own.
         bad_sample_limit: Share of the samples seen that may turn out unreadable before the run is ended.
         pixel_normalizer: Turns the bytes of pictures into what the vision tower reads, on the device.
         speed: Measures the run for its log.
@@ -66,7 +65,6 @@ class LlavaTrainer(Trainer):
         train_sampler: EpochSampler,
         describe_record: Callable[[int], str],
         loss_normalization: Literal["tokens", "micro_batch"] = "tokens",
-        mm_projector_lr: float | None = None,
         bad_sample_limit: float = 0.05,
         pixel_normalizer: PixelNormalizer | None = None,
         speed: SpeedMeter | None = None,
@@ -77,7 +75,6 @@ class LlavaTrainer(Trainer):
         self._train_sampler = train_sampler
         self.bad_samples: list[BadSampleError] = []
         self._describe_record = describe_record
-        self._mm_projector_lr = mm_projector_lr
         self._bad_sample_limit = bad_sample_limit
         self._pixel_normalizer = pixel_normalizer
         self._speed = SpeedMeter() if speed is None else speed
@@ -143,9 +140,9 @@ class LlavaTrainer(Trainer):
         model = self._trained_model if model is None else model
         groups = parameter_groups(
             model,
+            self.artifacts.plan,
             learning_rate=self.args.learning_rate,
             weight_decay=self.args.weight_decay,
-            mm_projector_lr=self._mm_projector_lr,
         )
         rows = parameter_table(model, groups)
         self.artifacts.table = [asdict(row) for row in rows]
@@ -204,7 +201,7 @@ class LlavaTrainer(Trainer):
         if "loss" in logs and "learning_rate" in logs:
             logs.update(self._speed.pop(self.args.device, self.args.world_size))
             self._say_that_it_waits(logs.get("data_wait", 0.0))
-            if self._mm_projector_lr is not None:
+            if self.artifacts.plan.of("mm_projector").learning_rate is not None:
                 logs["mm_projector_lr"] = self._rate_of_last_group
             if self.bad_samples:
                 logs["bad_samples"] = len(self.bad_samples)

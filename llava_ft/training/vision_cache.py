@@ -36,7 +36,7 @@ from llava_ft.errors import ImageError, RunError, UserError
 from llava_ft.models.config import hidden_state_index
 from llava_ft.models.vision import CLIPVisionTower
 from llava_ft.training.distributed import blind_ranks, from_all_ranks, from_first_rank
-from llava_ft.tuning.freeze import TuningPlan
+from llava_ft.tuning.plan import TuningPlan
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from llava_ft.errors import UserError
 from llava_ft.models.parts import module_part
-from llava_ft.tuning.freeze import DECODER_LAYER, language_model_linears
 from llava_ft.tuning.lora_layer import use_fast_layers
+from llava_ft.tuning.plan import DECODER_LAYER, language_model_linears
 
 
 def target_pattern(model: nn.Module, leaf_names: Sequence[str] | None = None) -> str:

@@ -8,7 +8,7 @@ import torch
 from llava_ft.planning.model import ParameterShape
 from llava_ft.planning.placement import KINDS, Placement, optimizer_kind, place
 from llava_ft.planning.request import Machine, PlanRequest, ZeroSettings
-from llava_ft.tuning.freeze import TuningPlan
+from llava_ft.tuning.plan import PartPlan, TuningPlan
 from llava_ft.tuning.recompute import Recomputation
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -17,7 +17,7 @@ TRAINED, FROZEN = 1_000_000, 4_000_000
 
 def shapes(dtype: torch.dtype) -> list[ParameterShape]:
     return [
-        ParameterShape("a", "projector", (1000, 1000), True, F32),
+        ParameterShape("mm_projector.weight", "projector", (1000, 1000), True, F32),
         ParameterShape("b", "language model", (2000, 2000), False, dtype),
     ]
 
@@ -34,7 +34,7 @@ def placed(
 ) -> Placement:
     request = PlanRequest(
         machine=Machine("cuda", gpus),
-        tuning=TuningPlan("full", True, False),
+        tuning=TuningPlan({"projector": PartPlan("full", learning_rate=1e-5 if projector_has_own_rate else None)}),
         lora=None,
         quantization=None,
         compute_dtype=dtype,
@@ -43,7 +43,6 @@ def placed(
         batch_size=1,
         accumulation=accumulation,
         optimizer=optimizer,
-        projector_has_own_rate=projector_has_own_rate,
         zero=zero,
     )
     return place([*shapes(dtype), *more], request)

@@ -20,7 +20,7 @@ from llava_ft.data.features.store import FeatureReader, FeatureStore
 from llava_ft.errors import RunError, UserError
 from llava_ft.training import vision_cache
 from llava_ft.training.run import Run
-from llava_ft.tuning.freeze import TuningPlan
+from llava_ft.tuning.plan import TuningPlan
 from tests.conftest import RECORDINGS
 from tests.training.helpers import METHODS, flags, prepare, state_of, train, write_records
 

@@ -30,6 +30,7 @@ from llava_ft.checkpoint.names import (
 )
 from llava_ft.checkpoint.run_settings import find_settings, settle_adapter_config, settle_model_config
 from llava_ft.checkpoint.save import (
+    ResultKind,
     ShardWriter,
     staged_directory,
     vocabulary_matrices,
@@ -49,14 +50,12 @@ logger = logging.getLogger(__name__)
 RECORD = "consolidated.json"
 """What a consolidation was made from; only a directory that has it is ever replaced."""
 
-Kind = Literal["lora", "projector", "full"]
-
 
 @dataclass(frozen=True)
 class Consolidation:
     """What was done."""
 
-    kind: Kind
+    kind: ResultKind
     output: Path
     step: int
     num_trained: int  # tensors; for a whole model all of them
@@ -219,7 +218,7 @@ def next_commands(result: Consolidation) -> list[str]:
     return [merge] * result.is_usable + [f"{train} --pretrain_mm_mlp_adapter {projector}"]
 
 
-def _what_was_trained(shards: ZeroShards) -> tuple[Kind, list[str]]:
+def _what_was_trained(shards: ZeroShards) -> tuple[ResultKind, list[str]]:
     """Tell the kind of run, and which tensors make its result.
 
     Under stage 0 nothing says which parameters were trained; for LoRA and projector runs their names do, and the number
