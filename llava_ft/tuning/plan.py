@@ -96,8 +96,9 @@ class TuningPlan:
 
     def with_lora(self) -> "TuningPlan":
         """Return the plan with adapters on the language model in place of its own weights."""
-        beside = {part: plan for part, plan in self.parts.items() if part not in LANGUAGE_MODEL}
-        return TuningPlan({"language model": PartPlan("lora"), **beside}, frozenset({"embeddings", "head"}))
+        parts: dict[Part, PartPlan] = {"language model": PartPlan("lora")}
+        parts |= {part: plan for part, plan in self.parts.items() if part not in LANGUAGE_MODEL}
+        return TuningPlan(parts, new_rows=frozenset({"embeddings", "head"}))
 
     @property
     def has_lora(self) -> bool:
@@ -113,7 +114,7 @@ class TuningPlan:
         return any(plan.how == "full" for part, plan in self.parts.items() if part in parts)
 
     def trains(self, name: str) -> bool:
-        """Whether the parameter with this name is trained; LoRA weights and separate rows of added tokens always are."""
+        """Whether a parameter is trained, by its name; LoRA weights and separate rows of added tokens always are."""
         plan = self.of(name)
         return part_of(name) in ("LoRA", "new token rows") or (plan.how == "full" and plan.includes(name))
 
