@@ -8,7 +8,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any, Final
 
 from llava_ft.checkpoint.names import EMBEDDINGS, HEAD, is_transformers_spelling
@@ -61,17 +61,17 @@ def facts_of(tensors: Iterable[TensorHeader]) -> WeightFacts:
     num_bytes = Counter[str]()
     for tensor in tensors:
         num_bytes[tensor.dtype] += tensor.num_bytes
-        if match := _LAYER.match(tensor.name):
-            facts.num_layers = max(facts.num_layers or 0, int(match[1]) + 1)
-        if tensor.part == "vision tower" and (match := _TOWER_LAYER.search(tensor.name)):
-            facts.tower_layers = max(facts.tower_layers or 0, int(match[1]) + 1)
         if tensor.name.endswith("class_embedding") and tensor.shape:
             facts.tower_width = facts.tower_width or tensor.shape[-1]
         if tensor.part == "rows of added tokens" and tensor.shape:
             facts.num_new_rows = facts.num_new_rows or tensor.shape[0]
     facts.dtypes = tuple(dtype for dtype, _ in num_bytes.most_common())
+    layers = [int(match[1]) for name in shapes if (match := _LAYER.match(name))]
+    of_tower = [tensor.name for tensor in tensors if tensor.part == "vision tower"]
+    tower_layers = [int(match[1]) for name in of_tower if (match := _TOWER_LAYER.search(name))]
+    facts.num_layers, facts.tower_layers = (max(found) + 1 if found else None for found in (layers, tower_layers))
     keys = [tensor.key for tensor in tensors if tensor.part not in ("other", "derived", "CLIP text half")]
-    if any(is_transformers_spelling(key) for key in keys):
+    if any(map(is_transformers_spelling, keys)):
         facts.layout = "hf"
     elif any("mm_projector" in key or "vision_tower.vision_tower" in key for key in keys):
         facts.layout = "native"
@@ -91,10 +91,8 @@ def facts_of(tensors: Iterable[TensorHeader]) -> WeightFacts:
             facts.hidden_size = facts.hidden_size or width
         if module.startswith("model.layers.") and module.endswith("down_proj"):
             facts.intermediate_size = width
-    for name, shape in shapes.items():
-        if _LAYER.match(name) and name.endswith(".mlp.gate_proj.weight") and len(shape) == 2:
-            facts.intermediate_size, facts.hidden_size = shape
-            break
+    gates = (s for n, s in shapes.items() if _LAYER.match(n) and n.endswith(".mlp.gate_proj.weight") and len(s) == 2)
+    facts.intermediate_size, facts.hidden_size = next(gates, (facts.intermediate_size, facts.hidden_size))
 
     # A linear projector has no number; layers of an MLP are at 0, 2, 4 and so on, with activations between them.
     matches = [(_PROJECTOR_LAYER.fullmatch(name), shape) for name, shape in shapes.items() if len(shape) == 2]
@@ -167,13 +165,11 @@ def fold(tensors: Iterable[TensorHeader]) -> list[Fold]:
 
 def ranges(numbers: Iterable[int]) -> str:
     """Write numbers as ranges: 0, 1, 2 and 5 are `0-2,5`."""
-    found: list[tuple[int, int]] = []
-    for number in sorted(set(numbers)):
-        if found and number == found[-1][1] + 1:
-            found[-1] = (found[-1][0], number)
-        else:
-            found.append((number, number))
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in found)
+    runs = [
+        [number for _, number in run]
+        for _, run in groupby(enumerate(sorted(set(numbers))), key=lambda pair: pair[1] - pair[0])
+    ]
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def braced(names: Sequence[str]) -> str:

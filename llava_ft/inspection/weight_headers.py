@@ -15,11 +15,7 @@ from typing import Any, Final, cast
 
 import torch
 
-from llava_ft.checkpoint.names import (
-    clip_to_native_name,
-    is_derived,
-    plain_name,
-)
+from llava_ft.checkpoint.names import clip_to_native_name, is_derived, plain_name
 from llava_ft.checkpoint.pickles import load_pickle
 from llava_ft.checkpoint.weights import SAFETENSORS_DTYPES
 from llava_ft.errors import CheckpointError
@@ -81,11 +77,8 @@ def part_of_tensor(name: str) -> str:
         ("layers", name.startswith("model.layers.")),
         ("norm", name.startswith("model.norm.")),
     )
-    found = next((part for part, holds_it in finer if holds_it), None)
-    if found is None:
-        part = part_of(name)
-        found = {"new token rows": "rows of added tokens", "language model": "other"}.get(part, part)
-    return found
+    part = next((part for part, holds_it in finer if holds_it), None) or part_of(name)
+    return {"new token rows": "rows of added tokens", "language model": "other"}.get(part, part)
 
 
 def is_weight_file(path: Path) -> bool:
@@ -98,10 +91,9 @@ def read_header(path: Path) -> FileHeader:
     num_bytes = path.stat().st_size
     try:
         return _read_safetensors(path, num_bytes) if path.suffix == ".safetensors" else _read_pickle(path, num_bytes)
-    except CheckpointError as error:
-        return FileHeader(path, num_bytes, problem=str(error))
-    except OSError as error:
-        return FileHeader(path, num_bytes, problem=f"{path} cannot be read: {error.strerror}.")
+    except (CheckpointError, OSError) as error:
+        problem = f"{path} cannot be read: {error.strerror}." if isinstance(error, OSError) else str(error)
+        return FileHeader(path, num_bytes, problem=problem)
 
 
 def _read_safetensors(path: Path, num_bytes: int) -> FileHeader:
@@ -125,12 +117,12 @@ def _read_safetensors(path: Path, num_bytes: int) -> FileHeader:
             f"{path} is damaged or no .safetensors file: its {num_bytes:,} bytes do not begin with a header. Copy "
             "or download it again."
         ) from None
-    needed = max(ends, default=8 + length)
+    needed, num_cut = max(ends, default=8 + length), sum(end > num_bytes for end in ends)
     problem = ""
     if needed > num_bytes:
         problem = (
-            f"{path} is cut short: it has {num_bytes:,} of {needed:,} bytes, and {sum(end > num_bytes for end in ends)}"
-            f" of its {len(ends)} tensors are incomplete. Copy or download it again."
+            f"{path} is cut short: it has {num_bytes:,} of {needed:,} bytes, and {num_cut} of its {len(ends)} tensors "
+            "are incomplete. Copy or download it again."
         )
     elif needed < num_bytes:
         problem = f"{path} is damaged: {num_bytes - needed:,} bytes at its end belong to no tensor. Copy it again."
@@ -138,15 +130,15 @@ def _read_safetensors(path: Path, num_bytes: int) -> FileHeader:
 
 
 def _read_pickle(path: Path, num_bytes: int) -> FileHeader:
-    tensors: list[TensorHeader] = []
-    others: list[str] = []
-    for key, value in _flattened(load_pickle(path)):
-        if isinstance(value, torch.Tensor):
-            tensors.append(_tensor(key, tuple(value.shape), str(value.dtype), value.nbytes, path))
-        else:
-            others.append(key)
+    content = list(_flattened(load_pickle(path)))
+    tensors = [
+        _tensor(key, tuple(value.shape), str(value.dtype), value.nbytes, path)
+        for key, value in content
+        if isinstance(value, torch.Tensor)
+    ]
+    others = tuple(key for key, value in content if not isinstance(value, torch.Tensor))
     problem = "" if tensors else f"{path} holds no tensors, so it is not a weight file. Is it the right file?"
-    return FileHeader(path, num_bytes, tuple(tensors), problem, tuple(others))
+    return FileHeader(path, num_bytes, tuple(tensors), problem, others)
 
 
 def _tensor(key: str, shape: tuple[int, ...], dtype: str, num_bytes: int, file: Path) -> TensorHeader:

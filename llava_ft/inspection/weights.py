@@ -29,6 +29,9 @@ _BESIDE_LAYERS: Final = {"projector", "image newline", "embeddings", "rows of ad
 _TOWER_PARTS: Final = {"vision tower", "CLIP text half", "derived", "other"}
 _LATER_SHARD: Final = re.compile(r".+-\d+-of-(?!00001\b)\d+\.\w+")
 _LAYER: Final = re.compile(r"^(?P<stack>model\.layers|.*encoder\.layers)\.(?P<number>\d+)\.(?P<leaf>.+)$")
+_OTHERS: Final = re.compile(r"^global_step|\.index\.json$")
+"""What tells of weights in a directory beside weight files."""
+
 _TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model")
 
 
@@ -87,7 +90,7 @@ class Description:
     def to_json(self) -> dict[str, Any]:
         """Return everything for JSON, where `num_tensors`, `num_values` and `num_bytes` go by their short names."""
 
-        def fields(of: Any) -> dict[str, Any]:
+        def fields(of: PartSummary | TensorHeader) -> dict[str, Any]:
             return asdict(of, dict_factory=lambda items: {key.removeprefix("num_"): value for key, value in items})
 
         return {
@@ -166,10 +169,9 @@ def _describe_directory(path: Path, index: Path | None = None) -> Description:
         found.missing += _missing_tensors(found, config, adapter_config)
     found.missing += _missing_files(path, found, config)
     found.what = _sentence(found, config, is_file=False)
-
-    for file in found.files:
-        if file.others:
-            found.notes.append(f"{file.path.name} also holds {some_of(file.others)}, which is no tensor.")
+    found.notes += [
+        f"{f.path.name} also holds {some_of(f.others)}, which is no tensor." for f in found.files if f.others
+    ]
     steps = sorted((entry.name for entry in path.glob("checkpoint-*") if entry.is_dir()), key=lambda n: (len(n), n))
     if steps:
         found.notes.append(f"It also holds {len(steps)} checkpoints of the run: {some_of(steps)}.")
@@ -195,8 +197,10 @@ def _describe_each(path: Path, files: Sequence[Path]) -> Description:
             return found
     found.inside = [_describe_file(file) for file in files]
     entries = sorted(path.iterdir())
-    directories = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-    found.inside += [_describe_directory(one) for one in directories if any(map(_tells_of_weights, one.iterdir()))]
+    for one in entries:
+        if one.is_dir() and not one.name.startswith("."):
+            inside = [entry for entry in one.iterdir() if is_weight_file(entry) or _OTHERS.search(entry.name)]
+            found.inside += [_describe_directory(one)] if inside else []
     if found.inside:
         found.kind = "several"
         found.what = f"{len(found.inside)} files and directories of weights that are described one by one."
@@ -205,10 +209,6 @@ def _describe_each(path: Path, files: Sequence[Path]) -> Description:
         names = some_of([entry.name for entry in entries], 8) or "nothing"
         found.missing.append(f"{path} holds no weight files. It holds {names}.")
     return found
-
-
-def _tells_of_weights(entry: Path) -> bool:
-    return is_weight_file(entry) or entry.name.startswith("global_step") or entry.name.endswith(".index.json")
 
 
 def _select_files(path: Path, index: Path | None = None) -> tuple[list[Path], Description]:
@@ -235,10 +235,10 @@ def _select_files(path: Path, index: Path | None = None) -> tuple[list[Path], De
             found.damaged.append(str(error))
         found.read = [name for name in shards if (path / name).is_file()]
         if lost := [name for name in shards if name not in found.read]:
+            names = ", ".join(lost[:4]) + (", ..." if len(lost) > 4 else "")
             found.lost.append(
-                f"{len(lost)} of {len(shards)} files that {model.name} names are not there: {', '.join(lost[:4])}"
-                + (", ..." if len(lost) > 4 else "")
-                + ". Copy or download them."
+                f"{len(lost)} of {len(shards)} files that {model.name} names are not there: {names}. Copy or download "
+                "them."
             )
     elif (path / CONFIG).is_file():
         projector = ModelDirectory(path, "projector").projector_file
@@ -248,9 +248,8 @@ def _select_files(path: Path, index: Path | None = None) -> tuple[list[Path], De
     same_stem = {Path(name).stem: name for name in found.read}
     for file in files:
         if file.name not in found.read:
-            other = same_stem.get(file.stem)
-            reason = f"{other} is" if other else "the model's or adapter's own files are"
-            found.notes.append(f"{file.name} is not read: {reason}.")
+            read = f"{same_stem[file.stem]} is" if file.stem in same_stem else "the model's or adapter's own files are"
+            found.notes.append(f"{file.name} is not read: {read}.")
     return files, found
 
 
@@ -259,16 +258,14 @@ def _read_settings(path: Path, problems: list[str]) -> tuple[dict[str, Any], dic
     config: dict[str, Any] = {}
     adapter_config: dict[str, Any] = {}
     layout = ""
-    try:
-        if (path / CONFIG).is_file():
-            config, layout = read_config(path)
-    except UserError as error:
-        problems.append(str(error))
-    try:
-        if (path / ADAPTER_CONFIG).is_file():
-            adapter_config = read_json(path / ADAPTER_CONFIG)
-    except CheckpointError as error:
-        problems.append(str(error))
+    for name in (CONFIG, ADAPTER_CONFIG):
+        try:
+            if (path / name).is_file() and name == CONFIG:
+                config, layout = read_config(path)
+            elif (path / name).is_file():
+                adapter_config = read_json(path / name)
+        except UserError as error:
+            problems.append(str(error))
     return config, adapter_config, layout
 
 

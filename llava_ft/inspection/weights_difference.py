@@ -24,7 +24,7 @@ _VALUES_PER_BLOCK: Final = 2**22
 _WIDE: Final = (torch.float64, torch.int64, torch.int32)
 
 
-@dataclass(frozen=True)
+@dataclass
 class TensorDifference:
     """Two tensors of one native name that are not the same; pairs are of the first and of the second."""
 
@@ -115,8 +115,7 @@ def compare(first: Path, second: Path) -> Difference:
         held = {our_keys[key]: value.clone() for key, value in our_files.stream(our_keys)}
         for key, value in their_files.stream(their_keys):
             name = their_keys[key]
-            difference = _difference(ours[name], theirs[name], held.pop(name), value)
-            if difference is not None:
+            if (difference := _difference(ours[name], theirs[name], held.pop(name), value)) is not None:
                 found.different.append(difference)
     num_common = Counter(tensor.part for tensor in common)
     for part in (part for part in PARTS_OF_FILES if part in num_common):
@@ -135,14 +134,13 @@ def _open(description: Description, unreadable: list[str]) -> tuple[dict[str, Te
     headers: dict[str, TensorHeader] = {}
     files = WeightFiles(description.path, {})
     for file in description.files:
-        if file.path.name not in description.read or not file.tensors:
-            continue
-        try:
-            files.tensors |= WeightFiles.open(file.path).tensors
-        except CheckpointError as error:
-            unreadable.append(str(error))
-            continue
-        headers |= {tensor.name: tensor for tensor in file.tensors if tensor.part != "derived"}
+        if file.path.name in description.read and file.tensors:
+            try:
+                files.tensors |= WeightFiles.open(file.path).tensors
+            except CheckpointError as error:
+                unreadable.append(str(error))
+            else:
+                headers |= {tensor.name: tensor for tensor in file.tensors if tensor.part != "derived"}
     return headers, files
 
 
@@ -152,17 +150,16 @@ def _difference(
     """Compare two tensors; None if they are equal bit for bit."""
     if first.shape == second.shape and one.dtype == other.dtype and _has_same_bits(one, other):
         return None
-    shapes, dtypes = (first.shape, second.shape), (first.dtype, second.dtype)
-    num_rows = None
+    found = TensorDifference(first.name, first.part, (first.shape, second.shape), (first.dtype, second.dtype))
     if first.shape != second.shape:
         if first.name not in (EMBEDDINGS, HEAD) or first.shape[1:] != second.shape[1:]:
-            return TensorDifference(first.name, first.part, shapes, dtypes)
-        num_rows = min(first.shape[0], second.shape[0])
-        one, other = one[:num_rows], other[:num_rows]
+            return found
+        found.num_rows = min(first.shape[0], second.shape[0])
+        one, other = one[: found.num_rows], other[: found.num_rows]
     difference, scale = _largest(one, other)
-    relative = difference / scale if scale else math.inf if difference else 0.0
-    is_rounded = one.dtype != other.dtype and difference > 0 and _has_same_bits(one.to(other.dtype), other)
-    return TensorDifference(first.name, first.part, shapes, dtypes, difference, relative, num_rows, is_rounded)
+    found.max_difference, found.relative = difference, difference / scale if scale else math.inf if difference else 0.0
+    found.is_rounded = one.dtype != other.dtype and difference > 0 and _has_same_bits(one.to(other.dtype), other)
+    return found
 
 
 def _has_same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

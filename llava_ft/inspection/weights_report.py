@@ -103,17 +103,16 @@ def _difference_lines(found: Difference, all_keys: bool) -> list[str]:
             numbers = (_number(part.max_difference), _number(part.relative)) if part.worst else ("", "")
             rows.append((part.part, f"{part.num_common}", f"{part.num_equal}", *numbers, part.worst))
         lines += ["", *columns(rows, right=(1, 2))]
-    shown = found.different if all_keys else sorted(found.different, key=_order)[:_MOST_LINES]
+    # First those whose shape or type differs, and then those whose values differ most.
+    by_size = sorted(
+        found.different, key=lambda d: (len(set(d.shapes)) == 1, len(set(d.dtypes)) == 1, -(d.relative or 0))
+    )
+    shown = found.different if all_keys else by_size[:_MOST_LINES]
     if shown:
         lines += ["", *columns([_tensor_row(one) for one in shown])]
         if len(shown) < len(found.different):
             lines.append(f"and {len(found.different) - len(shown)} more, which --keys lists")
     return lines
-
-
-def _order(one: TensorDifference) -> tuple[bool, bool, float]:
-    """First those whose shape or type differs, and then those whose values differ most."""
-    return (one.shapes[0] == one.shapes[1], one.dtypes[0] == one.dtypes[1], -(one.relative or 0.0))
 
 
 def _tensor_row(one: TensorDifference) -> Row:
