@@ -91,13 +91,7 @@ _EXCLUSIVE: Final[Mapping[tuple[str, str], str]] = {
 def check_arguments(
     model: ModelArguments, data: DataArguments, training: TrainingFlags, inherited: Mapping[str, object]
 ) -> None:
-    """Refuse what cannot be meant.
-
-    Args:
-        model: As parsed.
-        data: As parsed.
-        training: Own training flags as parsed.
-        inherited: Those fields of `transformers.TrainingArguments` that were given.
+    """Refuse what cannot be meant; `inherited` are those fields of `transformers.TrainingArguments` that were given.
 
     Raises:
         UserError: For the first contradiction found.

@@ -120,12 +120,7 @@ def read_deepspeed_config(given: str | dict[str, Any], notes: list[str]) -> tupl
 
 
 def check_deepspeed_config(config: _Section, source: str, values: Mapping[str, Any]) -> list[str]:
-    """Compare a DeepSpeed configuration with what DeepSpeed knows and with the flags.
-
-    Args:
-        config: The configuration.
-        source: Its name, for messages.
-        values: Every field of the training arguments.
+    """Compare a configuration, which messages call `source`, with what DeepSpeed knows and every training argument.
 
     Returns:
         Notes about what DeepSpeed will do differently from what the flags say.

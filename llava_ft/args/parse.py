@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from llava_ft.args import legacy
 from llava_ft.args.checks import check_arguments, find_idle_flags
@@ -31,31 +31,22 @@ _STEP_FLAGS: Final = frozenset({"warmup_steps", "save_steps", "logging_steps", "
 
 _OF_THE_COMMAND_LINE: Final = ("config", "print_config")
 
-_Values: TypeAlias = "dict[str, object]"
 _Arguments = TypeVar("_Arguments")
 
 
 @dataclass(frozen=True)
 class ParsedArgs:
-    """A checked request.
-
-    Attributes:
-        model: What the model is made of.
-        data: Where the records are.
-        flags: The training flags of `TrainingFlags`, typed; no device has been touched for them.
-        inherited: Fields of `transformers.TrainingArguments` that were given, plain and checked.
-        notes: What the user should be told: translated spellings and flags without effect. Devices add to it.
-        print_config: Whether the request is only to print the resolved configuration.
-        kernel: The attention kernel, once it is settled for the model; None leaves it to the machine.
-    """
+    """A checked request."""
 
     model: ModelArguments
     data: DataArguments
-    flags: TrainingFlags
-    inherited: Mapping[str, object]
+    flags: TrainingFlags  # typed; no device has been touched for them
+    inherited: Mapping[str, object]  # fields of `transformers.TrainingArguments` that were given, plain and checked
     notes: list[str] = field(default_factory=list[str], compare=False)
-    print_config: bool = field(default=False, compare=False)
+    """What the user should be told: translated spellings and flags without effect. Devices add to it."""
+    print_config: bool = field(default=False, compare=False)  # whether that is all that is asked for
     kernel: str | None = field(default=None, compare=False)
+    """The attention kernel, once it is settled for the model; None leaves it to the machine."""
     _machine: dict[str, Any] = field(default_factory=dict[str, Any], compare=False, repr=False)
     """What was asked of this machine. Requests derived from this one have it too, so devices are initialised once."""
 
@@ -108,16 +99,13 @@ def parse_args(argv: Sequence[str], *, required: Sequence[str] = REQUIRED_TO_TRA
     """
     entries = read_command_line(argv)
     notes: list[str] = []
-    values: _Values = {}
-    print_config = False
-    for entry in entries:
-        if entry.key == "print_config":
-            print_config = bool(_value(entry, ValueType.of(bool)))
+    values: dict[str, object] = {}
+    asked = [_value(entry, ValueType.of(bool)) for entry in entries if entry.key == "print_config"]
     configs = [entry for entry in entries if entry.key == "config"]
     if len(configs) > 1:
         raise UserError("--config was given twice. One configuration file is allowed; override its values with flags.")
-    if configs:
-        values |= _read_source(_read_config(configs[0]), notes)
+    for entry in configs:
+        values |= _read_source(_read_config(entry), notes)
     values |= _read_source([entry for entry in entries if entry.key not in _OF_THE_COMMAND_LINE], notes)
 
     for name in required:
@@ -133,7 +121,7 @@ def parse_args(argv: Sequence[str], *, required: Sequence[str] = REQUIRED_TO_TRA
     notes.extend(_default_evaluation(data, inherited))
     check_arguments(model, data, flags, inherited)
     notes.extend(find_idle_flags(model, data, flags))
-    return ParsedArgs(model, data, flags, inherited, notes, print_config)
+    return ParsedArgs(model, data, flags, inherited, notes, print_config=bool(asked and asked[-1]))
 
 
 def resolved_config(parsed: ParsedArgs) -> dict[str, Any]:
@@ -142,10 +130,7 @@ def resolved_config(parsed: ParsedArgs) -> dict[str, Any]:
     It holds every flag of this program and each field of `transformers.TrainingArguments` that was given,
     except `NOT_RESOLVED`.
     """
-    resolved: dict[str, Any] = {}
-    for arguments in (parsed.model, parsed.data, parsed.flags):
-        resolved.update({f.name: getattr(arguments, f.name) for f in dataclasses.fields(arguments)})
-    resolved.update(parsed.inherited)
+    resolved = {**vars(parsed.model), **vars(parsed.data), **vars(parsed.flags), **parsed.inherited}
     return {name: value for name, value in resolved.items() if name not in NOT_RESOLVED}
 
 
@@ -167,14 +152,13 @@ def _read_config(entry: Entry) -> list[Entry]:
     return read_yaml(path)
 
 
-def _read_source(entries: Sequence[Entry], notes: list[str]) -> _Values:
+def _read_source(entries: Sequence[Entry], notes: list[str]) -> dict[str, object]:
     """Convert one source's entries.
 
     Old spellings are translated within their source, so that a flag overrides YAML by meaning, not by name. They come
     last, because they are compared with what the same source says under the new name.
     """
-    flags = all_flags()
-    values: _Values = {}
+    flags, values = all_flags(), dict[str, object]()
     for entry in sorted(entries, key=lambda entry: entry.key in legacy.SPELLINGS):
         key = entry.key
         if key in legacy.RENAMED:
@@ -235,13 +219,13 @@ def _unknown(entry: Entry) -> UserError:
     return UserError(f"{entry.where}{value}: there is no such flag.{hint} docs/reference/arguments.md lists them all.")
 
 
-def _take(values: _Values, owner: Callable[..., _Arguments]) -> _Arguments:
+def _take(values: dict[str, object], owner: Callable[..., _Arguments]) -> _Arguments:
     """Build a class of arguments from those values that are its fields, and take them out."""
     names = {f.name for f in dataclasses.fields(owner)}  # pyright: ignore[reportArgumentType]
     return owner(**{name: values.pop(name) for name in list(values) if name in names})
 
 
-def _default_evaluation(data: DataArguments, plain: _Values) -> list[str]:
+def _default_evaluation(data: DataArguments, plain: dict[str, object]) -> list[str]:
     """Choose when to evaluate if there are validation records and nothing was said about it.
 
     That is once per epoch, or at every save where the best checkpoint is wanted.

@@ -18,7 +18,6 @@ Raw: TypeAlias = "str | list[str] | dict[str, object] | None"
 
 _T = TypeVar("_T")
 
-_KINDS: Final = {bool: "bool", int: "int", float: "float", str: "str", list: "list", dict: "dict"}
 _IN_WORDS: Final = {
     "bool": "true or false",
     "int": "a whole number",
@@ -43,19 +42,12 @@ class ConversionError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ValueType:
-    """The values that a flag takes.
+    """The values that a flag takes."""
 
-    Attributes:
-        kinds: Some of "bool", "int", "float", "str", "list", "dict".
-        choices: The only values allowed, if they are listed.
-        optional: Whether None is allowed.
-        switch: The choices that false and true stand for, if the flag may be used as a switch.
-    """
-
-    kinds: frozenset[str]
-    choices: tuple[str | int, ...] = ()
-    optional: bool = False
-    switch: tuple[str, str] | None = None
+    kinds: frozenset[str]  # some of "bool", "int", "float", "str", "list", "dict"
+    choices: tuple[str | int, ...] = ()  # the only values allowed, if they are listed
+    optional: bool = False  # whether None is allowed
+    switch: tuple[str, str] | None = None  # the choices that false and true stand for, if it may be used as a switch
 
     @classmethod
     def of(cls, hint: Any, switch: tuple[str, str] | None = None) -> ValueType:
@@ -71,8 +63,8 @@ class ValueType:
             origin = get_origin(option) or option
             if origin is Literal:
                 choices.extend(get_args(option))
-            elif origin in _KINDS:
-                kinds.add(_KINDS[origin])
+            elif origin in (bool, int, float, str, list, dict):
+                kinds.add(origin.__name__)
             elif isinstance(origin, type) and issubclass(origin, Enum):
                 choices.extend(member.value for member in origin)
             elif origin is not NoneType:
@@ -80,7 +72,7 @@ class ValueType:
         if choices == [False]:
             kinds, choices = kinds | {"bool"}, []
         if choices:  # of `SomeEnum | str` the values of the enumeration are meant
-            kinds = {_KINDS[type(choices[0])]}
+            kinds = {type(choices[0]).__name__}
         return cls(frozenset(kinds), tuple(choices), NoneType in options, switch)
 
     def describe(self) -> str:
