@@ -154,10 +154,7 @@ def find_files(directory: Path) -> tuple[Path, Path | None]:
 def load_gguf(directory: Path, full: FullModel, *, dtype: torch.dtype = torch.float32) -> LoadedModel:
     """Load what an export wrote: weights, configuration and image normalisation from the GGUF files alone.
 
-    Args:
-        directory: Where the files are.
-        full: The model that was exported; its tokenizer and its images' size are taken.
-        dtype: Type of the weights in memory.
+    Of the model that was exported, the tokenizer and the images' size are taken.
 
     Raises:
         CheckpointError: The directory does not hold one exported model.

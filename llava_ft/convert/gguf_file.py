@@ -65,7 +65,7 @@ def plan_tensors(
 
     Args:
         shapes: Shape of each tensor by native name, the vision tower's included.
-        config: Says which layers of the tower are read, and how many heads there are.
+        config: The model's.
         dtype: Type of the matrices, one of `DTYPES`.
 
     Raises:
@@ -188,14 +188,9 @@ def write_gguf(
     tensors: Sequence[GgufTensor],
     value_of: Callable[[GgufTensor], torch.Tensor],
 ) -> None:
-    """Write a file. Memory holds one tensor at a time.
+    """Write a file; memory holds one tensor at a time.
 
-    Args:
-        path: Where to.
-        architecture: `llama` or `clip`.
-        fields: What describes the model.
-        tensors: Every tensor of the file, in its order.
-        value_of: Gives the value of each in turn, in the type that it has in the file, rows as in PyTorch.
+    `value_of` gives the value of each in turn, in the type that it has in the file, rows as in PyTorch.
     """
     gguf = import_gguf()
     writer = gguf.GGUFWriter(path, architecture)

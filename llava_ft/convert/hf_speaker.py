@@ -39,12 +39,7 @@ def build_hf_skeleton(config: LlavaModelConfig, dtype: Any) -> Any:
 
 
 class HfSpeaker(Speaker):
-    """A model of transformers with its own processor; nothing of this program prepares its input but the token ids.
-
-    Args:
-        model: The model.
-        processor: What `AutoProcessor` gives for it.
-    """
+    """A model of transformers with its own processor; nothing of this program prepares its input but the token ids."""
 
     repeats_question = True
 
@@ -72,11 +67,6 @@ class HfSpeaker(Speaker):
         """Put an exported adapter on its base, which is made in memory as its own export would write it.
 
         A projector that was trained beside the adapter is zero in the base, so that the adapter has to bring it.
-
-        Args:
-            whole: The adapter with its base, as it was exported.
-            adapter: The exported adapter.
-            dtype: Type in which the model computes.
         """
         alone = FullModel(replace(whole.source, adapters=(), rows={}))
         config = copy.deepcopy(whole.config)

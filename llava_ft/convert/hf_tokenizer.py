@@ -37,11 +37,7 @@ _IMAGE_THEN_BLANK: Final = f"{IMAGE_TOKEN} "
 
 
 def write_hf_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> int:
-    """Write a tokenizer's files with `<image>` as an entry, and return its id.
-
-    Args:
-        tokenizer: Ours, with or without `<image>`.
-        directory: Where to.
+    """Write the files of a tokenizer of ours with `<image>` as an entry, and return its id.
 
     Raises:
         CheckpointError: The tokenizer cannot be made to give the same ids.
@@ -79,14 +75,9 @@ def write_hf_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> i
 
 
 def begin_separator(tokenizer: PreTrainedTokenizerFast, start: str) -> str | None:
-    """Say what has to stand between a written begin token and a prompt, so that the ids are those of the prompt.
+    """Say what has to stand between a written begin token and a prompt that begins with `start`, so that ids are equal.
 
-    Args:
-        tokenizer: Ours.
-        start: How prompts begin.
-
-    Returns:
-        "" or a blank; None if neither gives the same ids, or the tokenizer sets no begin token.
+    That is "" or a blank; None if neither gives the same ids, or the tokenizer sets no begin token.
     """
     expected = tokenize_prompt(start, tokenizer)
     if not tokenizer.bos_token or expected[:1] != [tokenizer.bos_token_id]:

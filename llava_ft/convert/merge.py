@@ -54,6 +54,7 @@ class MergeOptions:
     verify: bool = True  # compare logits and greedy answers; source and result are loaded for it
     force: Force = False  # what is passed over, such as a base other than the one the adapter was trained on
     quantization: Quantization | None = None  # merge into what the base's layers are worth when quantised like this
+    vision_tower: str | None = None  # if it is not where the model says
 
 
 def run_merge(request: argparse.Namespace) -> ConversionReport:
@@ -96,22 +97,15 @@ def run_merge(request: argparse.Namespace) -> ConversionReport:
         verify=not request.no_verify,
         force=force_from_flags(request.force, request.allow_base_mismatch),
         quantization=quantization,
+        vision_tower=request.vision_tower,
     )
-    target = Path(request.save_model_path)
-    report = merge(shares, request.model_base, target, options, vision_tower=request.vision_tower)
+    report = merge(shares, request.model_base, Path(request.save_model_path), options)
     logger.info("Merged into %s.", request.save_model_path)
     report.log()
     return report
 
 
-def merge(
-    shares: Shares,
-    model_base: str | None,
-    save_path: Path,
-    options: MergeOptions,
-    *,
-    vision_tower: str | None = None,
-) -> ConversionReport:
+def merge(shares: Shares, model_base: str | None, save_path: Path, options: MergeOptions) -> ConversionReport:
     """Merge what was trained into its base and write a whole model.
 
     Args:
@@ -119,7 +113,6 @@ def merge(
         model_base: The base; when absent, the one that the adapters name.
         save_path: It must not exist or be an earlier result; the report is written into it too.
         options: How it is written.
-        vision_tower: The vision tower, if it is not where the model says.
 
     Raises:
         UserError: Something is missing, damaged or does not fit.
@@ -132,7 +125,7 @@ def merge(
     report = ConversionReport("merge", _named(shares), str(save_path))
     check_target(report, "--save-model-path")
     with collect_ignored() as report.ignored:
-        trained = open_base_and_adapters(shares, model_base, vision_tower=vision_tower, force=options.force)
+        trained = open_base_and_adapters(shares, model_base, vision_tower=options.vision_tower, force=options.force)
         full = FullModel(trained, options.quantization)
         report.notes += trained.notes
         details = {"weights": [share for share, _ in shares]}
@@ -146,7 +139,7 @@ def merge(
                     "slightly differently; --base-as-trained merges into the weights it was trained on"
                 )
             if options.verify:
-                compare_merged(staging, shares, model_base, options, vision_tower=vision_tower, report=report)
+                compare_merged(staging, shares, model_base, options, report)
             else:
                 report.notes.append("logits and answers were not compared (--no-verify)")
     return report
@@ -157,8 +150,6 @@ def compare_merged(
     shares: Shares,
     model_base: str | None,
     options: MergeOptions | None = None,
-    *,
-    vision_tower: str | None = None,
     report: ConversionReport | None = None,
 ) -> ConversionReport:
     """Compare a merged model with the adapter beside its base, quantised if it was merged into such weights.
@@ -171,8 +162,8 @@ def compare_merged(
     options, report = options or MergeOptions(), report or ConversionReport("merge", _named(shares), str(merged))
     rounded_to = next(iter(WeightFiles.open(merged).tensors.values())).dtype
     dtype = computing_dtype(merged, rounded_to)
-    source = open_base_and_adapters(shares, model_base, vision_tower=vision_tower, force=options.force)
-    tower = vision_tower or source.base.config.mm_vision_tower
+    source = open_base_and_adapters(shares, model_base, vision_tower=options.vision_tower, force=options.force)
+    tower = options.vision_tower or source.base.config.mm_vision_tower
     prove_answers(
         report,
         lambda: load_base_and_adapters(

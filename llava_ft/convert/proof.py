@@ -31,39 +31,28 @@ _DISK_ERRORS: Final = ("os error", "iostream error", "PytorchStreamWriter")
 
 @dataclass
 class ConversionReport:
-    """What a conversion did, and the proof of it.
+    """What a conversion did, and the proof of it."""
 
-    Attributes:
-        kind: What was done, such as "merge" or "export hf".
-        source: What was converted.
-        target: Where the result is.
-        sources: Number of tensors and of bytes written, by the files they come from.
-        changed: For each tensor whose values differ from the base's: its `name`, `max_difference`, the largest absolute
-            difference, and `relative`, that as a share of the largest absolute value before (None if that is zero).
-        frozen: `tensors`, how many were taken from the base, and `bit_identical`, whether all of them are in the
-            result bit for bit; None if some were rounded to another type.
-        logits: For each fixed input its name (`input`), the largest difference of logits between source and result
-            (`max_difference`), the largest logit (`scale`) and the largest difference allowed (`bound`).
-        answers: For each fixed input the greedy answers of `source` and `result`, as token ids, and whether they are
-            `equal`.
-        ignored: What was wrong and passed over on request.
-        notes: What else a reader should know.
-        passed: Whether all of it is as it should be.
-        versions: Versions of the program, Python and its packages.
-    """
-
-    kind: str
+    kind: str  # what was done, such as "merge" or "export hf"
     source: str
     target: str
     sources: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
+    """Number of tensors and of bytes written, by the files they come from."""
     changed: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """For each tensor whose values differ from the base's: its `name`, `max_difference`, the largest absolute
+    difference, and `relative`, that as a share of the largest absolute value before (None if that is zero)."""
     frozen: dict[str, Any] = field(default_factory=lambda: {"tensors": 0, "bit_identical": None})
+    """`tensors`, how many were taken from the base, and `bit_identical`, whether all of them are in the result bit for
+    bit; None if some were rounded to another type."""
     logits: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """For each fixed input its name (`input`), the largest difference of logits between source and result
+    (`max_difference`), the largest logit (`scale`) and the largest difference allowed (`bound`)."""
     answers: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    ignored: list[str] = field(default_factory=list[str])
-    notes: list[str] = field(default_factory=list[str])
+    """For each fixed input the greedy answers of `source` and `result`, as token ids, and whether they are `equal`."""
+    ignored: list[str] = field(default_factory=list[str])  # what was wrong and passed over on request
+    notes: list[str] = field(default_factory=list[str])  # what else a reader should know
     passed: bool = False
-    versions: Mapping[str, str] = field(default_factory=installed_versions)
+    versions: Mapping[str, str] = field(default_factory=installed_versions)  # of the program, Python and its packages
 
     def count(self, piece: ModelTensor) -> None:
         """Count a tensor that is written under its source."""

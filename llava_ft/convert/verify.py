@@ -40,17 +40,11 @@ ANSWER_TOKENS = 16
 
 @dataclass(frozen=True)
 class Question:
-    """A fixed input.
+    """A fixed input."""
 
-    Attributes:
-        name: What it is called in a report: `text` or `image`.
-        ids: Token ids, with one `IMAGE_TOKEN_INDEX` in the place of a picture, not expanded.
-        image: The picture, in mode RGB, if there is one.
-    """
-
-    name: str
-    ids: list[int]
-    image: Image.Image | None = None
+    name: str  # in a report: `text` or `image`
+    ids: list[int]  # tokens, with one `IMAGE_TOKEN_INDEX` in the place of a picture, not expanded
+    image: Image.Image | None = None  # in mode RGB
 
     def followed_by(self, answer: Sequence[int]) -> "Question":
         """Return the question with an answer behind it."""
@@ -167,12 +161,8 @@ def prove_answers(
 def prove(report: ConversionReport, expected: Sequence[Record], got: Speaker, bound: float) -> None:
     """Compare what two models say, and put it into the report. Only tokens that both vocabularies have are compared.
 
-    Args:
-        report: Gets `logits` and `answers`.
-        expected: What the source said.
-        got: The result.
-        bound: Largest allowed difference of logits as a share of the source's largest one. A greedy answer may part
-            from the source's only where two tokens are closer to each other than that.
+    `bound` is the largest allowed difference of logits as a share of the source's largest one. A greedy answer may part
+    from the source's only where two tokens are closer to each other than that.
 
     Raises:
         RunError: They differ by more; the report says where.
@@ -220,9 +210,7 @@ def relative_bound(*dtypes: torch.dtype, quantization: Quantization | None = Non
 def computing_dtype(weights: Path, rounded_to: torch.dtype) -> torch.dtype:
     """Choose the type of a comparison: float32 if a model's weights take at most 80% of the free memory in it.
 
-    Args:
-        weights: A model's weight files.
-        rounded_to: Type of the weights that are compared, which is taken otherwise.
+    Otherwise it is `rounded_to`, the type of the weights that are compared.
     """
     num_values = sum(info.num_bytes // info.dtype.itemsize for info in WeightFiles.open(weights).tensors.values())
     if torch.float32.itemsize * num_values <= 0.8 * psutil.virtual_memory().available:

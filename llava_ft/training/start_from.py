@@ -170,8 +170,8 @@ def merged_base(args: ParsedArgs, start: Start) -> Path:
             if deepspeed is not None:
                 unset_hf_deepspeed_config()
             try:
-                shares, options = [(1.0, identify(start.path))], MergeOptions(force=force_of(args))
-                merge(shares, args.model.model_name_or_path, target, options, vision_tower=tower).log()
+                shares, options = [(1.0, identify(start.path))], MergeOptions(force=force_of(args), vision_tower=tower)
+                merge(shares, args.model.model_name_or_path, target, options).log()
             finally:
                 if deepspeed is not None:
                     set_hf_deepspeed_config(deepspeed)
