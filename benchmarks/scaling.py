@@ -28,9 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from llava_ft.args import parse_args
 from llava_ft.data.sampler import SORTED_BATCHES, balanced_order
 from llava_ft.models.flops import Counts, Flops, model_flops, tower_layers_read
-from llava_ft.planning.model import ModelOutline, ParameterShape, build_model, find_outline, parameter_shapes
+from llava_ft.planning.model import ParameterShape, build_model, parameter_shapes
 from llava_ft.planning.placement import optimizer_kind
 from llava_ft.planning.request import Machine, PlanRequest, plan_request
+from llava_ft.resolve import RunModel, resolve_model
 
 PAGE: Final = Path(__file__).resolve().parents[1] / "docs/internals/scaling.md"
 SIZES: Final = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -143,7 +144,7 @@ class Fabric:
         return min(ring, calls * (_TREE_START + 2 * hops) + transfer / _TREE_RATE)
 
 
-def collectives(outline: ModelOutline, shapes: Sequence[ParameterShape], request: PlanRequest) -> list[Collective]:
+def collectives(outline: RunModel, shapes: Sequence[ParameterShape], request: PlanRequest) -> list[Collective]:
     """List what a step of one micro-batch sends under ZeRO 1 to 3, in buffers of whole size.
 
     ZeRO's paper (arXiv:1910.02054, section 7) has gradients reduced to the rank that needs them in stages 1 and 2;
@@ -282,13 +283,13 @@ def mixture() -> Samples:
 
 
 @functools.cache
-def run(size: str, name: str) -> tuple[ModelOutline, list[ParameterShape], PlanRequest]:
+def run(size: str, name: str) -> tuple[RunModel, list[ParameterShape], PlanRequest]:
     """The model and the request of one of `RUNS`."""
     file, zero = RUNS[name]
     flags = {"config": file, "deepspeed": zero, "model_name_or_path": BASES[size], "gradient_checkpointing": "False"}
     args = parse_args([text for key, value in flags.items() for text in (f"--{key}", value)])
-    outline = find_outline(args)
-    request = plan_request(args, Machine(), hidden_size=outline.config.hidden_size, has_vision=True)
+    outline = resolve_model(args, need="config")
+    request = plan_request(outline, Machine())
     return outline, parameter_shapes(build_model(outline, request), request), request
 
 

@@ -173,12 +173,12 @@ def feature_error(tower: str, folder: Path) -> dict:
     """What 8 bits change in the features of the pictures, in float32."""
     import torch
 
-    from llava_ft.checkpoint.base import find_base, load_tower
+    from llava_ft.checkpoint.model import find_model, load_tower
     from llava_ft.data.features.store import FeatureFormat
     from llava_ft.data.image_files import load_image
     from llava_ft.data.images import ImageTransform
 
-    base = find_base(str(folder / tower.replace("/", "-")))
+    base = find_model(str(folder / tower.replace("/", "-")))
     encoder = load_tower(base, dtype=torch.float32, device="cpu")
     transform = ImageTransform.from_pretrained(base.vision_directory, geometry=base.config.image_geometry)
     pictures = [transform.pixels(load_image(path)) for path in sorted((folder / "data").glob("*.jpg"))[:4]]

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ft.data.sampler import modality_order
-from llava_ft.planning.model import PUBLISHED
+from llava_ft.models.families.published import PUBLISHED
 
 SYSTEM_TOKENS, TURN_TOKENS, MEAN_TEXT = 35, 60, 223
 TEXT_ONLY = 0.06

@@ -1,22 +1,120 @@
-"""What a run's flags ask for, from small files alone: where training, planning and looking at data begin alike."""
+"""What a run's flags ask for, settled once: training, planning and looking at data all begin here.
+
+`resolve_model` reads small files and the headers of weight files, and loads nothing. What it settles nobody settles
+again: base and vision tower, configuration, tokenizer, where each weight lies, and what is trained.
+"""
 
 import logging
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from transformers import PreTrainedTokenizerFast
+
 from llava_ft.args import ParsedArgs
+from llava_ft.checkpoint.directory import Need
+from llava_ft.checkpoint.model import ModelSpec, check_added_tokens, find_model
+from llava_ft.checkpoint.names import NON_LORA_BIN
+from llava_ft.checkpoint.overrides import Force, force_from_flags, refuse_unless
 from llava_ft.checkpoint.start import Start, find_start
 from llava_ft.constants import CHECKPOINT_FIELDS
 from llava_ft.conversation import get_template
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
-from llava_ft.errors import CheckpointError
-from llava_ft.models.builder import is_llava_config, settle_config, vision_fields
 from llava_ft.models.config import LlavaModelConfig
 from llava_ft.tuning.plan import TuningPlan
 
 logger = logging.getLogger(__name__)
+
+_TOKENS_OF_FLAGS = {"mm_use_im_start_end": 2, "mm_use_im_patch_token": 1}
+
+
+@dataclass(frozen=True)
+class RunModel:
+    """The model of a run, before any weight is read.
+
+    Attributes:
+        args: The request, its base named.
+        start: What the run starts from; None for the base alone.
+        spec: The base with its vision tower and projector, and with what was trained beside the start's adapter.
+    """
+
+    args: ParsedArgs
+    start: Start | None
+    spec: ModelSpec
+
+    @property
+    def config(self) -> LlavaModelConfig:
+        """The settled configuration."""
+        return self.spec.config
+
+    @cached_property
+    def tuning(self) -> TuningPlan:
+        """What is trained.
+
+        Raises:
+            UserError: Nothing would be.
+        """
+        return TuningPlan.from_flags(
+            lora_enable=self.args.flags.lora_enable,
+            tune_mm_mlp_adapter=self.args.model.tune_mm_mlp_adapter,
+            freeze_mm_mlp_adapter=self.args.flags.freeze_mm_mlp_adapter,
+            freeze_backbone=self.args.model.freeze_backbone,
+            has_vision=self.spec.has_vision,
+            mm_projector_lr=self.args.flags.mm_projector_lr,
+        )
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The base's tokenizer, with the tokens that the flags add."""
+        return self.vocabulary[0]
+
+    @cached_property
+    def vocabulary(self) -> tuple[PreTrainedTokenizerFast, int]:
+        """The tokenizer, and how many tokens were added to it."""
+        tokenizer = load_tokenizer(self.spec.directory.path, model_max_length=self.args.flags.model_max_length)
+        num_added = add_image_tokens(
+            tokenizer,
+            mm_use_im_start_end=self.config.mm_use_im_start_end,
+            mm_use_im_patch_token=self.config.mm_use_im_patch_token,
+        )
+        return tokenizer, num_added
+
+    @property
+    def num_added_by_flags(self) -> int:
+        """How many tokens the flags add, where there is no tokenizer: none to a base that was trained with them."""
+        base = self.spec.directory.config
+        return sum(n for key, n in _TOKENS_OF_FLAGS.items() if getattr(self.config, key) and not base.get(key))
+
+    @property
+    def tokenize(self) -> SampleTokenizer:
+        """What turns the run's records into ids and labels."""
+        return SampleTokenizer(
+            self.tokenizer,
+            get_template(self.args.model.version),
+            mm_use_im_start_end=self.config.mm_use_im_start_end,
+            supervise=self.args.data.supervise,
+        )
+
+
+def resolve_model(args: ParsedArgs, *, need: Need = "weights") -> RunModel:
+    """Settle the model that a run asks for.
+
+    Args:
+        args: The request.
+        need: What of the model has to be here: its weights for training, its tokenizer for looking at data, and
+            `config.json` alone for planning.
+
+    Raises:
+        UserError: Something is missing, damaged, not supported, or contradicts the request.
+    """
+    start = start_of(args)
+    if start is not None:
+        name = start.base_name(args.model.model_name_or_path)
+        if not args.model.model_name_or_path:
+            logger.info("The base model is %s, as %s says.", name, start.path)
+        args = args.with_model(name)
+    return _resolve(args, start, need)
 
 
 def start_of(args: ParsedArgs) -> Start | None:
@@ -32,101 +130,48 @@ def start_of(args: ParsedArgs) -> Start | None:
     return find_start(path, flags.adapter_mode, trains_adapter=flags.lora_enable, flag=flag, cache_dir=flags.cache_dir)
 
 
-def settle_base(args: ParsedArgs) -> ParsedArgs:
-    """Fill in the base model that an earlier run names, where the request leaves it out.
+def resolve_merged(run: RunModel, merged: str) -> RunModel:
+    """Settle the model of a run whose start was merged into its base, which it now trains on.
 
-    Raises:
-        UserError: Nothing names it, or two different ones are named.
+    Args:
+        run: The run.
+        merged: Directory of the merged model.
     """
-    start = start_of(args)
-    if start is None:
-        return args
-    name = start.base_name(args.model.model_name_or_path)
-    if not args.model.model_name_or_path:
-        logger.info("The base model is %s, as %s says.", name, start.path)
-    return args.with_model(name)
+    return _resolve(run.args.with_model(merged), None, "weights")
 
 
-def tuning_plan(args: ParsedArgs, *, has_vision: bool) -> TuningPlan:
-    """Settle what a run trains.
-
-    Raises:
-        UserError: Nothing would be trained.
-    """
-    return TuningPlan.from_flags(
-        lora_enable=args.flags.lora_enable,
-        tune_mm_mlp_adapter=args.model.tune_mm_mlp_adapter,
-        freeze_mm_mlp_adapter=args.flags.freeze_mm_mlp_adapter,
-        freeze_backbone=args.model.freeze_backbone,
-        has_vision=has_vision,
-        mm_projector_lr=args.flags.mm_projector_lr,
-    )
+def force_of(args: ParsedArgs) -> Force:
+    """Return what the run passes over."""
+    return force_from_flags(args.flags.force, args.flags.allow_base_mismatch)
 
 
-def config_wishes(args: ParsedArgs, start: Start | None) -> dict[str, Any]:
-    """Return the configuration fields that the flags set, and those that the start asks for beside them."""
+def _resolve(args: ParsedArgs, start: Start | None, need: Need) -> RunModel:
     wishes: dict[str, Any] = {key: getattr(args.model, key, None) for key in CHECKPOINT_FIELDS}
     wishes |= {key: getattr(args.data, key) for key in ("image_aspect_ratio", "image_grid_pinpoints")}
-    given = {key: wish for key, wish in wishes.items() if wish is not None}
-    return given if start is None else start.wishes() | given
-
-
-def config_from_files(
-    args: ParsedArgs,
-    start: Start | None,
-    base: Mapping[str, Any],
-    *,
-    read_tower: Callable[[str], Mapping[str, Any]],
-    projector_is_replaced: bool,
-) -> LlavaModelConfig:
-    """Settle the configuration of the run's model without looking at weights; `find_base` does it with them.
-
-    Args:
-        args: The request, its base settled.
-        start: What the run starts from.
-        base: Content of the base model's `config.json`.
-        read_tower: Reads the `config.json` of a vision tower by its name.
-        projector_is_replaced: Whether the projector may be of another type than the base's.
-
-    Raises:
-        UserError: A model is not supported, or a flag contradicts it.
-    """
-    name, asked = args.model.model_name_or_path, args.model.vision_tower
-    tower = asked or (start.vision_tower if start is not None else None) or base.get("mm_vision_tower")
-    vision: Mapping[str, Any] | None = None if asked else base.get("mm_vision_config")
-    if vision is None and tower is None and is_llava_config(base):
-        raise CheckpointError(
-            f"{name} is a LLaVA checkpoint that does not name its vision tower. Give it with --vision_tower."
-        )
-    if vision is None and tower is not None:
-        vision = read_tower(tower)
-    return settle_config(
-        base,
-        name,
-        wishes=config_wishes(args, start),
-        vision_tower=tower,
-        vision=None if vision is None else vision_fields(vision, str(tower or name)),
-        projector_is_replaced=projector_is_replaced,
+    wishes = {key: wish for key, wish in wishes.items() if wish is not None}
+    force, has_weights = force_of(args), need == "weights"
+    if start is not None and has_weights:
+        start.check_adapter({"r": args.flags.lora_r, "lora_alpha": args.flags.lora_alpha}, force=force)
+    spec = find_model(
+        args.model.model_name_or_path,
+        vision_tower=args.model.vision_tower or (start.vision_tower if start is not None else None),
+        projector_file=args.model.pretrain_mm_mlp_adapter or (start.projector_file if start is not None else None),
+        wishes=wishes if start is None else start.wishes() | wishes,
+        extra_sources=start.sources(force=force) if start is not None and has_weights else (),
+        cache_dir=args.flags.cache_dir,
+        need=need,
     )
-
-
-def sample_tokenizer(args: ParsedArgs, config: LlavaModelConfig, directory: Path) -> SampleTokenizer:
-    """Make what turns a run's records into ids and labels.
-
-    Args:
-        args: The request.
-        config: The model's configuration, which says which tokens are added.
-        directory: Where the tokenizer is.
-    """
-    tokenizer = load_tokenizer(directory, model_max_length=args.flags.model_max_length)
-    add_image_tokens(
-        tokenizer,
-        mm_use_im_start_end=config.mm_use_im_start_end,
-        mm_use_im_patch_token=config.mm_use_im_patch_token,
-    )
-    return SampleTokenizer(
-        tokenizer,
-        get_template(args.model.version),
-        mm_use_im_start_end=config.mm_use_im_start_end,
-        supervise=args.data.supervise,
-    )
+    if start is not None and has_weights:
+        start.check_newline(spec)
+        if start.has_adapter and spec.projector_is_new and start.vision_tower is not None:
+            refuse_unless(
+                force is True,
+                f"The projector that the adapter in {start.path} was trained with is neither in {NON_LORA_BIN} nor in "
+                f"{spec.directory.path}; a new one would take its place.",
+                "If it was frozen in that run, give it with --pretrain_mm_mlp_adapter beside --lora_weight_path.",
+            )
+    run = RunModel(args, start, spec)
+    if has_weights:
+        tokenizer, num_added = run.vocabulary
+        check_added_tokens(spec, len(tokenizer), num_added)
+    return run

@@ -11,12 +11,12 @@ import yaml
 from transformers import PreTrainedTokenizerFast
 
 from llava_ft.checkpoint.adapter import LoraAdapter
-from llava_ft.checkpoint.base import BaseModel, find_base
 from llava_ft.checkpoint.blend import Adapters, beside_source, blended_rows, check_adapters, check_directories
 from llava_ft.checkpoint.directory import ModelDirectory, base_of_adapter
 from llava_ft.checkpoint.fingerprint import language_model_fingerprint
 from llava_ft.checkpoint.load import WeightSource
 from llava_ft.checkpoint.manifest import read_manifest
+from llava_ft.checkpoint.model import ModelSpec, find_model
 from llava_ft.checkpoint.names import IMAGE_NEWLINE, RUN_CONFIG
 from llava_ft.checkpoint.overrides import Force, refuse_unless
 from llava_ft.checkpoint.quantized_base import note_on_quantized, refuse_quantized
@@ -37,7 +37,7 @@ class BaseAndAdapters:
     """A model as a base and what was trained on it; a whole model is a base alone."""
 
     directories: tuple[ModelDirectory, ...]  # what the user gave
-    base: BaseModel  # with the whole tensors that were trained among its sources
+    base: ModelSpec  # with the whole tensors that were trained among its sources
     adapters: tuple[tuple[float, LoraAdapter], ...]  # and the weight of each
     tokenizer: PreTrainedTokenizerFast
     rows: Mapping[str, torch.Tensor]
@@ -88,7 +88,7 @@ def open_base_and_adapters(
     elif first.kind in ("llava", "language model"):
         if model_base is not None:
             logger.warning("%s is a whole model; the base %s is not used.", first.path, model_base)
-        base = find_base(str(first.path), vision_tower=vision_tower)
+        base = find_model(str(first.path), vision_tower=vision_tower)
     elif first.kind == "projector":
         if model_base is None:
             raise CheckpointError(f"{first.path} holds a projector alone. Give its language model with --model-base.")
@@ -113,12 +113,12 @@ def open_base_and_adapters(
 
 def _base_of(
     directory: ModelDirectory, name: str, vision_tower: str | None, *, is_whole: bool = True, **more: Any
-) -> BaseModel:
+) -> ModelSpec:
     """Find a base as something trained on it wants it."""
     wishes = checkpoint_wishes(directory.config)
     refuse_quantized(name, directory)
     tower = vision_tower or directory.config.get("mm_vision_tower")
-    base = find_base(name, vision_tower=tower, wishes=wishes, **more)
+    base = find_model(name, vision_tower=tower, wishes=wishes, **more)
     # A projector or `image_newline` that is nowhere would start from random values and give wrong answers.
     if is_whole and base.projector_is_new:
         raise CheckpointError(
@@ -159,7 +159,7 @@ def _common_base(directories: Sequence[ModelDirectory], force: Force) -> str:
     return names[0]
 
 
-def _common_tokenizer(directories: Sequence[ModelDirectory], base: BaseModel) -> PreTrainedTokenizerFast:
+def _common_tokenizer(directories: Sequence[ModelDirectory], base: ModelSpec) -> PreTrainedTokenizerFast:
     """Load the tokenizer that was written with what was trained, or the base's."""
     files = ("tokenizer_config.json", "tokenizer.model")
     paths = [

@@ -25,8 +25,13 @@ from llava_ft.checkpoint.weights import has_model_weights, read_json
 from llava_ft.data.image_processor import pads_to_square
 from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import is_llava_config
+from llava_ft.models.families import known_families
+from llava_ft.models.families.published import PUBLISHED
 
 Kind = Literal["lora", "projector", "llava", "language model", "vision tower"]
+Need = Literal["weights", "tokenizer", "config"]
+"""What of a model has to be here: all of it; what prepares data, without weights; or nothing but `config.json`."""
+
 Layout = Literal["native", "hf"]
 """How a model's files are named and its configuration is written: as LLaVA does it, or as transformers does."""
 
@@ -56,11 +61,11 @@ class ModelDirectory:
         return _first(self.path, PROJECTOR_BIN, PROJECTOR_SAFETENSORS)
 
 
-def identify(path: Path) -> ModelDirectory:
+def identify(path: Path, need: Need = "weights") -> ModelDirectory:
     """Say what a directory holds.
 
     Raises:
-        UserError: It does not exist, holds nothing known, or a model that is not supported.
+        UserError: It does not exist, lacks what is needed, or holds nothing known or a model that is not supported.
     """
     if not path.is_dir():
         reason = "is a file" if path.is_file() else "does not exist"
@@ -68,12 +73,14 @@ def identify(path: Path) -> ModelDirectory:
     config, layout = read_config(path) if (path / CONFIG).is_file() else (dict[str, Any](), "native")
     if (path / ADAPTER_CONFIG).is_file():
         return ModelDirectory(path, "lora", config, layout)
+    if not config and need == "tokenizer":
+        return ModelDirectory(path, "language model", {"model_type": known_families()[0].model_type})
     if not config:
         names = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
         raise CheckpointError(
             f"{path} is not a model directory: it has neither {CONFIG} nor {ADAPTER_CONFIG}. It holds {names}."
         )
-    if has_model_weights(path):
+    if has_model_weights(path) or (need != "weights" and not _first(path, PROJECTOR_BIN, PROJECTOR_SAFETENSORS)):
         is_clip = {"vision_config", "text_config"} <= config.keys() and config.get("model_type") == "clip"
         if is_clip or config.get("model_type") == "clip_vision_model":
             return ModelDirectory(path, "vision tower", config)
@@ -101,6 +108,37 @@ def read_config(path: Path) -> tuple[dict[str, Any], Layout]:
     return native, "hf"
 
 
+def find_model_directory(
+    name: str, need: Need = "weights", *, cache_dir: str | None = None, relative_to: Path | None = None
+) -> ModelDirectory:
+    """Find a model given by path or by its name on the Hugging Face hub, and say what its directory holds.
+
+    Of a model on the hub as much is fetched as is needed. If that is `config.json` and the model is one of `PUBLISHED`,
+    nothing is, and the directory does not exist.
+
+    Raises:
+        UserError: It is nowhere, or not what is needed.
+    """
+    if need != "config" or _local(name, relative_to):
+        return identify(resolve_model_path(name, cache_dir=cache_dir, relative_to=relative_to), need)
+    _refuse_unlike_hub(name)
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache  # pyright: ignore[reportUnknownVariableType]
+
+    cached = try_to_load_from_cache(name, CONFIG, cache_dir=cache_dir)
+    if not isinstance(cached, str) and name in PUBLISHED:
+        fields = dict(PUBLISHED[name])
+        return ModelDirectory(Path(name), "llava" if is_llava_config(fields) else "language model", fields)
+    try:
+        file = Path(cached if isinstance(cached, str) else hf_hub_download(name, CONFIG, cache_dir=cache_dir))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{name} is no directory here, and its {CONFIG} could not be fetched from the Hugging Face hub: "
+            f"{str(error).splitlines()[0]}. Give a directory with {CONFIG} in it; weights are not needed to plan. "
+            f"Known without any file are {', '.join(PUBLISHED)}."
+        ) from None
+    return identify(file.parent, need)
+
+
 def base_of_adapter(path: Path) -> str:
     """Return the base that the `adapter_config.json` of a directory names; "" if it names none or is not there."""
     file = path / ADAPTER_CONFIG
@@ -123,11 +161,9 @@ def resolve_model_path(name: str, *, cache_dir: str | None = None, relative_to: 
     Raises:
         CheckpointError: There is no such directory and it cannot be downloaded.
     """
-    for candidate in (Path(name), *([relative_to / name] if relative_to else [])):
-        if candidate.is_dir():
-            return candidate
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"The model directory {name} does not exist.")
+    if (local := _local(name, relative_to)) is not None:
+        return local
+    _refuse_unlike_hub(name)
     from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType] - tqdm has no types
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -146,6 +182,16 @@ def resolve_model_path(name: str, *, cache_dir: str | None = None, relative_to: 
             f"{name} is no directory here and could not be fetched from the Hugging Face hub{hint}: "
             f"{str(error).splitlines()[0]}. Give the path of a local copy."
         ) from None
+
+
+def _local(name: str, relative_to: Path | None) -> Path | None:
+    candidates = (Path(name), *([relative_to / name] if relative_to else []))
+    return next((candidate for candidate in candidates if candidate.is_dir()), None)
+
+
+def _refuse_unlike_hub(name: str) -> None:
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"The model directory {name} does not exist.")
 
 
 def _first(directory: Path, *names: str) -> Path | None:

@@ -18,10 +18,10 @@ from typing import Any, Literal
 import torch
 
 from llava_ft.checkpoint.adapter import replacements, rows_of_added_tokens
-from llava_ft.checkpoint.base import BaseModel
 from llava_ft.checkpoint.directory import ModelDirectory, base_of_adapter, identify, resolve_model_path
 from llava_ft.checkpoint.load import WeightSource
 from llava_ft.checkpoint.manifest import read_manifest
+from llava_ft.checkpoint.model import ModelSpec
 from llava_ft.checkpoint.names import IMAGE_NEWLINE
 from llava_ft.checkpoint.overrides import Force
 from llava_ft.checkpoint.restore import check_adapter_settings, trained_files
@@ -119,7 +119,7 @@ class Start:
         file = self.directory.non_lora_file if self.has_adapter else None
         return rows_of_added_tokens([] if file is None else [WeightFiles.open(file)])
 
-    def check_newline(self, base: BaseModel) -> None:
+    def check_newline(self, base: ModelSpec) -> None:
         """Refuse a start whose `image_newline` is nowhere: a random one would take its place.
 
         Raises:

@@ -12,10 +12,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from llava_ft.checkpoint.adapter import LoraAdapter, merged
-from llava_ft.checkpoint.base import BaseModel, load_base
 from llava_ft.checkpoint.base_and_adapters import BaseAndAdapters, open_base_and_adapters, quantization_in_training
 from llava_ft.checkpoint.blend import Adapters
 from llava_ft.checkpoint.directory import identify, resolve_model_path
+from llava_ft.checkpoint.model import ModelSpec, load_base
 from llava_ft.checkpoint.names import PEFT_PREFIX
 from llava_ft.checkpoint.overrides import Force, force_from_flags
 from llava_ft.data.images import ImageTransform
@@ -38,7 +38,7 @@ class LoadedModel:
     image_transform: ImageTransform | None  # how an image becomes pixels; None for a text-only model
     template: str  # name of the conversation template it was trained with
     context_len: int  # longest sequence in tokens
-    base: BaseModel  # what it was made of
+    base: ModelSpec  # what it was made of
 
     @property
     def plain_model(self) -> LlavaForCausalLM:

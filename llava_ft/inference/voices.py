@@ -15,8 +15,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from llava_ft.checkpoint.base import BaseModel, find_base
 from llava_ft.checkpoint.load import WeightSource, fit_rows
+from llava_ft.checkpoint.model import ModelSpec, find_model
 from llava_ft.checkpoint.names import EMBEDDINGS, HEAD
 from llava_ft.conversation import Template, get_template
 from llava_ft.data.images import ImageTransform
@@ -58,7 +58,7 @@ def base_and_trained(loaded: LoadedModel, template: Template | None) -> list[Voi
         UserError: Nothing was trained on another model, or the base has no projector of its own to compare with.
     """
     is_adapter = isinstance(loaded.model, PeftModel)
-    own = find_base(str(loaded.base.directory.path), vision_tower=loaded.base.config.mm_vision_tower)
+    own = find_model(str(loaded.base.directory.path), vision_tower=loaded.base.config.mm_vision_tower)
     ours, theirs = _origins(loaded.base), _origins(own)
     trained = [
         name
@@ -112,12 +112,12 @@ def base_and_trained(loaded: LoadedModel, template: Template | None) -> list[Voi
     ]
 
 
-def _origins(base: BaseModel) -> dict[str, tuple[WeightSource, str]]:
+def _origins(base: ModelSpec) -> dict[str, tuple[WeightSource, str]]:
     """Return where each weight is read from, by its name in the model."""
     return {name: (source, key) for source in base.sources for key, name in source.names.items()}
 
 
-def _own_values(model: nn.Module, replaced: Sequence[str], own: BaseModel) -> dict[str, torch.Tensor]:
+def _own_values(model: nn.Module, replaced: Sequence[str], own: ModelSpec) -> dict[str, torch.Tensor]:
     """Read the base's own values of what was trained, rows of added tokens too, and keep those that differ."""
     parameters, theirs = dict(model.named_parameters()), _origins(own)
     values: dict[str, torch.Tensor] = {}
@@ -138,7 +138,7 @@ def _own_values(model: nn.Module, replaced: Sequence[str], own: BaseModel) -> di
     return values
 
 
-def _with_own_images(loaded: LoadedModel, own: BaseModel) -> LoadedModel:
+def _with_own_images(loaded: LoadedModel, own: ModelSpec) -> LoadedModel:
     """Prepare images as the base was trained with, as far as one model can: padded or not is free, tiles are not."""
     if not is_llava_config(own.directory.config):
         return loaded

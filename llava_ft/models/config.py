@@ -50,6 +50,8 @@ class LlavaModelConfig(PreTrainedConfig):
         tie_word_embeddings: bool
         rope_parameters: Any
 
+        def __init__(self, **fields: Any) -> None: ...
+
     mm_vision_tower: str | None = None
     mm_vision_config: dict[str, Any] | None = None
     mm_hidden_size: int | None = None

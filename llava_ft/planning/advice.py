@@ -13,10 +13,11 @@ from llava_ft.args.deepspeed_file import read_deepspeed_config
 from llava_ft.models.flops import Counts, Flops, decoder_forward, model_flops
 from llava_ft.models.parts import LANGUAGE_MODEL
 from llava_ft.planning.memory import MemoryPlanner, RankMemory
-from llava_ft.planning.model import ModelOutline, ParameterShape
+from llava_ft.planning.model import ParameterShape
 from llava_ft.planning.request import LoraSettings, PlanRequest, ZeroSettings
 from llava_ft.planning.step import Batch
 from llava_ft.planning.workload import Workload
+from llava_ft.resolve import RunModel
 from llava_ft.tuning.quant import Quantization
 from llava_ft.tuning.recompute import Recomputation, is_cheap
 
@@ -61,7 +62,7 @@ def find_ways(planner: MemoryPlanner, request: PlanRequest, batch: Batch, capaci
     Returns:
         What was tried, by FLOPs and in the order of `WAYS` where these are equal. If any fits it is the last one.
     """
-    geometry, length = planner.outline.config.image_geometry, batch.length
+    geometry, length = planner.run.config.image_geometry, batch.length
     counts = Counts(
         positions=batch.size * length,
         supervised=batch.num_supervised,
@@ -69,10 +70,10 @@ def find_ways(planner: MemoryPlanner, request: PlanRequest, batch: Batch, capaci
         tiles=batch.num_images * geometry.num_tiles(batch.image_size_wh) if geometry and batch.num_images else 0,
     )
     shapes = planner.shapes(request)
-    forward, backward = model_flops(planner.outline.config, shapes, runs_tower=request.tower == "runs")
+    forward, backward = model_flops(planner.run.config, shapes, runs_tower=request.tower == "runs")
     needed = (forward + backward).of(counts)
     shares = {
-        way: float(recomputed_flops(planner.outline, shapes, request.changed(recomputation=way)).of(counts) / needed)
+        way: float(recomputed_flops(planner.run, shapes, request.changed(recomputation=way)).of(counts) / needed)
         for way in WAYS
         if not (way.offload and not request.on_gpu) and not (way.mode == "selective" and request.keeps_little)
     }
@@ -85,13 +86,13 @@ def find_ways(planner: MemoryPlanner, request: PlanRequest, batch: Batch, capaci
     return tried
 
 
-def recomputed_flops(outline: ModelOutline, shapes: Sequence[ParameterShape], request: PlanRequest) -> Flops:
+def recomputed_flops(run: RunModel, shapes: Sequence[ParameterShape], request: PlanRequest) -> Flops:
     """Count what a run computes again: all of a layer, or the products that `selective` does not keep.
 
     torch stops computing a layer again at the last tensor that its backward pass needs, which may be before its last
     product; that is not taken off.
     """
-    wanted, config = request.recomputation, outline.config
+    wanted, config = request.recomputation, run.config
     layers = [index for index in range(int(config.num_hidden_layers)) if wanted.includes(index)]
     if wanted.mode != "selective":
         return decoder_forward(config, shapes, layers)

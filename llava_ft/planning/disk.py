@@ -22,9 +22,10 @@ from llava_ft.checkpoint.save import result_kind
 from llava_ft.checkpoint.weights import WeightFiles, has_model_weights
 from llava_ft.data.features.store import FeatureFormat
 from llava_ft.models.parts import LANGUAGE_MODEL, module_part, part_of
-from llava_ft.planning.model import ModelOutline, ParameterShape
+from llava_ft.planning.model import ParameterShape
 from llava_ft.planning.placement import optimizer_kind
 from llava_ft.planning.request import PlanRequest
+from llava_ft.resolve import RunModel
 
 KeptAs = Literal["compute", "int8"]
 WeightsFormat = Literal["auto", "bin", "safetensors", "both"]
@@ -85,43 +86,43 @@ def checkpoint_files(
     return files
 
 
-def merged_base_bytes(shapes: Sequence[ParameterShape], outline: ModelOutline) -> int | None:
+def merged_base_bytes(shapes: Sequence[ParameterShape], run: RunModel) -> int | None:
     """Return the bytes of the model that `adapter_mode=merge_first` writes before the first step; None without it.
 
     Its weights have the type of the base's files; where these are not here, that which `config.json` names, else
     bfloat16. A vision tower is in it only where it is in the base's files.
     """
-    if not outline.merges_first:
+    if run.start is None or run.start.mode != "merge_first":
         return None
-    dtype = _base_dtype(outline)
+    dtype = _base_dtype(run)
     native = {native_name(shape.name).replace(".base_layer.", "."): shape for shape in shapes}
     return dtype.itemsize * sum(
         shape.numel
         for name, shape in native.items()
         if part_of(name) not in ("LoRA", "new token rows")
-        and (outline.holds_vision_tower or module_part(name) != "vision tower")
+        and (run.spec.holds_vision_tower or module_part(name) != "vision tower")
     )
 
 
-def _base_dtype(outline: ModelOutline) -> torch.dtype:
-    if outline.directory is not None and has_model_weights(outline.directory):
+def _base_dtype(run: RunModel) -> torch.dtype:
+    if has_model_weights(run.spec.directory.path):
         by_dtype: dict[torch.dtype, int] = {}
-        for info in WeightFiles.open(outline.directory).tensors.values():
+        for info in WeightFiles.open(run.spec.directory.path).tensors.values():
             by_dtype[info.dtype] = by_dtype.get(info.dtype, 0) + info.num_bytes
         return max(by_dtype, key=lambda dtype: by_dtype[dtype])
-    return outline.config.dtype if isinstance(outline.config.dtype, torch.dtype) else torch.bfloat16
+    return run.config.dtype if isinstance(run.config.dtype, torch.dtype) else torch.bfloat16
 
 
-def vision_cache_bytes(num_tiles: int, outline: ModelOutline, dtype: torch.dtype, kept_as: KeptAs) -> int:
+def vision_cache_bytes(num_tiles: int, run: RunModel, dtype: torch.dtype, kept_as: KeptAs) -> int:
     """Return the most that `vision_cache` takes.
 
     Args:
         num_tiles: Tiles of all images.
-        outline: The model; it has a vision tower.
+        run: The model; it has a vision tower.
         dtype: The run's compute dtype.
         kept_as: Value of `vision_cache_dtype`.
     """
-    geometry, width = outline.config.image_geometry, outline.config.mm_hidden_size
+    geometry, width = run.config.image_geometry, run.config.mm_hidden_size
     assert geometry is not None
     assert width is not None
     return num_tiles * FeatureFormat(geometry.tokens_per_tile, width, dtype, kept_as == "int8").bytes_per_tile

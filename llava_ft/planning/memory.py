@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
-from llava_ft.planning.model import ModelOutline, ParameterShape, build_model, parameter_shapes
+from llava_ft.planning.model import ParameterShape, build_model, parameter_shapes
 from llava_ft.planning.placement import TEMPORARIES, place
 from llava_ft.planning.request import Machine, PlanRequest, ZeroSettings
 from llava_ft.planning.step import (
@@ -19,6 +19,7 @@ from llava_ft.planning.step import (
     StepTrace,
     trace_step,
 )
+from llava_ft.resolve import RunModel
 
 START, OPTIMIZER_STEP = "start", "optimizer step"
 OFFLOADED = "offloaded"
@@ -81,8 +82,8 @@ class RankMemory:
 class MemoryPlanner:
     """Plans the memory of runs of one model; what was traced once is kept."""
 
-    def __init__(self, outline: ModelOutline):
-        self.outline = outline
+    def __init__(self, run: RunModel):
+        self.run = run
         self._traces: dict[tuple[object, ...], StepTrace] = {}
         self._shapes: dict[tuple[object, ...], list[ParameterShape]] = {}
 
@@ -90,7 +91,7 @@ class MemoryPlanner:
         """List the parameters of the run's model."""
         key = (request.tuning, request.lora, request.quantization, request.compute_dtype, request.tower)
         if key not in self._shapes:
-            self._shapes[key] = parameter_shapes(build_model(self.outline, request), request)
+            self._shapes[key] = parameter_shapes(build_model(self.run, request), request)
         return self._shapes[key]
 
     def plan(self, request: PlanRequest, batch: Batch) -> RankMemory:
@@ -110,7 +111,7 @@ class MemoryPlanner:
         )
         key = (seen, batch, placement.gradients)
         if key not in self._traces:
-            self._traces[key] = trace_step(build_model(self.outline, request), request, batch, placement.gradients)
+            self._traces[key] = trace_step(build_model(self.run, request), request, batch, placement.gradients)
         trace = self._traces[key]
 
         always = {"weights": placement.weights, "optimizer state": placement.optimizer, "buckets": placement.buckets}

@@ -10,11 +10,12 @@ from llava_ft.models.parts import PARTS
 from llava_ft.planning.advice import Change, Way, advise, find_ways
 from llava_ft.planning.disk import checkpoint_files, merged_base_bytes, vision_cache_bytes
 from llava_ft.planning.memory import MemoryPlanner, RankMemory
-from llava_ft.planning.model import ModelOutline, ParameterShape, find_outline
+from llava_ft.planning.model import ParameterShape
 from llava_ft.planning.placement import optimizer_kind, weight_bytes
 from llava_ft.planning.request import Machine, PlanRequest, plan_request
 from llava_ft.planning.step import Batch
 from llava_ft.planning.workload import find_workload
+from llava_ft.resolve import RunModel, resolve_model
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class PartSummary:
 class Plan:
     """What is known of a run before it starts."""
 
-    model: ModelOutline
+    model: RunModel
     request: PlanRequest
     batch: Batch  # the micro-batch that takes most
     parts: list[PartSummary]
@@ -67,9 +68,9 @@ def make_plan(args: ParsedArgs, machine: Machine, *, fit: bool = False) -> Plan:
     Raises:
         UserError: Such a run would be refused, or there is no memory to fit into.
     """
-    outline = find_outline(args)
-    request = plan_request(args, machine, hidden_size=outline.config.hidden_size, has_vision=outline.has_vision)
-    workload, planner = find_workload(args, outline), MemoryPlanner(outline)
+    run = resolve_model(args, need="config")
+    request = plan_request(run, machine)
+    workload, planner = find_workload(args, run), MemoryPlanner(run)
     batch, capacity = workload.largest_batch(request.batch_size), machine.memory
     ways: list[Way] = []
     if fit:
@@ -89,14 +90,14 @@ def make_plan(args: ParsedArgs, machine: Machine, *, fit: bool = False) -> Plan:
         logger.info("The run does not fit; looking for what to change.")
         changes = advise(planner, request, workload, capacity)
     cache = None
-    if args.data.vision_cache is not None and outline.has_vision and records is not None:
+    if args.data.vision_cache is not None and run.spec.has_vision and records is not None:
         kept_as = args.data.vision_cache_dtype
-        cache = vision_cache_bytes(records.num_tiles, outline, request.compute_dtype, kept_as)
+        cache = vision_cache_bytes(records.num_tiles, run, request.compute_dtype, kept_as)
     shapes, (_, optimizer_note) = planner.shapes(request), optimizer_kind(request.optimizer)
-    saves_tower = args.flags.save_vision_tower or outline.holds_vision_tower
+    saves_tower = args.flags.save_vision_tower or run.spec.holds_vision_tower
     files = {"weights_format": args.flags.weights_format, "save_vision_tower": saves_tower}
     return Plan(
-        model=outline,
+        model=run,
         request=request,
         batch=batch,
         parts=summarise(shapes, request),
@@ -106,10 +107,10 @@ def make_plan(args: ParsedArgs, machine: Machine, *, fit: bool = False) -> Plan:
         checkpoint=checkpoint_files(shapes, request, **files),
         result=checkpoint_files(shapes, request, **files, is_final=True),
         vision_cache=cache,
-        merged_base=merged_base_bytes(shapes, outline),
+        merged_base=merged_base_bytes(shapes, run),
         changes=changes,
         ways=ways,
-        notes=[*args.notes, *outline.notes, *workload.notes, *([optimizer_note] if optimizer_note else [])],
+        notes=[*args.notes, *run.spec.notes, *workload.notes, *([optimizer_note] if optimizer_note else [])],
     )
 
 

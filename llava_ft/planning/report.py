@@ -86,10 +86,10 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     return {
         "fits": plan.fits,
         "model": {
-            "name": plan.model.name,
+            "name": plan.model.args.model.model_name_or_path,
             "vision_tower": plan.model.config.mm_vision_tower,
             "tokens_per_image": plan.model.config.tokens_per_image,
-            "new_tokens": plan.model.num_new_rows,
+            "new_tokens": plan.model.num_added_by_flags,
         },
         "machine": asdict(machine) | {"world_size": machine.world_size},
         "run": {
@@ -167,7 +167,7 @@ def _describe_run(plan: Plan) -> str:
     unit = machine.rank_name if machine.world_size == 1 else {"GPU": "GPUs", "process": "processes"}[machine.rank_name]
     nodes = f" on {machine.num_nodes} machines" if machine.num_nodes > 1 else ""
     words = [
-        plan.model.name,
+        plan.model.args.model.model_name_or_path,
         method,
         str(request.quantization) if request.quantization else "",
         str(request.compute_dtype).removeprefix("torch."),

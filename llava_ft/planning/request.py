@@ -9,13 +9,12 @@ from typing import Any, Literal
 import torch
 import transformers
 
-from llava_ft.args import ParsedArgs
 from llava_ft.args.attention import AttentionMachine, choose_kernel, installed_kernels
 from llava_ft.args.build import adapt_to_device
 from llava_ft.args.deepspeed_file import check_deepspeed_config, read_deepspeed_config
 from llava_ft.checkpoint.save import result_kind
 from llava_ft.errors import UserError
-from llava_ft.resolve import tuning_plan
+from llava_ft.resolve import RunModel
 from llava_ft.tuning.plan import TuningPlan
 from llava_ft.tuning.quant import Quantization, check_quantization
 from llava_ft.tuning.recompute import Recomputation
@@ -166,18 +165,17 @@ class PlanRequest:
         return dataclasses.replace(self, **changes)
 
 
-def plan_request(args: ParsedArgs, machine: Machine, *, hidden_size: int, has_vision: bool) -> PlanRequest:
-    """Read the request from the run's flags; notes of what they come to are added to `args.notes`.
+def plan_request(run: RunModel, machine: Machine) -> PlanRequest:
+    """Read the request from the run's flags; notes of what they come to are added to its notes.
 
     Args:
-        args: The flags.
+        run: The flags and the model.
         machine: Where the run is to take place.
-        hidden_size: Width of the language model.
-        has_vision: Whether the model has a vision tower.
 
     Raises:
         UserError: Such a run would be refused.
     """
+    args, tuning = run.args, run.tuning
     flags, notes = args.flags, args.notes
     # Every training flag with its value or default, as the run would use it on that machine.
     fields = dataclasses.fields(transformers.TrainingArguments)
@@ -191,10 +189,9 @@ def plan_request(args: ParsedArgs, machine: Machine, *, hidden_size: int, has_vi
     if values["deepspeed"]:
         config, source = read_deepspeed_config(values["deepspeed"], notes)
         notes.extend(check_deepspeed_config(config, source, values))
-        zero = ZeroSettings.from_config(config, hidden_size)
+        zero = ZeroSettings.from_config(config, run.config.hidden_size)
     quantization = Quantization.from_flags(flags.bits, flags.quant_type, flags.double_quant)
     check_quantization(quantization, zero_stage=zero.stage if zero else 0)
-    tuning = tuning_plan(args, has_vision=has_vision)
     lora = None
     if flags.lora_enable:
         leaf_names = tuple(flags.lora_target_modules) if flags.lora_target_modules else None

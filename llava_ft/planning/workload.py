@@ -25,10 +25,9 @@ from llava_ft.data.sampler import steps_per_epoch
 from llava_ft.data.sources.selection import DataSources
 from llava_ft.errors import UserError
 from llava_ft.geometry import SizeWH
-from llava_ft.planning.model import ModelOutline
 from llava_ft.planning.request import PlanRequest
 from llava_ft.planning.step import Batch
-from llava_ft.resolve import sample_tokenizer
+from llava_ft.resolve import RunModel
 
 _SUPERVISED_SHARE: Final = 0.5
 """Share of the text positions that is taken to be supervised where the records are not here."""
@@ -138,13 +137,13 @@ class Workload:
         return counted
 
 
-def find_workload(args: ParsedArgs, outline: ModelOutline) -> Workload:
+def find_workload(args: ParsedArgs, run: RunModel) -> Workload:
     """Measure the records if they are here; say what is assumed if not.
 
     Raises:
         UserError: The records are here but cannot be read, or none is usable.
     """
-    path, max_length, geometry = args.data.data_path, args.flags.model_max_length, outline.config.image_geometry
+    path, max_length, geometry = args.data.data_path, args.flags.model_max_length, run.config.image_geometry
     notes: list[str] = []
     records = None
     if not path:
@@ -152,14 +151,14 @@ def find_workload(args: ParsedArgs, outline: ModelOutline) -> Workload:
     elif not Path(path).exists():
         notes.append(f"{path} is not on this machine, so steps and tokens per epoch are left out.")
     else:
-        records = _measure(path, args, outline, notes)
+        records = _measure(path, args, run, notes)
     if records is None or not len(records.lengths):
-        images = "one image, " if outline.has_vision else ""
+        images = "one image, " if run.spec.has_vision else ""
         notes.append(
             f"Samples are taken to be {max_length} positions long (model_max_length), with {images}"
             f"{_SUPERVISED_SHARE:.0%} of their text supervised. Shorter ones take less."
         )
-    tokens_per_image, image_size_wh = outline.config.tokens_per_image, None
+    tokens_per_image, image_size_wh = run.config.tokens_per_image, None
     if geometry is not None and geometry.needs_image_sizes:
         image_size_wh = geometry.largest_size_within(max_length - 1)
         tokens_per_image = 0 if image_size_wh is None else geometry.num_tokens(image_size_wh)
@@ -190,21 +189,22 @@ def find_workload(args: ParsedArgs, outline: ModelOutline) -> Workload:
     )
 
 
-def _measure(path: str, args: ParsedArgs, outline: ModelOutline, notes: list[str]) -> Records:
+def _measure(path: str, args: ParsedArgs, run: RunModel, notes: list[str]) -> Records:
     """Tokenise the records as `data/build.py` does, without refusing what is wrong with some of them."""
     cache_dir = Path(args.data.data_cache_dir) if args.data.data_cache_dir else None
     settings = PreparationSettings(cache_dir, args.data.preprocessing_num_workers)
-    data, directory = DataSources.open(path, settings.directory), outline.directory
+    data, directory = DataSources.open(path, settings.directory), run.spec.directory.path
     num_records = sum(map(len, data.sources))
     given = (args.inherited.get("data_seed"), args.inherited.get("seed"), _DEFAULT_SEED)
     seed = next(value for value in given if isinstance(value, int))
-    if directory is None or not any((directory / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
-        notes.append(f"{outline.name} has no tokenizer on this machine, so the records are counted but not tokenised.")
+    if not any((directory / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+        name = run.args.model.model_name_or_path
+        notes.append(f"{name} has no tokenizer on this machine, so the records are counted but not tokenised.")
         nothing = np.empty(0, dtype=np.int64)
         num_taken = sum(map(len, data.choose([len(source) for source in data.sources], seed).train))
         return Records(num_records, num_taken, nothing, nothing, nothing)
 
-    tokenize, geometry = sample_tokenizer(args, outline.config, directory), outline.config.image_geometry
+    tokenize, geometry = run.tokenize, run.config.image_geometry
     limits = Limits(geometry, args.flags.model_max_length, args.data.truncation)
     checks = ImageChecks("none", needs_sizes=True, exif_transpose=args.data.image_exif_transpose)
     parts: list[Samples] = []

@@ -5,11 +5,7 @@ import logging
 from pathlib import Path
 from typing import Final
 
-from transformers import PreTrainedTokenizerFast
-
 from llava_ft.args import ParsedArgs
-from llava_ft.checkpoint.base import BaseModel
-from llava_ft.conversation import get_template
 from llava_ft.data.build import BuiltDatasets, build_datasets
 from llava_ft.data.collator import PackedCollator, PaddingCollator
 from llava_ft.data.dataset import ConversationDataset
@@ -18,7 +14,7 @@ from llava_ft.data.packing import PackedDataset, RowDataset, one_each
 from llava_ft.data.preparation.prepare import PreparationSettings
 from llava_ft.data.sampler import steps_per_epoch
 from llava_ft.data.sources.mixture import check_holds_out
-from llava_ft.data.tokenize import SampleTokenizer
+from llava_ft.resolve import RunModel
 
 logger = logging.getLogger(__name__)
 
@@ -27,27 +23,25 @@ COMPILED_LENGTH_MULTIPLE: Final = 128
 """Lengths of rows under `torch_compile`: tiles of matrix products on a GPU divide it."""
 
 
-def prepare_datasets(args: ParsedArgs, base: BaseModel, tokenizer: PreTrainedTokenizerFast) -> BuiltDatasets:
+def prepare_datasets(run: RunModel) -> BuiltDatasets:
     """Read, prepare and check the records.
 
     Raises:
         UserError: The records, or the images they name, do not fit the request.
         RunError: They could not be prepared.
     """
-    geometry = base.config.image_geometry
+    args, geometry, vision_directory = run.args, run.config.image_geometry, run.spec.vision_directory
     transform = None
-    if base.vision_directory is not None:
-        transform = ImageTransform.from_pretrained(base.vision_directory, geometry=geometry)
-    template = get_template(args.model.version)
-    logger.info("Conversation template: %s.", template.name)
+    if vision_directory is not None:
+        transform = ImageTransform.from_pretrained(vision_directory, geometry=geometry)
+    tokenize = run.tokenize
+    logger.info("Conversation template: %s.", tokenize.template.name)
     assert args.data.data_path is not None
     if args.training.eval_strategy != "no" and args.data.validation_data_path is None:
         check_holds_out(args.data.data_path)
     return build_datasets(
         args.data.data_path,
-        tokenize=SampleTokenizer(
-            tokenizer, template, mm_use_im_start_end=base.config.mm_use_im_start_end, supervise=args.data.supervise
-        ),
+        tokenize=tokenize,
         image_transform=transform,
         image_folder=args.data.image_folder,
         geometry=geometry,

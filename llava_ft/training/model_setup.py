@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from llava_ft.args import ParsedArgs
-from llava_ft.checkpoint.base import BaseModel, load_base
 from llava_ft.checkpoint.base_and_adapters import quantization_in_training
 from llava_ft.checkpoint.directory import absolute_or_hub_name
+from llava_ft.checkpoint.model import ModelSpec, load_base
 from llava_ft.checkpoint.names import EMBEDDINGS, HEAD
 from llava_ft.checkpoint.save import result_kind
 from llava_ft.errors import UserError
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_model_to_train(
-    args: ParsedArgs, base: BaseModel, plan: TuningPlan, *, num_new_rows: int, encodes_images: bool = True
+    args: ParsedArgs, base: ModelSpec, plan: TuningPlan, *, num_new_rows: int, encodes_images: bool = True
 ) -> nn.Module:
     """Load the weights, make trainable what the plan says, and let layers recompute what the flags say.
 
@@ -143,7 +143,7 @@ def recomputation_of(args: ParsedArgs) -> Recomputation:
     )
 
 
-def saves_tower(args: ParsedArgs, base: BaseModel) -> bool:
+def saves_tower(args: ParsedArgs, base: ModelSpec) -> bool:
     """Whether a whole model is written with its tower: if asked for, and if nothing else has the base's."""
     return args.flags.save_vision_tower or base.holds_vision_tower
 

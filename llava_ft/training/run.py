@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,9 +10,7 @@ from torch import nn
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from llava_ft.args import ParsedArgs, to_yaml
-from llava_ft.checkpoint.base import check_added_tokens
 from llava_ft.checkpoint.directory import absolute_or_hub_name
-from llava_ft.checkpoint.fingerprint import language_model_fingerprint
 from llava_ft.checkpoint.overrides import collect_ignored
 from llava_ft.checkpoint.restore import check_base
 from llava_ft.checkpoint.resume import (
@@ -24,9 +22,8 @@ from llava_ft.checkpoint.resume import (
 from llava_ft.data.build import BuiltDatasets
 from llava_ft.data.image_processor import ImageProcessorSettings, PixelNormalizer
 from llava_ft.data.sampler import EpochSampler
-from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.errors import RunError, UserError
-from llava_ft.resolve import settle_base, start_of, tuning_plan
+from llava_ft.resolve import force_of, resolve_model
 from llava_ft.training.artifacts import RunArtifacts, lineage_writer
 from llava_ft.training.callbacks import LogLines, Progress, SetSamplerEpoch, StopOnSignal
 from llava_ft.training.compile import compile_layers
@@ -49,7 +46,7 @@ from llava_ft.training.model_setup import (
 )
 from llava_ft.training.reporting import attach_reporters
 from llava_ft.training.speed import SpeedMeter, flops_of_run
-from llava_ft.training.start_from import check_resumed_start, find_model, force_of, merged_base, put_start
+from llava_ft.training.start_from import check_resumed_start, merge_start, put_start
 from llava_ft.training.trainer import LlavaTrainer
 from llava_ft.training.vision_cache import use_vision_cache
 
@@ -148,57 +145,43 @@ def prepare_run(args: ParsedArgs) -> Run:
         RunError: The adapter that the run starts from could not be merged.
     """
     with collect_ignored() as ignored:
-        # Resolve the model: what is resumed, what is started from, configuration, tokenizer. All ranks agree on where
-        # they write before anything else, because each of them looks for a checkpoint there.
-        args = settle_base(args)
-        request, start = args, start_of(args)
+        # What is resumed. All ranks agree on where they write before anything else: each looks for a checkpoint there.
         set_seed(args.training.seed)
         check_shared_output(args.training)
         checkpoint = choose_checkpoint(args)
         check_same_checkpoint(checkpoint, args.training.world_size)
         check_bits(args, checkpoint)
-        check_resumed_start(args, start, checkpoint)
-        base = find_model(args, start)
-        args = settle_attention(args, base.config)
-        tokenizer = load_tokenizer(base.directory.path, model_max_length=args.flags.model_max_length)
-        num_added = add_image_tokens(
-            tokenizer,
-            mm_use_im_start_end=base.config.mm_use_im_start_end,
-            mm_use_im_patch_token=base.config.mm_use_im_patch_token,
-        )
-        check_added_tokens(base, len(tokenizer), num_added)
 
-        # Open and check the data. Records fail more often than fingerprints, and reading them takes no weights.
-        datasets = prepare_datasets(args, base, tokenizer)
+        # The model: base, vision tower, tokenizer, where each weight lies, what is trained.
+        run = resolve_model(args)
+        check_resumed_start(run, checkpoint)
+        request, start, tokenizer = run.args, run.start, run.tokenizer
 
-        # Check the base against what was trained on one, which reads its files; merge if asked, which loads a model.
-        fingerprint = language_model_fingerprint(base.sources[:1])
-        if start is not None:
-            if not start.is_whole:
-                check_base(start.path, fingerprint, str(base.directory.path), force=force_of(args))
-            if start.mode == "merge_first":
-                args = args.with_model(str(merged_base(args, start)))
-                base = find_model(args, None)
-                fingerprint = language_model_fingerprint(base.sources[:1])
+        # The data. Records fail more often than fingerprints, and reading them takes no weights.
+        run = replace(run, args=settle_attention(request, run.config))
+        datasets = prepare_datasets(run)
+
+        # The base has to be the one that was trained on. What is to be merged into it is merged, which loads a model.
+        run = merge_start(run)
+        args, base, plan = run.args, run.spec, run.tuning
         if checkpoint is not None:
-            check_base(checkpoint, fingerprint, str(base.directory.path), force=force_of(args))
+            check_base(checkpoint, base.fingerprint, str(base.directory.path), force=force_of(args))
         complete_config(args, base.config)
 
-        # Load the weights and mark what is trained. The vision cache is filled first, so that the tower and the model
-        # are never in memory together. Compiling replaces forwards, which adapters and hooks must find in place.
-        plan = tuning_plan(args, has_vision=base.config.mm_vision_config is not None)
+        # The weights. The vision cache is filled first, so that the tower and the model are never in memory together.
+        # Compiling replaces forwards, which adapters and hooks must find in place.
         encodes_images = not use_vision_cache(args, base, plan, datasets, compute_dtype(args))
         num_new_rows = max(0, len(tokenizer) - base.config.vocab_size)
         model = load_model_to_train(args, base, plan, num_new_rows=num_new_rows, encodes_images=encodes_images)
-        if start is not None and start.mode != "merge_first":
-            put_start(args, start, model)
+        if run.start is not None:
+            put_start(args, run.start, model)
         if args.training.torch_compile:
             backend, mode = args.training.torch_compile_backend, args.training.torch_compile_mode
             assert backend is not None
             count = compile_layers(model, backend=backend, mode=mode)
             logger.info("%d layers are compiled one by one, by %s, when they first run.", count, backend)
 
-        # Make the trainer, and say once what every save writes.
+        # The trainer, and what every save writes.
         peft_config = getattr(model, "peft_config", None)
         base_name = absolute_or_hub_name(args.model.model_name_or_path)
         artifacts = RunArtifacts(
@@ -208,12 +191,12 @@ def prepare_run(args: ParsedArgs) -> Run:
             vision_directory=base.vision_directory,
             run_config=to_yaml(request),
             base=base_name,
-            base_fingerprint=fingerprint,
+            base_fingerprint=base.fingerprint,
             template=args.model.version,
             weights_format=args.flags.weights_format,
             compute_dtype=compute_dtype(args),
             write_lineage=lineage_writer(
-                request, (base_name, fingerprint), datasets, start=start, checkpoint=checkpoint, ignored=ignored
+                request, (base_name, base.fingerprint), datasets, start=start, checkpoint=checkpoint, ignored=ignored
             ),
             save_vision_tower=saves_tower(args, base),
             lora_config=peft_config["default"] if peft_config else None,

@@ -24,8 +24,8 @@ from rich import filesize
 from torch.utils.data import DataLoader, Dataset
 
 from llava_ft.args import ParsedArgs
-from llava_ft.checkpoint.base import BaseModel, load_tower
 from llava_ft.checkpoint.fingerprint import vision_tower_fingerprint
+from llava_ft.checkpoint.model import ModelSpec, load_tower
 from llava_ft.data.build import BuiltDatasets
 from llava_ft.data.features.contents import NO_CONTENT, RunImage, content_digests
 from llava_ft.data.features.store import DIGEST, FeatureFormat, FeatureReader, FeatureStore, as_array, name_digest
@@ -51,7 +51,7 @@ _size = partial(filesize.decimal, precision=2)
 
 
 def use_vision_cache(
-    args: ParsedArgs, base: BaseModel, plan: TuningPlan, datasets: BuiltDatasets, compute_dtype: torch.dtype
+    args: ParsedArgs, base: ModelSpec, plan: TuningPlan, datasets: BuiltDatasets, compute_dtype: torch.dtype
 ) -> bool:
     """Let the data sets read features of the vision tower instead of images, after computing what is missing.
 
@@ -139,7 +139,7 @@ def _images_by_name(datasets: BuiltDatasets) -> dict[bytes, RunImage]:
     return found
 
 
-def _feature_key(args: ParsedArgs, base: BaseModel, reader: ImageReader) -> dict[str, Any]:
+def _feature_key(args: ParsedArgs, base: ModelSpec, reader: ImageReader) -> dict[str, Any]:
     """Return everything that features depend on besides the image and how they are kept."""
     config, geometry = base.config, base.config.image_geometry
     assert geometry is not None
@@ -204,7 +204,7 @@ def _announce(store: FeatureStore, num_images: int, missing: Mapping[bytes, RunI
         )
 
 
-def _fill(args: ParsedArgs, base: BaseModel, store: FeatureStore, missing: Mapping[bytes, RunImage]) -> None:
+def _fill(args: ParsedArgs, base: ModelSpec, store: FeatureStore, missing: Mapping[bytes, RunImage]) -> None:
     """Compute missing features, all ranks together, and find in the store what all have written.
 
     Raises:

@@ -5,7 +5,7 @@ import torch
 from measure import flops_of, model_flops
 from workload import LLAMA_7B, PRESETS, draw_samples, find_preset, make_batches
 
-from llava_ft.planning.model import PUBLISHED
+from llava_ft.models.families.published import PUBLISHED
 
 
 def test_lengths_are_like_those_of_the_mixture():

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava_ft.checkpoint.base import find_base
 from llava_ft.checkpoint.base_and_adapters import open_base_and_adapters
 from llava_ft.checkpoint.directory import identify
+from llava_ft.checkpoint.model import find_model
 from llava_ft.errors import CheckpointError, UserError
 from llava_ft.inference.generate import prepare_inputs
 from llava_ft.inference.load import LoadedModel, load_model
@@ -160,7 +160,7 @@ class TestProjectorBesideAModel:
     def test_a_model_whose_projector_is_nowhere_is_refused(self, model: Path):
         self.without_projector(model)
         (model / "mm_projector.bin").unlink()
-        assert not find_base(str(model)).projector_is_new
+        assert not find_model(str(model)).projector_is_new
         with pytest.raises(
             CheckpointError, match=r"4 weights of the model are in none of its files: model.mm_projector"
         ):
@@ -173,4 +173,4 @@ def test_other_language_models_are_refused(tmp_path: Path, model_type: str):
     config = json.loads((LLAVA / "config.json").read_text())
     (tmp_path / "m/config.json").write_text(json.dumps(config | {"model_type": model_type}))
     with pytest.raises(UserError, match=f"is a '{model_type}' model. Supported language models are those of LLaMA's"):
-        find_base(str(tmp_path / "m"))
+        find_model(str(tmp_path / "m"))

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
-from llava_ft.checkpoint.base import find_base
 from llava_ft.checkpoint.directory import identify
 from llava_ft.checkpoint.hf.config import hf_fields, is_hf_config, native_fields
+from llava_ft.checkpoint.model import find_model
 from llava_ft.cli import main
 from llava_ft.data.image_processor import ImageProcessorSettings, copy_image_settings, pads_to_square
 from llava_ft.data.tokenize import tokenize_prompt
@@ -212,12 +212,12 @@ def test_other_models_are_not_of_this_layout(tmp_path: Path, hf: Any):
     config = json.loads((tmp_path / "m/config.json").read_text())
     (tmp_path / "m/config.json").write_text(json.dumps(config | {"model_type": "llava_onevision"}))
     with pytest.raises(UserError, match=r"Of the models in transformers' own layout 'llava' and 'llava_next' are"):
-        find_base(str(tmp_path / "m"))
+        find_model(str(tmp_path / "m"))
 
 
 @pytest.mark.parametrize("name", ["llava15-tiny", "llava15-tiny-imse", "llava16-tiny-anyres"])
 def test_a_configuration_survives_the_way_there_and_back(name: str):
-    config = find_base(f"ckpt/{name}").config
+    config = find_model(f"ckpt/{name}").config
     written = json.loads(json.dumps(hf_fields(config, image_token_id=512, dtype=torch.float16)))
     assert written["dtype"] == "float16"
     back = LlavaLlamaConfig(**native_fields(written))
@@ -240,7 +240,7 @@ def test_a_configuration_survives_the_way_there_and_back(name: str):
     ],
 )
 def test_what_the_layout_cannot_hold_is_refused(changes: dict[str, Any], reason: str):
-    config = find_base("ckpt/llava15-tiny").config
+    config = find_model("ckpt/llava15-tiny").config
     for key, value in changes.items():
         setattr(config, key, value)
     with pytest.raises(CheckpointError, match=f"cannot hold this model: .*{reason}.* Keep the native layout"):

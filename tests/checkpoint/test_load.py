@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava_ft.checkpoint.base import find_base, load_base
 from llava_ft.checkpoint.fingerprint import language_model_fingerprint
+from llava_ft.checkpoint.model import find_model, load_base
 from llava_ft.errors import CheckpointError, UserError
 from tests.conftest import RECORDINGS
 
@@ -24,7 +24,7 @@ WISHES = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2}
 def load(path, **options):
     wishes = options.pop("wishes", None)
     grown = options.pop("num_new_rows", 0)
-    base = find_base(str(path), wishes=wishes, **options)
+    base = find_model(str(path), wishes=wishes, **options)
     return load_base(base, num_new_rows=grown, dtype_of=lambda name: torch.float32)
 
 
@@ -186,17 +186,17 @@ REFUSED = [
 @pytest.mark.parametrize(("path", "options", "message"), REFUSED, ids=[message[:40] for *_, message in REFUSED])
 def test_a_request_that_cannot_work_is_refused_before_weights_are_read(path: str, options: dict, message: str):
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
-        find_base(path, **options)
+        find_model(path, **options)
 
 
 def test_a_hub_name_that_cannot_be_fetched_says_so():
     with pytest.raises(CheckpointError, match=r"could not be fetched from the Hugging Face hub \(offline mode is on\)"):
-        find_base("lmsys/vicuna-7b-v1.5")
+        find_model("lmsys/vicuna-7b-v1.5")
 
 
 def test_the_fingerprint_knows_the_weights_and_not_the_files(tmp_path: Path):
     def fingerprint(path):
-        return language_model_fingerprint(find_base(str(path), vision_tower="ckpt/clip-tiny").sources)
+        return language_model_fingerprint(find_model(str(path), vision_tower="ckpt/clip-tiny").sources)
 
     same = {fingerprint(f"ckpt/{name}") for name in ("base-llm", "llava15-tiny", "llava1-tiny-linear")}
     assert len(same) == 1
@@ -206,12 +206,12 @@ def test_the_fingerprint_knows_the_weights_and_not_the_files(tmp_path: Path):
 
 PEAK = """
 import sys, torch
-from llava_ft.checkpoint.base import find_base, load_base
+from llava_ft.checkpoint.model import find_model, load_base
 
 def peak():  # ru_maxrss would begin with that of the parent process
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
-base = find_base(sys.argv[1])
+base = find_model(sys.argv[1])
 before = peak()
 model, _ = load_base(base, dtype_of=lambda name: getattr(torch, sys.argv[2]))
 print((peak() - before) * 1024 / sum(p.nbytes for p in model.parameters()))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from llava_ft.checkpoint.base import find_base, load_base
 from llava_ft.checkpoint.hf.names import hub_name, module_name
+from llava_ft.checkpoint.model import find_model, load_base
 from llava_ft.checkpoint.names import clip_to_native_name, is_derived, native_name
 from llava_ft.errors import CheckpointError
 from tests.conftest import read_recording
@@ -15,7 +15,7 @@ from tests.conftest import read_recording
     "checkpoint", ["llava15-tiny", "llava1-tiny-linear", "llava15-tiny-imse", "llava15-tiny-unfreezevt"]
 )
 def test_parameters_are_called_as_in_the_original_s_checkpoints(checkpoint: str):
-    model, _ = load_base(find_base(f"ckpt/{checkpoint}"), dtype_of=lambda name: torch.float32)
+    model, _ = load_base(find_model(f"ckpt/{checkpoint}"), dtype_of=lambda name: torch.float32)
     recorded = read_recording("ckpts.json")[checkpoint]["state_dict"]
     ours = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     assert ours == {name: shape for name, (shape, *_) in recorded.items()}

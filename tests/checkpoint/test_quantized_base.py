@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llava_ft.checkpoint.base import find_base
 from llava_ft.checkpoint.directory import identify
+from llava_ft.checkpoint.model import find_model
 from llava_ft.cli import main
 from llava_ft.convert.merge import MergeOptions, merge
 from llava_ft.errors import CheckpointError
@@ -36,7 +36,7 @@ def quantized_copy(directory: Path, method: str = "awq to 4 bits") -> Path:
 def test_such_a_base_is_refused(tmp_path: Path, method: str):
     base = quantized_copy(tmp_path / "base", method)
     with pytest.raises(CheckpointError, match=f"holds weights quantised by {method}. Nothing is added to such weights"):
-        find_base(str(base))
+        find_model(str(base))
     with pytest.raises(CheckpointError, match="Give the 16-bit model"):
         load_model(str(base))
 

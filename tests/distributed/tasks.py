@@ -113,7 +113,7 @@ def peak_of_loading(directory: str, config_file: str) -> tuple[int, int]:
         Bytes of the whole model, and the most memory this rank took beyond what it had before, mapped files aside.
     """
     from llava_ft.args import parse_args
-    from llava_ft.checkpoint.base import find_base, load_base
+    from llava_ft.checkpoint.model import find_model, load_base
     from llava_ft.training.distributed import join_ranks, zero_division
 
     given = ["--model_name_or_path", directory, "--data_path", "none", "--output_dir", "none", "--use_cpu", "True"]
@@ -129,7 +129,7 @@ def peak_of_loading(directory: str, config_file: str) -> tuple[int, int]:
     reader = threading.Thread(target=read_often)
     reader.start()
     try:
-        base = find_base(directory)
+        base = find_model(directory)
         model, _ = load_base(base, dtype_of=lambda _: torch.float32, division=zero_division(args.training))
         return sum(4 * parameter.ds_numel for parameter in model.parameters()), max(readings) - readings[0]
     finally:

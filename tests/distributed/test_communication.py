@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from llava_ft.args import parse_args
-from llava_ft.planning.model import build_model, find_outline, parameter_shapes
+from llava_ft.planning.model import build_model, parameter_shapes
 from llava_ft.planning.request import Machine, plan_request
+from llava_ft.resolve import resolve_model
 from tests.benchmarks.conftest import BENCHMARKS
 from tests.distributed import tasks
 from tests.distributed.matrix import Pools, Setting
@@ -81,9 +82,9 @@ def computed_bytes(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str
     from scaling import collectives
 
     args = parse_args(argv)
-    outline = find_outline(args)
+    outline = resolve_model(args, need="config")
     request = plan_request(
-        args, Machine("cpu", 2), hidden_size=outline.config.hidden_size, has_vision=outline.has_vision
+        args, Machine("cpu", 2), hidden_size=outline.config.hidden_size, has_vision=outline.spec.has_vision
     )
     totals = dict.fromkeys(KINDS.values(), 0)
     for collective in collectives(outline, parameter_shapes(build_model(outline, request), request), request):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_ft.checkpoint.base import find_base, load_base
+from llava_ft.checkpoint.model import find_model, load_base
 from llava_ft.constants import IMAGE_TOKEN_INDEX
 from llava_ft.data.image_files import load_image
 from llava_ft.data.images import ImageTransform
@@ -101,7 +101,7 @@ class TestRecording:
 
     @pytest.mark.parametrize("merge_type", ["flat", "spatial"])
     def test_other_layouts_have_no_newline(self, merge_type):
-        base = find_base("ckpt/llava16-tiny-anyres", wishes={"mm_patch_merge_type": merge_type})
+        base = find_model("ckpt/llava16-tiny-anyres", wishes={"mm_patch_merge_type": merge_type})
         model, ledger = load_base(base, dtype_of=lambda _: torch.float32)
         assert not hasattr(model.model, "image_newline")
         assert ["model.image_newline"] in ledger.unexpected.values()
@@ -208,14 +208,14 @@ class TestConfiguration:
 
     @pytest.mark.usefixtures("in_recordings")
     def test_defaults_follow_the_tower(self):
-        config = find_base(
+        config = find_model(
             "ckpt/base-llm", vision_tower="ckpt/clip-tiny", wishes={"image_aspect_ratio": "anyres"}
         ).config
         assert config.image_grid_pinpoints == [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
 
     @pytest.mark.usefixtures("in_recordings")
     def test_a_checkpoint_s_pinpoints_hold_unless_others_are_asked_for(self, caplog):
-        find = lambda **wishes: find_base("ckpt/llava16-tiny-anyres", wishes=wishes).config  # noqa: E731 - used here only
+        find = lambda **wishes: find_model("ckpt/llava16-tiny-anyres", wishes=wishes).config  # noqa: E731 - used here only
         assert len(find().image_grid_pinpoints) == 5
         assert not caplog.records
         assert find(image_grid_pinpoints="(1x2),(2x1)").image_grid_pinpoints == [[56, 112], [112, 56]]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from llava_ft.checkpoint.base import find_base, load_base
+from llava_ft.checkpoint.model import find_model, load_base
 from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ft.data.image_files import load_image
 from llava_ft.data.images import ImageTransform
@@ -25,7 +25,7 @@ IMAGES = {
 
 
 def load(path: str, attn_implementation: str = "eager", **wishes) -> LlavaForCausalLM:
-    base = find_base(path, wishes=wishes)
+    base = find_model(path, wishes=wishes)
     model, _ = load_base(base, dtype_of=lambda name: torch.float32, attn_implementation=attn_implementation)
     return model.eval()
 

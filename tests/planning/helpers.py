@@ -7,9 +7,9 @@ from torch import nn
 
 from llava_ft.args import parse_args
 from llava_ft.models.llava import LlavaForCausalLM
-from llava_ft.planning.model import ModelOutline, find_outline
 from llava_ft.planning.plan import Plan, make_plan
 from llava_ft.planning.request import PlanRequest, plan_machine, plan_request
+from llava_ft.resolve import RunModel, resolve_model
 
 GPU_7B = ["--model_name_or_path", "liuhaotian/llava-v1.5-7b", "--bf16", "True"]
 LORA = ["--lora_enable", "True", "--lora_r", "128", "--lora_alpha", "256"]
@@ -44,12 +44,12 @@ def write_configs(folder: Path) -> list[str]:
     ]
 
 
-def request_of(argv: list[str], *, gpus: int = 1, nodes: int = 1) -> tuple[ModelOutline, PlanRequest]:
+def request_of(argv: list[str], *, gpus: int = 1, nodes: int = 1) -> tuple[RunModel, PlanRequest]:
     """Read a request from flags."""
     args = parse_args(argv, required=("model_name_or_path",))
-    outline = find_outline(args)
+    outline = resolve_model(args, need="config")
     machine = plan_machine(args.inherited, gpus=gpus, nodes=nodes, gpu_memory="24GiB")
-    request = plan_request(args, machine, hidden_size=outline.config.hidden_size, has_vision=outline.has_vision)
+    request = plan_request(outline, machine)
     return outline, request
 
 

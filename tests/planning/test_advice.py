@@ -7,10 +7,11 @@ import pytest
 from llava_ft.args import parse_args
 from llava_ft.planning.advice import WAYS, Way, advise, find_ways
 from llava_ft.planning.memory import RankMemory
-from llava_ft.planning.model import ModelOutline, build_model, parameter_shapes
+from llava_ft.planning.model import build_model, parameter_shapes
 from llava_ft.planning.request import PlanRequest
 from llava_ft.planning.step import Batch
 from llava_ft.planning.workload import find_workload
+from llava_ft.resolve import RunModel
 from llava_ft.tuning.recompute import Recomputation
 from tests.planning.helpers import request_of, write_configs
 
@@ -25,12 +26,12 @@ FAST = ["--lora_enable", "True", "--lora_r", "4"]
 class Planner:
     """Stands in for `MemoryPlanner`."""
 
-    def __init__(self, outline: ModelOutline):
-        self.outline = outline
+    def __init__(self, outline: RunModel):
+        self.run = outline
         self.planned_ways: list[Recomputation] = []
 
     def shapes(self, request: PlanRequest):
-        return parameter_shapes(build_model(self.outline, request), request)
+        return parameter_shapes(build_model(self.run, request), request)
 
     def plan(self, request: PlanRequest, batch: Batch) -> RankMemory:
         assert batch == BATCH

@@ -3,8 +3,8 @@
 import pytest
 
 from llava_ft.args import parse_args
-from llava_ft.planning.model import find_outline
 from llava_ft.planning.workload import find_workload
+from llava_ft.resolve import resolve_model
 from tests.planning.helpers import plan_of, request_of, write_configs
 from tests.training.helpers import flags, prepare
 
@@ -17,7 +17,7 @@ def changes_for(flag, **more):
 
 def workload_of(argv):
     args = parse_args(argv, required=("model_name_or_path",))
-    return find_workload(args, find_outline(args))
+    return find_workload(args, resolve_model(args, need="config"))
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

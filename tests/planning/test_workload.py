@@ -7,8 +7,8 @@ import pytest
 
 from llava_ft.args import parse_args
 from llava_ft.errors import UserError
-from llava_ft.planning.model import find_outline
 from llava_ft.planning.workload import Workload, find_workload
+from llava_ft.resolve import resolve_model
 from tests.conftest import RECORDINGS
 from tests.planning.helpers import request_of, write_configs
 from tests.training.helpers import METHODS, flags, prepare
@@ -16,7 +16,7 @@ from tests.training.helpers import METHODS, flags, prepare
 
 def workload_of(argv: list[str]) -> Workload:
     args = parse_args(argv, required=("model_name_or_path",))
-    return find_workload(args, find_outline(args))
+    return find_workload(args, resolve_model(args, need="config"))
 
 
 def epoch_of(argv: list[str], **machine: int) -> dict[str, int]:

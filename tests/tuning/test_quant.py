@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-from llava_ft.checkpoint.base import find_base, load_base
+from llava_ft.checkpoint.model import find_model, load_base
 from llava_ft.errors import RunError, UserError
 from llava_ft.models.llava import LlavaForCausalLM
 from llava_ft.tuning.lora import add_lora
@@ -39,7 +39,7 @@ IDS = torch.tensor([[1, 5, 9, 300, 17, 42, 7, 11]])
 def load(
     quantization: Quantization | None, dtype: torch.dtype = torch.float32, path: str = "ckpt/llava15-tiny"
 ) -> LlavaForCausalLM:
-    base = find_base(path, vision_tower="ckpt/clip-tiny" if "llava" in path else None)
+    base = find_model(path, vision_tower="ckpt/clip-tiny" if "llava" in path else None)
     return load_base(base, dtype_of=lambda name: dtype, quantization=quantization)[0]
 
 
@@ -201,14 +201,14 @@ def test_what_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch):
 
 PEAK = """
 import re, sys, torch
-from llava_ft.checkpoint.base import find_base, load_base
+from llava_ft.checkpoint.model import find_model, load_base
 from llava_ft.tuning.quant import Quantization, size_in_memory
 import bitsandbytes
 bitsandbytes.functional.quantize_4bit(torch.ones(64, 64))
 bitsandbytes.functional.int8_vectorwise_quant(torch.ones(64, 64, dtype=torch.float16))
-small = find_base(sys.argv[3])  # first, so that the code it takes is in memory already
+small = find_model(sys.argv[3])  # first, so that the code it takes is in memory already
 load_base(small, dtype_of=lambda name: torch.bfloat16, quantization=Quantization(int(sys.argv[2])))
-base = find_base(sys.argv[1])
+base = find_model(sys.argv[1])
 
 def memory(what):  # ru_maxrss would begin with that of the parent process
     return int(re.search(what + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from llava_ft.checkpoint.base import find_base, load_base
+from llava_ft.checkpoint.model import find_model, load_base
 from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava_ft.models.parts import part_of
 from llava_ft.planning.tracker import MemoryTracker
@@ -39,7 +39,7 @@ def make(method: str, *, kernel: str = "sdpa", dropout: float = 0.2, dtype: torc
     if quantization is not None:
         pytest.importorskip("bitsandbytes")
     model, _ = load_base(
-        find_base("ckpt/llava15-tiny"),
+        find_model("ckpt/llava15-tiny"),
         dtype_of=lambda name: dtype,
         attn_implementation=kernel,
         quantization=quantization,

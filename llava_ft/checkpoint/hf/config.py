@@ -148,7 +148,7 @@ def hf_fields(config: LlavaModelConfig, *, image_token_id: int, dtype: torch.dty
     if is_next:
         fields["image_grid_pinpoints"] = [[height, width] for width, height in geometry.grid_pinpoints]
         fields["use_image_newline_parameter"] = True
-    known = {**LlavaLlamaConfig().to_dict(), **native_fields(fields)}
+    known = {**LlavaLlamaConfig().to_dict(), **native_fields(fields)}  # pyright: ignore[reportCallIssue]
     beyond = {
         key: value
         for key, value in ({"unfreeze_mm_vision_tower": False} | config.to_dict()).items()

@@ -1,22 +1,25 @@
 """The model a run or a conversation starts from: base, vision tower and projector, found and checked, then loaded.
 
-`find_base` answers everything that can be known without reading weights, so that a wrong request is refused at once;
-`load_base` then reads them.
+`find_model` is where a configuration is settled, for training, planning, looking at data, use and conversions alike. It
+answers everything that can be known without reading weights, so that a wrong request is refused at once; `load_base`
+then reads them.
 """
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 from llava_ft.checkpoint.config_check import check_config
-from llava_ft.checkpoint.directory import ModelDirectory, identify, resolve_model_path
+from llava_ft.checkpoint.directory import ModelDirectory, Need, find_model_directory, resolve_model_path
+from llava_ft.checkpoint.fingerprint import language_model_fingerprint
 from llava_ft.checkpoint.load import Division, Ledger, WeightSource, load_weights
 from llava_ft.checkpoint.names import (
     CONFIG,
@@ -49,17 +52,18 @@ _NO_BASES = {
 
 
 @dataclass(frozen=True)
-class BaseModel:
+class ModelSpec:
     """What a model is made of, known before any weight is read.
 
     Attributes:
         directory: A language model or a LLaVA checkpoint.
         config: The settled configuration.
-        sources: Where the weights lie, later ones winning; the base's own files first.
+        sources: Where the weights lie, later ones winning, the base's own files first; empty where they are not needed.
         projector_is_new: Whether no file holds the projector, so that it starts from random weights.
         newline_is_new: Whether the model has an `image_newline` that its base was not trained with and no file holds.
         vision_directory: Where it is said how images are prepared; None for a text-only model.
         token_rows: File with embedding rows that projector pretraining trained for added tokens, if any.
+        notes: What the user should know about where the architecture is from.
     """
 
     directory: ModelDirectory
@@ -69,14 +73,30 @@ class BaseModel:
     newline_is_new: bool
     vision_directory: Path | None
     token_rows: WeightFiles | None = None
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Fingerprint of the base's language model; reads a few pages of each of its files."""
+        return language_model_fingerprint(self.sources[:1])
+
+    @property
+    def has_vision(self) -> bool:
+        """Whether it has a vision tower."""
+        return self.config.mm_vision_config is not None
 
     @property
     def holds_vision_tower(self) -> bool:
-        """Whether the base model's own files hold a vision tower, which may be another than the one it names."""
-        return any_in("vision tower", self.sources[0].names.values())
+        """Whether the base model's own files hold a vision tower, which may be another than the one it names.
+
+        Where the files are not here: whether they are known to, since original LLaVA notes that it was trained.
+        """
+        if self.sources:
+            return any_in("vision tower", self.sources[0].names.values())
+        return bool(self.config.to_dict().get("unfreeze_mm_vision_tower"))
 
 
-def find_base(
+def find_model(
     model_name_or_path: str,
     *,
     vision_tower: str | None = None,
@@ -84,7 +104,8 @@ def find_base(
     wishes: Mapping[str, Any] | None = None,
     extra_sources: Sequence[WeightSource] = (),
     cache_dir: str | None = None,
-) -> BaseModel:
+    need: Need = "weights",
+) -> ModelSpec:
     """Find the files of a model and settle its configuration.
 
     Args:
@@ -95,17 +116,20 @@ def find_base(
         wishes: Configuration fields the user set; see `settle_config`.
         extra_sources: Further weights that win over all others, such as what was trained beside an adapter.
         cache_dir: Where downloads are kept.
+        need: What of the model has to be here. Without weights only the configuration is settled.
 
     Raises:
         UserError: Something is missing, damaged or does not fit together.
     """
-    directory = identify(resolve_model_path(model_name_or_path, cache_dir=cache_dir))
+    directory = find_model_directory(model_name_or_path, need, cache_dir=cache_dir)
     if directory.kind not in ("llava", "language model"):
         raise CheckpointError(f"{directory.path} holds {_NO_BASES[directory.kind]}")
-    refuse_quantized(str(directory.path))
-    files = WeightFiles.open(directory.path)
-    base_source = WeightSource.of("base model", files, native_name)
-    has_tower = any_in("vision tower", base_source.names.values())
+    sources: list[WeightSource] = []
+    has_tower = "mm_vision_config" in directory.config  # unless the weights say otherwise
+    if need == "weights":
+        refuse_quantized(str(directory.path))
+        sources.append(WeightSource.of("base model", WeightFiles.open(directory.path), native_name))
+        has_tower = any_in("vision tower", sources[0].names.values())
     tower_name = vision_tower or directory.config.get("mm_vision_tower")
     # An adapter's config.json repeats the tower's name of its base; that asks for no other tower.
     asks_for_another = vision_tower is not None and vision_tower != directory.config.get("mm_vision_tower")
@@ -114,14 +138,14 @@ def find_base(
     if inside and not asks_for_another:
         vision = vision_fields(inside, str(directory.path))
     elif tower_name is not None:
-        tower_directory = resolve_model_path(tower_name, cache_dir=cache_dir, relative_to=directory.path)
-        vision = vision_fields(read_json(tower_directory / CONFIG), str(tower_directory))
-        if inside and vision != vision_fields(inside, str(directory.path)):
+        tower_directory, fields = _find_tower(tower_name, need, cache_dir, directory.path)
+        vision = vision_fields(fields, str(tower_directory))
+        if need == "weights" and inside and vision != vision_fields(inside, str(directory.path)):
             raise CheckpointError(
                 f"The vision tower {tower_name} has another architecture than the one whose weights are in "
                 f"{directory.path}. Leave --vision_tower out to use the checkpoint's."
             )
-        if has_tower:
+        if need == "weights" and has_tower:
             logger.info("The vision tower's weights are taken from %s, not from %s.", directory.path, tower_directory)
     elif is_llava_config(directory.config):
         raise CheckpointError(
@@ -133,16 +157,28 @@ def find_base(
         wishes=wishes or {},
         vision_tower=tower_name,
         vision=vision,
-        projector_is_replaced=projector_file is not None,
+        projector_is_replaced=projector_file is not None
+        or any(any_in("projector", source.names.values()) for source in extra_sources),
     )
-    sources = [base_source]
+    if need != "weights":
+        places = [path for path in (directory.path, tower_directory) if path is not None]
+        notes = [f"{path} is not on this machine; its published architecture is used." for path in places]
+        return ModelSpec(
+            directory=directory,
+            config=config,
+            sources=(),
+            projector_is_new=False,
+            newline_is_new=False,
+            vision_directory=None,
+            notes=tuple(note for note, path in zip(notes, places, strict=True) if not path.is_dir()),
+        )
     if vision is not None and not has_tower:
         assert tower_directory is not None
         tower_files = WeightFiles.open(tower_directory)
         sources.append(WeightSource.of("vision tower", tower_files, clip_to_native_name))
 
     beside = directory.projector_file if directory.kind == "llava" and not projector_file else None
-    if beside is not None and any_in("projector", base_source.names.values()):
+    if beside is not None and any_in("projector", sources[0].names.values()):
         logger.info("%s is not used: the model's own weights hold the projector.", beside)
     elif beside is not None:
         logger.info("The projector is taken from %s: the model's own weights lack it.", beside)
@@ -164,7 +200,7 @@ def find_base(
     names = {name for source in sources for name in source.names.values()}
     had_newline = "unpad" in (directory.config.get("mm_patch_merge_type") or "")
     is_untrained = vision is not None and directory.kind != "llava"  # a LLaVA checkpoint has its projector in a file
-    return BaseModel(
+    return ModelSpec(
         directory=directory,
         config=config,
         sources=tuple(sources),
@@ -175,7 +211,7 @@ def find_base(
     )
 
 
-def check_added_tokens(base: BaseModel, num_tokens: int, num_added: int) -> None:
+def check_added_tokens(base: ModelSpec, num_tokens: int, num_added: int) -> None:
     """Refuse tokens that would get rows of the vocabulary that are there already: only new rows are trained.
 
     Of the tokenizer's `num_tokens` entries, `num_added` were added for this run.
@@ -193,7 +229,7 @@ def check_added_tokens(base: BaseModel, num_tokens: int, num_added: int) -> None
 
 
 def load_base(
-    base: BaseModel,
+    base: ModelSpec,
     *,
     num_new_rows: int = 0,
     dtype_of: Callable[[str], torch.dtype],
@@ -206,7 +242,7 @@ def load_base(
     """Build the model and read its weights.
 
     Args:
-        base: What `find_base` found.
+        base: What `find_model` found.
         num_new_rows: Entries that the tokenizer has beyond the model's vocabulary.
         dtype_of: The dtype in memory for a parameter name.
         device: Where the parameters are put.
@@ -253,7 +289,7 @@ def load_base(
     return model, ledger
 
 
-def load_tower(base: BaseModel, *, dtype: torch.dtype, device: torch.device | str) -> CLIPVisionTower:
+def load_tower(base: ModelSpec, *, dtype: torch.dtype, device: torch.device | str) -> CLIPVisionTower:
     """Load the vision tower alone, frozen.
 
     Raises:
@@ -263,12 +299,21 @@ def load_tower(base: BaseModel, *, dtype: torch.dtype, device: torch.device | st
     assert isinstance(tower, CLIPVisionTower)
     tower.one_at_a_time = torch.device(device).type == "cpu"
     alone: Any = nn.Module()  # the tower under the names that it has in a model
-    alone.config = PreTrainedConfig(tie_word_embeddings=False)
+    alone.config = SimpleNamespace(tie_word_embeddings=False)
     alone.model = nn.Module()
     alone.model.vision_tower = tower
     sources = [_only(source, lambda name: module_part(name) == "vision tower") for source in base.sources]
     load_weights(alone, sources, dtype_of=lambda _: dtype, device=device)
     return tower.to(device).eval()
+
+
+def _find_tower(name: str, need: Need, cache_dir: str | None, base: Path) -> tuple[Path, Mapping[str, Any]]:
+    """Return a vision tower's directory and `config.json`; its weights may be in the base's files."""
+    if need == "config":
+        found = find_model_directory(name, need, cache_dir=cache_dir, relative_to=base)
+        return found.path, found.config
+    path = resolve_model_path(name, cache_dir=cache_dir, relative_to=base)
+    return path, read_json(path / CONFIG)
 
 
 def _open_projector(path: Path, config: LlavaModelConfig) -> tuple[WeightSource, WeightFiles | None]:
