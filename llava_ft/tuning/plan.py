@@ -128,9 +128,11 @@ class TuningPlan:
         return master_dtype if self.trains(name) else compute_dtype
 
     def apply(self, model: nn.Module) -> None:
-        """Set `requires_grad` of every parameter."""
+        """Set `requires_grad` of every parameter; with adapters after these have been added."""
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self.trains(name))
+            # PEFT has marked the adapters and, with `lora_bias`, biases of the layers around them.
+            if self.of(name).how != "lora":
+                parameter.requires_grad_(self.trains(name))
 
     def separate_new_rows(self, model: LlavaForCausalLM, num_new: int) -> None:
         """Make the rows of added tokens trainable on their own where the plan has them in a frozen matrix."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.cli import main
@@ -193,6 +193,32 @@ def test_what_is_written_can_be_used(tmp_path: Path, method: str):
     if method == "lora":
         beside = fixed_logits(load_model(str(tmp_path / "out/checkpoint-6"), adapter="beside"))
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(beside, got, strict=True))
+
+
+def test_biases_are_trained_saved_and_restored_beside_lora(tmp_path: Path):
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in Path("ckpt/base-llm").iterdir():
+        if file.suffix in (".json", ".model") and "index" not in file.name:
+            shutil.copy(file, base)
+    config = json.loads((base / "config.json").read_text()) | {"attention_bias": True}
+    (base / "config.json").write_text(json.dumps(config))
+    weights = WeightFiles.open(Path("ckpt/base-llm")).read()
+    for name in [name for name in weights if "self_attn" in name and name.endswith("proj.weight")]:
+        weights[name.replace("weight", "bias")] = torch.zeros(weights[name].shape[0])
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    changes = {"model_name_or_path": base, "lora_bias": "all", "lora_dropout": "0"}
+
+    run = train(tmp_path / "out", **changes)
+    biases = {n: p for n, p in run.trainer.model.named_parameters() if n.endswith("q_proj.base_layer.bias")}
+    assert all(bias.requires_grad and bias.abs().max() > 0 for bias in biases.values())
+    assert torch.load(tmp_path / "out/adapter_model.bin", weights_only=True).keys() >= biases.keys()
+    loaded = load_model(str(tmp_path / "out"), str(base))
+    expected = fixed_logits(replace(loaded, model=run.trainer.model.eval()))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(expected, fixed_logits(loaded), strict=True))
+    shutil.rmtree(tmp_path / "out/checkpoint-6")
+    one, other = state_of(run), state_of(train(tmp_path / "out", **changes))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("kind", ["bin", "safetensors", "both"])
