@@ -20,8 +20,7 @@ from llava_ft.checkpoint.names import EMBEDDINGS, native_name
 from llava_ft.checkpoint.overrides import Force
 from llava_ft.models.builder import build_skeleton
 from llava_ft.models.config import LlavaModelConfig
-from llava_ft.models.parts import any_in
-from llava_ft.tuning.plan import language_model_linears
+from llava_ft.models.parts import any_in, language_model_linears
 from llava_ft.tuning.quant import Quantization
 
 Origin = Literal["frozen", "changed", "replaced", "tower"]

@@ -32,6 +32,7 @@ from llava_ft.constants import ORIGINAL_DEFAULTS
 from llava_ft.errors import CheckpointError, UserError
 from llava_ft.models.builder import is_llava_config
 from llava_ft.models.families import find_family, known_families
+from llava_ft.models.parts import DECODER_LAYER
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _TOKENIZER_FILES = (
@@ -162,7 +163,7 @@ def settle_adapter_config(
     target_modules: str | list[str] = modules
     if len(matches) == len(modules) == len({match[1] for match in matches}) * len(leaves):
         # Every layer of the decoder has the same ones: one regular expression says it.
-        target_modules = r"model\.layers\.\d+\.(?:" + "|".join(map(re.escape, leaves)) + ")"
+        target_modules = DECODER_LAYER + "(?:" + "|".join(map(re.escape, leaves)) + ")"
     trains_bias = any(name.endswith(".bias") and name.startswith("model.layers.") for name in shapes)
     config = LoraConfig(
         r=rank,

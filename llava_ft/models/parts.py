@@ -5,8 +5,11 @@ two parts inside them: LoRA weights, and the trained rows of added tokens. Every
 which rate, which dtype, which file, which row of a table - starts here.
 """
 
+import re
 from collections.abc import Iterable
 from typing import Final, Literal
+
+from torch import nn
 
 Part = Literal[
     "embeddings",
@@ -36,6 +39,9 @@ LANGUAGE_MODEL: Final[frozenset[Part]] = frozenset({"embeddings", "language mode
 
 PROJECTOR: Final[frozenset[Part]] = frozenset({"projector", "image newline"})
 """What is trained, saved and replaced together with the projector."""
+
+DECODER_LAYER: Final = r"model\.layers\.\d+\."
+"""What the names of everything in the decoder's layers start with, whatever the family: LLaVA's native layout."""
 
 _MODULES: Final[dict[str, Part]] = {
     "vision_tower": "vision tower",
@@ -75,3 +81,9 @@ def part_of(name: str) -> Part:
 def any_in(part: Part, names: Iterable[str]) -> bool:
     """Whether one of the parameters lies in a part; see `module_part`."""
     return any(module_part(name) == part for name in names)
+
+
+def language_model_linears(model: nn.Module) -> list[str]:
+    """Names of the linear layers of the decoder, without the head, in model order: what is adapted and quantised."""
+    pattern = re.compile(DECODER_LAYER)
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and pattern.match(name)]

@@ -57,7 +57,7 @@ def build_model(run: RunModel, request: PlanRequest) -> nn.Module:
     result: nn.Module = model
     if request.lora is not None:
         with torch.device("meta"):
-            result = add_lora(model, **asdict(request.lora))
+            result = add_lora(model, **asdict(request.lora), layers=request.tuning.of("model.layers").layers)
     request.tuning.apply(result)
     model.config.use_cache = False
     return result

@@ -58,6 +58,7 @@ def load_model_to_train(
             dropout=args.flags.lora_dropout,
             bias=args.flags.lora_bias,
             leaf_names=args.flags.lora_target_modules,
+            layers=plan.of("model.layers").layers,
             fast=args.flags.fast_lora,
             base_model_name=absolute_or_hub_name(args.model.model_name_or_path),
         )

@@ -15,12 +15,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llava_ft.errors import UserError
-from llava_ft.models.parts import module_part
+from llava_ft.models.parts import DECODER_LAYER, language_model_linears, module_part
 from llava_ft.tuning.lora_layer import use_fast_layers
-from llava_ft.tuning.plan import DECODER_LAYER, language_model_linears
 
 
-def target_pattern(model: nn.Module, leaf_names: Sequence[str] | None = None) -> str:
+def target_pattern(
+    model: nn.Module, leaf_names: Sequence[str] | None = None, layers: Sequence[int] | None = None
+) -> str:
     """Write the LoRA targets as one regular expression over full module names.
 
     PEFT, in every version, compares such an expression with the whole name, so nothing outside the decoder's layers
@@ -29,6 +30,7 @@ def target_pattern(model: nn.Module, leaf_names: Sequence[str] | None = None) ->
     Args:
         model: The model before adapters are added.
         leaf_names: Last parts of the names wanted, such as `q_proj`; all linear layers when absent.
+        layers: Numbers of the decoder's layers that get adapters; all when absent.
 
     Raises:
         UserError: A name is no linear layer of the decoder.
@@ -42,7 +44,10 @@ def target_pattern(model: nn.Module, leaf_names: Sequence[str] | None = None) ->
             f"Its linear layers are {', '.join(leaves)}."
         )
     wanted = sorted(leaves[leaf] for leaf in (leaf_names or leaves))
-    return DECODER_LAYER + "(?:" + "|".join(re.escape(name) for name in wanted) + ")"
+    layer = DECODER_LAYER
+    if layers is not None:
+        layer = layer.replace(r"\d+", "(?:" + "|".join(map(str, layers)) + ")")
+    return layer + "(?:" + "|".join(re.escape(name) for name in wanted) + ")"
 
 
 def add_lora(
@@ -53,6 +58,7 @@ def add_lora(
     dropout: float,
     bias: Literal["none", "all", "lora_only"] = "none",
     leaf_names: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
     base_model_name: str | None = None,
     fast: bool = True,
 ) -> PeftModel:
@@ -64,7 +70,8 @@ def add_lora(
         alpha: Scale times rank.
         dropout: Probability with which an adapter's input is dropped.
         bias: Which biases of the language model are trained: `none`, `all` or `lora_only`.
-        leaf_names: Layers to adapt; see `target_pattern`.
+        leaf_names: Which linear layers are adapted; see `target_pattern`.
+        layers: In which layers of the decoder.
         base_model_name: Written into `adapter_config.json`.
         fast: Whether the adapted layers compute as `lora_layer.py` says, and not as PEFT does.
 
@@ -76,7 +83,7 @@ def add_lora(
         lora_alpha=alpha,
         lora_dropout=dropout,
         bias=bias,
-        target_modules=target_pattern(model, leaf_names),
+        target_modules=target_pattern(model, leaf_names, layers),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base_model_name,
     )

@@ -24,9 +24,6 @@ from llava_ft.models.llava import LlavaForCausalLM
 from llava_ft.models.parts import LANGUAGE_MODEL, Part, module_part, part_of
 from llava_ft.models.token_rows import add_new_rows
 
-DECODER_LAYER: Final = r"model\.layers\.\d+\."
-"""What the names of everything in the decoder's layers start with."""
-
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -57,6 +54,11 @@ class TuningPlan:
 
     parts: Mapping[Part, PartPlan]  # a part that is absent is frozen; LoRA and token rows go by the part they are in
     new_rows: frozenset[Part] = frozenset()  # frozen matrices whose rows of added tokens are trained on their own
+
+    def __post_init__(self) -> None:
+        adapted = [part for part, plan in self.parts.items() if plan.how == "lora"]
+        if adapted not in ([], ["language model"]):
+            raise UserError(f"LoRA is for the language model; {', '.join(adapted)} can be frozen or trained in full.")
 
     @classmethod
     def from_flags(
@@ -145,9 +147,3 @@ class TuningPlan:
             add_new_rows(model.lm_head, num_new)
             if model.config.tie_word_embeddings:
                 model.lm_head.new_rows = rows
-
-
-def language_model_linears(model: nn.Module) -> list[str]:
-    """Names of the linear layers of the decoder, without the head, in model order: what is adapted and quantised."""
-    pattern = re.compile(DECODER_LAYER)
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and pattern.match(name)]

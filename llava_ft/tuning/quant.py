@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from llava_ft.errors import RunError, UserError
-from llava_ft.tuning.plan import language_model_linears
+from llava_ft.models.parts import language_model_linears
 
 OUTLIER_THRESHOLD = 6.0
 """LLM.int8(): input columns with a value above it are multiplied in the compute dtype, not as integers."""

@@ -8,7 +8,9 @@ from llava_ft.checkpoint.save import result_kind
 from llava_ft.errors import UserError
 from llava_ft.models.parts import part_of
 from llava_ft.training.optim import parameter_groups
+from llava_ft.tuning.lora import add_lora
 from llava_ft.tuning.plan import PartPlan, TuningPlan
+from tests.models.test_forward import load
 
 NAMES = {
     "model.embed_tokens.weight": 2,
@@ -68,6 +70,11 @@ def test_a_run_without_anything_to_train_is_refused(flags, message):
         plan_of(*flags, has_vision=False)
 
 
+def test_an_adapter_elsewhere_than_in_the_language_model_is_refused():
+    with pytest.raises(UserError, match="LoRA is for the language model; vision tower can be frozen"):
+        TuningPlan({"vision tower": PartPlan("lora")})
+
+
 def test_layers_outside_a_range_stay_fixed():
     plan = TuningPlan({"language model": PartPlan("full", layers=range(1, 2)), "vision tower": PartPlan("full")})
     trained = [name for name in NAMES if plan.trains(name) and part_of(name) not in ("LoRA", "new token rows")]
@@ -91,7 +98,8 @@ class TestGroups:
                 if not hasattr(owner, step):
                     owner.add_module(step, nn.Module())
                 owner = owner.get_submodule(step)
-            owner.register_parameter(last, nn.Parameter(torch.zeros((2,) * num_dimensions)))
+            as_peft_marks_it = part_of(name) == "LoRA"
+            owner.register_parameter(last, nn.Parameter(torch.zeros((2,) * num_dimensions), as_peft_marks_it))
         plan.apply(model)
         groups = parameter_groups(model, plan, learning_rate=1e-3, weight_decay=0.1)
         assert {name for group in groups for name in group["names"]} == set(filter(plan.trains, NAMES))
@@ -116,3 +124,11 @@ class TestGroups:
             (["LoRA", "head", "new token rows"], 1e-3, 0.1),
             (["projector"], 1e-3, 0.5),
         ]
+
+
+@pytest.mark.usefixtures("in_recordings")
+def test_adapters_lie_in_the_layers_asked_for():
+    model = add_lora(load("ckpt/llava15-tiny", "sdpa"), r=2, alpha=4, dropout=0.0, layers=range(1, 2))
+    adapted = [name for name, _ in model.named_parameters() if part_of(name) == "LoRA"]
+    assert adapted
+    assert all(".layers.1." in name and "vision" not in name for name in adapted)

@@ -15,8 +15,8 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 from llava_ft.checkpoint.model import find_model, load_base
 from llava_ft.errors import RunError, UserError
 from llava_ft.models.llava import LlavaForCausalLM
+from llava_ft.models.parts import language_model_linears
 from llava_ft.tuning.lora import add_lora
-from llava_ft.tuning.plan import language_model_linears
 from llava_ft.tuning.quant import (
     Quantization,
     check_quantization,
