@@ -7,7 +7,7 @@ again: base and vision tower, configuration, tokenizer, where each weight lies, 
 import logging
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -16,13 +16,15 @@ from llava_ft.checkpoint.directory import Need
 from llava_ft.checkpoint.model import ModelSpec, check_added_tokens, find_model
 from llava_ft.checkpoint.names import NON_LORA_BIN
 from llava_ft.checkpoint.overrides import Force, force_from_flags, refuse_unless
-from llava_ft.checkpoint.start import Start, find_start
 from llava_ft.constants import CHECKPOINT_FIELDS
 from llava_ft.conversation import get_template
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.models.config import LlavaModelConfig
 from llava_ft.tuning.plan import TuningPlan
+
+if TYPE_CHECKING:
+    from llava_ft.checkpoint.start import Start
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ class RunModel:
     """
 
     args: ParsedArgs
-    start: Start | None
+    start: "Start | None"
     spec: ModelSpec
 
     @property
@@ -117,7 +119,7 @@ def resolve_model(args: ParsedArgs, *, need: Need = "weights") -> RunModel:
     return _resolve(args, start, need)
 
 
-def start_of(args: ParsedArgs) -> Start | None:
+def start_of(args: ParsedArgs) -> "Start | None":
     """Find what a run starts from; None if it starts from its base alone.
 
     Raises:
@@ -126,6 +128,8 @@ def start_of(args: ParsedArgs) -> Start | None:
     path, flag = args.flags.start
     if not path:
         return None
+    from llava_ft.checkpoint.start import find_start  # runs that start from their base do without
+
     flags = args.flags
     return find_start(path, flags.adapter_mode, trains_adapter=flags.lora_enable, flag=flag, cache_dir=flags.cache_dir)
 
@@ -145,7 +149,7 @@ def force_of(args: ParsedArgs) -> Force:
     return force_from_flags(args.flags.force, args.flags.allow_base_mismatch)
 
 
-def _resolve(args: ParsedArgs, start: Start | None, need: Need) -> RunModel:
+def _resolve(args: ParsedArgs, start: "Start | None", need: Need) -> RunModel:
     wishes: dict[str, Any] = {key: getattr(args.model, key, None) for key in CHECKPOINT_FIELDS}
     wishes |= {key: getattr(args.data, key) for key in ("image_aspect_ratio", "image_grid_pinpoints")}
     wishes = {key: wish for key, wish in wishes.items() if wish is not None}

@@ -17,8 +17,8 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from llava_ft.checkpoint.base_and_adapters import quantization_in_training
 from llava_ft.checkpoint.manifest import check_pairing, what_is_incomplete
+from llava_ft.checkpoint.quantized import quantization_in_training
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.checkpoint.zero.consolidate import consolidate
 from llava_ft.checkpoint.zero.files import find_step_directory

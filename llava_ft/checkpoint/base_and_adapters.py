@@ -3,11 +3,9 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-import yaml
 from transformers import PreTrainedTokenizerFast
 
 from llava_ft.checkpoint.adapter import LoraAdapter
@@ -17,14 +15,13 @@ from llava_ft.checkpoint.fingerprint import language_model_fingerprint
 from llava_ft.checkpoint.load import WeightSource
 from llava_ft.checkpoint.manifest import read_manifest
 from llava_ft.checkpoint.model import ModelSpec, find_model
-from llava_ft.checkpoint.names import IMAGE_NEWLINE, RUN_CONFIG
+from llava_ft.checkpoint.names import IMAGE_NEWLINE
 from llava_ft.checkpoint.overrides import Force, refuse_unless
-from llava_ft.checkpoint.quantized_base import note_on_quantized, refuse_quantized
+from llava_ft.checkpoint.quantized import note_on_quantized, refuse_quantized
 from llava_ft.checkpoint.restore import check_base
 from llava_ft.data.tokenizer import load_tokenizer
 from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import checkpoint_wishes
-from llava_ft.tuning.quant import Quantization
 
 logger = logging.getLogger(__name__)
 
@@ -174,25 +171,3 @@ def _common_tokenizer(directories: Sequence[ModelDirectory], base: ModelSpec) ->
                 "entries). Only adapters with the same tokens can be put together."
             )
     return first
-
-
-def quantization_in_training(path: Path) -> Quantization | None:
-    """Return how the language model was held in training, by the configuration in a directory; None for 16 bits.
-
-    A directory without one, as the original writes it, says nothing and counts as 16 bits.
-
-    Raises:
-        CheckpointError: The configuration is damaged.
-    """
-    file = path / RUN_CONFIG
-    if not file.is_file():
-        return None
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        settings = cast("dict[str, Any]", content if isinstance(content, dict) else {})
-        bits, quant_type = settings.get("bits", 16), settings.get("quant_type", "nf4")
-        if bits not in (4, 8, 16) or quant_type not in ("nf4", "fp4"):
-            raise ValueError(f"bits is {bits} and quant_type {quant_type}")
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{file} cannot be read as a run's configuration ({error}). Copy it again.") from None
-    return Quantization.from_flags(bits, quant_type, bool(settings.get("double_quant", True)))

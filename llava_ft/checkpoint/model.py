@@ -28,7 +28,7 @@ from llava_ft.checkpoint.names import (
     clip_to_native_name,
     native_name,
 )
-from llava_ft.checkpoint.quantized_base import refuse_quantized
+from llava_ft.checkpoint.quantized import refuse_quantized
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.data.image_processor import PREPROCESSOR_CONFIG, image_settings_file
 from llava_ft.errors import CheckpointError

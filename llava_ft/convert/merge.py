@@ -21,11 +21,12 @@ from typing import Literal
 
 import torch
 
-from llava_ft.checkpoint.base_and_adapters import open_base_and_adapters, quantization_in_training
+from llava_ft.checkpoint.base_and_adapters import open_base_and_adapters
 from llava_ft.checkpoint.directory import ModelDirectory, identify, resolve_model_path
 from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.checkpoint.names import CONFIG, GENERATION_CONFIG, RUN_CONFIG
 from llava_ft.checkpoint.overrides import Force, collect_ignored, force_from_flags
+from llava_ft.checkpoint.quantized import quantization_in_training
 from llava_ft.checkpoint.save import ShardWriter, check_space, config_fields, layout_bytes, shard_bytes, write_json
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.convert.native_record import copy_files

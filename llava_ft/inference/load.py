@@ -12,12 +12,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from llava_ft.checkpoint.adapter import LoraAdapter, merged
-from llava_ft.checkpoint.base_and_adapters import BaseAndAdapters, open_base_and_adapters, quantization_in_training
+from llava_ft.checkpoint.base_and_adapters import BaseAndAdapters, open_base_and_adapters
 from llava_ft.checkpoint.blend import Adapters
 from llava_ft.checkpoint.directory import identify, resolve_model_path
 from llava_ft.checkpoint.model import ModelSpec, load_base
 from llava_ft.checkpoint.names import PEFT_PREFIX
 from llava_ft.checkpoint.overrides import Force, force_from_flags
+from llava_ft.checkpoint.quantized import quantization_in_training
 from llava_ft.data.images import ImageTransform
 from llava_ft.errors import UserError
 from llava_ft.models.llava import LlavaForCausalLM

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import LoraConfig
@@ -43,7 +43,6 @@ from llava_ft.checkpoint.save import (
     write_lora,
     write_projector,
 )
-from llava_ft.checkpoint.start import Start
 from llava_ft.data.build import BuiltDatasets
 from llava_ft.data.image_processor import copy_image_settings
 from llava_ft.data.report import DataReport
@@ -55,6 +54,9 @@ from llava_ft.models.parts import module_part
 from llava_ft.training.fragments import whole_dtype, whole_value
 from llava_ft.training.start_from import describe_start
 from llava_ft.tuning.plan import TuningPlan
+
+if TYPE_CHECKING:
+    from llava_ft.checkpoint.start import Start
 
 _MAX_SHARD_BYTES = 5 * 10**9
 
@@ -161,7 +163,7 @@ def lineage_writer(
     base: tuple[str, str],
     datasets: BuiltDatasets,
     *,
-    start: Start | None,
+    start: "Start | None",
     checkpoint: Path | None,
     ignored: Sequence[str] = (),
 ) -> Callable[[Path, int], None]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from transformers import TrainingArguments
@@ -20,7 +20,9 @@ from transformers import TrainingArguments
 from llava_ft.args import ParsedArgs
 from llava_ft.errors import UserError
 from llava_ft.training.fragments import ZeroDivision
-from llava_ft.training.watch import RankWatch
+
+if TYPE_CHECKING:
+    from llava_ft.training.watch import RankWatch
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ _SECONDS_BETWEEN_LOOKS = 0.2
 _Value = TypeVar("_Value")
 
 
-def join_ranks(args: ParsedArgs) -> RankWatch | None:
+def join_ranks(args: ParsedArgs) -> "RankWatch | None":
     """Make this process one of the run's ranks. Call before `args.training`, which takes the device.
 
     Returns:
@@ -71,6 +73,8 @@ def join_ranks(args: ParsedArgs) -> RankWatch | None:
     training = args.training  # joins the process group
     if training.world_size == 1:
         return None
+    from llava_ft.training.watch import RankWatch  # runs of one rank do without
+
     return RankWatch.connect(training.process_index, training.world_size, training.local_process_index)
 
 
@@ -80,7 +84,7 @@ def zero_division(training: TrainingArguments) -> ZeroDivision | None:
     return ZeroDivision(deepspeed.config) if deepspeed is not None and deepspeed.is_zero3() else None
 
 
-def leave_ranks(watch: RankWatch | None) -> None:
+def leave_ranks(watch: "RankWatch | None") -> None:
     """End this process's part in a run that went well, when all ranks are through."""
     if watch is not None:
         watch.finish()

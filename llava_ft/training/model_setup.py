@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from llava_ft.args import ParsedArgs
-from llava_ft.checkpoint.base_and_adapters import quantization_in_training
 from llava_ft.checkpoint.directory import absolute_or_hub_name
 from llava_ft.checkpoint.model import ModelSpec, load_base
 from llava_ft.checkpoint.names import EMBEDDINGS, HEAD
+from llava_ft.checkpoint.quantized import quantization_in_training
 from llava_ft.checkpoint.save import result_kind
 from llava_ft.errors import UserError
 from llava_ft.models.attention.kernels import limit

@@ -26,7 +26,6 @@ from llava_ft.errors import RunError, UserError
 from llava_ft.resolve import force_of, resolve_model
 from llava_ft.training.artifacts import RunArtifacts, lineage_writer
 from llava_ft.training.callbacks import LogLines, Progress, SetSamplerEpoch, StopOnSignal
-from llava_ft.training.compile import compile_layers
 from llava_ft.training.data_setup import arrange_rows, data_seed, prepare_datasets, write_data_report
 from llava_ft.training.distributed import (
     check_same_checkpoint,
@@ -48,7 +47,6 @@ from llava_ft.training.reporting import attach_reporters
 from llava_ft.training.speed import SpeedMeter, flops_of_run
 from llava_ft.training.start_from import check_resumed_start, merge_start, put_start
 from llava_ft.training.trainer import LlavaTrainer
-from llava_ft.training.vision_cache import use_vision_cache
 
 logger = logging.getLogger(__name__)
 
@@ -170,12 +168,18 @@ def prepare_run(args: ParsedArgs) -> Run:
 
         # The weights. The vision cache is filled first, so that the tower and the model are never in memory together.
         # Compiling replaces forwards, which adapters and hooks must find in place.
-        encodes_images = not use_vision_cache(args, base, plan, datasets, compute_dtype(args))
+        encodes_images = True
+        if args.data.vision_cache is not None:
+            from llava_ft.training.vision_cache import use_vision_cache
+
+            encodes_images = not use_vision_cache(args, base, plan, datasets, compute_dtype(args))
         num_new_rows = max(0, len(tokenizer) - base.config.vocab_size)
         model = load_model_to_train(args, base, plan, num_new_rows=num_new_rows, encodes_images=encodes_images)
         if run.start is not None:
             put_start(args, run.start, model)
         if args.training.torch_compile:
+            from llava_ft.training.compile import compile_layers
+
             backend, mode = args.training.torch_compile_backend, args.training.torch_compile_mode
             assert backend is not None
             count = compile_layers(model, backend=backend, mode=mode)

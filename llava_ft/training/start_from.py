@@ -5,7 +5,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -17,17 +17,19 @@ from llava_ft.checkpoint.manifest import MERGED_BASE, what_is_incomplete
 from llava_ft.checkpoint.names import NEW_ROWS_SUFFIX, plain_name
 from llava_ft.checkpoint.overrides import refuse_unless
 from llava_ft.checkpoint.restore import check_base, restore_trained
-from llava_ft.checkpoint.start import Start
 from llava_ft.errors import UserError
 from llava_ft.models.parts import LANGUAGE_MODEL, module_part
 from llava_ft.resolve import RunModel, force_of, resolve_merged
 from llava_ft.training.distributed import wait_for_first
 from llava_ft.training.fragments import gathered, value_setter
 
+if TYPE_CHECKING:
+    from llava_ft.checkpoint.start import Start
+
 logger = logging.getLogger(__name__)
 
 
-def put_start(args: ParsedArgs, start: Start, model: nn.Module) -> None:
+def put_start(args: ParsedArgs, start: "Start", model: nn.Module) -> None:
     """Give a model that has been loaded what the base's files and the start's sources do not give it.
 
     That is the adapter where it is trained on, and rows of added tokens. All ranks call this together.
@@ -91,7 +93,7 @@ def check_resumed_start(run: RunModel, checkpoint: Path | None) -> None:
     )
 
 
-def describe_start(start: Start) -> dict[str, str]:
+def describe_start(start: "Start") -> dict[str, str]:
     """Say what a run starts from, for its lineage: path, fingerprint of the weights, and mode."""
     described = describe_parent(start.path)
     return {"path": described["path"], "fingerprint": described["fingerprint"], "mode": start.mode}
@@ -132,7 +134,7 @@ def merge_start(run: RunModel) -> RunModel:
     return resolve_merged(run, str(target))
 
 
-def _merge(args: ParsedArgs, start: Start, target: Path) -> None:
+def _merge(args: ParsedArgs, start: "Start", target: Path) -> None:
     from llava_ft.convert.merge import MergeOptions, merge  # heavy; other runs do without
 
     logger.info("Merging the adapter in %s into its base %s.", start.path, args.model.model_name_or_path)

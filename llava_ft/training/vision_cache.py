@@ -56,14 +56,13 @@ def use_vision_cache(
     """Let the data sets read features of the vision tower instead of images, after computing what is missing.
 
     Returns:
-        Whether the run needs no vision tower: a cache is asked for, and nothing forbids it.
+        Whether the run needs no vision tower: nothing forbids the cache that is asked for.
 
     Raises:
         UserError: The directory cannot be used, or the disk has too little room.
         RunError: The disk is full after all, or the tower gives numbers that are not finite.
     """
-    if args.data.vision_cache is None:
-        return False
+    assert args.data.vision_cache is not None
     training, directory, by_name = args.training, Path(args.data.vision_cache), _images_by_name(datasets)
     reason = None
     # Images are prepared without random numbers: that is no reason against it.

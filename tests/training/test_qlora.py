@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_ft.checkpoint.base_and_adapters import quantization_in_training
+from llava_ft.checkpoint.quantized import quantization_in_training
 from llava_ft.cli import main
 from llava_ft.errors import CheckpointError, UserError
 from llava_ft.inference.load import choose_quantization, load_model, load_pretrained_model

@@ -1,11 +1,13 @@
-"""Bases whose files hold quantised weights: nothing can be merged into them, and their 16-bit source is named.
+"""What files say of quantised weights: how a run held them, and bases whose own files hold such weights.
+
+Nothing can be merged into the latter, and their 16-bit source is named.
 
 Such weights (bitsandbytes, GPTQ, AWQ and others) are packed integers with scales. A sum would have to be rounded to a
 few bits once more, which loses most of what an adapter adds, so adapters are put into the model that was quantised.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -14,6 +16,7 @@ from llava_ft.checkpoint.names import CONFIG, RUN_CONFIG
 from llava_ft.checkpoint.pickles import dict_or_empty
 from llava_ft.checkpoint.weights import read_json
 from llava_ft.errors import CheckpointError
+from llava_ft.tuning.quant import Quantization
 
 
 def refuse_quantized(name: str, trained: ModelDirectory | None = None) -> None:
@@ -57,6 +60,28 @@ def note_on_quantized(trained: ModelDirectory, base: ModelDirectory) -> list[str
         "whose own weights and fingerprint differ from those by the rounding, so answers differ slightly from those "
         "in training"
     ]
+
+
+def quantization_in_training(path: Path) -> Quantization | None:
+    """Return how the language model was held in training, by the configuration in a directory; None for 16 bits.
+
+    A directory without one, as the original writes it, says nothing and counts as 16 bits.
+
+    Raises:
+        CheckpointError: The configuration is damaged.
+    """
+    file = path / RUN_CONFIG
+    if not file.is_file():
+        return None
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        settings = cast("dict[str, Any]", content if isinstance(content, dict) else {})
+        bits, quant_type = settings.get("bits", 16), settings.get("quant_type", "nf4")
+        if bits not in (4, 8, 16) or quant_type not in ("nf4", "fp4"):
+            raise ValueError(f"bits is {bits} and quant_type {quant_type}")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{file} cannot be read as a run's configuration ({error}). Copy it again.") from None
+    return Quantization.from_flags(bits, quant_type, bool(settings.get("double_quant", True)))
 
 
 def _method(directory: Path) -> str | None:
