@@ -32,12 +32,12 @@ SIDE = 336
 PAGE = REPOSITORY / "docs/reference/images.md"
 MARK = "<!-- written by benchmarks/decode_images.py -->\n"
 GEOMETRIES = {
-    "`square`": ImageGeometry(SIDE, 14),
-    "`pad`": ImageGeometry(SIDE, 14, aspect_ratio="pad"),
+    "`square`": ImageGeometry(SIDE, 24, 576, 576),
+    "`pad`": ImageGeometry(SIDE, 24, 576, 576, aspect_ratio="pad"),
     "`anyres`": ImageGeometry(
-        SIDE, 14, aspect_ratio="anyres", grid_pinpoints=tuple((c * SIDE, r * SIDE) for c, r in DEFAULT_GRIDS)
+        SIDE, 24, 576, 576, aspect_ratio="anyres", grid_pinpoints=tuple((c * SIDE, r * SIDE) for c, r in DEFAULT_GRIDS)
     ),
-    "`pad`, S2 to 1008": ImageGeometry(SIDE, 14, aspect_ratio="pad", s2_scales=(SIDE, 2 * SIDE, 3 * SIDE)),
+    "`pad`, S2 to 1008": ImageGeometry(SIDE, 24, 576, 576, aspect_ratio="pad", s2_scales=(SIDE, 2 * SIDE, 3 * SIDE)),
 }
 
 

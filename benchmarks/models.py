@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from workload import Preset
 
-from llava_ft.models.builder import build_skeleton, settle_config, vision_fields
+from llava_ft.models.builder import build_skeleton, settle_config
 from llava_ft.models.config import LlavaModelConfig
 from llava_ft.models.llava import LlavaForCausalLM, part_of
+from llava_ft.models.towers import tower_fields
 from llava_ft.tuning.quant import Quantization, is_quantized, quantize_linears, set_quantized_weight
 
 QUANTIZATION = Quantization(4, "nf4", True)
@@ -19,7 +20,7 @@ def preset_config(preset: Preset) -> LlavaModelConfig:
     """The configuration of a preset's model."""
     fields: dict[str, Any] = {"model_type": "llama", "eos_token_id": 2, "pad_token_id": 0, **preset.language}
     wishes = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "image_aspect_ratio": "pad"}
-    vision = vision_fields(dict(preset.vision), "inside")
+    vision = tower_fields(dict(preset.vision), "inside")
     return settle_config(fields, "random", wishes=wishes, vision_tower="inside", vision=vision)
 
 

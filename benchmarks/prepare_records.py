@@ -115,7 +115,9 @@ def start(folder: Path, workers: int, model_max_length: int) -> dict[str, object
     from llava_ft.data.tokenizer import load_tokenizer
     from llava_ft.geometry import ImageGeometry
 
-    geometry = ImageGeometry(image_size=56, patch_size=14, aspect_ratio="pad")
+    geometry = ImageGeometry(
+        image_size=56, tokens_per_side=4, tokens_per_tile=16, features_per_tile=16, aspect_ratio="pad"
+    )
     tokenizer = load_tokenizer(TOKENIZER)
     transform = ImageTransform.from_pretrained(REPOSITORY / "tests" / "golden" / "ckpt" / "clip-tiny", "pad")
     imported = high_water(os.getpid())

@@ -25,7 +25,8 @@ def write_model(
     import torch
 
     from llava_ft.checkpoint.save import ShardWriter, config_fields, write_json
-    from llava_ft.models.builder import build_skeleton, settle_config, vision_fields
+    from llava_ft.models.builder import build_skeleton, settle_config
+    from llava_ft.models.towers import tower_fields
 
     fields: dict[str, Any] = {
         "model_type": "llama",
@@ -35,7 +36,7 @@ def write_model(
         **language,
     }
     wishes = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "image_aspect_ratio": "pad"}
-    tower = vision_fields(dict(vision), "inside")
+    tower = tower_fields(dict(vision), "inside")
     config = settle_config(fields, "random", wishes=wishes, vision_tower="inside", vision=tower)
     directory.mkdir(parents=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -38,8 +38,5 @@ since v1, because the entry it adds to the vocabulary is never used.
 CHECKPOINT_FIELDS: Final = (*ORIGINAL_DEFAULTS, "image_grid_pinpoints", "s2_scales")
 """What a LLaVA checkpoint settles where the user does not. The last two follow from the vision tower by default."""
 
-PROJECTOR_TYPE_PATTERN: Final = re.compile(r"linear|identity|mlp([1-9]\d?)x_gelu")
-"""Every projector that can be built: one linear layer, none, or N linear layers with GELU between them."""
-
 ASPECT_RATIO_PATTERN: Final = re.compile(r"square|pad|anyres|anyres_max_([1-9]\d*)")
 """Every way to bring an image into the tower's shape; the number of `anyres_max_N` bounds its tokens."""

@@ -22,9 +22,6 @@ from llava_ft.errors import UserError
 SizeWH = tuple[int, int]
 """Width and height, in pixels unless said otherwise."""
 
-SELECT_FEATURES: Final = ("patch", "cls_patch")
-"""Known values of `mm_vision_select_feature`: patches only, or the class token and the patches."""
-
 MERGE_TYPES: Final = ("flat", "spatial", "spatial_unpad")
 """Known values of `mm_patch_merge_type`."""
 
@@ -43,40 +40,15 @@ _RANGE: Final = re.compile(r"\((\d+)x(\d+)\),(?:\.\.\.|…),\((\d+)x(\d+)\)")
 _GRID: Final = re.compile(r"\((\d+)x(\d+)\)")
 
 
-def num_image_tokens(image_size: int, patch_size: int, select_feature: str = "patch") -> int:
-    """Count the features that a vision tower gives for one image of `image_size` x `image_size` pixels.
-
-    Args:
-        image_size: Side of the square that goes into the tower, in pixels.
-        patch_size: Side of one patch, in pixels. Pixels beyond the last whole patch are not seen, as in CLIP.
-        select_feature: "patch", or "cls_patch" to count the class token too.
-
-    Returns:
-        The number of features, each of which takes one position of the language model.
-
-    Raises:
-        UserError: A size is not positive, the patch is larger than the image, or `select_feature` is unknown.
-    """
-    if select_feature not in SELECT_FEATURES:
-        known = " or ".join(map(repr, SELECT_FEATURES))
-        raise UserError(f"mm_vision_select_feature is {select_feature!r}; it can be {known}.")
-    if patch_size < 1 or image_size < patch_size:
-        raise UserError(
-            f"A vision tower with image_size {image_size} and patch_size {patch_size} has no patches; "
-            "patch_size must be at least 1 and at most image_size."
-        )
-    patches = (image_size // patch_size) ** 2
-    return patches + 1 if select_feature == "cls_patch" else patches
-
-
 @dataclass(frozen=True, slots=True)
 class ImageGeometry:
     """How the images of a model become tiles and tokens.
 
     Attributes:
         image_size: Side of the square that the vision tower takes, in pixels.
-        patch_size: Side of one patch of the tower, in pixels.
-        select_feature: "patch", or "cls_patch" for the class token too.
+        tokens_per_side: Side of the square that the tokens of a tile form, in reading order; None if they form none.
+        tokens_per_tile: Positions of the language model that a tile takes: what the projector makes of its features.
+        features_per_tile: Features that the tower gives for a tile.
         aspect_ratio: "square", "pad", "anyres" or "anyres_max_N".
         merge_type: How the features of a grid of tiles are laid out; of no effect without anyres.
         grid_pinpoints: With anyres: the sizes that a tiled picture may take, in pixels.
@@ -84,15 +56,15 @@ class ImageGeometry:
     """
 
     image_size: int
-    patch_size: int
-    select_feature: str = "patch"
+    tokens_per_side: int | None
+    tokens_per_tile: int
+    features_per_tile: int
     aspect_ratio: str = "square"
     merge_type: str = "flat"
     grid_pinpoints: tuple[SizeWH, ...] = ()
     s2_scales: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        num_image_tokens(self.image_size, self.patch_size, self.select_feature)
         if not ASPECT_RATIO_PATTERN.fullmatch(self.aspect_ratio):
             raise UserError(
                 f"image_aspect_ratio is {self.aspect_ratio!r}; it can be 'square', 'pad', 'anyres' or 'anyres_max_N' "
@@ -115,11 +87,12 @@ class ImageGeometry:
                 f"vision tower of {side} x {side} pixels each size must be a whole number of tiles, such as "
                 f"{side} x {2 * side}. Change image_grid_pinpoints, or leave it out."
             )
-        if self.merge_type != "flat" and self.select_feature != "patch":
+        if self.merge_type != "flat" and self.tokens_per_side is None:
             raise UserError(
-                f"mm_patch_merge_type={self.merge_type} lays out patches row by row, and "
-                f"mm_vision_select_feature={self.select_feature} adds a class token that has no place there. Use "
-                "mm_vision_select_feature=patch or mm_patch_merge_type=flat."
+                f"mm_patch_merge_type={self.merge_type} lays tokens out row by row, and the {self.tokens_per_tile} "
+                "tokens of a tile form no square: mm_vision_select_feature=cls_patch adds a class token, or the "
+                "projector does not keep their places. Use mm_vision_select_feature=patch, another projector, or "
+                "mm_patch_merge_type=flat."
             )
         if self.max_tiles_of_tokens is not None and self.merge_type != "spatial_unpad":
             raise UserError(
@@ -136,11 +109,6 @@ class ImageGeometry:
                 f"s2_scales is {scales}; with a vision tower of {self.image_size} x {self.image_size} pixels it must "
                 f"start with {self.image_size} and go on with larger whole multiples of it, such as "
                 f"{','.join(str(n * self.image_size) for n in (1, 2, 3))}."
-            )
-        if self.select_feature != "patch":
-            raise UserError(
-                f"s2_scales={scales} pools patches, and mm_vision_select_feature={self.select_feature} adds a class "
-                "token that has no place there. Use mm_vision_select_feature=patch."
             )
         if self.needs_image_sizes:
             raise UserError(
@@ -165,14 +133,10 @@ class ImageGeometry:
         return self.s2_scales[-1] if self.s2_scales else self.image_size
 
     @property
-    def patches_per_side(self) -> int:
-        """Patches along one side of a tile."""
-        return self.image_size // self.patch_size
-
-    @property
-    def tokens_per_tile(self) -> int:
-        """Features that the tower gives for one tile."""
-        return num_image_tokens(self.image_size, self.patch_size, self.select_feature)
+    def _side(self) -> int:
+        """`tokens_per_side`, for layouts that were refused without one."""
+        assert self.tokens_per_side is not None
+        return self.tokens_per_side
 
     def num_tokens(self, size_wh: SizeWH | None = None) -> int:
         """Count the positions of the language model that an image takes.
@@ -205,10 +169,9 @@ class ImageGeometry:
         return width // self.image_size, height // self.image_size
 
     def feature_grid(self, size_wh: SizeWH) -> tuple[int, int]:
-        """Count the rows and columns of features of a picture's grid, unpadded and reduced (`spatial_unpad`)."""
+        """Count the rows and columns of tokens of a picture's grid, unpadded and reduced (`spatial_unpad`)."""
         columns, rows = self.grid(size_wh)
-        side = self.patches_per_side
-        padded_rows, padded_columns = rows * side, columns * side
+        padded_rows, padded_columns = rows * self._side, columns * self._side
         top, left = unpadding(padded_rows, padded_columns, size_wh)
         return self.reduced(padded_rows - 2 * top, padded_columns - 2 * left)
 
@@ -217,7 +180,7 @@ class ImageGeometry:
         limit = self.max_tiles_of_tokens
         if limit is None:
             return rows, columns
-        times = math.sqrt(rows * columns / (limit * self.patches_per_side**2))
+        times = math.sqrt(rows * columns / (limit * self._side**2))
         if times <= _REDUCTION_FROM:
             return rows, columns
         return max(1, int(rows // times)), max(1, int(columns // times))
@@ -377,7 +340,7 @@ def _largest_size(geometry: ImageGeometry, within: int | None) -> SizeWH | None:
     candidates = list(geometry.grid_pinpoints)
     if geometry.merge_type == "spatial_unpad":
         # A picture that is narrower than its grid has fewer features, and `anyres_max_N` may leave it more of them.
-        step = geometry.patch_size
+        step = geometry.image_size // geometry._side
         for width, height in geometry.grid_pinpoints:
             candidates += [(smaller, height) for smaller in (*range(width - step, 1, -step), 1)]
             candidates += [(width, smaller) for smaller in (*range(height - step, 1, -step), 1)]

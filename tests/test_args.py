@@ -552,11 +552,6 @@ REFUSED_FLAGS = [
         r"freeze_mm_mlp_adapter and tune_mm_mlp_adapter exclude each other",
     ),
     (["--freeze_backbone", "--freeze_mm_mlp_adapter"], r"leave nothing to train"),
-    (
-        ["--mm_projector_type", "mlp"],
-        r"mm_projector_type=mlp: unknown projector. Allowed: linear, identity, mlpNx_gelu",
-    ),
-    (["--mm_projector_type", "mlp0x_gelu"], r"mm_projector_type=mlp0x_gelu: unknown projector"),
     (["--mm_vision_select_feature", "cls"], r"Allowed: patch \| cls_patch \| null"),
     (["--image_aspect_ratio", "anyres_max_0"], r"image_aspect_ratio=anyres_max_0: unknown.*anyres_max_N"),
     (["--preprocessing_num_workers", "0"], r"preprocessing_num_workers=0: must be at least 1"),

@@ -12,60 +12,31 @@ from llava_ft.geometry import (
     DEFAULT_GRIDS,
     ImageGeometry,
     fitted_size,
-    num_image_tokens,
     parse_grid_pinpoints,
     parse_s2_scales,
     unpadding,
 )
 from tests.conftest import read_recording
 
-
-@pytest.mark.parametrize(
-    ("image_size", "patch_size", "feature", "expected"),
-    [
-        (336, 14, "patch", 576),
-        (336, 14, "cls_patch", 577),
-        (224, 14, "patch", 256),
-        (56, 14, "patch", 16),
-        (224, 32, "cls_patch", 50),
-        (30, 14, "patch", 4),
-        (14, 14, "patch", 1),
-    ],
-)
-def test_counts(image_size, patch_size, feature, expected):
-    assert num_image_tokens(image_size, patch_size, feature) == expected
-
-
-def test_patch_is_the_default():
-    assert num_image_tokens(336, 14) == 576
-
-
-def test_refuses_an_unknown_feature():
-    with pytest.raises(UserError, match="mm_vision_select_feature is 'cls'; it can be 'patch' or 'cls_patch'"):
-        num_image_tokens(336, 14, "cls")
-
-
-@pytest.mark.parametrize(("image_size", "patch_size"), [(13, 14), (0, 14), (336, 0), (-14, -14)])
-def test_refuses_sizes_without_patches(image_size, patch_size):
-    with pytest.raises(UserError, match=f"image_size {image_size} and patch_size {patch_size} has no patches"):
-        num_image_tokens(image_size, patch_size)
-
-
 FACTS = read_recording("forward/index.json")
 IMAGES = read_recording("images/index.json")
 SIDES = st.one_of(st.integers(1, 12), st.integers(1, 3000), st.integers(60_000, 65_535))
 SIZES = st.tuples(SIDES, SIDES)
-TINY = {"image_size": 56, "patch_size": 14}
+TINY = {"image_size": 56, "tokens_per_side": 4, "tokens_per_tile": 16, "features_per_tile": 16}
 LLAVA_16 = ImageGeometry(
     image_size=336,
-    patch_size=14,
+    tokens_per_side=24,
+    tokens_per_tile=576,
+    features_per_tile=576,
     aspect_ratio="anyres",
     merge_type="spatial_unpad",
     grid_pinpoints=parse_grid_pinpoints("(1x2),(2x1),(2x2),(3x1),(1x3)", 336),
 )
 ONEVISION = ImageGeometry(
     image_size=384,
-    patch_size=14,
+    tokens_per_side=27,
+    tokens_per_tile=729,
+    features_per_tile=729,
     aspect_ratio="anyres_max_9",
     merge_type="spatial_unpad",
     grid_pinpoints=parse_grid_pinpoints("(1x1),...,(6x6)", 384),
@@ -78,7 +49,9 @@ class TestRecordings:
     def test_resolution_and_tiles(self, name, side):
         recorded, size_wh = IMAGES["images"][name], tuple(IMAGES["images"][name]["size"])
         pinpoints = parse_grid_pinpoints(IMAGES["grid_pinpoints"][str(side)], side)
-        geometry = ImageGeometry(side, 14, aspect_ratio="anyres", grid_pinpoints=pinpoints)
+        geometry = ImageGeometry(
+            side, side // 14, (side // 14) ** 2, (side // 14) ** 2, aspect_ratio="anyres", grid_pinpoints=pinpoints
+        )
         facts = recorded[f"{side}/anyres"]
         assert geometry.best_resolution(size_wh) == tuple(facts["best_resolution"])
         assert geometry.grid(size_wh) == tuple(facts["grid_shape"])
@@ -99,7 +72,7 @@ class TestRecordings:
 class TestCounts:
     def test_one_tile(self):
         for ratio in ("square", "pad"):
-            geometry = ImageGeometry(336, 14, aspect_ratio=ratio, merge_type="spatial_unpad")
+            geometry = ImageGeometry(336, 24, 576, 576, aspect_ratio=ratio, merge_type="spatial_unpad")
             assert not geometry.needs_image_sizes
             assert geometry.num_tokens() == geometry.num_tokens((1, 9)) == geometry.max_tokens == 576
             assert geometry.num_tiles() == geometry.max_tiles == 1
@@ -124,7 +97,7 @@ class TestCounts:
         assert LLAVA_16.num_tokens(size_wh) == unpad
 
     def test_class_tokens_of_all_tiles(self):
-        geometry = replace(LLAVA_16, merge_type="flat", select_feature="cls_patch")
+        geometry = replace(LLAVA_16, merge_type="flat", tokens_per_side=None, tokens_per_tile=577)
         assert geometry.num_tokens((672, 672)) == 5 * 577
 
     def test_the_size_is_needed(self):
@@ -133,7 +106,7 @@ class TestCounts:
                 count()
 
     def test_s2_keeps_the_count_and_takes_larger_pictures(self):
-        geometry = ImageGeometry(336, 14, s2_scales=(336, 672, 1008))
+        geometry = ImageGeometry(336, 24, 576, 576, s2_scales=(336, 672, 1008))
         assert (geometry.num_tokens(), geometry.num_tiles(), geometry.input_size) == (576, 1, 1008)
 
     @pytest.mark.parametrize("geometry", [LLAVA_16, replace(LLAVA_16, merge_type="flat"), ONEVISION], ids=str)
@@ -181,7 +154,7 @@ class TestReduction:
 
     def test_at_least_one_row_is_left(self):
         geometry = ImageGeometry(
-            14, 14, aspect_ratio="anyres_max_1", merge_type="spatial_unpad", grid_pinpoints=((14 * 40, 14),)
+            14, 1, 1, 1, aspect_ratio="anyres_max_1", merge_type="spatial_unpad", grid_pinpoints=((14 * 40, 14),)
         )
         assert geometry.feature_grid((560, 14)) == (1, 6)
 
@@ -272,8 +245,8 @@ class TestPinpoints:
         ({"aspect_ratio": "anyres", "grid_pinpoints": ((56, 50),)}, "holds 56 x 50.* such as 56 x 112"),
         (
             {"aspect_ratio": "anyres", "grid_pinpoints": ((56, 56),), "merge_type": "spatial"}
-            | {"select_feature": "cls_patch"},
-            "adds a class token that has no place there.*mm_vision_select_feature=patch",
+            | {"tokens_per_side": None, "tokens_per_tile": 17},
+            "the 17 tokens of a tile form no square.*Use mm_vision_select_feature=patch",
         ),
         (
             {"aspect_ratio": "anyres_max_2", "grid_pinpoints": ((56, 56),), "merge_type": "spatial"},
@@ -282,7 +255,6 @@ class TestPinpoints:
         ({"s2_scales": (112, 224)}, "s2_scales is 112,224; .* must start with 56 .* such as 56,112,168"),
         ({"s2_scales": (56, 100)}, "s2_scales is 56,100"),
         ({"s2_scales": (56, 56)}, "s2_scales is 56,56"),
-        ({"s2_scales": (56, 112), "select_feature": "cls_patch"}, "pools patches"),
         (
             {"s2_scales": (56, 112), "aspect_ratio": "anyres", "grid_pinpoints": ((56, 56),)},
             "s2_scales=56,112 and image_aspect_ratio=anyres exclude each other",
@@ -291,7 +263,7 @@ class TestPinpoints:
 )
 def test_contradictions_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
-        ImageGeometry(**TINY, **fields)
+        ImageGeometry(**(TINY | fields))
 
 
 def test_geometries_can_be_sent_to_workers():

@@ -13,14 +13,16 @@ PAGE = Path(__file__).parents[1] / "docs/how-to/resolution.md"
 MARK = "<!-- computed by tests/test_resolution_page.py -->\n"
 LLAVA_16 = parse_grid_pinpoints("(1x2),(2x1),(2x2),(3x1),(1x3)", 336)
 SETTINGS = {
-    "`pad`": ImageGeometry(336, 14, aspect_ratio="pad"),
-    "`anyres`, `flat` or `spatial`": ImageGeometry(336, 14, aspect_ratio="anyres", grid_pinpoints=LLAVA_16),
+    "`pad`": ImageGeometry(336, 24, 576, 576, aspect_ratio="pad"),
+    "`anyres`, `flat` or `spatial`": ImageGeometry(336, 24, 576, 576, aspect_ratio="anyres", grid_pinpoints=LLAVA_16),
     "`anyres`, `spatial_unpad`": ImageGeometry(
-        336, 14, aspect_ratio="anyres", merge_type="spatial_unpad", grid_pinpoints=LLAVA_16
+        336, 24, 576, 576, aspect_ratio="anyres", merge_type="spatial_unpad", grid_pinpoints=LLAVA_16
     ),
     "`anyres_max_4`": ImageGeometry(
         336,
-        14,
+        24,
+        576,
+        576,
         aspect_ratio="anyres_max_4",
         merge_type="spatial_unpad",
         grid_pinpoints=parse_grid_pinpoints("(1x1),...,(6x6)", 336),

@@ -12,7 +12,7 @@ from typing import Any, Final
 from llava_ft.args.data import DataArguments
 from llava_ft.args.model import ModelArguments
 from llava_ft.args.training import TrainingFlags
-from llava_ft.constants import ASPECT_RATIO_PATTERN, PROJECTOR_TYPE_PATTERN
+from llava_ft.constants import ASPECT_RATIO_PATTERN
 from llava_ft.conversation import get_template
 from llava_ft.errors import UserError
 from llava_ft.geometry import parse_grid_pinpoints, parse_s2_scales
@@ -151,12 +151,6 @@ def _exclusions(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _input_problems(model: ModelArguments, data: DataArguments) -> Iterator[str]:
-    projector = model.mm_projector_type
-    if projector is not None and not PROJECTOR_TYPE_PATTERN.fullmatch(projector):
-        yield (
-            f"mm_projector_type={projector}: unknown projector. Allowed: linear, identity, mlpNx_gelu with "
-            "N from 1 to 99. LLaVA v1.5 uses mlp2x_gelu."
-        )
     if model.pretrain_mm_mlp_adapter == "":
         yield (
             "pretrain_mm_mlp_adapter is empty. Give the mm_projector.bin of a pretraining run, or leave the "

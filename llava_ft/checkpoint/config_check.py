@@ -9,12 +9,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from llava_ft.checkpoint.load import WeightSource
-from llava_ft.checkpoint.names import EMBEDDINGS, VISION_PREFIX
+from llava_ft.checkpoint.names import EMBEDDINGS
 from llava_ft.errors import CheckpointError
 from llava_ft.models.config import LlavaModelConfig
+from llava_ft.models.parts import VISION_PREFIX
+from llava_ft.models.towers import describe_tower
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-_VISION_LAYER = re.compile(re.escape(VISION_PREFIX) + r"encoder\.layers\.(\d+)\.")
 
 _Shapes = Mapping[str, tuple[int, ...]]
 
@@ -48,22 +49,18 @@ def _sizes(config: LlavaModelConfig, shapes: _Shapes) -> Iterator[tuple[str, int
     yield "hidden_size", config.hidden_size, _size(shapes, EMBEDDINGS, 1), EMBEDDINGS
     yield "intermediate_size", config.intermediate_size, _size(shapes, gate, 0), gate
     yield "num_attention_heads x head_dim", config.num_attention_heads * width, _size(shapes, query, 0), query
-    vision = config.vision_config
-    if vision is None:
+    if config.mm_vision_config is None:
         return
-    positions = f"{VISION_PREFIX}embeddings.position_embedding.weight"
-    patches = f"{VISION_PREFIX}embeddings.patch_embedding.weight"
-    middle = f"{VISION_PREFIX}encoder.layers.0.mlp.fc1.weight"
-    image_size, patch_size = vision.image_size, vision.patch_size
-    assert isinstance(image_size, int)
-    assert isinstance(patch_size, int)
-    yield "num_hidden_layers of the vision tower", vision.num_hidden_layers, *_layers(_VISION_LAYER, shapes)
-    yield "hidden_size of the vision tower", vision.hidden_size, _size(shapes, positions, 1), positions
-    yield "intermediate_size of the vision tower", vision.intermediate_size, _size(shapes, middle, 0), middle
-    yield "num_channels", vision.num_channels, _size(shapes, patches, 1), patches
-    yield "patch_size", patch_size, _size(shapes, patches, 2), patches
-    per_side = image_size // max(patch_size, 1)
-    yield "(image_size / patch_size)^2 + 1", per_side**2 + 1, _size(shapes, positions, 0), positions
+    tower, architecture, facts = describe_tower(config.mm_vision_config)
+    layer = re.compile(re.escape(f"{VISION_PREFIX}{tower.layers}.") + r"(\d+)\.")
+    yield "num_hidden_layers of the vision tower", facts.depth, *_layers(layer, shapes)
+    for field, name, dimension in tower.sizes:
+        name = VISION_PREFIX + name
+        yield f"{field} of the vision tower", getattr(architecture, field), _size(shapes, name, dimension), name
+    if tower.positions is not None:
+        name, per_side = VISION_PREFIX + tower.positions, facts.image_size // facts.patch_size
+        wanted = per_side**2 + facts.num_prefix_tokens
+        yield f"(image_size / patch_size)^2 + {facts.num_prefix_tokens}", wanted, _size(shapes, name, 0), name
 
 
 def _size(shapes: _Shapes, name: str, dimension: int) -> int:

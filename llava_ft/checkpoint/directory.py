@@ -27,6 +27,7 @@ from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import is_llava_config
 from llava_ft.models.families import known_families
 from llava_ft.models.families.published import PUBLISHED
+from llava_ft.models.towers import find_tower
 
 Kind = Literal["lora", "projector", "llava", "language model", "vision tower"]
 Need = Literal["weights", "tokenizer", "config"]
@@ -81,8 +82,7 @@ def identify(path: Path, need: Need = "weights") -> ModelDirectory:
             f"{path} is not a model directory: it has neither {CONFIG} nor {ADAPTER_CONFIG}. It holds {names}."
         )
     if has_model_weights(path) or (need != "weights" and not _first(path, PROJECTOR_BIN, PROJECTOR_SAFETENSORS)):
-        is_clip = {"vision_config", "text_config"} <= config.keys() and config.get("model_type") == "clip"
-        if is_clip or config.get("model_type") == "clip_vision_model":
+        if "model_type" in config and find_tower(config) is not None:
             return ModelDirectory(path, "vision tower", config)
         return ModelDirectory(path, "llava" if is_llava_config(config) else "language model", config, layout)
     if _first(path, PROJECTOR_BIN, PROJECTOR_SAFETENSORS):

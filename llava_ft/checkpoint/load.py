@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -226,16 +226,23 @@ def fit_rows(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 def _initialise(
     model: nn.Module, names: Sequence[str], dtype_of: Callable[[str], torch.dtype], device: torch.device | str
 ) -> None:
-    """Give parameters the original's initialisation, drawn in float32 on the CPU whatever the dtype and device."""
-    for module_name in dict.fromkeys(name.rpartition(".")[0] for name in names if name != IMAGE_NEWLINE):
-        module = model.get_submodule(module_name)
-        assert isinstance(module, nn.Linear)
-        module.to_empty(device="cpu", recurse=False)
-        module.float()
-        module.reset_parameters()
-        for leaf, parameter in module.named_parameters(recurse=False):
-            name = f"{module_name}.{leaf}"
-            _assign(model, name, parameter.detach().to(device=device, dtype=dtype_of(name)))
+    """Let new modules draw their own initial values, in float32 on the CPU whatever the dtype and device."""
+    ours = [name for name in names if name != IMAGE_NEWLINE]
+    for name in ours:
+        _assign(model, name, torch.empty(model.get_parameter(name).shape))
+    whole: set[str] = set()
+    for name in ours:
+        # The outermost module with a `reset_parameters`: a projector that has one settles all that is in it.
+        steps = name.split(".")
+        paths = [".".join(steps[:depth]) for depth in range(1, len(steps))]
+        path = next((path for path in paths if hasattr(model.get_submodule(path), "reset_parameters")), None)
+        assert path is not None, f"{name} is new, and no module around it has reset_parameters()"
+        if path not in whole:
+            whole.add(path)
+            module: Any = model.get_submodule(path)
+            module.reset_parameters()
+    for name in ours:
+        _assign(model, name, model.get_parameter(name).detach().to(device=device, dtype=dtype_of(name)))
     if IMAGE_NEWLINE in names:
         width = model.get_parameter(IMAGE_NEWLINE).shape[0]
         value = torch.randn(width) / width**0.5

@@ -25,18 +25,17 @@ from llava_ft.checkpoint.names import (
     CONFIG,
     EMBEDDINGS,
     IMAGE_NEWLINE,
-    clip_to_native_name,
     native_name,
 )
 from llava_ft.checkpoint.quantized import refuse_quantized
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.data.image_processor import PREPROCESSOR_CONFIG, image_settings_file
 from llava_ft.errors import CheckpointError
-from llava_ft.models.builder import build_skeleton, is_llava_config, settle_config, vision_fields
+from llava_ft.models.builder import build_skeleton, is_llava_config, settle_config
 from llava_ft.models.config import LlavaModelConfig
 from llava_ft.models.llava import LlavaForCausalLM
 from llava_ft.models.parts import any_in, module_part
-from llava_ft.models.vision import CLIPVisionTower
+from llava_ft.models.towers import VisionTower, find_tower, tower_fields
 from llava_ft.tuning.quant import Quantization, check_quantized, quantize_linears
 
 logger = logging.getLogger(__name__)
@@ -110,7 +109,7 @@ def find_model(
 
     Args:
         model_name_or_path: A language model or a LLaVA checkpoint, by directory or hub name.
-        vision_tower: CLIP directory or hub name. When absent, the one that a LLaVA checkpoint names; a language model
+        vision_tower: Directory or hub name. When absent, the one that a LLaVA checkpoint names; a language model
             then stays text-only.
         projector_file: A file with a projector (`mm_projector.bin`), which wins over the checkpoint's own.
         wishes: Configuration fields the user set; see `settle_config`.
@@ -136,11 +135,11 @@ def find_model(
     inside = directory.config.get("mm_vision_config") if has_tower else None
     vision, tower_directory = None, None
     if inside and not asks_for_another:
-        vision = vision_fields(inside, str(directory.path))
+        vision = tower_fields(inside, str(directory.path))
     elif tower_name is not None:
         tower_directory, fields = _find_tower(tower_name, need, cache_dir, directory.path)
-        vision = vision_fields(fields, str(tower_directory))
-        if need == "weights" and inside and vision != vision_fields(inside, str(directory.path)):
+        vision = tower_fields(fields, str(tower_directory))
+        if need == "weights" and inside and vision != tower_fields(inside, str(directory.path)):
             raise CheckpointError(
                 f"The vision tower {tower_name} has another architecture than the one whose weights are in "
                 f"{directory.path}. Leave --vision_tower out to use the checkpoint's."
@@ -174,8 +173,9 @@ def find_model(
         )
     if vision is not None and not has_tower:
         assert tower_directory is not None
-        tower_files = WeightFiles.open(tower_directory)
-        sources.append(WeightSource.of("vision tower", tower_files, clip_to_native_name))
+        tower = find_tower(vision)
+        assert tower is not None
+        sources.append(WeightSource.of("vision tower", WeightFiles.open(tower_directory), tower.native_name))
 
     beside = directory.projector_file if directory.kind == "llava" and not projector_file else None
     if beside is not None and any_in("projector", sources[0].names.values()):
@@ -262,7 +262,7 @@ def load_base(
     config.vocab_size += num_new_rows
     model = build_skeleton(config, attn_implementation=attn_implementation)
     if model.has_vision:
-        assert isinstance(model.model.vision_tower, CLIPVisionTower)
+        assert isinstance(model.model.vision_tower, VisionTower)
         # Under ZeRO-3 all ranks have to run the same modules equally often, however many images each has.
         model.model.vision_tower.one_at_a_time = division is None and torch.device(device).type == "cpu"
     sources = base.sources
@@ -289,14 +289,14 @@ def load_base(
     return model, ledger
 
 
-def load_tower(base: ModelSpec, *, dtype: torch.dtype, device: torch.device | str) -> CLIPVisionTower:
+def load_tower(base: ModelSpec, *, dtype: torch.dtype, device: torch.device | str) -> VisionTower:
     """Load the vision tower alone, frozen.
 
     Raises:
         CheckpointError: A weight is missing, damaged or of another shape.
     """
     tower = build_skeleton(base.config).model.vision_tower
-    assert isinstance(tower, CLIPVisionTower)
+    assert isinstance(tower, VisionTower)
     tower.one_at_a_time = torch.device(device).type == "cpu"
     alone: Any = nn.Module()  # the tower under the names that it has in a model
     alone.config = SimpleNamespace(tie_word_embeddings=False)

@@ -3,11 +3,13 @@
 In memory and in a full checkpoint a parameter has its native LLaVA name, `model.mm_projector.0.weight`. Files of LoRA
 runs put PEFT's prefix before it, `base_model.model.model.mm_projector.0.weight`; data-parallel wrappers put `module.`
 before that; transformers' own layout calls it `multi_modal_projector.linear_1.weight`. `native_name` undoes all of it.
-A CLIP directory, which knows nothing of `model.vision_tower`, has a function of its own.
+The directory of a vision tower knows nothing of `model.vision_tower`: see `TowerType.native_name`.
 """
 
 import re
 from typing import Final
+
+from llava_ft.models.parts import VISION_PREFIX
 
 ADAPTER_BIN: Final = "adapter_model.bin"
 ADAPTER_SAFETENSORS: Final = "adapter_model.safetensors"
@@ -29,7 +31,6 @@ SCHEDULER: Final = "scheduler.pt"
 RANKS: Final = "ranks.json"
 
 PEFT_PREFIX: Final = "base_model.model."
-VISION_PREFIX: Final = "model.vision_tower.vision_tower.vision_model."
 PROJECTOR_PREFIX: Final = "model.mm_projector."
 IMAGE_NEWLINE: Final = "model.image_newline"
 EMBEDDINGS: Final = "model.embed_tokens.weight"
@@ -53,7 +54,6 @@ _TRANSFORMERS_SPELLING = re.compile(
     r"^(?:model\.)*(?:language_model\.|multi_modal_projector\.|vision_tower\.(?!vision_tower\.))"
 )
 _DERIVED = re.compile(r"(?:rotary_emb\.inv_freq|embeddings\.position_ids)$")
-_CLIP_TEXT = re.compile(r"^(?:text_model\.|text_projection\.|visual_projection\.|logit_scale$)")
 
 
 def native_name(key: str) -> str:
@@ -81,13 +81,6 @@ def plain_name(name: str) -> str:
 def is_transformers_spelling(key: str) -> bool:
     """Whether a key is spelled as in transformers' own layout, so that no program of LLaVA's native layout wrote it."""
     return _TRANSFORMERS_SPELLING.search(_WRAPPERS.sub("", key)) is not None
-
-
-def clip_to_native_name(key: str) -> str | None:
-    """Return the native LLaVA name of a key from a CLIP directory, or None for what belongs to CLIP's text half."""
-    if _CLIP_TEXT.search(key):
-        return None
-    return VISION_PREFIX + key.removeprefix("vision_model.")
 
 
 def is_derived(name: str) -> bool:

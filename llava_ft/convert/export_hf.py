@@ -97,13 +97,14 @@ def write_hf_files(whole: FullModel, target: Path, dtype: torch.dtype | None = N
     write_json(target / GENERATION_CONFIG, {key: value for key, value in ids.items() if value is not None} | known)
     image_id = write_hf_tokenizer(whole.tokenizer, target)
     assert image_id == image_token_id(whole.tokenizer)
-    settings, geometry = image_settings(whole)
+    (settings, geometry), tower = image_settings(whole), whole.config.tower_facts
+    assert tower is not None
     fields = {
         "image_token": IMAGE_TOKEN,
         "num_additional_image_tokens": 1,
-        "patch_size": geometry.patch_size,
+        "patch_size": tower.patch_size,
         "processor_class": write_image_processor(target, settings, geometry),
-        "vision_feature_select_strategy": "full" if geometry.select_feature == "cls_patch" else "default",
+        "vision_feature_select_strategy": "full" if whole.config.mm_vision_select_feature == "cls_patch" else "default",
     }
     write_json(target / PROCESSOR_CONFIG, fields)
     notes: list[str] = []

@@ -24,10 +24,11 @@ from typing import Any, Final, Literal
 import numpy as np
 import torch
 
-from llava_ft.checkpoint.names import PROJECTOR_PREFIX, VISION_PREFIX
+from llava_ft.checkpoint.names import PROJECTOR_PREFIX
 from llava_ft.errors import CheckpointError, UserError
-from llava_ft.models.config import LlavaModelConfig, hidden_state_index
-from llava_ft.models.parts import LANGUAGE_MODEL, module_part
+from llava_ft.models.config import LlavaModelConfig
+from llava_ft.models.parts import LANGUAGE_MODEL, VISION_PREFIX, module_part
+from llava_ft.models.towers.tower import hidden_state_index
 
 File = Literal["language", "vision"]
 """`language` is the language model's file, `vision` the one with tower and projector (llama.cpp's "mmproj")."""
@@ -135,9 +136,9 @@ def restore_rows(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 def num_tower_layers(config: LlavaModelConfig) -> int:
     """Layers of the vision tower in front of the features that LLaVA reads: the ones that are exported."""
-    vision = config.vision_config
-    assert vision is not None
-    return hidden_state_index(config.mm_vision_select_layer, vision.num_hidden_layers)
+    tower = config.tower_facts
+    assert tower is not None
+    return hidden_state_index(config.mm_vision_select_layer, tower.depth)
 
 
 Fields = dict[str, Any]

@@ -12,7 +12,11 @@ import torch
 from llava_ft.convert.gguf_file import Fields, num_tower_layers, real
 from llava_ft.data.image_processor import ImageProcessorSettings
 from llava_ft.errors import CheckpointError
-from llava_ft.models.config import LlavaModelConfig, projector_depth
+from llava_ft.models.config import LlavaModelConfig
+from llava_ft.models.families import family_of
+from llava_ft.models.families.llama import LLAMA
+from llava_ft.models.towers import describe_tower
+from llava_ft.models.towers.clip import CLIP
 
 _FILE_TYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
 _QUANTIZATION_VERSION: Final = 2
@@ -27,14 +31,17 @@ def check_expressible(config: LlavaModelConfig) -> None:
         CheckpointError: It cannot; the message says what stands in the way.
     """
     obstacles: list[str] = []
+    if family_of(config) is not LLAMA:
+        obstacles.append(f"its language model is a {family_of(config).model_type}, and only LLaMA is exported")
     rope_type = _rope(config).get("rope_type", "default")
     if rope_type not in ("default", "linear"):
         obstacles.append(f"its rotary embedding is scaled by {rope_type!r}, and only linear scaling is exported")
     if config.hidden_act != "silu":
         obstacles.append(f"its language model uses {config.hidden_act!r}, and llama.cpp's LLaMA uses silu")
-    vision = config.vision_config
-    if vision is not None:
-        if projector_depth(config.mm_projector_type) != 2:
+    if config.mm_vision_config is not None:
+        tower, architecture, _ = describe_tower(config.mm_vision_config)
+        vision: Any = architecture
+        if config.mm_projector_type != "mlp2x_gelu":
             obstacles.append(
                 f"its projector is {config.mm_projector_type}, and llama.cpp's has two linear layers with GELU between "
                 "them (mlp2x_gelu)"
@@ -48,11 +55,13 @@ def check_expressible(config: LlavaModelConfig) -> None:
             )
         if num_tower_layers(config) == 0:
             obstacles.append("it reads the tower's embeddings, and llama.cpp runs one layer at least")
-        if vision.hidden_act not in _ACTIVATIONS:
+        if tower is not CLIP:
+            obstacles.append(f"its vision tower is a {tower.model_type}, and only CLIP is exported")
+        elif vision.hidden_act not in _ACTIVATIONS:
             obstacles.append(
                 f"its vision tower uses {vision.hidden_act!r}, and llama.cpp's CLIP {' or '.join(_ACTIVATIONS)}"
             )
-        if vision.num_channels != 3:
+        elif vision.num_channels != 3:
             obstacles.append(f"its vision tower takes {vision.num_channels} channels, and llama.cpp gives 3")
     if obstacles:
         raise CheckpointError(f"This model cannot be exported to GGUF: {'; '.join(obstacles)}. {_ELSEWHERE}")
@@ -127,10 +136,8 @@ def language_fields(config: LlavaModelConfig, name: str, dtype: torch.dtype) -> 
 
 def vision_fields(config: LlavaModelConfig, settings: ImageProcessorSettings, name: str, dtype: torch.dtype) -> Fields:
     """Describe the vision tower and the projector."""
-    vision = config.vision_config
-    assert vision is not None
-    assert isinstance(vision.image_size, int)
-    assert isinstance(vision.patch_size, int)
+    assert config.mm_vision_config is not None
+    vision: Any = describe_tower(config.mm_vision_config)[1]
     num_layers = num_tower_layers(config)
     fields: Fields = {
         "general.type": "mmproj",

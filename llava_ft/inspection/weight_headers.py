@@ -15,17 +15,17 @@ from typing import Any, Final, cast
 
 import torch
 
-from llava_ft.checkpoint.names import clip_to_native_name, is_derived, plain_name
+from llava_ft.checkpoint.names import is_derived, plain_name
 from llava_ft.checkpoint.pickles import load_pickle
 from llava_ft.checkpoint.weights import SAFETENSORS_DTYPES
 from llava_ft.errors import CheckpointError
-from llava_ft.models.parts import part_of
+from llava_ft.models.parts import VISION_PREFIX, part_of
 
 _WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _NO_WEIGHTS: Final = re.compile(
     r"training_args\.bin|(?:optimizer|scheduler|scaler)\.(?:pt|bin)|rng_state.*\.pth|.*_states\.pt"
 )
-_CLIP: Final = re.compile(r"(?:vision_model|text_model|text_projection|visual_projection)\.|logit_scale$")
+_TEXT_HALF: Final = re.compile(r"(?:text_model|text_projection|visual_projection)\.|logit_scale$")
 _CONTAINERS: Final = ("state_dict", "model", "module", "model_state_dict")
 _MOST_HEADER_BYTES: Final = 100 * 10**6
 
@@ -142,8 +142,11 @@ def _read_pickle(path: Path, num_bytes: int) -> FileHeader:
 
 
 def _tensor(key: str, shape: tuple[int, ...], dtype: str, num_bytes: int, file: Path) -> TensorHeader:
-    """Describe a tensor of a file of any kind, a CLIP directory's among them."""
-    name = (clip_to_native_name(key) or f"clip.{key}") if _CLIP.match(key) else plain_name(key)
+    """Describe a tensor of a file of any kind, a vision tower's own among them."""
+    if key.startswith("vision_model."):
+        name = VISION_PREFIX + key.removeprefix("vision_model.")
+    else:
+        name = f"clip.{key}" if _TEXT_HALF.match(key) else plain_name(key)
     return TensorHeader(key, name, part_of_tensor(name), shape, dtype.removeprefix("torch."), num_bytes, file.name)
 
 

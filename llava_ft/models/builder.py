@@ -5,38 +5,27 @@ from collections.abc import Mapping
 from typing import Any
 
 from accelerate import init_empty_weights
-from transformers import CLIPVisionConfig
 
 from llava_ft.constants import CHECKPOINT_FIELDS, ORIGINAL_DEFAULTS
 from llava_ft.errors import UserError
 from llava_ft.geometry import (
     DEFAULT_GRIDS,
     DEFAULT_S2_SCALES,
-    SELECT_FEATURES,
     parse_grid_pinpoints,
     parse_s2_scales,
 )
 from llava_ft.models.attention.kernels import register
-from llava_ft.models.config import LlavaModelConfig, hidden_state_index, projector_depth
+from llava_ft.models.config import LlavaModelConfig
 from llava_ft.models.families import family_of, find_family
 from llava_ft.models.llava import LlavaForCausalLM
+from llava_ft.models.projectors import find_projector
+from llava_ft.models.towers import describe_tower
+from llava_ft.models.towers.tower import SELECT_FEATURES, TowerFacts, hidden_state_index
 
 logger = logging.getLogger(__name__)
 
 # `auto_map` names code in the directory, which is never run; `num_labels` makes transformers build a table of labels.
 _NOT_TAKEN_OVER = ("model_type", "architectures", "torch_dtype", "auto_map", "num_labels", "id2label", "label2id")
-_VISION_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_channels",
-    "image_size",
-    "patch_size",
-    "hidden_act",
-    "layer_norm_eps",
-    "projection_dim",
-)
 
 
 def is_llava_config(fields: Mapping[str, Any]) -> bool:
@@ -44,26 +33,6 @@ def is_llava_config(fields: Mapping[str, Any]) -> bool:
     family = find_family(fields)
     is_named = family is not None and fields.get("model_type") == family.llava_types[0]
     return "mm_projector_type" in fields or "mm_hidden_size" in fields or is_named
-
-
-def vision_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the architecture of a vision tower from the `config.json` of a CLIP directory.
-
-    Args:
-        fields: The file's content: a CLIP vision model's, or that of a whole CLIP.
-        where: The directory, for messages.
-
-    Raises:
-        UserError: It is not a CLIP.
-    """
-    fields = fields.get("vision_config") or fields
-    if fields.get("model_type", "clip_vision_model") not in ("clip_vision_model", "clip"):
-        raise UserError(
-            f"The vision tower {where} is a {fields.get('model_type')!r} model. Supported are CLIP models, such as "
-            "openai/clip-vit-large-patch14-336."
-        )
-    full = CLIPVisionConfig(**{key: fields[key] for key in _VISION_FIELDS if key in fields})
-    return {key: getattr(full, key) for key in _VISION_FIELDS}
 
 
 def checkpoint_wishes(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +60,7 @@ def settle_config(
         where: The base model's directory, for messages.
         wishes: Fields the user set, by name; None is "not set".
         vision_tower: Name of the vision tower, or None for a text-only model.
-        vision: Architecture of the tower, as `vision_fields` gives it.
+        vision: Architecture of the tower, as `tower_fields` gives it.
         projector_is_replaced: Whether the projector's weights come from a file of their own, so that the type may
             differ from the checkpoint's.
 
@@ -116,10 +85,11 @@ def settle_config(
         fields[key] = wish if wish is not None else known if known is not None else default
     fields["mm_vision_tower"] = vision_tower if vision else None
     fields["mm_vision_config"] = dict(vision) if vision else None
-    fields["mm_hidden_size"] = vision["hidden_size"] if vision else None
-    fields["use_mm_proj"] = vision is not None
-    if vision is not None:
-        _settle_resolution(fields, wishes, vision, where if was_llava else "")
+    tower = describe_tower(vision)[2] if vision else None
+    fields["mm_hidden_size"] = tower.width if tower else None
+    fields["use_mm_proj"] = tower is not None
+    if tower is not None:
+        _settle_resolution(fields, wishes, tower, where if was_llava else "")
     config = family.config_class(**fields)
     config._name_or_path = where  # what PEFT calls an adapter's base; the file names the base's own base
     config.architectures = [family.model_class.__name__]
@@ -144,18 +114,16 @@ def build_skeleton(config: LlavaModelConfig, *, attn_implementation: str = "sdpa
     return model
 
 
-def _settle_resolution(
-    fields: dict[str, Any], wishes: Mapping[str, Any], vision: Mapping[str, Any], where: str
-) -> None:
+def _settle_resolution(fields: dict[str, Any], wishes: Mapping[str, Any], tower: TowerFacts, where: str) -> None:
     """Settle what depends on the tower's size: the sizes of tiled pictures and the scales of S2.
 
     Args:
         fields: The configuration so far, which holds what the base says; changed in place.
         wishes: Fields the user set.
-        vision: Architecture of the tower.
+        tower: Sizes of the tower.
         where: Directory of a LLaVA checkpoint, for messages; "" for another base.
     """
-    side = vision["image_size"]
+    side = tower.image_size
     if str(fields["image_aspect_ratio"]).startswith("anyres"):
         known = fields.get("image_grid_pinpoints")
         wish = wishes.get("image_grid_pinpoints")
@@ -173,7 +141,7 @@ def _settle_resolution(
         if known_scales is not None and settled != parse_s2_scales(known_scales):
             logger.warning("s2_scales: %s instead of %s, which %s was trained with.", scales, known_scales, where)
         fields["s2_scales"] = ",".join(map(str, settled))
-        fields["mm_hidden_size"] = vision["hidden_size"] * len(settled)
+        fields["mm_hidden_size"] = tower.width * len(settled)
 
 
 def _check(config: LlavaModelConfig) -> None:
@@ -182,16 +150,15 @@ def _check(config: LlavaModelConfig) -> None:
             f"mm_vision_select_feature is {config.mm_vision_select_feature!r}; allowed are "
             f"{' and '.join(SELECT_FEATURES)}."
         )
-    depth = projector_depth(config.mm_projector_type)
-    vision = config.vision_config
-    if vision is None:
+    projector, tower = find_projector(config.mm_projector_type), config.tower_facts
+    if tower is None:
         return
-    hidden_state_index(config.mm_vision_select_layer, vision.num_hidden_layers)
+    hidden_state_index(config.mm_vision_select_layer, tower.depth)
     _ = config.image_geometry  # raises what contradicts itself
-    if depth == 0 and config.mm_hidden_size != config.hidden_size:
+    if projector.keeps_width and config.mm_hidden_size != config.hidden_size:
         raise UserError(
-            f"mm_projector_type is identity, but the vision tower is {config.mm_hidden_size} wide and the language "
-            f"model {config.hidden_size}. Use linear or mlp2x_gelu."
+            f"mm_projector_type is {config.mm_projector_type}, but the vision tower is {config.mm_hidden_size} wide "
+            f"and the language model {config.hidden_size}. Use linear or mlp2x_gelu."
         )
 
 

@@ -6,13 +6,15 @@ The file written by `save_pretrained` is read by original LLaVA (transformers 4.
 fields that transformers 5 renamed are written under both names.
 """
 
+import math
 from typing import TYPE_CHECKING, Any
 
-from transformers import CLIPVisionConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from llava_ft.constants import PROJECTOR_TYPE_PATTERN
 from llava_ft.errors import UserError
 from llava_ft.geometry import DEFAULT_GRIDS, DEFAULT_S2_SCALES, ImageGeometry, parse_grid_pinpoints, parse_s2_scales
+from llava_ft.models.projectors import find_projector
+from llava_ft.models.towers import TowerFacts, describe_tower
 
 
 class LlavaModelConfig(PreTrainedConfig):
@@ -20,10 +22,10 @@ class LlavaModelConfig(PreTrainedConfig):
 
     Attributes:
         mm_vision_tower: Name or path of the vision tower; None is a text-only model.
-        mm_vision_config: Architecture of the tower (the fields of `CLIPVisionConfig`), so that a checkpoint that
-            holds the tower's weights needs no second directory. Original LLaVA ignores it.
+        mm_vision_config: Architecture of the tower, so that a checkpoint that holds the tower's weights needs no second
+            directory; without `model_type` it is a CLIP. Original LLaVA ignores it.
         mm_hidden_size: Width of the tower's features.
-        mm_projector_type: `linear`, `mlpNx_gelu` or `identity`.
+        mm_projector_type: See `projectors/`.
         mm_vision_select_layer: Which hidden state is taken; 0 is the embedding, -1 the last layer's output.
         mm_vision_select_feature: `patch` drops the class token, `cls_patch` keeps it.
         mm_patch_merge_type: How the features of a tiled image are laid out; `spatial_unpad` has `image_newline`.
@@ -78,9 +80,9 @@ class LlavaModelConfig(PreTrainedConfig):
         return fields
 
     @property
-    def vision_config(self) -> CLIPVisionConfig | None:
-        """Architecture of the vision tower, or None for a text-only model."""
-        return None if self.mm_vision_config is None else CLIPVisionConfig(**self.mm_vision_config)
+    def tower_facts(self) -> TowerFacts | None:
+        """Sizes of the vision tower, or None for a text-only model."""
+        return None if self.mm_vision_config is None else describe_tower(self.mm_vision_config)[2]
 
     @property
     def image_geometry(self) -> ImageGeometry | None:
@@ -89,21 +91,30 @@ class LlavaModelConfig(PreTrainedConfig):
         Raises:
             UserError: The settings contradict each other.
         """
-        vision = self.vision_config
-        if vision is None:
+        tower = self.tower_facts
+        if tower is None:
             return None
-        assert isinstance(vision.image_size, int)
-        assert isinstance(vision.patch_size, int)
+        side, per_side = tower.image_size, tower.image_size // tower.patch_size
+        num_features = tower.tokens(side, side, self.mm_vision_select_feature)
+        is_square = num_features == per_side**2
+        if self.s2 and not is_square:
+            raise UserError(
+                f"s2_scales={self.s2_scales} pools patches, and mm_vision_select_feature="
+                f"{self.mm_vision_select_feature} adds a class token that has no place there. Use "
+                "mm_vision_select_feature=patch."
+            )
+        projector = find_projector(self.mm_projector_type)
+        num_tokens = projector.num_tokens(num_features)
+        default = [(columns * side, rows * side) for columns, rows in DEFAULT_GRIDS]
         is_tiled = self.image_aspect_ratio.startswith("anyres")
-        default = [(columns * vision.image_size, rows * vision.image_size) for columns, rows in DEFAULT_GRIDS]
-        pinpoints = parse_grid_pinpoints(self.image_grid_pinpoints or default, vision.image_size) if is_tiled else ()
         return ImageGeometry(
-            image_size=vision.image_size,
-            patch_size=vision.patch_size,
-            select_feature=self.mm_vision_select_feature,
+            image_size=side,
+            tokens_per_side=math.isqrt(num_tokens) if is_square and projector.keeps_grid else None,
+            tokens_per_tile=num_tokens,
+            features_per_tile=num_features,
             aspect_ratio=self.image_aspect_ratio,
             merge_type=self.mm_patch_merge_type,
-            grid_pinpoints=pinpoints,
+            grid_pinpoints=parse_grid_pinpoints(self.image_grid_pinpoints or default, side) if is_tiled else (),
             s2_scales=parse_s2_scales(self.s2_scales or DEFAULT_S2_SCALES) if self.s2 else (),
         )
 
@@ -117,33 +128,3 @@ class LlavaModelConfig(PreTrainedConfig):
     def has_image_newline(self) -> bool:
         """Whether the model has `image_newline`, the learnt vector behind each row of an unpadded picture."""
         return self.mm_vision_config is not None and "unpad" in self.mm_patch_merge_type
-
-
-def projector_depth(projector_type: str) -> int:
-    """Number of linear layers of a projector: 0 for `identity`, 1 for `linear`, N for `mlpNx_gelu`.
-
-    Raises:
-        UserError: The type is none of these.
-    """
-    match = PROJECTOR_TYPE_PATTERN.fullmatch(projector_type)
-    if match is None:
-        raise UserError(
-            f"mm_projector_type is {projector_type!r}. Known types are linear, identity and mlpNx_gelu with N from 1 "
-            "to 99, such as mlp2x_gelu."
-        )
-    return {"identity": 0, "linear": 1}.get(projector_type) or int(match.group(1) or 0)
-
-
-def hidden_state_index(select_layer: int, num_layers: int) -> int:
-    """Number of encoder layers to run to get hidden state `select_layer` of a tower with `num_layers` layers.
-
-    Raises:
-        UserError: The tower has no such hidden state.
-    """
-    index = select_layer if select_layer >= 0 else num_layers + 1 + select_layer
-    if not 0 <= index <= num_layers:
-        raise UserError(
-            f"mm_vision_select_layer is {select_layer}, but the vision tower has {num_layers} layers: "
-            f"allowed are {-num_layers - 1} to {num_layers}."
-        )
-    return index

@@ -9,12 +9,20 @@ The head and, in the last layer, what comes after its attention run at supervise
 forward, up to the layer that is read. Norms, softmax and other elementwise work are not counted.
 """
 
+import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final, Protocol
 
-from llava_ft.models.config import LlavaModelConfig, hidden_state_index
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from llava_ft.models.config import LlavaModelConfig
+from llava_ft.models.projectors import find_projector
+from llava_ft.models.towers import build_tower
+from llava_ft.models.towers.tower import hidden_state_index
 
 _LAYER: Final = re.compile(r"layers\.(\d+)\.")
 _BEHIND_ATTENTION: Final = ("o_proj", "gate_proj", "up_proj", "down_proj")
@@ -177,37 +185,51 @@ def _vision(config: LlavaModelConfig, weights: Sequence[Weight], runs_tower: boo
     geometry = config.image_geometry
     if geometry is None:
         return Flops(), (Flops(), Flops())
-    matrices = [weight for weight in weights if weight.part == "projector" and len(weight.shape) == 2]
-    forward = sum(2.0 * weight.numel for weight in matrices)
-    backward = sum(2.0 * weight.numel * (int(number > 0) + 1) for number, weight in enumerate(matrices))
-    is_trained = any(weight.is_trained for weight in matrices)
-    tokens = geometry.tokens_per_tile
-    projector = Flops(per_tile=forward * tokens), Flops(per_tile=backward * tokens if is_trained else 0.0)
-    return Flops(per_tile=tower_flops(config, weights)) if runs_tower else Flops(), projector
+    assert config.mm_vision_config is not None
+    assert config.mm_hidden_size is not None
+    forward, backward = _projector_flops(
+        config.mm_projector_type, config.mm_hidden_size, config.hidden_size, geometry.features_per_tile
+    )
+    is_trained = any(weight.is_trained for weight in weights if weight.part == "projector")
+    projector = Flops(per_tile=forward), Flops(per_tile=backward if is_trained else 0.0)
+    return Flops(per_tile=tower_flops(config)) if runs_tower else Flops(), projector
 
 
-def tower_flops(config: LlavaModelConfig, weights: Sequence[Weight]) -> float:
+@cache
+def _projector_flops(name: str, width_in: int, width_out: int, num_features: int) -> tuple[float, float]:
+    """FLOPs of the projector for one tile, forward and, all of it trained, backward."""
+    with torch.device("meta"):
+        projector = find_projector(name).build(name, width_in, width_out)
+        with FlopCounterMode(display=False) as forward:
+            tokens = projector(torch.empty(1, num_features, width_in))
+        with FlopCounterMode(display=False) as backward:
+            if tokens.requires_grad:
+                tokens.sum().backward()
+    return float(forward.get_total_flops()), float(backward.get_total_flops())
+
+
+def tower_flops(config: LlavaModelConfig) -> float:
     """FLOPs of the vision tower for one tile, up to the layer that is read; with S2 at all scales."""
-    geometry, vision = config.image_geometry, config.mm_vision_config
+    geometry = config.image_geometry
     assert geometry is not None
-    assert vision is not None
-    num_layers = tower_layers_read(config)
-    patches = (geometry.image_size // geometry.patch_size) ** 2
-    total = 4.0 * (patches + 1) ** 2 * int(vision["hidden_size"]) * num_layers
-    for weight in weights:
-        layer = _LAYER.search(weight.name)
-        if weight.part != "vision tower":
-            continue
-        if layer is not None and len(weight.shape) == 2 and int(layer.group(1)) < num_layers:
-            total += 2.0 * weight.numel * (patches + 1)
-        elif len(weight.shape) == 4:
-            total += 2.0 * weight.numel * patches
-    sides = geometry.s2_scales or (geometry.image_size,)
-    return total * sum((side // geometry.image_size) ** 2 for side in sides)
+    assert config.mm_vision_config is not None
+    side = geometry.image_size
+    flops = _encoder_flops(json.dumps(config.mm_vision_config), tower_layers_read(config), side)
+    return flops * sum((scale // side) ** 2 for scale in geometry.s2_scales or (side,))
+
+
+@cache
+def _encoder_flops(vision: str, num_layers: int, side: int) -> float:
+    """FLOPs of a tower's first layers, counted while they run without memory on a picture."""
+    with torch.device("meta"), torch.no_grad():
+        tower = build_tower(json.loads(vision), num_layers, "patch")
+        with FlopCounterMode(display=False) as counter:
+            tower(torch.empty(1, 3, side, side))
+    return float(counter.get_total_flops())
 
 
 def tower_layers_read(config: LlavaModelConfig) -> int:
     """Number of layers of the vision tower that run: up to the one whose output is read."""
-    vision = config.mm_vision_config
-    assert vision is not None
-    return hidden_state_index(int(config.mm_vision_select_layer), int(vision["num_hidden_layers"]))
+    tower = config.tower_facts
+    assert tower is not None
+    return hidden_state_index(int(config.mm_vision_select_layer), tower.depth)

@@ -33,8 +33,8 @@ from llava_ft.models.attention.kernels import takes_boundaries, takes_chosen_que
 from llava_ft.models.config import LlavaModelConfig
 from llava_ft.models.decoder import LastDecoderLayer, read_last_layer_selectively
 from llava_ft.models.loss import LossHead, mean_loss, supervised_positions
-from llava_ft.models.projector import build_projector
-from llava_ft.models.vision import CLIPVisionTower
+from llava_ft.models.projectors import find_projector
+from llava_ft.models.towers import VisionTower, build_tower
 
 if TYPE_CHECKING:
 
@@ -70,21 +70,20 @@ class LlavaForCausalLM(_CausalLM):
 
     def _add_vision(self, config: LlavaModelConfig) -> None:
         """Add the tower and the projector that `config` describes; nothing for a text-only model."""
-        vision_config, geometry = config.vision_config, config.image_geometry
-        if vision_config is None or geometry is None:
+        vision, geometry = config.mm_vision_config, config.image_geometry
+        if vision is None or geometry is None:
             return
-        tower = CLIPVisionTower(
-            vision_config, config.mm_vision_select_layer, config.mm_vision_select_feature, geometry.s2_scales
-        )
+        tower = build_tower(vision, config.mm_vision_select_layer, config.mm_vision_select_feature, geometry.s2_scales)
+        projector = find_projector(config.mm_projector_type)
         self._geometry = geometry
         self.model.vision_tower = tower
-        self.model.mm_projector = build_projector(config.mm_projector_type, tower.width, config.hidden_size)
+        self.model.mm_projector = projector.build(config.mm_projector_type, tower.width, config.hidden_size)
         if config.has_image_newline:
             self.model.image_newline = nn.Parameter(torch.empty(config.hidden_size))
 
     @property
-    def _tower(self) -> CLIPVisionTower:
-        return cast(CLIPVisionTower, self.model.vision_tower)
+    def _tower(self) -> VisionTower:
+        return cast(VisionTower, self.model.vision_tower)
 
     @property
     def _projector(self) -> nn.Module:
@@ -185,7 +184,9 @@ class LlavaForCausalLM(_CausalLM):
             term = 0.0 * self.encode_images(torch.zeros(1, 3, size, size, device=device)).sum()
         elif is_divided:
             assert self.config.mm_hidden_size is not None
-            term = 0.0 * self.project(torch.zeros(1, 1, self.config.mm_hidden_size, device=device)).sum()
+            assert self._geometry is not None
+            shape = (1, self._geometry.features_per_tile, self.config.mm_hidden_size)
+            term = 0.0 * self.project(torch.zeros(shape, device=device)).sum()
         else:
             for parameter in self._projector.parameters():
                 if parameter.requires_grad:

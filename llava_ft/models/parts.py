@@ -43,6 +43,9 @@ PROJECTOR: Final[frozenset[Part]] = frozenset({"projector", "image newline"})
 DECODER_LAYER: Final = r"model\.layers\.\d+\."
 """What the names of everything in the decoder's layers start with, whatever the family: LLaVA's native layout."""
 
+VISION_PREFIX: Final = "model.vision_tower.vision_tower.vision_model."
+"""What the names of everything in the vision tower start with."""
+
 _MODULES: Final[dict[str, Part]] = {
     "vision_tower": "vision tower",
     "mm_projector": "projector",

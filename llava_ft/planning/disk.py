@@ -125,7 +125,7 @@ def vision_cache_bytes(num_tiles: int, run: RunModel, dtype: torch.dtype, kept_a
     geometry, width = run.config.image_geometry, run.config.mm_hidden_size
     assert geometry is not None
     assert width is not None
-    return num_tiles * FeatureFormat(geometry.tokens_per_tile, width, dtype, kept_as == "int8").bytes_per_tile
+    return num_tiles * FeatureFormat(geometry.features_per_tile, width, dtype, kept_as == "int8").bytes_per_tile
 
 
 def _count(shapes: Sequence[ParameterShape]) -> int:

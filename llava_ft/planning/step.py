@@ -88,7 +88,7 @@ class Batch:
         if feature_dtype is None:
             return inputs | {"pixel_values": torch.empty(num_tiles, 3, geometry.input_size, geometry.input_size)}
         assert config.mm_hidden_size is not None
-        shape = (num_tiles, geometry.tokens_per_tile, config.mm_hidden_size)
+        shape = (num_tiles, geometry.features_per_tile, config.mm_hidden_size)
         return inputs | {"image_features": torch.empty(shape, dtype=feature_dtype)}
 
 

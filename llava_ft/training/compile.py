@@ -19,10 +19,11 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llava_ft.models.llava import LlavaForCausalLM
-from llava_ft.models.vision import CLIPVisionTower
+from llava_ft.models.towers import VisionTower
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +48,11 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor", mode: str | N
     _keep_attention_outside(native.config._attn_implementation)
     stacks: list[list[Any]] = [list(native.model.layers)]
     tower = getattr(native.model, "vision_tower", None)
-    if native.runs_tower and isinstance(tower, CLIPVisionTower):
-        encoder: Any = tower.vision_tower.vision_model
-        _keep_attention_outside(encoder.config._attn_implementation)
-        stacks.append(list(encoder.encoder.layers)[: tower.num_layers_run])
+    if native.runs_tower and isinstance(tower, VisionTower):
+        encoder: Any = tower.vision_tower["vision_model"]
+        if isinstance(encoder, PreTrainedModel):
+            _keep_attention_outside(encoder.config._attn_implementation)
+        stacks.append(list(tower.layers)[: tower.num_layers_run])
     compiled: dict[type, Callable[..., Any]] = {}
     for layers in stacks:
         for number, layer in enumerate(layers):
@@ -73,7 +75,7 @@ def _run_compiled(layer: Any, compiled: Callable[..., Any], is_last: bool, *args
     return compiled(layer, *args, **kwargs)
 
 
-def _keep_attention_outside(name: str) -> None:
+def _keep_attention_outside(name: str | None) -> None:
     """Let dynamo call a kernel instead of looking into it; eager attention, which has no name here, is compiled."""
     if name not in ALL_ATTENTION_FUNCTIONS:
         return

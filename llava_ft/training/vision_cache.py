@@ -33,8 +33,7 @@ from llava_ft.data.image_processor import PixelNormalizer
 from llava_ft.data.image_reader import ImageReader
 from llava_ft.data.preparation.processes import Progress, num_cores
 from llava_ft.errors import ImageError, RunError, UserError
-from llava_ft.models.config import hidden_state_index
-from llava_ft.models.vision import CLIPVisionTower
+from llava_ft.models.towers.tower import VisionTower, hidden_state_index
 from llava_ft.training.distributed import blind_ranks, from_all_ranks, from_first_rank
 from llava_ft.tuning.plan import TuningPlan
 
@@ -93,7 +92,7 @@ def use_vision_cache(
     assert geometry is not None
     assert width is not None
     tiles = FeatureFormat(
-        geometry.tokens_per_tile, width, compute_dtype, is_8bit=args.data.vision_cache_dtype == "int8"
+        geometry.features_per_tile, width, compute_dtype, is_8bit=args.data.vision_cache_dtype == "int8"
     )
     store = FeatureStore(directory, _feature_key(args, base, images[0].reader), tiles)
     if store.num_damaged:
@@ -142,11 +141,11 @@ def _feature_key(args: ParsedArgs, base: ModelSpec, reader: ImageReader) -> dict
     """Return everything that features depend on besides the image and how they are kept."""
     config, geometry = base.config, base.config.image_geometry
     assert geometry is not None
-    assert config.vision_config is not None
+    assert config.tower_facts is not None
     return {
         "tower": {
             "fingerprint": vision_tower_fingerprint(base.sources),
-            "hidden_state": hidden_state_index(config.mm_vision_select_layer, config.vision_config.num_hidden_layers),
+            "hidden_state": hidden_state_index(config.mm_vision_select_layer, config.tower_facts.depth),
             "select_feature": config.mm_vision_select_feature,
             "s2_scales": list(geometry.s2_scales),
         },
@@ -210,7 +209,7 @@ def _fill(args: ParsedArgs, base: ModelSpec, store: FeatureStore, missing: Mappi
         RunError: The disk is full, the tower gives numbers that are not finite, or what was written does not appear.
     """
     training, contents = args.training, list(missing)
-    with torch.random.fork_rng(devices=[]):  # building CLIP draws numbers; the run's own stay as they are
+    with torch.random.fork_rng(devices=[]):  # building a tower draws numbers; the run's own stay as they are
         tower = load_tower(base, dtype=store.tiles.dtype, device=training.device)
     normalizer = missing[contents[0]].reader.transform.normalizer
     encode = Encoder(tower, normalizer, _computes_under_autocast(args))
@@ -275,7 +274,7 @@ def _fill(args: ParsedArgs, base: ModelSpec, store: FeatureStore, missing: Mappi
 class Encoder:
     """The tower with what goes before it in a run."""
 
-    tower: CLIPVisionTower
+    tower: VisionTower
     normalizer: PixelNormalizer
     autocast: bool
 

@@ -148,7 +148,11 @@ REFUSED = [
         {"projector_file": "ckpt/mm_projector.bin"},
         "no use to a text-only model. Add --vision_tower",
     ),
-    ("ckpt/base-llm", {"vision_tower": "ckpt/base-llm"}, "is a 'llama' model. Supported are CLIP models"),
+    (
+        "ckpt/base-llm",
+        {"vision_tower": "ckpt/base-llm"},
+        "is a 'llama' model. Supported vision towers: clip_vision_model",
+    ),
     (
         "ckpt/base-llm",
         {"vision_tower": "ckpt/clip-tiny", "projector_file": "none.bin"},
@@ -173,7 +177,7 @@ REFUSED = [
     (
         "ckpt/base-llm",
         {"vision_tower": "ckpt/clip-tiny", "wishes": {"mm_projector_type": "mlp0x_gelu"}},
-        "Known types are linear",
+        "unknown projector. Allowed: linear",
     ),
     (
         "ckpt/base-llm",

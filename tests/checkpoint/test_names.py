@@ -5,8 +5,9 @@ import torch
 
 from llava_ft.checkpoint.hf.names import hub_name, module_name
 from llava_ft.checkpoint.model import find_model, load_base
-from llava_ft.checkpoint.names import clip_to_native_name, is_derived, native_name
+from llava_ft.checkpoint.names import is_derived, native_name
 from llava_ft.errors import CheckpointError
+from llava_ft.models.towers.clip import CLIP
 from tests.conftest import read_recording
 
 
@@ -55,15 +56,15 @@ def test_native_names(key: str, name: str):
 
 def test_the_text_half_of_clip_is_left_out():
     tower = "model.vision_tower.vision_tower.vision_model."
-    assert clip_to_native_name("vision_model.pre_layrnorm.bias") == tower + "pre_layrnorm.bias"
-    assert clip_to_native_name("pre_layrnorm.bias") == tower + "pre_layrnorm.bias"
+    assert CLIP.native_name("vision_model.pre_layrnorm.bias") == tower + "pre_layrnorm.bias"
+    assert CLIP.native_name("pre_layrnorm.bias") == tower + "pre_layrnorm.bias"
     for key in (
         "text_model.final_layer_norm.bias",
         "logit_scale",
         "visual_projection.weight",
         "text_projection.weight",
     ):
-        assert clip_to_native_name(key) is None
+        assert CLIP.native_name(key) is None
 
 
 def test_what_follows_from_the_configuration_is_no_weight():

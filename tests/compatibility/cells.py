@@ -28,7 +28,8 @@ from llava_ft.inference.dialogue import Picture
 from llava_ft.inference.generate import build_prompt
 from llava_ft.inference.load import LoadedModel, load_model
 from llava_ft.inference.responder import Responder, Sampling
-from llava_ft.models.builder import build_skeleton, settle_config, vision_fields
+from llava_ft.models.builder import build_skeleton, settle_config
+from llava_ft.models.towers import tower_fields
 from llava_ft.training.run import Run, prepare_run
 from tests.compatibility.runs import OwnRun
 from tests.layouts.native import CLIP, GOLDEN, Checkpoint
@@ -88,7 +89,7 @@ def _model_of(checkpoint: Checkpoint) -> LoadedModel:
     fields = fields | {"model_type": "llava_llama", "vocab_size": len(checkpoint.state["model.embed_tokens.weight"])}
     described = fields.get("mm_vision_config") or json.loads((CLIP / "config.json").read_text())
     config = settle_config(
-        fields, str(checkpoint.path), wishes={}, vision_tower=str(CLIP), vision=vision_fields(described, str(CLIP))
+        fields, str(checkpoint.path), wishes={}, vision_tower=str(CLIP), vision=tower_fields(described, str(CLIP))
     )
     model = build_skeleton(config)
     model.load_state_dict(checkpoint.state, assign=True)

@@ -61,7 +61,7 @@ def test_a_chat_gives_our_ids_pixels_logits_and_answer(
 def test_pixels_of_any_picture_are_ours(aspect_ratio: str, tmp_path: Path):
     tiles = parse_grid_pinpoints("(1x2),(2x1),(2x2),(3x1),(1x3)", 56) if aspect_ratio == "anyres" else ()
     merge_type = "spatial_unpad" if tiles else "flat"
-    geometry = ImageGeometry(56, 14, aspect_ratio=aspect_ratio, merge_type=merge_type, grid_pinpoints=tiles)
+    geometry = ImageGeometry(56, 4, 16, 16, aspect_ratio=aspect_ratio, merge_type=merge_type, grid_pinpoints=tiles)
     transform = ImageTransform.from_pretrained(RECORDINGS / "ckpt/clip-tiny", geometry=geometry)
     write_image_processor(tmp_path, transform.settings, geometry)
     processor = AutoImageProcessor.from_pretrained(tmp_path)

@@ -17,7 +17,7 @@ from llava_ft.geometry import ImageGeometry
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SOURCES = GOLDEN / "images" / "src"
-GEOMETRY = ImageGeometry(image_size=56, patch_size=14, aspect_ratio="pad")
+GEOMETRY = ImageGeometry(image_size=56, tokens_per_side=4, tokens_per_tile=16, features_per_tile=16, aspect_ratio="pad")
 TOKENS_PER_IMAGE = GEOMETRY.num_tokens()
 
 

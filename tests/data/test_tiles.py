@@ -20,8 +20,8 @@ from llava_ft.geometry import ImageGeometry, parse_grid_pinpoints
 from tests.data.test_images import ARRAYS, INDEX, MEAN, SOURCES, STD, TINY
 
 GRIDS = "(1x2),(2x1),(2x2),(3x1),(1x3)"
-ANYRES = ImageGeometry(56, 14, aspect_ratio="anyres", grid_pinpoints=parse_grid_pinpoints(GRIDS, 56))
-S2 = ImageGeometry(56, 14, aspect_ratio="pad", s2_scales=(56, 112))
+ANYRES = ImageGeometry(56, 4, 16, 16, aspect_ratio="anyres", grid_pinpoints=parse_grid_pinpoints(GRIDS, 56))
+S2 = ImageGeometry(56, 4, 16, 16, aspect_ratio="pad", s2_scales=(56, 112))
 TRANSFORM = ImageTransform(TINY, geometry=ANYRES)
 SIDES = st.one_of(st.integers(1, 9), st.integers(1, 500))
 
@@ -105,7 +105,7 @@ class TestTiles:
 
     def test_settings_of_another_tower_are_refused(self):
         with pytest.raises(UserError, match="makes images of 56 x 56 pixels, but the vision tower takes 112 x 112"):
-            ImageTransform(TINY, geometry=ImageGeometry(112, 14))
+            ImageTransform(TINY, geometry=ImageGeometry(112, 8, 64, 64))
 
 
 class TestS2:

@@ -92,7 +92,13 @@ class TestAgreementWithTraining:
 
     def test_sizes_of_images_count(self, check, build, tmp_path):
         geometry = ImageGeometry(
-            56, 14, aspect_ratio="anyres", merge_type="spatial_unpad", grid_pinpoints=((56, 112), (112, 56), (112, 112))
+            56,
+            4,
+            16,
+            16,
+            aspect_ratio="anyres",
+            merge_type="spatial_unpad",
+            grid_pinpoints=((56, 112), (112, 56), (112, 112)),
         )
         for name, size in {"wide": (300, 20), "tall": (30, 500), "small": (20, 20)}.items():
             Image.new("RGB", size, "red" if name == "wide" else "blue").save(tmp_path / f"{name}.png")

@@ -42,7 +42,7 @@ GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 
 def limits(num_image_tokens=None, model_max_length=10**6, truncation="truncate"):
     side = None if num_image_tokens is None else round(num_image_tokens**0.5)
-    geometry = None if side is None else ImageGeometry(image_size=side, patch_size=1)
+    geometry = None if side is None else ImageGeometry(side, side, side**2, side**2)
     return Limits(geometry, model_max_length, truncation)
 
 
@@ -153,7 +153,7 @@ class TestRecords:
         Image.new("RGB", (40, 8)).save(tmp_path / "wide.png")
         Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
         grids = ((8, 16), (16, 8), (16, 16), (24, 8))
-        geometry = ImageGeometry(8, 1, aspect_ratio="anyres", merge_type="flat", grid_pinpoints=grids)
+        geometry = ImageGeometry(8, 8, 64, 64, aspect_ratio="anyres", merge_type="flat", grid_pinpoints=grids)
         records = [record("<image>", image=name) for name in ("wide.png", "small.png")]
         views = inspect(records, limits=Limits(geometry, 2048), image_folder=tmp_path)
         assert [view.num_image_tokens for view in views] == [64 * 4, 64 * 3]

@@ -22,7 +22,9 @@ SIZES = read_recording("forward/index.json")["anyres_image_sizes"]
 IDS = torch.tensor([[1, 5, 9]])
 GEOMETRY = ImageGeometry(
     image_size=56,
-    patch_size=14,
+    tokens_per_side=4,
+    tokens_per_tile=16,
+    features_per_tile=16,
     aspect_ratio="anyres",
     merge_type="spatial_unpad",
     grid_pinpoints=parse_grid_pinpoints("(1x2),(2x1),(2x2),(3x1),(1x3)", 56),
@@ -124,7 +126,7 @@ class TestRecording:
 class TestLayouts:
     """A grid of 2 x 1 tiles with 2 x 2 features each, as in the module's picture."""
 
-    GEOMETRY = ImageGeometry(28, 14, aspect_ratio="anyres", grid_pinpoints=((56, 28),))
+    GEOMETRY = ImageGeometry(28, 2, 4, 4, aspect_ratio="anyres", grid_pinpoints=((56, 28),))
     TILES = torch.tensor([[1, 2, 3, 4], [11, 12, 13, 14], [21, 22, 23, 24]]).unsqueeze(-1).float()
 
     def lay_out(self, merge_type: str, size_wh=(56, 28)) -> list[float]:

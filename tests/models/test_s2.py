@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llava_ft.models.vision import multiscale_features
+from llava_ft.models.towers.s2 import multiscale_features
 from tests.models.test_forward import load
 
 TILE, PATCH = 56, 14

@@ -15,9 +15,9 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig
 
 from llava_ft.errors import CheckpointError
-from llava_ft.models.builder import vision_fields
 from llava_ft.models.config import LlavaModelConfig
 from llava_ft.models.families.llama import LlavaLlamaConfig
+from llava_ft.models.towers import tower_fields
 
 NATIVE_KEY: Final = "llava_ft"
 """Where a `config.json` of transformers' layout keeps the native fields that the layout has no place for."""
@@ -84,7 +84,7 @@ def native_fields(hf: Mapping[str, Any], where: str = "The model") -> dict[str, 
         "tie_word_embeddings": bool(config.tie_word_embeddings),
         "pad_token_id": next((i for i in pad_ids if isinstance(i, int) and 0 <= i < text.vocab_size), None),
         "mm_vision_tower": _OPENAI_TOWERS.get(vision.image_size) if large == (1024, 24, 14, 4096) else None,
-        "mm_vision_config": vision_fields(vision.to_dict(), where),
+        "mm_vision_config": tower_fields(vision.to_dict(), where),
         "mm_hidden_size": vision.hidden_size,
         "mm_projector_type": "mlp2x_gelu",
         "mm_vision_select_layer": config.vision_feature_layer,

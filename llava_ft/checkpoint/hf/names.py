@@ -10,8 +10,8 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
-from llava_ft.checkpoint.names import VISION_PREFIX
 from llava_ft.errors import CheckpointError
+from llava_ft.models.parts import VISION_PREFIX
 
 _Rules = Sequence[tuple[re.Pattern[str], str]]
 

@@ -20,7 +20,9 @@ from tests.data.conftest import GOLDEN, record
 
 ANYRES = ImageGeometry(
     image_size=56,
-    patch_size=14,
+    tokens_per_side=4,
+    tokens_per_tile=16,
+    features_per_tile=16,
     aspect_ratio="anyres",
     merge_type="spatial_unpad",
     grid_pinpoints=((56, 112), (112, 56), (112, 112)),
