@@ -110,7 +110,10 @@ def start(folder: Path, workers: int, model_max_length: int) -> dict[str, object
     from llava_ft.conversation import get_template
     from llava_ft.data.build import build_datasets
     from llava_ft.data.images import ImageTransform
+    from llava_ft.data.preparation.image_facts import ImageChecks
     from llava_ft.data.preparation.prepare import PreparationSettings
+    from llava_ft.data.preparation.samples import DataPlan
+    from llava_ft.data.preparation.truncation import Limits
     from llava_ft.data.tokenize import SampleTokenizer
     from llava_ft.data.tokenizer import load_tokenizer
     from llava_ft.geometry import ImageGeometry
@@ -134,12 +137,14 @@ def start(folder: Path, workers: int, model_max_length: int) -> dict[str, object
     begin = time.monotonic()
     datasets = build_datasets(
         folder / "records.json",
-        tokenize=SampleTokenizer(tokenizer, get_template("v1")),
+        DataPlan(
+            SampleTokenizer(tokenizer, get_template("v1")),
+            Limits(geometry, model_max_length),
+            ImageChecks("header"),
+            str(folder / "images"),
+            PreparationSettings(folder / "cache", workers),
+        ),
         image_transform=transform,
-        image_folder=folder / "images",
-        geometry=geometry,
-        model_max_length=model_max_length,
-        preparation=PreparationSettings(folder / "cache", workers),
     )
     seconds = time.monotonic() - begin
     is_done.set()

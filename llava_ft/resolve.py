@@ -7,6 +7,7 @@ again: base and vision tower, configuration, tokenizer, where each weight lies, 
 import logging
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerFast
@@ -18,6 +19,10 @@ from llava_ft.checkpoint.names import NON_LORA_BIN
 from llava_ft.checkpoint.overrides import Force, force_from_flags, refuse_unless
 from llava_ft.constants import CHECKPOINT_FIELDS
 from llava_ft.conversation import get_template
+from llava_ft.data.preparation.image_facts import ImageChecks
+from llava_ft.data.preparation.prepare import PreparationSettings
+from llava_ft.data.preparation.samples import DataPlan
+from llava_ft.data.preparation.truncation import Limits
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
 from llava_ft.models.config import LlavaModelConfig
@@ -96,6 +101,24 @@ class RunModel:
             get_template(self.args.model.version),
             mm_use_im_start_end=self.config.mm_use_im_start_end,
             supervise=self.args.data.supervise,
+        )
+
+    def data_plan(self, num_processes: int | None = None, *, goes_first: bool = True) -> DataPlan:
+        """Say how the run reads its data.
+
+        Args:
+            num_processes: How many read, tokenise and decode; None leaves their number to the request.
+            goes_first: Whether this process prepares records at once, or lets another one of its machine go first.
+        """
+        data, geometry = self.args.data, self.config.image_geometry
+        needs_sizes = geometry is not None and geometry.needs_image_sizes
+        cache_dir = Path(data.data_cache_dir) if data.data_cache_dir else None
+        return DataPlan(
+            self.tokenize,
+            Limits(geometry, self.args.flags.model_max_length, data.truncation),
+            ImageChecks(data.check_images, needs_sizes, data.image_exif_transpose),
+            data.image_folder,
+            PreparationSettings(cache_dir, num_processes or data.preprocessing_num_workers, goes_first),
         )
 
 

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "planning": GROUND | CONTENT | MIDDLE | {"args", "resolve"},
     "inspection": GROUND | CONTENT | MIDDLE | {"args", "resolve"},
     "training": GROUND | CONTENT | MIDDLE | {"args", "resolve", "convert"},
-    "commands": GROUND | CONTENT | MIDDLE | USE | {"args"},
+    "commands": GROUND | CONTENT | MIDDLE | USE | {"args", "resolve"},
     "cli": GROUND | USE | {"commands"},
     "__main__": {"cli"},
     "__init__": {"version", "inference"},

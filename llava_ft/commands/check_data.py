@@ -30,12 +30,12 @@ def check_data(argv: Sequence[str]) -> int:
         from llava_ft.args import parse_args
         from llava_ft.data.preparation.processes import num_cores
         from llava_ft.inspection.check_data import run_check_data
-        from llava_ft.inspection.data_plan import find_data_plan
+        from llava_ft.resolve import resolve_model
 
         args = parse_args(flags, required=("model_name_or_path", "data_path"))
         passed = run_check_data(
             args,
-            find_data_plan(args, options.workers or num_cores()),
+            resolve_model(args, need="tokenizer").data_plan(options.workers or num_cores()),
             output,
             fix=Path(options.fix) if options.fix else None,
             html=Path(options.html) if options.html else None,

@@ -37,13 +37,13 @@ def _inspect_data(argv: Sequence[str]) -> int:
     if options.json and options.html:
         raise UserError("--json and --html exclude each other. Give one of them.")
     from llava_ft.args import parse_args
-    from llava_ft.inspection.data_plan import find_data_plan
     from llava_ft.inspection.records import Selection, run_inspect_data
+    from llava_ft.resolve import resolve_model
 
     args = parse_args(flags, required=("model_name_or_path", "data_path"))
     all_usable = run_inspect_data(
         str(args.data.data_path),
-        find_data_plan(args),
+        resolve_model(args, need="tokenizer").data_plan(),
         sys.stdout,
         as_json=options.json,
         html=Path(options.html) if options.html else None,

@@ -4,18 +4,18 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from os import PathLike
+from typing import Final
 
 import numpy as np
 import torch
 
 from llava_ft.data.dataset import ConversationDataset, JoinedSamples
-from llava_ft.data.image_files import IMAGE_CHECKS, ImageCheck, ImagePlace, is_relative, refuse_unreadable_images
+from llava_ft.data.image_files import is_relative, refuse_unreadable_images
 from llava_ft.data.image_reader import ImageReader
 from llava_ft.data.images import ImageTransform
-from llava_ft.data.preparation.image_facts import ImageChecks, look_at_images
-from llava_ft.data.preparation.prepare import PreparationSettings, prepare_rows
-from llava_ft.data.preparation.samples import Samples, find_samples
-from llava_ft.data.preparation.truncation import TRUNCATION_POLICIES, Limits, TruncationPolicy
+from llava_ft.data.preparation.image_facts import look_at_images
+from llava_ft.data.preparation.prepare import prepare_rows
+from llava_ft.data.preparation.samples import DataPlan, Samples, find_samples
 from llava_ft.data.records import parse_record
 from llava_ft.data.report import (
     BAD_SAMPLE_POLICIES,
@@ -27,14 +27,10 @@ from llava_ft.data.report import (
     total,
 )
 from llava_ft.data.sources.base import RecordSource
-from llava_ft.data.sources.mixture import holds_out
-from llava_ft.data.sources.open import is_mixture
-from llava_ft.data.sources.selection import DataSources
-from llava_ft.data.tokenize import SampleTokenizer
+from llava_ft.data.sources.open import DataSources, holds_out, is_mixture
 from llava_ft.errors import BadSampleError, UserError
-from llava_ft.geometry import ImageGeometry
 
-_RECORDS_TO_PEEK_AT = 100
+_RECORDS_TO_PEEK_AT: Final = 100
 
 
 @dataclass(frozen=True)
@@ -49,40 +45,26 @@ class BuiltDatasets:
 
 def build_datasets(
     data_path: str | PathLike[str],
+    plan: DataPlan,
     *,
-    tokenize: SampleTokenizer,
     image_transform: ImageTransform | None,
-    image_folder: str | PathLike[str] | None,
-    geometry: ImageGeometry | None,
-    model_max_length: int,
-    truncation: TruncationPolicy = "truncate",
     on_bad_sample: BadSamplePolicy = "error",
-    check_images: ImageCheck = "header",
-    exif_transpose: bool = False,
     fast_decode: bool = False,
     validation_path: str | PathLike[str] | None = None,
     validation_fraction: float = 0.0,
     seed: int = 0,
-    preparation: PreparationSettings | None = None,
 ) -> BuiltDatasets:
     """Prepare, check, measure and split the records of a run.
 
     Args:
         data_path: Training records, see `docs/reference/data-format.md`.
-        tokenize: Template and tokenizer.
+        plan: How they are read.
         image_transform: Prepares one picture; None for a model without vision tower.
-        image_folder: Folder that relative paths of images start from, where a source has none of its own.
-        geometry: Counts the tokens of images; None for a model without vision tower.
-        model_max_length: Tokens that a sample may have.
-        truncation: What is done with one that has more: "error", "drop" or "truncate".
         on_bad_sample: "error" raises if any record cannot be used; "skip" leaves it out, counts and logs it.
-        check_images: How much of each image file is read: "none", "exists", "header" or "decode".
-        exif_transpose: Whether pictures are turned as their EXIF orientation says.
         fast_decode: Whether large photographs may be shrunk while they are decoded.
         validation_path: Validation records of their own.
         validation_fraction: Share of the usable training records that is held out instead, at least one record.
         seed: Decides which records are held out, and which a mixture takes.
-        preparation: Where prepared records are kept, and how many processes prepare them.
 
     Raises:
         UserError: The records, or what is asked of them, cannot be used.
@@ -113,24 +95,40 @@ def build_datasets(
         )
     if on_bad_sample not in BAD_SAMPLE_POLICIES:
         raise UserError(f"on_bad_sample is {on_bad_sample!r}; it can be 'error' or 'skip'.")
-    if check_images not in IMAGE_CHECKS:
-        raise UserError(f"check_images is {check_images!r}; it can be {', '.join(IMAGE_CHECKS)}.")
-    if truncation not in TRUNCATION_POLICIES:
-        raise UserError(f"truncation is {truncation!r}; it can be {', '.join(TRUNCATION_POLICIES)}.")
-    builder = _Builder(
-        tokenize=tokenize,
-        image_transform=image_transform,
-        image_folder=image_folder,
-        limits=Limits(geometry, model_max_length, truncation),
-        on_bad_sample=on_bad_sample,
-        checks=ImageChecks(check_images, geometry is not None and geometry.needs_image_sizes, exif_transpose),
-        fast_decode=fast_decode,
-        seed=seed,
-        preparation=preparation or PreparationSettings(),
-    )
-    train, held_out, report = builder.build(str(data_path))
+
+    def build(path: str) -> tuple[ConversationDataset, ConversationDataset | None, DataReport]:
+        """Make the data set of a path, that of what a mixture holds out, and the report."""
+        data = DataSources.open(path, plan.preparation.directory)
+        parts = [
+            _find_samples(source, plan, prefix, has_tower=image_transform is not None)
+            for source, prefix in zip(data.sources, data.prompt_prefixes, strict=True)
+        ]
+        reports = [_report(source, samples) for source, samples in zip(data.sources, parts, strict=True)]
+        report = reports[0] if data.mixture is None else total(path, reports)
+        max_length = plan.limits.max_length
+        check_policies(report, on_bad_sample, max_length=max_length, refuses_long=plan.limits.truncation == "error")
+        chosen = data.choose([len(part) for part in parts], seed)
+        if data.mixture is not None:
+            counts = zip(reports, chosen.train, chosen.held_out, strict=True)
+            reports = [replace(part, num_taken=len(taken), num_held_out=len(held)) for part, taken, held in counts]
+            report = total(path, reports)
+        log_report(report, max_length=max_length)
+        reader = None
+        if image_transform is not None:
+            places = [plan.place_of(source) for source in data.sources]
+            reader = ImageReader(
+                image_transform, places, exif_transpose=plan.checks.exif_transpose, fast_decode=fast_decode
+            )
+        samples = JoinedSamples(parts, [source.name for source in data.sources])
+        train, held_out = (
+            ConversationDataset(samples, image_reader=reader, rows=np.concatenate(rows))
+            for rows in (chosen.train, chosen.held_out)
+        )
+        return train, held_out if len(held_out) else None, report
+
+    train, held_out, report = build(str(data_path))
     if validation_path is not None:
-        validation, _, validation_report = builder.build(str(validation_path))
+        validation, _, validation_report = build(str(validation_path))
         return BuiltDatasets(train, validation, report, validation_report)
     if validation_fraction:
         train, held_out = split_dataset(train, validation_fraction, seed)
@@ -152,99 +150,50 @@ def split_dataset(
         )
     num_held_out = min(max(1, round(len(dataset) * fraction)), len(dataset) - 1)
     shuffled = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).numpy()
-    held_out, rest = np.sort(shuffled[:num_held_out]), np.sort(shuffled[num_held_out:])
-    return dataset.subset(rest), dataset.subset(held_out)
+    return dataset.subset(np.sort(shuffled[num_held_out:])), dataset.subset(np.sort(shuffled[:num_held_out]))
 
 
-@dataclass(frozen=True)
-class _Builder:
-    """Makes data sets of sources, all in the same way."""
+def _find_samples(source: RecordSource, plan: DataPlan, prompt_prefix: str, *, has_tower: bool) -> Samples:
+    """Measure the records of a source; a run that could not read any image of them is refused."""
+    place = plan.place_of(source)
 
-    tokenize: SampleTokenizer
-    image_transform: ImageTransform | None
-    image_folder: str | PathLike[str] | None
-    limits: Limits
-    on_bad_sample: BadSamplePolicy
-    checks: ImageChecks
-    fast_decode: bool
-    seed: int
-    preparation: PreparationSettings
-
-    def build(self, path: str) -> tuple[ConversationDataset, ConversationDataset | None, DataReport]:
-        """Make the data set of a path, that of what a mixture holds out, and the report."""
-        data = DataSources.open(path, self.preparation.directory)
-        parts = [
-            self._find_samples(source, prefix)
-            for source, prefix in zip(data.sources, data.prompt_prefixes, strict=True)
-        ]
-        reports = [self._report(source, samples) for source, samples in zip(data.sources, parts, strict=True)]
-        report = reports[0] if data.mixture is None else total(path, reports)
-        max_length = self.limits.max_length
-        refuses_long = self.limits.truncation == "error"
-        check_policies(report, self.on_bad_sample, max_length=max_length, refuses_long=refuses_long)
-        chosen = data.choose([len(part) for part in parts], self.seed)
-        if data.mixture is not None:
-            counts = zip(reports, chosen.train, chosen.held_out, strict=True)
-            reports = [replace(part, num_taken=len(taken), num_held_out=len(held)) for part, taken, held in counts]
-            report = total(path, reports)
-        log_report(report, max_length=max_length)
-        samples = JoinedSamples(parts, [source.name for source in data.sources])
-        reader = None
-        if self.image_transform is not None:
-            reader = ImageReader(
-                self.image_transform,
-                [self._place(source) for source in data.sources],
-                exif_transpose=self.checks.exif_transpose,
-                fast_decode=self.fast_decode,
-            )
-        train = ConversationDataset(samples, image_reader=reader, rows=np.concatenate(chosen.train))
-        held_out = np.concatenate(chosen.held_out)
-        validation = ConversationDataset(samples, image_reader=reader, rows=held_out) if len(held_out) else None
-        return train, validation, report
-
-    def _place(self, source: RecordSource) -> ImagePlace:
-        return ImagePlace(source.image_folder or self.image_folder, source)
-
-    def _find_samples(self, source: RecordSource, prompt_prefix: str) -> Samples:
-        place = self._place(source)
-        # A run that cannot read images at all is refused before it spends minutes on the text.
-        for index, record in enumerate(source.read(0, min(_RECORDS_TO_PEEK_AT, len(source)))):
-            with suppress(BadSampleError):
-                sample = parse_record(record, index)
-                self._check_images_can_be_read(index, sample.id, sample.images, place)
-        rows = prepare_rows(source, self.tokenize, self.preparation, prompt_prefix=prompt_prefix)
-        facts = None
-        if rows.counts("image_positions").any():
-            # The same of all records, at the first one with a relative path.
-            numbers, images = rows.numbered_images()
-            first = next((number for number, image in enumerate(images) if is_relative(image)), 0)
-            entry = int(np.argmax(numbers == first))
-            record = int(np.searchsorted(np.cumsum(rows.counts("image_positions")), entry, side="right"))
-            self._check_images_can_be_read(record, rows.sample_id(record), rows.images(record), place)
-            facts = look_at_images(rows, place, self.checks, self.preparation)
-        return find_samples(rows, self.limits, facts)
-
-    def _check_images_can_be_read(self, index: int, sample_id: str, images: Sequence[str], place: ImagePlace) -> None:
+    def check_images_can_be_read(index: int, sample_id: str, images: Sequence[str]) -> None:
         name = f"Sample {index}" + (f" (id {sample_id!r})" if sample_id else "")
-        refuse_unreadable_images(name, images, place, has_tower=self.image_transform is not None)
+        refuse_unreadable_images(name, images, place, has_tower=has_tower)
 
-    def _report(self, source: RecordSource, samples: Samples) -> DataReport:
-        truncated: list[int] = samples.record_indices[samples.was_truncated].tolist()
-        too_long: list[int] = samples.too_long.tolist() if self.limits.truncation != "truncate" else []
-        return DataReport(
-            path=source.name,
-            fingerprint=source.fingerprint(),
-            image_folder=None if source.image_folder is None else str(source.image_folder),
-            num_records=len(samples.rows),
-            num_usable=len(samples),
-            errors=samples.errors,
-            num_truncated=len(truncated),
-            num_too_long=len(too_long),
-            num_lost_tokens=samples.num_lost_tokens,
-            longest=samples.longest,
-            num_tokens=int(samples.lengths.sum(dtype=np.int64)),
-            num_supervised=int(samples.num_supervised.sum(dtype=np.int64)),
-            num_images=int(samples.num_images.sum(dtype=np.int64)),
-            truncated_ids=[name_of(samples.rows.sample_id(record), record) for record in truncated],
-            too_long_ids=[name_of(samples.rows.sample_id(record), record) for record in too_long],
-        )
+    # Of the first records before minutes are spent on the text, then of all, at the first one with a relative path.
+    for index, record in enumerate(source.read(0, min(_RECORDS_TO_PEEK_AT, len(source)))):
+        with suppress(BadSampleError):
+            sample = parse_record(record, index)
+            check_images_can_be_read(index, sample.id, sample.images)
+    rows, facts = prepare_rows(source, plan.tokenize, plan.preparation, prompt_prefix=prompt_prefix), None
+    if rows.counts("image_positions").any():
+        numbers, images = rows.numbered_images()
+        first = next((number for number, image in enumerate(images) if is_relative(image)), 0)
+        entry = int(np.argmax(numbers == first))
+        record = int(np.searchsorted(np.cumsum(rows.counts("image_positions")), entry, side="right"))
+        check_images_can_be_read(record, rows.sample_id(record), rows.images(record))
+        facts = look_at_images(rows, place, plan.checks, plan.preparation)
+    return find_samples(rows, plan.limits, facts)
+
+
+def _report(source: RecordSource, samples: Samples) -> DataReport:
+    truncated: list[int] = samples.record_indices[samples.was_truncated].tolist()
+    too_long: list[int] = samples.too_long.tolist() if samples.limits.truncation != "truncate" else []
+    return DataReport(
+        path=source.name,
+        fingerprint=source.fingerprint(),
+        image_folder=None if source.image_folder is None else str(source.image_folder),
+        num_records=len(samples.rows),
+        num_usable=len(samples),
+        errors=samples.errors,
+        num_truncated=len(truncated),
+        num_too_long=len(too_long),
+        num_lost_tokens=samples.num_lost_tokens,
+        longest=samples.longest,
+        num_tokens=int(samples.lengths.sum(dtype=np.int64)),
+        num_supervised=int(samples.num_supervised.sum(dtype=np.int64)),
+        num_images=int(samples.num_images.sum(dtype=np.int64)),
+        truncated_ids=[name_of(samples.rows.sample_id(record), record) for record in truncated],
+        too_long_ids=[name_of(samples.rows.sample_id(record), record) for record in too_long],
+    )

@@ -7,22 +7,20 @@ every sample is taken to be as long as `model_max_length` allows, with one image
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
 import numpy as np
 
 from llava_ft.args import ParsedArgs
-from llava_ft.data.image_files import ImagePlace
 from llava_ft.data.packing import pack
-from llava_ft.data.preparation.image_facts import ImageChecks, look_at_images
+from llava_ft.data.preparation.image_facts import look_at_images
 from llava_ft.data.preparation.prepare import PreparationSettings, prepare_rows
 from llava_ft.data.preparation.samples import Samples, find_samples
 from llava_ft.data.preparation.tokenized_rows import Array
-from llava_ft.data.preparation.truncation import Limits
 from llava_ft.data.sampler import steps_per_epoch
-from llava_ft.data.sources.selection import DataSources
+from llava_ft.data.sources.open import DataSources
 from llava_ft.errors import UserError
 from llava_ft.geometry import SizeWH
 from llava_ft.planning.request import PlanRequest
@@ -204,17 +202,15 @@ def _measure(path: str, args: ParsedArgs, run: RunModel, notes: list[str]) -> Re
         num_taken = sum(map(len, data.choose([len(source) for source in data.sources], seed).train))
         return Records(num_records, num_taken, nothing, nothing, nothing)
 
-    tokenize, geometry = run.tokenize, run.config.image_geometry
-    limits = Limits(geometry, args.flags.model_max_length, args.data.truncation)
-    checks = ImageChecks("none", needs_sizes=True, exif_transpose=args.data.image_exif_transpose)
+    plan, geometry = run.data_plan(), run.config.image_geometry
+    limits, checks = plan.limits, replace(plan.checks, level="none", needs_sizes=True)
     parts: list[Samples] = []
     num_tiles = 0
     for source, prefix in zip(data.sources, data.prompt_prefixes, strict=True):
-        rows, facts = prepare_rows(source, tokenize, settings, prompt_prefix=prefix), None
+        rows, facts = prepare_rows(source, plan.tokenize, settings, prompt_prefix=prefix), None
         has_images = bool(rows.counts("image_positions").any())
         if has_images and geometry is not None and geometry.needs_image_sizes:  # lengths depend on them
-            place = ImagePlace(source.image_folder or args.data.image_folder, source)
-            facts = look_at_images(rows, place, checks, settings)
+            facts = look_at_images(rows, plan.place_of(source), checks, settings)
             if facts.errors:
                 facts.sizes_wh[list(facts.errors)] = geometry.largest_size_within(limits.max_length - 1) or (1, 1)
                 notes.append(

@@ -46,7 +46,6 @@ from llava_ft.checkpoint.save import (
 from llava_ft.data.build import BuiltDatasets
 from llava_ft.data.image_processor import copy_image_settings
 from llava_ft.data.report import DataReport
-from llava_ft.data.sources.mixture import MixtureEntry, open_mixture
 from llava_ft.data.sources.open import is_mixture
 from llava_ft.data.tokenizer import save_tokenizer
 from llava_ft.models.config import LlavaModelConfig
@@ -224,9 +223,12 @@ def _describe_data(args: ParsedArgs, path: str | None, report: DataReport | None
     """Describe each source: path, fingerprint, counts, images, and its part in a mixture."""
     if path is None or report is None:
         return []
-    mixture = open_mixture(path) if is_mixture(path) else None
-    entries: Sequence[MixtureEntry | None] = (None,) if mixture is None else mixture.entries
-    sources = [report] if mixture is None else report.sources
+    mixture, entries, sources = None, (None,), [report]
+    if is_mixture(path):
+        from llava_ft.data.sources.mixture import open_mixture
+
+        mixture = open_mixture(path)
+        entries, sources = mixture.entries, report.sources
     described: list[dict[str, Any]] = []
     for entry, source in zip(entries, sources, strict=True):
         folder = source.image_folder or args.data.image_folder

@@ -11,9 +11,8 @@ from llava_ft.data.collator import PackedCollator, PaddingCollator
 from llava_ft.data.dataset import ConversationDataset
 from llava_ft.data.images import ImageTransform
 from llava_ft.data.packing import PackedDataset, RowDataset, one_each
-from llava_ft.data.preparation.prepare import PreparationSettings
 from llava_ft.data.sampler import steps_per_epoch
-from llava_ft.data.sources.mixture import check_holds_out
+from llava_ft.data.sources.open import check_holds_out
 from llava_ft.resolve import RunModel
 
 logger = logging.getLogger(__name__)
@@ -34,31 +33,20 @@ def prepare_datasets(run: RunModel) -> BuiltDatasets:
     transform = None
     if vision_directory is not None:
         transform = ImageTransform.from_pretrained(vision_directory, geometry=geometry)
-    tokenize = run.tokenize
-    logger.info("Conversation template: %s.", tokenize.template.name)
+    plan = run.data_plan(goes_first=args.training.local_process_index == 0)
+    logger.info("Conversation template: %s.", plan.tokenize.template.name)
     assert args.data.data_path is not None
     if args.training.eval_strategy != "no" and args.data.validation_data_path is None:
         check_holds_out(args.data.data_path)
     return build_datasets(
         args.data.data_path,
-        tokenize=tokenize,
+        plan,
         image_transform=transform,
-        image_folder=args.data.image_folder,
-        geometry=geometry,
-        model_max_length=args.flags.model_max_length,
-        truncation=args.data.truncation,
         on_bad_sample=args.data.on_bad_sample,
-        check_images=args.data.check_images,
-        exif_transpose=args.data.image_exif_transpose,
         fast_decode=args.data.image_fast_decode,
         validation_path=args.data.validation_data_path,
         validation_fraction=args.data.validation_fraction,
         seed=data_seed(args),
-        preparation=PreparationSettings(
-            Path(args.data.data_cache_dir) if args.data.data_cache_dir else None,
-            args.data.preprocessing_num_workers,
-            goes_first=args.training.local_process_index == 0,
-        ),
     )
 
 

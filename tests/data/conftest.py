@@ -11,6 +11,10 @@ from PIL import Image
 from llava_ft.conversation import get_template
 from llava_ft.data.build import build_datasets
 from llava_ft.data.images import ImageTransform
+from llava_ft.data.preparation.image_facts import ImageChecks
+from llava_ft.data.preparation.prepare import PreparationSettings
+from llava_ft.data.preparation.samples import DataPlan
+from llava_ft.data.preparation.truncation import Limits
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.data.tokenizer import load_tokenizer
 from llava_ft.geometry import ImageGeometry
@@ -45,14 +49,17 @@ def build(tokenize, transform, tmp_path):
         if isinstance(records, list):
             path = tmp_path / "records.json"
             path.write_text(json.dumps(records))
-        defaults = {
-            "tokenize": tokenize,
-            "image_transform": transform,
-            "image_folder": SOURCES,
-            "geometry": GEOMETRY,
-            "model_max_length": 2048,
-        }
-        return build_datasets(path, **{**defaults, **options})
+        geometry = options.pop("geometry", GEOMETRY)
+        checks = options.pop("check_images", "header"), geometry is not None and geometry.needs_image_sizes
+        folder = options.pop("image_folder", SOURCES)
+        plan = DataPlan(
+            options.pop("tokenize", tokenize),
+            Limits(geometry, options.pop("model_max_length", 2048), options.pop("truncation", "truncate")),
+            ImageChecks(*checks, options.pop("exif_transpose", False)),
+            None if folder is None else str(folder),
+            options.pop("preparation", None) or PreparationSettings(),
+        )
+        return build_datasets(path, plan, image_transform=options.pop("image_transform", transform), **options)
 
     return run
 

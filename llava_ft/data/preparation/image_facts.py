@@ -33,7 +33,7 @@ from llava_ft.data.preparation.prepare import PreparationSettings
 from llava_ft.data.preparation.processes import Progress, run_tasks
 from llava_ft.data.preparation.tokenized_rows import Array, TokenizedRows, pa
 from llava_ft.data.records import parse_embedded
-from llava_ft.errors import ImageError
+from llava_ft.errors import ImageError, UserError
 from llava_ft.geometry import SizeWH
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,10 @@ class ImageChecks:
     level: ImageCheck
     needs_sizes: bool = False
     exif_transpose: bool = False
+
+    def __post_init__(self) -> None:
+        if self.level not in IMAGE_CHECKS:
+            raise UserError(f"check_images is {self.level!r}; it can be {', '.join(IMAGE_CHECKS)}.")
 
     @property
     def opens_files(self) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from llava_ft.data.tokenize import TokenizedSample
-from llava_ft.errors import BadSampleError
+from llava_ft.errors import BadSampleError, UserError
 from llava_ft.geometry import ImageGeometry
 
 TruncationPolicy = Literal["error", "drop", "truncate"]
@@ -26,6 +26,10 @@ class Limits:
     geometry: ImageGeometry | None  # counts the tokens of images; None for a model without vision tower
     max_length: int  # tokens, an image with all of its own
     truncation: TruncationPolicy = "truncate"
+
+    def __post_init__(self) -> None:
+        if self.truncation not in TRUNCATION_POLICIES:
+            raise UserError(f"truncation is {self.truncation!r}; it can be {', '.join(TRUNCATION_POLICIES)}.")
 
 
 @dataclass(frozen=True, slots=True)

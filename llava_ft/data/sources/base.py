@@ -21,6 +21,7 @@ from llava_ft.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_SPLIT: Final = "train"
 _BYTES_WORTH_A_NOTE: Final = 1 << 28
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -201,6 +202,20 @@ def _state_of(file: Path) -> tuple[int, int]:
     except OSError as error:
         raise UserError(f"Data file {file} cannot be read: {error.strerror}. Check --data_path.") from None
     return status.st_size, status.st_mtime_ns
+
+
+def choose_split(splits: Sequence[str], wanted: str | None, name: str) -> str:
+    """Choose the split to be read: the wanted one; when none is asked for, the only one, else `train`.
+
+    Raises:
+        UserError: It is not there; none is asked for, and of several none is called `train`.
+    """
+    split = wanted or (splits[0] if len(splits) == 1 else DEFAULT_SPLIT)
+    if split in splits:
+        return split
+    if wanted:
+        raise UserError(f"Data set {name} has no split {split!r}. There is: {', '.join(splits)}.")
+    raise UserError(f"Data set {name} has the splits {', '.join(splits)}. Name one, as in {name}:{splits[0]}.")
 
 
 def fingerprint_files(files: Sequence[Path]) -> str:

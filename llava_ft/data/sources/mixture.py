@@ -27,7 +27,7 @@ import yaml
 from llava_ft.constants import IMAGE_TOKEN
 from llava_ft.data.records import is_list, is_mapping, kind_of
 from llava_ft.data.sources.base import RecordSource
-from llava_ft.data.sources.open import is_mixture, open_source, resolve_source
+from llava_ft.data.sources.open import open_source, resolve_source
 from llava_ft.errors import UserError
 
 
@@ -136,24 +136,6 @@ def open_mixture(path: str | os.PathLike[str]) -> Mixture:
         if count > 1:
             raise UserError(f"Mixture {path}: two sources are named {name!r}. Give each a name of its own.")
     return Mixture(path, entries, epoch_size)
-
-
-def holds_out(path: str | os.PathLike[str]) -> bool:
-    """Whether a path names a mixture that keeps records for validation."""
-    return is_mixture(path) and any(entry.held_out for entry in open_mixture(path).entries)
-
-
-def check_holds_out(path: str | Path) -> None:
-    """Refuse a mixture that keeps no records to evaluate on; anything but a mixture is let through.
-
-    Raises:
-        UserError: No source of the mixture has `held_out`.
-    """
-    if is_mixture(path) and not holds_out(path):
-        raise UserError(
-            f"Mixture {path} holds out no records, and eval_strategy needs some. Give a source 'held_out', name "
-            "records with --validation_data_path, or set --eval_strategy no."
-        )
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:

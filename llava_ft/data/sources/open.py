@@ -1,17 +1,21 @@
-"""From what `--data_path` says to a source of records."""
+"""From what `--data_path` says to the sources of a run. What reads one kind of them is imported where it is needed."""
 
 import glob
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from llava_ft.data.sources.base import RecordSource
-from llava_ft.data.sources.json_files import JsonSource
-from llava_ft.data.sources.tables import HubSource, SavedSource, ShardsSource, choose_split
-from llava_ft.data.sources.tar_shards import TarSource
+import numpy as np
+
+from llava_ft.data.sources.base import Array, RecordSource, choose_split
 from llava_ft.errors import UserError
+
+if TYPE_CHECKING:
+    from llava_ft.data.sources.mixture import Mixture
 
 _JSON: Final = (".json", ".jsonl", ".ndjson")
 _KINDS: Final = {
@@ -34,6 +38,101 @@ _MAX_SHARDS: Final = 100_000
 def is_mixture(path: str | os.PathLike[str]) -> bool:
     """Whether a path names a YAML file, which describes several sources."""
     return Path(path).suffix.lower() in _MIXTURE
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Rows of each source, in the order of the entries.
+
+    Attributes:
+        train: Ascending; a row that is taken several times stands there several times.
+        held_out: Ascending; none of them is in `train`.
+    """
+
+    train: list[Array]
+    held_out: list[Array]
+
+
+@dataclass(frozen=True, slots=True)
+class DataSources:
+    """The sources that a path names.
+
+    Attributes:
+        path: The path, as given.
+        sources: At least one.
+        prompt_prefixes: For each source, text in front of the first question of its records.
+        mixture: What is taken of them; None for a single source, of which all is taken.
+    """
+
+    path: str
+    sources: list[RecordSource]
+    prompt_prefixes: list[str]
+    mixture: "Mixture | None"
+
+    @classmethod
+    def open(cls, path: str, cache_dir: Path) -> "DataSources":
+        """Open and prepare the sources.
+
+        Args:
+            path: A file, directory, name or mixture; see `docs/reference/data-format.md`.
+            cache_dir: Where the sources keep what reading by number needs.
+
+        Raises:
+            UserError: A source is missing, damaged or empty.
+        """
+        if is_mixture(path):
+            from llava_ft.data.sources.mixture import open_mixture
+
+            mixture = open_mixture(path)
+            sources, prefixes = mixture.open_sources(), [entry.prompt_prefix for entry in mixture.entries]
+        else:
+            mixture, sources, prefixes = None, [open_source(path)], [""]
+        for source in sources:
+            source.prepare(cache_dir)
+        return cls(path, sources, prefixes, mixture)
+
+    def choose(self, num_usable: Sequence[int], seed: int) -> Selection:
+        """Choose among the usable samples of the sources, numbered over all sources.
+
+        Args:
+            num_usable: How many each source has.
+            seed: Decides which, where not all are taken.
+
+        Raises:
+            UserError: A source of the mixture has too few.
+        """
+        if self.mixture is None:
+            return Selection([np.arange(num_usable[0])], [np.zeros(0, dtype=np.int64)])
+        from llava_ft.data.sources.selection import select_rows
+
+        selection = select_rows(num_usable, self.mixture, seed)
+        firsts = list(accumulate(num_usable, initial=0))
+        return Selection(
+            [rows + first for rows, first in zip(selection.train, firsts, strict=False)],
+            [rows + first for rows, first in zip(selection.held_out, firsts, strict=False)],
+        )
+
+
+def holds_out(path: str | os.PathLike[str]) -> bool:
+    """Whether a path names a mixture that keeps records for validation."""
+    if not is_mixture(path):
+        return False
+    from llava_ft.data.sources.mixture import open_mixture
+
+    return any(entry.held_out for entry in open_mixture(path).entries)
+
+
+def check_holds_out(path: str | Path) -> None:
+    """Refuse a mixture that keeps no records to evaluate on; anything but a mixture is let through.
+
+    Raises:
+        UserError: No source of the mixture has `held_out`.
+    """
+    if is_mixture(path) and not holds_out(path):
+        raise UserError(
+            f"Mixture {path} holds out no records, and eval_strategy needs some. Give a source 'held_out', name "
+            "records with --validation_data_path, or set --eval_strategy no."
+        )
 
 
 def open_source(path: str | Path, *, split: str | None = None, image_folder: str | None = None) -> RecordSource:
@@ -64,6 +163,8 @@ def open_source(path: str | Path, *, split: str | None = None, image_folder: str
         return _open_folder(Path(folder), _one_split(name, end, split), image_folder)
     found = _HUB_NAME.fullmatch(name)
     if found and _is_hub_name(name):
+        from llava_ft.data.sources.tables import HubSource
+
         return HubSource(found["path"], found["config"], _one_split(name, found["split"], split), image_folder)
     raise UserError(f"Data file {name} does not exist. Check --data_path.")
 
@@ -104,15 +205,23 @@ def _open_files(name: str, files: Sequence[Path], split: str | None, image_folde
     if split:
         raise UserError(f"{name} has no splits, but {split!r} is asked for. Leave it out.")
     kind = kinds.pop()
+    if kind == "json":
+        from llava_ft.data.sources.json_files import JsonSource
+
+        return JsonSource(str(files[0]) if len(files) == 1 else name, files, image_folder)
     if kind == "tar":
+        from llava_ft.data.sources.tar_shards import TarSource
+
         return TarSource(name, files, image_folder)
-    if kind != "json":
-        return ShardsSource(name, files, image_folder)
-    return JsonSource(str(files[0]) if len(files) == 1 else name, files, image_folder)
+    from llava_ft.data.sources.tables import ShardsSource
+
+    return ShardsSource(name, files, image_folder)
 
 
 def _open_folder(folder: Path, split: str | None, image_folder: str | None) -> RecordSource:
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        from llava_ft.data.sources.tables import SavedSource
+
         return SavedSource(folder, split, image_folder)
     files = _shards_in(folder) or _shards_in(folder / "data")
     if not files:

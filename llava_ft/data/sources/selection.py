@@ -1,4 +1,4 @@
-"""What a run reads: the sources that `--data_path` names, and which records of each are trained on or held out.
+"""Which records of each source of a mixture are trained on, and which are held out.
 
 The choice is arithmetic on numbers of records: the same on every rank, for the same seed. What is chosen from a source
 depends on the source itself, the seed and its place among entries of the same path, not on the other sources, so that
@@ -7,84 +7,14 @@ what is held out stays held out when a mixture grows.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 
-from llava_ft.data.sources.base import Array, RecordSource
-from llava_ft.data.sources.mixture import Mixture, MixtureEntry, open_mixture
-from llava_ft.data.sources.open import is_mixture, open_source
+from llava_ft.data.sources.base import Array
+from llava_ft.data.sources.mixture import Mixture, MixtureEntry
+from llava_ft.data.sources.open import Selection
 from llava_ft.errors import UserError
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Rows of each source, in the order of the entries.
-
-    Attributes:
-        train: Ascending; a row that is taken several times stands there several times.
-        held_out: Ascending; none of them is in `train`.
-    """
-
-    train: list[Array]
-    held_out: list[Array]
-
-
-@dataclass(frozen=True, slots=True)
-class DataSources:
-    """The sources that a path names.
-
-    Attributes:
-        path: The path, as given.
-        sources: At least one.
-        prompt_prefixes: For each source, text in front of the first question of its records.
-        mixture: What is taken of them; None for a single source, of which all is taken.
-    """
-
-    path: str
-    sources: list[RecordSource]
-    prompt_prefixes: list[str]
-    mixture: Mixture | None
-
-    @classmethod
-    def open(cls, path: str, cache_dir: Path) -> "DataSources":
-        """Open and prepare the sources.
-
-        Args:
-            path: A file, directory, name or mixture; see `docs/reference/data-format.md`.
-            cache_dir: Where the sources keep what reading by number needs.
-
-        Raises:
-            UserError: A source is missing, damaged or empty.
-        """
-        mixture = open_mixture(path) if is_mixture(path) else None
-        sources = [open_source(path)] if mixture is None else mixture.open_sources()
-        prefixes = [""] if mixture is None else [entry.prompt_prefix for entry in mixture.entries]
-        for source in sources:
-            source.prepare(cache_dir)
-        return cls(path, sources, prefixes, mixture)
-
-    def choose(self, num_usable: Sequence[int], seed: int) -> Selection:
-        """Choose among the usable samples of the sources, numbered over all sources.
-
-        Args:
-            num_usable: How many each source has.
-            seed: Decides which, where not all are taken.
-
-        Raises:
-            UserError: A source of the mixture has too few.
-        """
-        if self.mixture is None:
-            return Selection([np.arange(num_usable[0])], [np.zeros(0, dtype=np.int64)])
-        selection = select_rows(num_usable, self.mixture, seed)
-        firsts = list(accumulate(num_usable, initial=0))
-        return Selection(
-            [rows + first for rows, first in zip(selection.train, firsts, strict=False)],
-            [rows + first for rows, first in zip(selection.held_out, firsts, strict=False)],
-        )
 
 
 def select_rows(num_records: Sequence[int], mixture: Mixture, seed: int) -> Selection:

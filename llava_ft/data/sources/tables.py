@@ -13,14 +13,13 @@ import pyarrow.types  # pyright: ignore[reportMissingTypeStubs]
 from datasets.exceptions import DatasetsError  # pyright: ignore[reportMissingTypeStubs]
 
 from llava_ft.data.records import DataUri, EmbeddedImage
-from llava_ft.data.sources.base import RecordSource, fingerprint_files
+from llava_ft.data.sources.base import DEFAULT_SPLIT, RecordSource, choose_split, fingerprint_files
 from llava_ft.errors import UserError
 
 _COLUMNS: Final = ("id", "image", "images", "conversations", "messages", "texts")
 _ROWS_AT_ONCE: Final = 64
 _PARQUET_BATCH: Final = 128
 """Rows converted at once; a row group may hold thousands of images."""
-_DEFAULT_SPLIT: Final = "train"
 _IPC_FILE_MAGIC: Final = b"ARROW1"
 
 _Dataset: TypeAlias = "Any"
@@ -136,7 +135,7 @@ class HubSource(TableSource):
         super().__init__(":".join(filter(None, (path, config, split))), image_folder)
         self.path = path
         self.config = config
-        self.split = split or _DEFAULT_SPLIT
+        self.split = split or DEFAULT_SPLIT
 
     def fingerprint(self) -> str:
         """Give a hash of the names, sizes and times of the files in the cache."""
@@ -153,20 +152,6 @@ class HubSource(TableSource):
                 f"Hugging Face hub: {error}. Check --data_path; without a connection the data set has to be in the "
                 "cache already, or be given as a folder."
             ) from error
-
-
-def choose_split(splits: Sequence[str], wanted: str | None, name: str) -> str:
-    """Choose the split to be read: the wanted one; when none is asked for, the only one, else `train`.
-
-    Raises:
-        UserError: It is not there; none is asked for, and of several none is called `train`.
-    """
-    split = wanted or (splits[0] if len(splits) == 1 else _DEFAULT_SPLIT)
-    if split in splits:
-        return split
-    if wanted:
-        raise UserError(f"Data set {name} has no split {split!r}. There is: {', '.join(splits)}.")
-    raise UserError(f"Data set {name} has the splits {', '.join(splits)}. Name one, as in {name}:{splits[0]}.")
 
 
 def _is_ipc_file(file: Path) -> bool:
