@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType] - a bare PathLike
 
 from llava_ft.checkpoint.manifest import sync_file
@@ -24,11 +24,9 @@ from llava_ft.checkpoint.names import (
     ADAPTER_CONFIG,
     ADAPTER_SAFETENSORS,
     EMBEDDINGS,
-    HEAD,
     NEW_ROWS_SUFFIX,
     NON_LORA_BIN,
     NON_LORA_SAFETENSORS,
-    PEFT_PREFIX,
     PROJECTOR_BIN,
     PROJECTOR_SAFETENSORS,
     adapter_name,
@@ -42,6 +40,7 @@ from llava_ft.tuning.plan import TuningPlan
 ResultKind = Literal["lora", "projector", "full"]
 """What a run's directory holds: an adapter with what was trained beside it, a projector, or a whole model."""
 WeightsFormat = Literal["bin", "safetensors", "both"]
+"""Kind of the files: pickles of tensors, safetensors files, or each."""
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and type of each tensor of a model."""
 
@@ -66,39 +65,46 @@ def result_kind(plan: TuningPlan) -> ResultKind:
 
 
 def write_lora(
-    directory: Path,
-    trained: Mapping[str, torch.Tensor],
-    lora_config: LoraConfig,
-    weights_format: WeightsFormat,
-    *,
-    whole_matrices: Mapping[str, torch.Tensor] | None = None,
+    directory: Path, tensors: Mapping[str, torch.Tensor], adapter_config: Mapping[str, Any], kind: WeightsFormat
 ) -> None:
-    """Write the adapter and everything else of `trained`, which holds tensors by their names in the PEFT model.
+    """Write an adapter and everything that was trained beside it.
 
-    `whole_matrices` are embeddings and head with the rows of added tokens in place, by native name. Original LLaVA
-    needs them whole; this program reads the float32 rows that `trained` holds.
+    Args:
+        directory: Where to.
+        tensors: What was trained, by name in the PEFT model. A frozen matrix whose rows of added tokens were trained
+            comes with them: original LLaVA needs it whole, with these rows in it; this program reads the rows.
+        adapter_config: Content of `adapter_config.json`.
+        kind: Kind of files.
     """
     adapter: dict[str, torch.Tensor] = {}
     beside: dict[str, torch.Tensor] = {}
-    for name, tensor in trained.items():
-        is_bias = name.endswith("bias") and module_part(name) in LANGUAGE_MODEL
-        (adapter if part_of(name) == "LoRA" or is_bias else beside)[adapter_name(name)] = tensor
-    beside |= {PEFT_PREFIX + name: tensor for name, tensor in (whole_matrices or {}).items()}
-    write_tensors(directory, adapter, weights_format, ADAPTER_BIN, ADAPTER_SAFETENSORS)
-    write_tensors(directory, beside, weights_format, NON_LORA_BIN, NON_LORA_SAFETENSORS)
-    write_json(directory / ADAPTER_CONFIG, adapter_config_fields(lora_config))
+    matrices: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        rows = tensors.get(name.removesuffix(".weight") + NEW_ROWS_SUFFIX)
+        if rows is not None:
+            matrices[name] = torch.cat([tensor[: -rows.shape[0]], rows.to(tensor.dtype)])
+        else:
+            (adapter if is_in_adapter(name) else beside)[adapter_name(name)] = tensor
+    write_tensors(directory, adapter, kind, ADAPTER_BIN, ADAPTER_SAFETENSORS)
+    write_tensors(directory, beside | matrices, kind, NON_LORA_BIN, NON_LORA_SAFETENSORS)
+    write_json(directory / ADAPTER_CONFIG, adapter_config)
 
 
-def write_projector(directory: Path, trained: Mapping[str, torch.Tensor], weights_format: WeightsFormat) -> None:
+def is_in_adapter(name: str) -> bool:
+    """Whether a trained parameter is in the adapter's file; everything else is in that of what was trained beside."""
+    return part_of(name) == "LoRA" or (name.endswith("bias") and module_part(name) in LANGUAGE_MODEL)
+
+
+def write_projector(directory: Path, trained: Mapping[str, torch.Tensor], kind: WeightsFormat) -> None:
     """Write a pretrained projector, and the embedding rows of added tokens under the name the original looks for."""
     renamed = {
         EMBEDDINGS if name == EMBEDDINGS.removesuffix(".weight") + NEW_ROWS_SUFFIX else name: tensor
         for name, tensor in trained.items()
     }
-    write_tensors(directory, renamed, weights_format, PROJECTOR_BIN, PROJECTOR_SAFETENSORS)
+    write_tensors(directory, renamed, kind, PROJECTOR_BIN, PROJECTOR_SAFETENSORS)
 
 
-def adapter_config_fields(lora_config: LoraConfig) -> dict[str, Any]:
+def adapter_config_fields(lora_config: PeftConfig) -> dict[str, Any]:
     """Return the content of `adapter_config.json`.
 
     Keys that PEFT got after 0.10 are left out while they have their default, so that the versions original LLaVA is
@@ -112,16 +118,12 @@ def adapter_config_fields(lora_config: LoraConfig) -> dict[str, Any]:
 
 
 def write_tensors(
-    directory: Path,
-    tensors: Mapping[str, torch.Tensor],
-    weights_format: WeightsFormat,
-    bin_name: str,
-    safetensors_name: str,
+    directory: Path, tensors: Mapping[str, torch.Tensor], kind: WeightsFormat, bin_name: str, safetensors_name: str
 ) -> None:
     """Write tensors into one file of each kind asked for."""
-    if weights_format in ("bin", "both"):
+    if kind in ("bin", "both"):
         save_tensors(tensors, directory / bin_name)
-    if weights_format in ("safetensors", "both"):
+    if kind in ("safetensors", "both"):
         save_tensors(tensors, directory / safetensors_name)
 
 
@@ -338,18 +340,3 @@ def move_files(source: Path, target: Path) -> None:
     for path in source.iterdir():
         os.replace(path, target / path.name)
     sync_file(target)
-
-
-def vocabulary_matrices(native: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return embeddings and head, of a model's parameters by native name, with the rows of added tokens put in.
-
-    A matrix whose added rows were not trained apart is left out.
-    """
-    whole: dict[str, torch.Tensor] = {}
-    for name in (EMBEDDINGS, HEAD):
-        rows = native.get(name.removesuffix(".weight") + NEW_ROWS_SUFFIX)
-        if rows is not None:
-            matrix = native[name].detach().clone()
-            matrix[-rows.shape[0] :] = rows.to(matrix.dtype)
-            whole[name] = matrix
-    return whole

@@ -18,10 +18,10 @@ from llava_ft.checkpoint.names import (
     PROJECTOR_BIN,
     native_name,
 )
-from llava_ft.checkpoint.save import result_kind
+from llava_ft.checkpoint.save import is_in_adapter, result_kind
 from llava_ft.checkpoint.weights import WeightFiles, has_model_weights
 from llava_ft.data.features.store import FeatureFormat
-from llava_ft.models.parts import LANGUAGE_MODEL, module_part, part_of
+from llava_ft.models.parts import module_part, part_of
 from llava_ft.planning.model import ParameterShape
 from llava_ft.planning.placement import optimizer_kind
 from llava_ft.planning.request import PlanRequest
@@ -57,11 +57,7 @@ def checkpoint_files(
     if written_as == "projector":
         files = {PROJECTOR_BIN: 4 * _count(trained)}
     elif written_as == "lora":
-        inside = [
-            shape
-            for shape in trained
-            if shape.part == "LoRA" or (shape.name.endswith("bias") and module_part(shape.name) in LANGUAGE_MODEL)
-        ]
+        inside = [shape for shape in trained if is_in_adapter(shape.name)]
         # Embeddings and head are there whole if rows of added tokens are trained.
         by_name = {native_name(shape.name): shape for shape in shapes}
         matrices = [by_name[n] for n in (EMBEDDINGS, HEAD) if n.removesuffix(".weight") + NEW_ROWS_SUFFIX in by_name]

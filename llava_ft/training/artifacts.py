@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from peft import LoraConfig
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
@@ -30,15 +30,14 @@ from llava_ft.checkpoint.names import (
     NEW_ROWS_SUFFIX,
     RUN_CONFIG,
     TRAINABLE_TABLE,
-    native_name,
 )
 from llava_ft.checkpoint.restore import whole_shape
 from llava_ft.checkpoint.save import (
     ShardWriter,
     WeightsFormat,
+    adapter_config_fields,
     config_fields,
     result_kind,
-    vocabulary_matrices,
     write_json,
     write_lora,
     write_projector,
@@ -76,7 +75,6 @@ class RunArtifacts:
     compute_dtype: torch.dtype  # of the weights of a finished full run; its checkpoints keep the master weights
     write_lineage: Callable[[Path, int], None]  # into a directory, given the number of steps done
     save_vision_tower: bool = False  # whether a whole model has its vision tower although that was not trained
-    lora_config: LoraConfig | None = None
     table: list[dict[str, Any]] = field(default_factory=list)  # what is trained, for `trainable_parameters.json`
 
     def write(self, directory: Path | None, model: nn.Module, *, is_final: bool) -> None:
@@ -126,14 +124,12 @@ class RunArtifacts:
                     values[name] = value.cpu()
         if directory is None:
             return
-        weights_format: WeightsFormat = "bin" if self.weights_format == "auto" else self.weights_format
-        trained = {name: value for name, value in values.items() if name not in matrices}
-        if not self.plan.has_lora:
-            write_projector(directory, trained, weights_format)
-            return
-        assert self.lora_config is not None
-        whole = vocabulary_matrices({native_name(name): value for name, value in values.items()})
-        write_lora(directory, trained, self.lora_config, weights_format, whole_matrices=whole)
+        kind: WeightsFormat = "bin" if self.weights_format == "auto" else self.weights_format
+        if self.plan.has_lora:
+            assert isinstance(model, PeftModel)
+            write_lora(directory, values, adapter_config_fields(model.peft_config["default"]), kind)
+        else:
+            write_projector(directory, values, kind)
 
     def _write_whole_model(self, directory: Path | None, model: nn.Module, dtype: torch.dtype | None) -> None:
         parameters = {

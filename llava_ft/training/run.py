@@ -186,7 +186,6 @@ def prepare_run(args: ParsedArgs) -> Run:
             logger.info("%d layers are compiled one by one, by %s, when they first run.", count, backend)
 
         # The trainer, and what every save writes.
-        peft_config = getattr(model, "peft_config", None)
         base_name = absolute_or_hub_name(args.model.model_name_or_path)
         artifacts = RunArtifacts(
             plan=plan,
@@ -203,7 +202,6 @@ def prepare_run(args: ParsedArgs) -> Run:
                 request, (base_name, base.fingerprint), datasets, start=start, checkpoint=checkpoint, ignored=ignored
             ),
             save_vision_tower=saves_tower(args, base),
-            lora_config=peft_config["default"] if peft_config else None,
         )
         speed = SpeedMeter(flops_of_run(model, base.config, runs_tower=encodes_images))
         stop = StopOnSignal()

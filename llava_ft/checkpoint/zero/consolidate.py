@@ -12,16 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig
 
 from llava_ft.checkpoint.directory import absolute_or_hub_name
 from llava_ft.checkpoint.lineage import LINEAGE, record_lineage
 from llava_ft.checkpoint.manifest import Manifest
 from llava_ft.checkpoint.names import (
-    ADAPTER_CONFIG,
     CONFIG,
     EMBEDDINGS,
-    HEAD,
     NEW_ROWS_SUFFIX,
     PEFT_PREFIX,
     RUN_CONFIG,
@@ -33,7 +30,6 @@ from llava_ft.checkpoint.save import (
     ResultKind,
     ShardWriter,
     staged_directory,
-    vocabulary_matrices,
     write_json,
     write_lora,
     write_projector,
@@ -175,14 +171,12 @@ def consolidate(
             if kind == "projector":
                 write_projector(staging, values, weights_format or "bin")
             else:
-                whole: dict[str, torch.Tensor] = {}
-                if any(name.endswith(NEW_ROWS_SUFFIX) for name in values):
-                    frozen = [name for name in shards.others if native_name(name) in (EMBEDDINGS, HEAD)]
-                    native = values | {native_name(name): value for name, value in shards.stream(frozen)}
-                    whole = vocabulary_matrices(native) if {EMBEDDINGS, HEAD} <= native.keys() else {}
-                trained = {PEFT_PREFIX + name: value for name, value in values.items()}
-                write_lora(staging, trained, LoraConfig(), weights_format or "bin", whole_matrices=whole)
-                write_json(staging / ADAPTER_CONFIG, adapter)  # over that of LoraConfig(): as it was found
+                rows = [name for name in values if name.endswith(NEW_ROWS_SUFFIX)]
+                with_rows = {name.removesuffix(NEW_ROWS_SUFFIX) + ".weight" for name in rows}
+                frozen = [name for name in shards.others if native_name(name) in with_rows]
+                values |= {native_name(name): value for name, value in shards.stream(frozen)}
+                named = {PEFT_PREFIX + name: value for name, value in values.items()}
+                write_lora(staging, named, adapter, weights_format or "bin")
         settings.copy_files(staging, tokenizer_from=Path(base) if kind == "full" and base_config else None)
         if config:
             write_json(staging / CONFIG, config)
