@@ -44,47 +44,15 @@ _LEFT_TO_THE_TRAINER: Final[Mapping[str, str]] = {
     "scheduler": "lr_scheduler_type and warmup_steps",
 }
 
-_KNOWN_KEYS: Final = frozenset(
-    {
-        *_FILLED_IN,
-        "activation_checkpointing",
-        "aio",
-        "autotuning",
-        "bf16",
-        "bfloat16",
-        "checkpoint",
-        "comms_logger",
-        "communication_data_type",
-        "compile",
-        "csv_monitor",
-        "data_efficiency",
-        "data_types",
-        "dataloader_drop_last",
-        "disable_allgather",
-        "dump_state",
-        "elasticity",
-        "flops_profiler",
-        "fp16",
-        "gradient_predivide_factor",
-        "memory_breakdown",
-        "optimizer",
-        "prescale_gradients",
-        "scheduler",
-        "seq_parallel_communication_data_type",
-        "sparse_gradients",
-        "steps_per_print",
-        "tensorboard",
-        "timers",
-        "torch_autocast",
-        "train_batch_size",
-        "wall_clock_breakdown",
-        "wandb",
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
-        "zero_optimization",
-    }
-    - {"fp16.enabled", "bf16.enabled"}
-)
+_KNOWN_KEYS: Final = (
+    "activation_checkpointing", "aio", "autotuning", "bf16", "bfloat16", "checkpoint", "comms_logger",
+    "communication_data_type", "compile", "csv_monitor", "data_efficiency", "data_types", "dataloader_drop_last",
+    "disable_allgather", "dump_state", "elasticity", "flops_profiler", "fp16", "gradient_accumulation_steps",
+    "gradient_clipping", "gradient_predivide_factor", "memory_breakdown", "optimizer", "prescale_gradients",
+    "scheduler", "seq_parallel_communication_data_type", "sparse_gradients", "steps_per_print", "tensorboard",
+    "timers", "torch_autocast", "train_batch_size", "train_micro_batch_size_per_gpu", "wall_clock_breakdown",
+    "wandb", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
+)  # fmt: skip
 """Keys of DeepSpeed 0.19 at the top of the file. It ignores others without a word."""
 
 
@@ -136,7 +104,7 @@ def check_deepspeed_config(config: _Section, source: str, values: Mapping[str, A
             f"Gradients are not clipped: {source} has no gradient_clipping, so max_grad_norm="
             f'{values["max_grad_norm"]:g} has no effect. "gradient_clipping": "auto" in it would apply it.'
         )
-    unknown = sorted(set(config) - _KNOWN_KEYS)
+    unknown = sorted(set(config) - set(_KNOWN_KEYS))
     if unknown:
         notes.append(f"DeepSpeed may not know {', '.join(unknown)} in {source} and ignore it.")
     return notes

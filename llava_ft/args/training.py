@@ -11,17 +11,10 @@ from typing import Any, Final, Literal
 
 from llava_ft.args.value_types import flag
 
-INHERITED_WITH_OWN_DEFAULT: Final = frozenset(
-    {
-        "optim",
-        "remove_unused_columns",
-        "logging_nan_inf_filter",
-        "report_to",
-        "prediction_loss_only",
-        "gradient_checkpointing",
-        "gradient_checkpointing_kwargs",
-    }
-)
+INHERITED_WITH_OWN_DEFAULT: Final = frozenset((
+    "optim", "remove_unused_columns", "logging_nan_inf_filter", "report_to", "prediction_loss_only",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs",
+))  # fmt: skip
 """Fields of `TrainingFlags` that belong to `transformers.TrainingArguments`."""
 
 
