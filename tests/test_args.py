@@ -33,8 +33,8 @@ from llava_ft.args.build import (
     _copy_batches_without_waiting,
     adapt_to_device,
     choose_attention,
-    read_deepspeed_config,
 )
+from llava_ft.args.deepspeed_file import read_deepspeed_config
 from llava_ft.args.flags import TABLE, all_flags, fields_of_transformers, inherited_types
 from llava_ft.args.training import INHERITED_WITH_OWN_DEFAULT
 from llava_ft.args.value_types import ConversionError, ValueType

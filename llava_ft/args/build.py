@@ -18,7 +18,6 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK 
 from transformers.utils.import_utils import is_torch_tf32_available
 
 from llava_ft.args.attention import choose_kernel, this_machine
-from llava_ft.args.deepspeed_file import check_deepspeed_config, choose_offloaded_adam, read_deepspeed_config
 from llava_ft.args.training import TrainingFlags
 from llava_ft.errors import UserError, did_you_mean
 
@@ -87,9 +86,8 @@ def build_training_arguments(
         UserError: If transformers refuses the combination, a package is not installed, torch has no such compiler, or
             the DeepSpeed file does not exist.
     """
-    values: dict[str, Any] = {f.name: getattr(flags, f.name) for f in dataclasses.fields(flags)} | dict(inherited)
     values, device_notes = adapt_to_device(
-        values, has_cuda=torch.cuda.is_available(), has_tf32=is_torch_tf32_available()
+        {**vars(flags), **inherited}, has_cuda=torch.cuda.is_available(), has_tf32=is_torch_tf32_available()
     )
     notes.extend(device_notes)
     _copy_batches_without_waiting(values)
@@ -115,6 +113,8 @@ def build_training_arguments(
         if wish is not None and wish not in (names := sorted(list_names())):
             raise UserError(f"{flag}={wish}: torch has none of that name. Allowed here: {', '.join(names)}.")
     if values.get("deepspeed"):
+        from llava_ft.args.deepspeed_file import check_deepspeed_config, read_deepspeed_config
+
         config, source = read_deepspeed_config(values["deepspeed"], notes)
         if isinstance(values["deepspeed"], str):
             values["deepspeed"] = source
@@ -132,6 +132,8 @@ def build_training_arguments(
         raise UserError(f"transformers refuses these training arguments: {error}") from error
     read: Any = getattr(training, "hf_deepspeed_config", None)  # transformers sets it only with DeepSpeed
     if read is not None:
+        from llava_ft.args.deepspeed_file import choose_offloaded_adam
+
         notes.extend(choose_offloaded_adam(read.config, uses_cpu=bool(values.get("use_cpu"))))
     return training
 
@@ -163,13 +165,10 @@ def adapt_to_device(values: Mapping[str, Any], *, has_cuda: bool, has_tf32: bool
         if adapted.get(name):
             adapted[name] = False
             notes.append(f"{name} is replaced by float32: {reason}.")
-    if adapted.get("optim") in _ON_CPU:
-        instead = _ON_CPU[adapted["optim"]]
-        notes.append(f"optim={adapted['optim']} is replaced by {instead}: {reason}.")
-        adapted["optim"] = instead
-    if adapted.get("ddp_backend") == "nccl":
-        adapted["ddp_backend"] = "gloo"
-        notes.append(f"ddp_backend=nccl is replaced by gloo: {reason}.")
+    for name, instead in (("optim", _ON_CPU), ("ddp_backend", {"nccl": "gloo"})):
+        if (given := adapted.get(name)) in instead:
+            adapted[name] = instead[given]
+            notes.append(f"{name}={given} is replaced by {instead[given]}: {reason}.")
     return adapted, notes
 
 
