@@ -648,6 +648,7 @@ REFUSED_FLAGS = [
     (["--version", ""], r"--version.*vicuna_v1"),
     (["--config", "no_such"], r"--config no_such: there is no such file. .* finetune.yaml, lora.yaml"),
     (["--config", "no/such.yaml"], r"--config no/such.yaml: there is no such file"),
+    (["--config", "no/lora.yaml"], r"--config no/lora.yaml: there is no such file"),
     (["--config"], r"--config needs one file name"),
     (["--config", "lora", "--config", "pretrain"], r"--config was given twice"),
     (["--print-config", "perhaps"], r"--print-config=perhaps: it is no bool"),

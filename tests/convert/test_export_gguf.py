@@ -356,6 +356,13 @@ def test_a_wrong_key_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         export(LLAVA, tmp_path / "second")
 
 
+def test_a_tensor_that_is_not_written_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write = gguf_export.write_gguf
+    monkeypatch.setattr(gguf_export, "write_gguf", lambda *args: write(*args[:3], args[3][1:], args[4]))
+    with pytest.raises(RunError, match=r"does not hold the tensors it should: output.weight. Nothing was kept"):
+        export(LLAVA, tmp_path)
+
+
 def test_a_directory_without_exactly_one_model_is_refused(tmp_path: Path):
     with pytest.raises(CheckpointError, match="holds 0 language models"):
         load_gguf(tmp_path, whole(LLAVA))

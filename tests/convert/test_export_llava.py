@@ -91,6 +91,16 @@ def test_a_tower_that_changed_since_is_written(tmp_path: Path):
     assert "model.embed_tokens.weight" in written
 
 
+def test_a_configuration_that_changed_since_is_written(tmp_path: Path):
+    hf = export(RECORDINGS / "ckpt/llava15-tiny", tmp_path / "hf", "hf", "--no-verify")
+    config = json.loads((hf / "config.json").read_text())
+    config["text_config"]["rms_norm_eps"] = 0.25
+    (hf / "config.json").write_text(json.dumps(config))
+    (hf / "llava_ft.json").unlink()
+    back = export(hf, tmp_path / "back", "llava", "--no-verify")
+    assert json.loads((back / "config.json").read_text())["rms_norm_eps"] == 0.25
+
+
 @pytest.mark.parametrize("model", ["llava", "llava_next"])
 def test_a_model_of_the_hub_loses_the_rows_that_only_its_layout_needs(model: str, tmp_path: Path):
     write_hf(tmp_path / "hf", model, "hub", pads=model == "llava", num_shards=2)

@@ -33,9 +33,9 @@ def test_pieces_scores_and_types_are_those_of_sentencepiece(tmp_path: Path):
 
 def test_rows_without_a_token_get_one_that_no_text_gives():
     tokenizer = load_tokenizer(LLAVA)
-    tokenizer.add_tokens(["<box>"])
+    tokenizer.add_tokens(["<a▁box>"])
     vocabulary = read_vocabulary(tokenizer, 516)
-    assert [piece.text for piece in vocabulary[512:]] == ["<box>", "[PAD513]", "[PAD514]", "[PAD515]"]
+    assert [piece.text for piece in vocabulary[512:]] == ["<a box>", "[PAD513]", "[PAD514]", "[PAD515]"]
     assert [piece.kind for piece in vocabulary[512:]] == [TokenType.USER_DEFINED] + [TokenType.UNUSED] * 3
     check_ids(vocabulary, tokenizer)
 
