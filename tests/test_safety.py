@@ -106,7 +106,7 @@ def test_a_model_s_pickle_is_not_run(tmp_path: Path, spoil: Callable[[Path], Non
     checkpoint = write(tmp_path / "model")
     spoil(checkpoint.path / name)
     with pytest.raises(CheckpointError, match=rf"{name} names posix.mkdir"):
-        load_model(str(checkpoint.path), checkpoint.model and str(checkpoint.model))
+        load_model(str(checkpoint.path), checkpoint.base and str(checkpoint.base))
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00001.bin"])
@@ -303,7 +303,7 @@ def with_code(directory: Path) -> Path:
 def test_code_in_a_directory_is_not_run(tmp_path: Path, write: Any):
     checkpoint = write(tmp_path / "model")
     with_code(checkpoint.path)
-    load_model(str(checkpoint.path), checkpoint.model and str(checkpoint.model))
+    load_model(str(checkpoint.path), checkpoint.base and str(checkpoint.base))
     assert not (checkpoint.path / "marker").exists()
 
 

@@ -1,17 +1,13 @@
-"""What was trained, together with the base it belongs to: the reading counterpart of `save.py`."""
+"""What was trained, put together with the base it belongs to: the reading counterpart of `save.py`."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
-
-import torch
-from transformers import PreTrainedTokenizerFast
 
 from llava_ft.checkpoint.adapter import LoraAdapter
 from llava_ft.checkpoint.blend import Adapters, beside_source, blended_rows, check_adapters, check_directories
 from llava_ft.checkpoint.directory import ModelDirectory, base_of_adapter
-from llava_ft.checkpoint.fingerprint import language_model_fingerprint
 from llava_ft.checkpoint.load import WeightSource
 from llava_ft.checkpoint.manifest import read_manifest
 from llava_ft.checkpoint.model import ModelSpec, find_model
@@ -19,7 +15,6 @@ from llava_ft.checkpoint.names import IMAGE_NEWLINE
 from llava_ft.checkpoint.overrides import Force, refuse_unless
 from llava_ft.checkpoint.quantized import note_on_quantized, refuse_quantized
 from llava_ft.checkpoint.restore import check_base
-from llava_ft.data.tokenizer import load_tokenizer
 from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import checkpoint_wishes
 
@@ -29,27 +24,13 @@ BESIDE = "what was trained beside the adapter"
 """Label of the source with the whole tensors that were trained with an adapter."""
 
 
-@dataclass(frozen=True)
-class BaseAndAdapters:
-    """A model as a base and what was trained on it; a whole model is a base alone."""
-
-    directories: tuple[ModelDirectory, ...]  # what the user gave
-    base: ModelSpec  # with the whole tensors that were trained among its sources
-    adapters: tuple[tuple[float, LoraAdapter], ...]  # and the weight of each
-    tokenizer: PreTrainedTokenizerFast
-    rows: Mapping[str, torch.Tensor]
-    """Trained rows of added tokens, by the native name of the matrix whose last rows they are."""
-    fingerprint: str  # of the base's language model
-    notes: list[str]  # what a reader of a report should know
-
-
 def open_base_and_adapters(
     shares: Sequence[tuple[float, ModelDirectory]],
     model_base: str | None,
     *,
     vision_tower: str | None = None,
     force: Force = False,
-) -> BaseAndAdapters:
+) -> ModelSpec:
     """Open a model: a whole one, or what was trained with the base that it belongs to.
 
     Args:
@@ -92,20 +73,14 @@ def open_base_and_adapters(
         base = _base_of(first, model_base, vision_tower, projector_file=str(first.projector_file))
     else:
         raise CheckpointError(f"{first.path} holds a {first.kind}, which cannot answer by itself.")
-    fingerprint = language_model_fingerprint(base.sources[:1])
     for directory in directories:
         if directory.kind in ("lora", "projector"):
-            check_base(directory.path, fingerprint, str(base.directory.path), force=force)
+            check_base(directory.path, base.fingerprint, str(base.directory.path), force=force)
             notes += note_on_quantized(directory, base.directory)
-    return BaseAndAdapters(
-        directories=directories,
-        base=base,
-        adapters=tuple(adapters),
-        tokenizer=_common_tokenizer(directories, base),
-        rows=blended_rows(adapters, notes),
-        fingerprint=fingerprint,
-        notes=notes,
-    )
+    rows = blended_rows(adapters, notes)
+    model = replace(base, given=directories, adapters=tuple(adapters), rows=rows, notes=(*base.notes, *notes))
+    _ = model.tokenizer  # refuses different vocabularies
+    return model
 
 
 def _base_of(
@@ -154,20 +129,3 @@ def _common_base(directories: Sequence[ModelDirectory], force: Force) -> str:
             "--model-base.",
         )
     return names[0]
-
-
-def _common_tokenizer(directories: Sequence[ModelDirectory], base: ModelSpec) -> PreTrainedTokenizerFast:
-    """Load the tokenizer that was written with what was trained, or the base's."""
-    files = ("tokenizer_config.json", "tokenizer.model")
-    paths = [
-        directory.path if any((directory.path / name).is_file() for name in files) else base.directory.path
-        for directory in directories
-    ]
-    first, *others = (load_tokenizer(path) for path in dict.fromkeys(paths))
-    for other in others:
-        if other.get_vocab() != first.get_vocab():
-            raise CheckpointError(
-                f"{directories[0].path} and another adapter have different vocabularies ({len(first)} and {len(other)} "
-                "entries). Only adapters with the same tokens can be put together."
-            )
-    return first

@@ -13,9 +13,10 @@ from typing import Literal
 import torch
 
 from llava_ft.checkpoint.adapter import merged
-from llava_ft.checkpoint.base_and_adapters import BaseAndAdapters, open_base_and_adapters
+from llava_ft.checkpoint.base_and_adapters import open_base_and_adapters
 from llava_ft.checkpoint.directory import ModelDirectory
 from llava_ft.checkpoint.load import Ledger, Plan, WeightSource, fit_rows, plan_sources, stream_planned
+from llava_ft.checkpoint.model import ModelSpec
 from llava_ft.checkpoint.names import EMBEDDINGS, native_name
 from llava_ft.checkpoint.overrides import Force
 from llava_ft.models.builder import build_skeleton
@@ -42,7 +43,7 @@ class FullModel:
     """A model as a stream of tensors.
 
     Attributes:
-        source: The base and what was trained on it; most of it is repeated here.
+        base: What it is made of: the base, and what was trained on it.
         directory: What the user gave, the first of several: a whole model, or what was trained on a base.
         config: Its configuration, with the vocabulary as large as the tokenizer's.
         num_new_rows: Rows by which the vocabulary is larger than the base's.
@@ -52,10 +53,9 @@ class FullModel:
         quantization: If set, linear layers have the values that they are worth after being quantised like this.
     """
 
-    def __init__(self, source: BaseAndAdapters, quantization: Quantization | None = None):
-        self.source = source
-        self.directory, self.base, self.adapters = source.directories[0], source.base, source.adapters
-        self.tokenizer, self.fingerprint = source.tokenizer, source.fingerprint
+    def __init__(self, base: ModelSpec, quantization: Quantization | None = None):
+        self.base, self.directory, self.adapters = base, base.given[0], base.adapters
+        self.tokenizer, self.fingerprint = base.tokenizer, base.fingerprint
         self.quantization = quantization
         self.config: LlavaModelConfig = self.base.config
         self.num_new_rows = max(0, len(self.tokenizer) - self.config.vocab_size)
@@ -70,7 +70,7 @@ class FullModel:
             {f"{name}.weight" for name in language_model_linears(skeleton)} if quantization is not None else set[str]()
         )
         self._keys = {id(source): {name: key for key, name in source.names.items()} for source in sources}
-        rows = dict(source.rows)
+        rows = dict(base.rows)
         files = self.base.token_rows
         if files is not None and self.num_new_rows:  # trained with a projector alone
             key = next(key for key in files.tensors if native_name(key) == EMBEDDINGS)

@@ -8,14 +8,15 @@ then reads them.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from llava_ft.checkpoint.config_check import check_config
 from llava_ft.checkpoint.directory import ModelDirectory, Need, find_model_directory, resolve_model_path
@@ -30,6 +31,7 @@ from llava_ft.checkpoint.names import (
 from llava_ft.checkpoint.quantized import refuse_quantized
 from llava_ft.checkpoint.weights import WeightFiles, read_json
 from llava_ft.data.image_processor import PREPROCESSOR_CONFIG, image_settings_file
+from llava_ft.data.tokenizer import load_tokenizer
 from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import build_skeleton, is_llava_config, settle_config
 from llava_ft.models.config import LlavaModelConfig
@@ -37,6 +39,9 @@ from llava_ft.models.llava import LlavaForCausalLM
 from llava_ft.models.parts import any_in, module_part
 from llava_ft.models.towers import VisionTower, find_tower, tower_fields
 from llava_ft.tuning.quant import Quantization, check_quantized, quantize_linears
+
+if TYPE_CHECKING:
+    from llava_ft.checkpoint.adapter import LoraAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +67,10 @@ class ModelSpec:
         newline_is_new: Whether the model has an `image_newline` that its base was not trained with and no file holds.
         vision_directory: Where it is said how images are prepared; None for a text-only model.
         token_rows: File with embedding rows that projector pretraining trained for added tokens, if any.
-        notes: What the user should know about where the architecture is from.
+        notes: What the user should know about where the architecture is from, or what was put together.
+        given: What the user named: the base itself, or what was trained on it.
+        adapters: LoRA adapters on the base, and the weight of each.
+        rows: Trained rows of added tokens, by the native name of the matrix whose last rows they are.
     """
 
     directory: ModelDirectory
@@ -73,6 +81,30 @@ class ModelSpec:
     vision_directory: Path | None
     token_rows: WeightFiles | None = None
     notes: tuple[str, ...] = ()
+    given: tuple[ModelDirectory, ...] = ()
+    adapters: tuple[tuple[float, "LoraAdapter"], ...] = ()
+    rows: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer that was written with what the user named, or the base's.
+
+        Raises:
+            CheckpointError: Several adapters have different vocabularies.
+        """
+        files = ("tokenizer_config.json", "tokenizer.model")
+        paths = [
+            directory.path if any((directory.path / name).is_file() for name in files) else self.directory.path
+            for directory in self.given or (self.directory,)
+        ]
+        first, *others = (load_tokenizer(path) for path in dict.fromkeys(paths))
+        for other in others:
+            if other.get_vocab() != first.get_vocab():
+                raise CheckpointError(
+                    f"{self.given[0].path} and another adapter have different vocabularies ({len(first)} and "
+                    f"{len(other)} entries). Only adapters with the same tokens can be put together."
+                )
+        return first
 
     @cached_property
     def fingerprint(self) -> str:

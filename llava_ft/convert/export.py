@@ -58,7 +58,7 @@ def run_export(request: argparse.Namespace) -> ConversionReport:
             else:
                 export = export_hf if request.format == "hf" else export_llava
                 export(full, staging, report, dtype, max_shard_bytes)
-            report.notes += full.source.notes
+            report.notes += full.base.notes
             if request.no_verify:
                 report.notes.append("the logits were not compared (--no-verify)")
             else:

@@ -68,7 +68,7 @@ class HfSpeaker(Speaker):
 
         A projector that was trained beside the adapter is zero in the base, so that the adapter has to bring it.
         """
-        alone = FullModel(replace(whole.source, adapters=(), rows={}))
+        alone = FullModel(replace(whole.base, adapters=(), rows={}))
         config = copy.deepcopy(whole.config)
         config.vocab_size = max(config.vocab_size, image_token_id(whole.tokenizer) + 1)
         model = build_hf_skeleton(config, dtype)

@@ -164,7 +164,7 @@ def compare_merged(
     rounded_to = next(iter(WeightFiles.open(merged).tensors.values())).dtype
     dtype = computing_dtype(merged, rounded_to)
     source = open_base_and_adapters(shares, model_base, vision_tower=options.vision_tower, force=options.force)
-    tower = options.vision_tower or source.base.config.mm_vision_tower
+    tower = options.vision_tower or source.config.mm_vision_tower
     prove_answers(
         report,
         lambda: load_base_and_adapters(

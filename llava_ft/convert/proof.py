@@ -129,7 +129,7 @@ def proven_directory(
         RunError: The disk is full or broken.
     """
     target = Path(report.target)
-    sources = [directory.path for directory in full.source.directories]
+    sources = [directory.path for directory in full.base.given]
     for source in [*sources, full.base.directory.path, *(source.files.path for source in full.base.sources)]:
         if source.resolve().is_relative_to(target.resolve()):
             raise CheckpointError(f"{target} would replace {source}, which is read. Give another place with {flag}.")

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from llava_ft.checkpoint.adapter import LoraAdapter, merged
-from llava_ft.checkpoint.base_and_adapters import BaseAndAdapters, open_base_and_adapters
+from llava_ft.checkpoint.base_and_adapters import open_base_and_adapters
 from llava_ft.checkpoint.blend import Adapters
 from llava_ft.checkpoint.directory import identify, resolve_model_path
 from llava_ft.checkpoint.model import ModelSpec, load_base
@@ -117,9 +117,9 @@ def load_model(
     more. `beside` keeps it as a PEFT model.
     """
     shares = [(1.0, identify(resolve_model_path(model_path)))]
-    trained = open_base_and_adapters(shares, model_base, vision_tower=vision_tower, force=force)
+    base = open_base_and_adapters(shares, model_base, vision_tower=vision_tower, force=force)
     return load_base_and_adapters(
-        trained,
+        base,
         dtype=dtype,
         device=device,
         attn_implementation=attn_implementation,
@@ -145,7 +145,7 @@ def load_by_flags(
 
 
 def load_base_and_adapters(
-    trained: BaseAndAdapters,
+    base: ModelSpec,
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
@@ -157,13 +157,13 @@ def load_base_and_adapters(
     check_quantization(quantization)
     on = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if on.type == "cuda" else torch.float32)
-    with_lengths = [lora.path for _, lora in trained.adapters if lora.magnitudes]
+    with_lengths = [lora.path for _, lora in base.adapters if lora.magnitudes]
     if with_lengths and quantization is not None and quantization.bits == 8 and on.type == "cpu":
         raise UserError(
             f"{with_lengths[0]} was trained with DoRA, and beside weights in 8 bits PEFT loses their scales on a CPU "
             "(peft 0.21, bitsandbytes 0.50). Use 4 or 16 bits."
         )
-    base, tokenizer = trained.base, trained.tokenizer
+    tokenizer = base.tokenizer
     num_new_rows = max(0, len(tokenizer) - base.config.vocab_size)
     model, ledger = load_base(
         base,
@@ -174,7 +174,7 @@ def load_base_and_adapters(
         quantization=quantization,
     )
     ledger.log()
-    for name, rows in trained.rows.items():
+    for name, rows in base.rows.items():
         weight = model.get_parameter(name)
         weight.data[-rows.shape[0] :] = rows.to(weight.dtype)
     parameters = dict(model.named_parameters())
@@ -182,15 +182,15 @@ def load_base_and_adapters(
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):  # also where the weight is packed
             shapes[f"{name}.weight"] = (module.out_features, module.in_features)
-    for _, lora in trained.adapters:
+    for _, lora in base.adapters:
         lora.check_shapes(shapes)
     result: LlavaForCausalLM | PeftModel = model
-    if trained.adapters and (adapter == "beside" or quantization is not None):
-        result = _beside(model, trained.adapters)
+    if base.adapters and (adapter == "beside" or quantization is not None):
+        result = _beside(model, base.adapters)
     else:
-        for name in dict.fromkeys(name for _, lora in trained.adapters for name in lora.changed):
+        for name in dict.fromkeys(name for _, lora in base.adapters for name in lora.changed):
             weight = parameters[name]
-            changing = [(share, lora) for share, lora in trained.adapters if name in lora.changed]
+            changing = [(share, lora) for share, lora in base.adapters if name in lora.changed]
             weight.data = merged(name, weight.data.cpu(), changing, weight.dtype).to(weight.device)
     transform = None
     if base.vision_directory is not None:

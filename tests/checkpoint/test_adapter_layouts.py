@@ -74,13 +74,13 @@ def test_an_adapter_beside_something_that_a_run_of_llava_leaves_lacks_its_projec
         open_base_and_adapters([(1.0, identify(adapter))], None)
     opened = open_base_and_adapters([(1.0, identify(adapter))], None, force=True)
     assert len(opened.adapters) == 1
-    assert not opened.base.projector_is_new
+    assert not opened.projector_is_new
 
 
 def test_an_adapter_with_its_projector_in_the_same_file_is_whole_wherever_it_lies(tmp_path: Path):
     write_native_peft_adapter(tmp_path, LLAVA, "projector beside")
     (tmp_path / "trainer_state.json").write_text("{}")
-    base = open_base_and_adapters([(1.0, identify(tmp_path))], None).base
+    base = open_base_and_adapters([(1.0, identify(tmp_path))], None)
     assert sum(source.label.startswith("what was trained") for source in base.sources) == 1
 
 

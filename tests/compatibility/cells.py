@@ -85,7 +85,7 @@ class Case:
 
 
 def _model_of(checkpoint: Checkpoint) -> LoadedModel:
-    fields = identify(checkpoint.path).config or identify(cast("Path", checkpoint.model)).config
+    fields = identify(checkpoint.path).config or identify(cast("Path", checkpoint.base)).config
     fields = fields | {"model_type": "llava_llama", "vocab_size": len(checkpoint.state["model.embed_tokens.weight"])}
     described = fields.get("mm_vision_config") or json.loads((CLIP / "config.json").read_text())
     config = settle_config(
@@ -94,7 +94,7 @@ def _model_of(checkpoint: Checkpoint) -> LoadedModel:
     model = build_skeleton(config)
     model.load_state_dict(checkpoint.state, assign=True)
     has_tokenizer = (checkpoint.path / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(checkpoint.path if has_tokenizer else checkpoint.model or checkpoint.path)
+    tokenizer = load_tokenizer(checkpoint.path if has_tokenizer else checkpoint.base or checkpoint.path)
     transform = ImageTransform.from_pretrained(CLIP, geometry=config.image_geometry)
     return LoadedModel(tokenizer, model.eval(), transform, "v1", 2048, cast("Any", None))
 
@@ -102,7 +102,7 @@ def _model_of(checkpoint: Checkpoint) -> LoadedModel:
 def load(case: Case) -> None:
     """The model in memory has every tensor of the files, to 1e-6; same logits and answers."""
     checkpoint = case.checkpoint
-    loaded = load_model(str(checkpoint.path), str(checkpoint.model) if checkpoint.model else None, dtype=torch.float32)
+    loaded = load_model(str(checkpoint.path), str(checkpoint.base) if checkpoint.base else None, dtype=torch.float32)
     found = loaded.model.state_dict()
     assert found.keys() == checkpoint.state.keys()
     for name, value in checkpoint.state.items():
@@ -225,8 +225,8 @@ def _run(*argv: str) -> None:
 def _prepare(case: Case, output: str = "run") -> Run:
     checkpoint = case.checkpoint
     start = (
-        {"model_name_or_path": str(checkpoint.model), "init_from": str(checkpoint.path)}
-        if checkpoint.model
+        {"model_name_or_path": str(checkpoint.base), "init_from": str(checkpoint.path)}
+        if checkpoint.base
         else {"model_name_or_path": str(checkpoint.path)}
     )
     small = {"max_steps": 2, "save_steps": 1, "lora_dropout": 0, "group_by_modality_length": None}

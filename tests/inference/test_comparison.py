@@ -82,7 +82,7 @@ def test_adapters_of_every_kind_are_switched(write: native.Write, tmp_path: Path
     loaded = load_model(str(checkpoint.path), adapter="beside")
     base, adapter = base_and_trained(loaded, None)
     ids = torch.tensor([tokenize_prompt("USER: Hello ASSISTANT:", loaded.tokenizer)])
-    alone = load_model(str(checkpoint.model)).model(input_ids=ids).logits
+    alone = load_model(str(checkpoint.base)).model(input_ids=ids).logits
     added = load_model(str(checkpoint.path)).model(input_ids=ids).logits
     with base.speaking():
         assert torch.equal(loaded.model(input_ids=ids).logits[..., : alone.shape[-1]], alone)
