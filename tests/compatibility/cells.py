@@ -66,7 +66,7 @@ class Case:
     @property
     def source(self) -> list[str]:
         """The flags that name it on a command line."""
-        base = ["--model-base", str(self.checkpoint.model)] if self.checkpoint.model else []
+        base = ["--model-base", str(self.checkpoint.base)] if self.checkpoint.base else []
         return ["--model-path", str(self.checkpoint.path), *base]
 
     @cached_property
@@ -179,7 +179,7 @@ def export_llava(case: Case) -> None:
 def export_gguf(case: Case) -> None:
     """`llava-ft export --format gguf`; a model made of the two files gives the same logits and answers."""
     target = _export(case, "gguf")
-    base = str(case.checkpoint.model) if case.checkpoint.model else None
+    base = str(case.checkpoint.base) if case.checkpoint.base else None
     whole = open_full_model(identify(case.checkpoint.path), base)
     case.compare(NativeSpeaker(load_gguf(target, whole)), EXPORTED)
 
