@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 
-from llava_ft.checkpoint.names import OPTIMIZER
 from llava_ft.checkpoint.pickles import dict_or_empty, load_pickle
 from llava_ft.errors import CheckpointError
 
@@ -97,24 +96,6 @@ class OptimizerFile(SavedOptimizer):
 def write_optimizer_file(path: Path, states: Mapping[str, State], sizes: Mapping[str, int]) -> None:
     """Write `optimizer.pt`."""
     torch.save({"format": FORMAT, "state": dict(states), "sizes": dict(sizes)}, path)
-
-
-def open_saved_optimizer(checkpoint: Path) -> SavedOptimizer:
-    """Open a checkpoint's optimizer state, whichever way it was written.
-
-    Raises:
-        CheckpointError: There is none, or it is damaged.
-    """
-    if (checkpoint / OPTIMIZER).is_file():
-        return OptimizerFile(checkpoint / OPTIMIZER)
-    if any(checkpoint.glob("global_step*")):
-        from llava_ft.checkpoint.zero.optimizer import ZeroOptimizer
-
-        return ZeroOptimizer(checkpoint)
-    raise CheckpointError(
-        f"{checkpoint} holds no optimizer state: it was written with --save_only_model. Start a new run from its "
-        "weights with --lora_weight_path, --pretrain_mm_mlp_adapter or --model_name_or_path."
-    )
 
 
 def vectors_among(state: State, size: int, *, or_longer: bool = False) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Finding the checkpoint that a run continues from."""
+"""The checkpoint that a run continues from: finding it, and opening its optimizer state."""
 
 import logging
 import re
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llava_ft.checkpoint.manifest import read_manifest, what_is_incomplete
 from llava_ft.checkpoint.names import OPTIMIZER, RANKS, SCHEDULER, TRAINER_STATE
+from llava_ft.checkpoint.optimizer import OptimizerFile, SavedOptimizer
 from llava_ft.checkpoint.pickles import check_pickle
 from llava_ft.checkpoint.weights import read_json
 from llava_ft.errors import CheckpointError
@@ -104,3 +105,21 @@ def remove_staging(output_dir: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     for path in output_dir.glob(".checkpoint-*.outdated"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def open_saved_optimizer(checkpoint: Path) -> SavedOptimizer:
+    """Open a checkpoint's optimizer state, whichever way it was written.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged.
+    """
+    if (checkpoint / OPTIMIZER).is_file():
+        return OptimizerFile(checkpoint / OPTIMIZER)
+    if any(checkpoint.glob("global_step*")):
+        from llava_ft.checkpoint.zero.optimizer import ZeroOptimizer
+
+        return ZeroOptimizer(checkpoint)
+    raise CheckpointError(
+        f"{checkpoint} holds no optimizer state: it was written with --save_only_model. Start a new run from its "
+        "weights with --lora_weight_path, --pretrain_mm_mlp_adapter or --model_name_or_path."
+    )

@@ -22,9 +22,8 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from llava_ft.checkpoint.names import MANIFEST, OPTIMIZER, RANKS, SCHEDULER
-from llava_ft.checkpoint.optimizer import open_saved_optimizer
 from llava_ft.checkpoint.restore import restore_trained
-from llava_ft.checkpoint.resume import RankLayout, read_ranks
+from llava_ft.checkpoint.resume import RankLayout, open_saved_optimizer, read_ranks
 from llava_ft.checkpoint.save import move_files, publish_directory, write_json
 from llava_ft.constants import IGNORE_INDEX
 from llava_ft.data.image_processor import PixelNormalizer, normalize_batch
