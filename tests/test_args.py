@@ -36,7 +36,6 @@ from llava_ft.args.build import (
 )
 from llava_ft.args.deepspeed_file import read_deepspeed_config
 from llava_ft.args.flags import TABLE, all_flags, fields_of_transformers, inherited_types
-from llava_ft.args.training import INHERITED_WITH_OWN_DEFAULT
 from llava_ft.args.value_types import ConversionError, ValueType
 from llava_ft.constants import ORIGINAL_DEFAULTS
 from llava_ft.errors import UserError
@@ -114,6 +113,18 @@ OWN_FLAGS = {
     "weights_format",
 }
 """The public surface. A new flag is a decision: add it here, to docs/reference/arguments.md and to the changelog."""
+
+
+INHERITED_WITH_OWN_DEFAULT = {
+    "optim",
+    "remove_unused_columns",
+    "logging_nan_inf_filter",
+    "report_to",
+    "prediction_loss_only",
+    "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+}
+"""Fields of `TrainingFlags` that belong to `transformers.TrainingArguments`."""
 
 
 def script_argv(name: str, **variables: str) -> list[str]:

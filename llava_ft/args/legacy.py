@@ -58,7 +58,12 @@ TRANSLATED: Final[Mapping[str, Any]] = {
 }
 """Type hints; `translate` says what they have become."""
 
-SPELLINGS: Final = frozenset(RENAMED) | frozenset(WITHOUT_EFFECT) | frozenset(TRANSLATED)
+SPELLINGS: Final[Mapping[str, Any]] = {
+    **dict.fromkeys(RENAMED),
+    **{name: hint for name, (hint, _) in WITHOUT_EFFECT.items()},
+    **TRANSLATED,
+}
+"""Every old spelling with its type hint; None means that of its new name."""
 
 _SWITCHES: Final[Mapping[str, tuple[bool, str, object]]] = {
     "adafactor": (True, "optim", "adafactor"),
@@ -77,12 +82,21 @@ _KEYS: Final[Mapping[str, tuple[str, str]]] = {
 """Flags that are a key of another flag's mapping now."""
 
 
-def translate(name: str, value: Any, values: MutableMapping[str, Any]) -> str:
-    """Write the value of an old spelling into those of the same source, and return a note about it.
+def translate(name: str, value: Any, values: MutableMapping[str, Any], where: str) -> str:
+    """Write the value of an old spelling, found at a place, into those of the same source, and return a note about it.
 
     Raises:
         UserError: The same source says otherwise under the new name, or the value has no meaning any more.
     """
+    if name in WITHOUT_EFFECT:
+        return f"{name} has no effect: {WITHOUT_EFFECT[name][1]}."
+
+    if name in RENAMED:
+        new = RENAMED[name]
+        if values.setdefault(new, value) != value:
+            raise UserError(f"{where}={value} contradicts {new}={values[new]}: they are the same flag. Give one.")
+        return f"{name} is now called {new}."
+
     if name == "warmup_ratio":
         # A ratio is a number of warm-up steps below 1 now; 1.0 itself would mean one step. Warm-up steps beside it win,
         # as they did in transformers 4.37.

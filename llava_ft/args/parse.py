@@ -161,22 +161,9 @@ def _read_source(entries: Sequence[Entry], notes: list[str]) -> dict[str, object
     flags, values = all_flags(), dict[str, object]()
     for entry in sorted(entries, key=lambda entry: entry.key in legacy.SPELLINGS):
         key = entry.key
-        if key in legacy.RENAMED:
-            new = legacy.RENAMED[key]
-            value = _value(entry, flags[new])
-            if values.get(new, value) != value:
-                raise UserError(
-                    f"{entry.where}={value} contradicts {new}={values[new]}: they are the same flag. Give one."
-                )
-            values[new] = value
-            notes.append(f"{key} is now called {new}.")
-        elif key in legacy.WITHOUT_EFFECT:
-            hint, reason = legacy.WITHOUT_EFFECT[key]
-            _value(entry, ValueType.of(hint))
-            notes.append(f"{key} has no effect: {reason}.")
-        elif key in legacy.TRANSLATED:
-            value = _value(entry, ValueType.of(legacy.TRANSLATED[key]))
-            notes.append(legacy.translate(key, value, values))
+        if key in legacy.SPELLINGS:
+            kind = flags[legacy.RENAMED[key]] if key in legacy.RENAMED else ValueType.of(legacy.SPELLINGS[key])
+            notes.append(legacy.translate(key, _value(entry, kind), values, entry.where))
         elif key in flags:
             values[key] = _value(entry, flags[key])
         else:

@@ -7,15 +7,9 @@ these fields with those of `transformers.TrainingArguments`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from llava_ft.args.value_types import flag
-
-INHERITED_WITH_OWN_DEFAULT: Final = frozenset((
-    "optim", "remove_unused_columns", "logging_nan_inf_filter", "report_to", "prediction_loss_only",
-    "gradient_checkpointing", "gradient_checkpointing_kwargs",
-))  # fmt: skip
-"""Fields of `TrainingFlags` that belong to `transformers.TrainingArguments`."""
 
 
 @dataclass
