@@ -139,15 +139,10 @@ def build_training_arguments(
 
 
 def adapt_to_device(values: Mapping[str, Any], *, has_cuda: bool, has_tf32: bool) -> tuple[dict[str, Any], list[str]]:
-    """Replace what needs a GPU where there is none.
-
-    Args:
-        values: Keyword arguments of `TrainingArguments`.
-        has_cuda: Whether this machine has a CUDA device.
-        has_tf32: Whether its GPU computes in TF32 (Ampere or newer).
+    """Replace what needs a GPU where there is none, or one that computes in TF32 (Ampere or newer) where it is older.
 
     Returns:
-        The values to use, and a sentence for each replacement.
+        Keyword arguments of `TrainingArguments` to use, and a sentence for each replacement.
     """
     adapted = dict(values)
     notes: list[str] = []

@@ -114,14 +114,11 @@ def choose_offloaded_adam(config: dict[str, Any], *, uses_cpu: bool) -> list[str
     """Choose the Adam that steps on the CPU when the optimizer is offloaded: DeepSpeed's, or torch's.
 
     DeepSpeed's is several times faster and is compiled at its first use, which pays on a machine with GPUs and is not
-    possible without a compiler. A file that says `zero_force_ds_cpu_optimizer` has decided itself.
-
-    Args:
-        config: The configuration; changed.
-        uses_cpu: Whether the model is on the CPU too, so that nothing is offloaded really.
+    possible without a compiler. A file that says `zero_force_ds_cpu_optimizer` has decided itself. With `uses_cpu` the
+    model is on the CPU too, so that nothing is offloaded really.
 
     Returns:
-        A note if torch's is taken.
+        A note if torch's is taken, which the configuration then says.
     """
     zero: Mapping[str, Any] = config["zero_optimization"]
     offload: Mapping[str, Any] = zero.get("offload_optimizer") or {}

@@ -165,15 +165,10 @@ def _fits_files(whole: FullModel, record: WeightRecord, names: set[str], max_sha
 
 def _write_recorded_files(whole: FullModel, target: Path, record: WeightRecord, report: ConversionReport) -> None:
     """Write the weight files that the model was exported from, each with its tensors in their order."""
-    source = whole.base.sources[0]
-    keys_in_source = {name: key for key, name in source.names.items()}
     for file, keys in record.files.items():
         tensors: dict[str, torch.Tensor] = {}
         for key in keys:
-            name = native_name(key)
-            in_source = keys_in_source[name]
-            value = source.files.read([in_source])[in_source]
-            piece = ModelTensor(name, value, "frozen", f"{source.label} {source.files.path}")
+            piece = whole.tensor(native_name(key))
             report.count(piece)
             tensors[key] = _cut(piece, record.num_rows)
         save_tensors(tensors, target / file)
