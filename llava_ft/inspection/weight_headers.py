@@ -77,7 +77,9 @@ def part_of_tensor(name: str) -> str:
         ("layers", name.startswith("model.layers.")),
         ("norm", name.startswith("model.norm.")),
     )
-    part = next((part for part, holds_it in finer if holds_it), None) or part_of(name)
+    # What only contains such a name is no such tensor: an optimizer's `state.model.mm_projector.0.weight.exp_avg`.
+    coarse = part_of(name) if name.startswith(("model.", "lm_head.")) else "other"
+    part = next((part for part, holds_it in finer if holds_it), coarse)
     return {"new token rows": "rows of added tokens", "language model": "other"}.get(part, part)
 
 

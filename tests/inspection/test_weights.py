@@ -132,6 +132,7 @@ def test_rows_of_added_tokens_in_a_projector_s_file_are_no_vocabulary(tmp_path: 
         ("model.image_newline", "image newline"),
         ("clip.text_model.x", "CLIP text half"),
         ("optimizer.state.0.exp_avg", "other"),
+        ("state.model.mm_projector.0.weight.exp_avg", "other"),
     ],
 )
 def test_parts(name: str, part: str):
