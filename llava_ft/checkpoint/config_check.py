@@ -43,12 +43,12 @@ def _sizes(config: LlavaModelConfig, shapes: _Shapes) -> Iterator[tuple[str, int
     """Yield each field's name and value, the value that the files can hold, and where they say so."""
     first = "model.layers.0."
     query, gate = f"{first}self_attn.q_proj.weight", f"{first}mlp.gate_proj.weight"
-    width = config.head_dim or config.hidden_size // max(config.num_attention_heads, 1)
     yield "num_hidden_layers", config.num_hidden_layers, *_layers(_LAYER, shapes)
     yield "vocab_size", config.vocab_size, _size(shapes, EMBEDDINGS, 0), EMBEDDINGS
     yield "hidden_size", config.hidden_size, _size(shapes, EMBEDDINGS, 1), EMBEDDINGS
     yield "intermediate_size", config.intermediate_size, _size(shapes, gate, 0), gate
-    yield "num_attention_heads x head_dim", config.num_attention_heads * width, _size(shapes, query, 0), query
+    width = config.num_attention_heads * config.head_width
+    yield "num_attention_heads x head_dim", width, _size(shapes, query, 0), query
     if config.mm_vision_config is None:
         return
     tower, architecture, facts = describe_tower(config.mm_vision_config)

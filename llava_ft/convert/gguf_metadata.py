@@ -111,7 +111,7 @@ def differences(config: LlavaModelConfig) -> list[str]:
 def language_fields(config: LlavaModelConfig, name: str, dtype: torch.dtype) -> Fields:
     """Describe the language model, all but its vocabulary."""
     rope = _rope(config)
-    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+    head_dim = config.head_width
     fields: Fields = {
         "general.type": "model",
         **_general_fields(name, dtype),

@@ -110,6 +110,8 @@ def build_skeleton(config: LlavaModelConfig, *, attn_implementation: str = "sdpa
     config._attn_implementation = register(attn_implementation)
     with init_empty_weights(include_buffers=False):
         model = family_of(config).model_class(config)
+    if config.tie_word_embeddings:  # each was moved off memory by itself
+        model.lm_head.weight = model.model.embed_tokens.weight
     model.requires_grad_(False)
     return model
 

@@ -43,7 +43,6 @@ class LlavaModelConfig(PreTrainedConfig):
         num_hidden_layers: int
         num_attention_heads: int
         num_key_value_heads: int
-        head_dim: int | None
         max_position_embeddings: int
         hidden_act: str
         rms_norm_eps: float
@@ -78,6 +77,11 @@ class LlavaModelConfig(PreTrainedConfig):
             scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
             fields["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
         return fields
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head of the language model."""
+        return getattr(self, "head_dim", None) or self.hidden_size // max(self.num_attention_heads, 1)
 
     @property
     def tower_facts(self) -> TowerFacts | None:

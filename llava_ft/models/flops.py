@@ -158,8 +158,7 @@ def _layer_of(name: str) -> int:
 
 def _attention_per_pair(config: LlavaModelConfig) -> float:
     """FLOPs of one layer's attention forward, for a pair of positions."""
-    heads = int(config.num_attention_heads)
-    return 4.0 * heads * int(getattr(config, "head_dim", None) or int(config.hidden_size) // heads)
+    return 4.0 * config.num_attention_heads * config.head_width
 
 
 def _linear(weight: Weight, products: int, config: LlavaModelConfig) -> Flops:
