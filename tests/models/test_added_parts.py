@@ -1,7 +1,4 @@
-"""A language model, a vision tower and a projector that the package does not have, added through the registries alone.
-
-What `docs/how-to/add-a-language-model.md`, `add-a-tower.md` and `add-a-projector.md` say in words.
-"""
+"""A language model, a vision tower and a projector that the package does not have, added through the registries alone."""
 
 import json
 import re
