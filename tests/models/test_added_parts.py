@@ -1,4 +1,4 @@
-"""A language model, a vision tower and a projector that the package does not have, added through the registries alone."""
+"""A language model, a tower and a projector that the package does not have, added through the registries alone."""
 
 import json
 import re
