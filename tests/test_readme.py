@@ -83,6 +83,9 @@ def test_files_that_pages_name_exist(page: str):
     for path in re.findall(r"(?<![\w/.-])((?:\w+/)+\w+\.py)\b", read(page)):
         if not path.startswith("llava/"):
             assert (REPO / path).exists() or (REPO / "llava_ft" / path).exists(), f"{page} names {path}"
+    for path, name in re.findall(r"`([\w/]+\.py)`: `([\w.]+)`", read(page)):
+        code = (REPO / "llava_ft" / path).read_text(encoding="utf-8")
+        assert re.search(rf"\b(?:def|class) {name.split('.')[-1]}\b", code), f"{page} names {name} of {path}"
 
 
 OF_LAUNCHERS = {"--num_gpus", "--nproc-per-node"}
