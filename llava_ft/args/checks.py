@@ -138,7 +138,7 @@ def _number_problems(values: Mapping[str, Any], inherited: Mapping[str, object])
     for names, is_allowed, otherwise in _RANGES:
         for name in names.split():
             value = values.get(name)
-            if value is not None and not is_allowed(value):
+            if isinstance(value, int | float) and not is_allowed(value):
                 yield f"{name}={f'{value:g}' if name in inherited else value}: {otherwise}"
 
 

@@ -46,9 +46,9 @@ class PartDifference:
     part: str
     num_common: int
     num_equal: int  # in shape, type and every bit
-    max_difference: float = 0.0  # the largest of its tensors
-    relative: float = 0.0
-    worst: str = ""  # name of the tensor with `max_difference`; "" if all are equal
+    max_difference: float  # the largest of its tensors
+    relative: float
+    worst: str  # name of the tensor with `max_difference`; "" if all are equal
 
 
 @dataclass
@@ -120,12 +120,11 @@ def compare(first: Path, second: Path) -> Difference:
     num_common = Counter(tensor.part for tensor in common)
     for part in (part for part in PARTS_OF_FILES if part in num_common):
         different = [one for one in found.different if one.part == part]
-        one = PartDifference(part, num_common[part], num_common[part] - len(different))
-        if different:
-            worst = max(different, key=lambda tensor: tensor.max_difference or 0.0)
-            one.max_difference, one.worst = worst.max_difference or 0.0, worst.name
-            one.relative = max(tensor.relative or 0.0 for tensor in different)
-        found.parts.append(one)
+        worst = max(different, key=lambda tensor: tensor.max_difference or 0.0, default=None)
+        largest, name = (worst.max_difference or 0.0, worst.name) if worst is not None else (0.0, "")
+        relative = max((tensor.relative or 0.0 for tensor in different), default=0.0)
+        num_equal = num_common[part] - len(different)
+        found.parts.append(PartDifference(part, num_common[part], num_equal, largest, relative, name))
     return found
 
 
