@@ -62,7 +62,7 @@ def build_datasets(
         image_transform: Prepares one picture; None for a model without vision tower.
         on_bad_sample: "error" raises if any record cannot be used; "skip" leaves it out, counts and logs it.
         fast_decode: Whether large photographs may be shrunk while they are decoded.
-        validation_path: Validation records of their own.
+        validation_path: Validation records.
         validation_fraction: Share of the usable training records that is held out instead, at least one record.
         seed: Decides which records are held out, and which a mixture takes.
 

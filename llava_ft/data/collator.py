@@ -9,9 +9,6 @@ from llava_ft.constants import IGNORE_INDEX
 
 Item = Mapping[str, Any]
 
-IMAGE_KEYS: Final = ("pixel_values", "image_features", "image_sizes")
-"""Entries of an item that have one entry per tile or image, and are put one after the other in reading order."""
-
 _VALUES_LOOKED_AT: Final = 64
 """Values of a tile that are hashed before all of them are compared."""
 
@@ -144,7 +141,7 @@ def collect(samples: Sequence[Item]) -> dict[str, Any]:
         labels because of it.
     """
     gathered: dict[str, Any] = {}
-    for key in IMAGE_KEYS:
+    for key in ("pixel_values", "image_features", "image_sizes"):  # one entry per tile or image
         if tensors := [sample[key] for sample in samples if key in sample]:
             gathered[key] = torch.cat(tensors)
     if "pixel_values" in gathered:
@@ -160,10 +157,9 @@ def collect(samples: Sequence[Item]) -> dict[str, Any]:
 
 
 def distinct_tiles(tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Find equal tiles among `(K, 3, H, W)` pixels.
+    """Find equal tiles among `(K, 3, H, W)` pixels, so that each is sent to the device and encoded once.
 
-    Records about one picture are common in LLaVA's data, and packing puts up to a dozen records into a row. A tile that
-    is there once is sent to the device once, and the vision tower sees it once.
+    Records about one picture are common in LLaVA's data, and packing puts up to a dozen records into a row.
 
     Returns:
         The different ones in the order of their first occurrence, `(L, 3, H, W)`, and which of them each tile is,

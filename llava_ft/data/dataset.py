@@ -26,6 +26,8 @@ class JoinedSamples:
         lengths: `(S,)` int32, tokens of each sample after expansion and truncation.
         num_supervised: `(S,)` int32, how many of these have to be predicted.
         num_images: `(S,)` int32, images of each sample that truncation leaves.
+        firsts: Where the samples of each source begin.
+        first_records: Where the records of each source begin, unusable ones counted.
     """
 
     def __init__(self, parts: Sequence[Samples], names: Sequence[str]):
@@ -35,7 +37,7 @@ class JoinedSamples:
         self.num_supervised: Array = np.concatenate([part.num_supervised for part in parts])
         self.num_images: Array = np.concatenate([part.num_images for part in parts])
         self.firsts: Array = _firsts([len(part) for part in parts])
-        self._first_records = _firsts([len(part.rows) for part in parts])
+        self.first_records: Array = _firsts([len(part.rows) for part in parts])
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -45,15 +47,10 @@ class JoinedSamples:
         source = int(np.searchsorted(self.firsts, sample, side="right")) - 1
         return source, sample - int(self.firsts[source])
 
-    def index_of(self, sample: int) -> int:
-        """Give the position of a sample's record among the records of all sources, usable or not."""
-        source, row = self.find(sample)
-        return int(self._first_records[source] + self.parts[source].record_indices[row])
-
     def describe(self, index: int) -> str:
         """Name the record at a position among the records of all sources."""
-        source = int(np.searchsorted(self._first_records, index, side="right")) - 1
-        record = index - int(self._first_records[source])
+        source = int(np.searchsorted(self.first_records, index, side="right")) - 1
+        record = index - int(self.first_records[source])
         sample_id = self.parts[source].rows.sample_id(record)
         name = f"{record} (id {sample_id!r})" if sample_id else str(record)
         return f"{name} of {self.names[source]}" if len(self.parts) > 1 else name
@@ -61,12 +58,12 @@ class JoinedSamples:
     def bad_sample(self, sample: int, kind: str, reason: str) -> BadSampleError:
         """Make the error that says why a sample cannot be used."""
         source, row = self.find(sample)
-        where = f" (record of {self.names[source]})" if len(self.parts) > 1 else ""
-        return self.parts[source].bad_sample(row, kind, reason + where)
+        part, where = self.parts[source], f" (record of {self.names[source]})" if len(self.parts) > 1 else ""
+        record = int(part.record_indices[row])
+        return BadSampleError(record, part.rows.sample_id(record), kind, reason + where)
 
 
 def _firsts(counts: Sequence[int]) -> Array:
-    """Give where each of several stretches begins."""
     return np.concatenate((np.zeros(1, dtype=np.int64), np.cumsum(counts, dtype=np.int64)))[:-1]
 
 
@@ -120,7 +117,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         item: dict[str, Any] = {
             "input_ids": torch.as_tensor(input_ids),
             "labels": torch.as_tensor(labels),
-            "index": self.samples.index_of(sample),
+            "index": int(self.samples.first_records[source] + self.samples.parts[source].record_indices[row]),
         }
         images = self.image_refs(position)
         if not images:

@@ -22,9 +22,7 @@ from llava_ft.geometry import SizeWH
 EMBEDDED_NAME: Final = "embedded in the data"
 """What an image without a file is called in messages, if nothing better is known."""
 
-ImageSource = str | os.PathLike[str] | bytes
-"""An image file by its path, or its content."""
-
+ImageSource = str | os.PathLike[str] | bytes  # an image file by its path, or its content
 MAX_SIDE: Final = 65_535
 """Longest side of an image, in pixels: JPEG's limit, kept for every format so that memory stays bounded."""
 
@@ -36,15 +34,10 @@ IMAGE_CHECKS: Final = ("none", "exists", "header", "decode")  # from nothing to 
 
 @dataclass(frozen=True, slots=True)
 class ImagePlace:
-    """Where the images of one source are.
+    """Where the images of one source are."""
 
-    Attributes:
-        folder: Folder that relative paths start from; None allows absolute paths only.
-        source: Holds the images that are embedded in the records; None if there are none.
-    """
-
-    folder: str | os.PathLike[str] | None = None
-    source: RecordSource | None = None
+    folder: str | os.PathLike[str] | None = None  # relative paths start from it; None allows absolute ones only
+    source: RecordSource | None = None  # holds the images that are embedded in the records
 
     def locate(self, image: str) -> str:
         """Name an image so that no other has the name: the path of its file, or its place in the source.
@@ -149,16 +142,10 @@ def check_image_file(path: str | os.PathLike[str]) -> os.stat_result:
 def check_image_header(
     source: ImageSource, *, exif_transpose: bool = False, name: str = EMBEDDED_NAME
 ) -> tuple[int, int]:
-    """Read the size of an image without decoding it.
+    """Read the width and height of an image in pixels without decoding it.
 
-    Args:
-        source: Path or content of the file.
-        exif_transpose: Give the size after turning the picture as its EXIF orientation says. Some PNG files have to be
-            decoded to find that.
-        name: What content without a path is called in messages.
-
-    Returns:
-        Width and height in pixels; as stored, unless `exif_transpose` is set.
+    With `exif_transpose` they are those after turning the picture as its EXIF orientation says, for which some PNG
+    files have to be decoded. `name` is what content without a path is called in messages.
 
     Raises:
         ImageError: The file is missing, is not an image, or is too large to be decoded.
@@ -186,9 +173,6 @@ def load_image(
             times faster and gives slightly other pixels. The function is given the picture's size and returns the
             smallest that will do, such as `ImageTransform.decode_size`.
         name: What content without a path is called in messages.
-
-    Returns:
-        The picture, in mode "RGB".
 
     Raises:
         ImageError: The file is missing, not an image, damaged, cut short, or too large to be decoded.
@@ -238,7 +222,6 @@ def _opened(source: ImageSource, name: str) -> Generator[Image.Image]:
 
 
 def _is_on_its_side(image: Image.Image) -> bool:
-    """Whether turning the picture as its EXIF orientation says swaps width and height."""
     return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 

@@ -31,10 +31,7 @@ PROCESSOR_CONFIG: Final = "processor_config.json"
 class ImageProcessorSettings:
     """How pictures are resized, cropped, rescaled and normalised; the names are those of preprocessor_config.json.
 
-    Attributes:
-        size: `{"shortest_edge": N}`, which keeps proportions, or `{"height": H, "width": W}`, in pixels.
-        crop_size: `{"height": H, "width": W}`, in pixels.
-        resample: Pillow's number of the filter; 3 is bicubic.
+    Sizes are in pixels. `size` is `{"shortest_edge": N}`, which keeps proportions, or `{"height": H, "width": W}`.
     """
 
     size: dict[str, int] = field(default_factory=lambda: {"shortest_edge": 224})
@@ -43,18 +40,16 @@ class ImageProcessorSettings:
     do_center_crop: bool = True
     do_rescale: bool = True
     do_normalize: bool = True
-    resample: int = 3
+    resample: int = 3  # Pillow's number of the filter: bicubic
     rescale_factor: float = 1 / 255
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = PREPROCESSOR_CONFIG) -> "ImageProcessorSettings":
-        """Read the content of a preprocessor_config.json; a missing key has the processor's default.
+        """Read the content of a preprocessor_config.json from `source`; a missing key has the processor's default.
 
-        Args:
-            values: The content. Sizes are a number or a mapping, as the versions of transformers wrote them.
-            source: Where it comes from, for messages.
+        Sizes are a number or a mapping, as the versions of transformers wrote them.
 
         Raises:
             UserError: It describes another kind of processor, or a value is not usable.
@@ -201,11 +196,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def image_settings_file(directory: Path) -> Path | None:
-    """Find the file that says how a directory's model prepares images; None without one.
-
-    Raises:
-        UserError: A file that may say it is damaged.
-    """
+    """Find the file that says how a directory's model prepares images; None without one."""
     inside, alone = directory / PROCESSOR_CONFIG, directory / PREPROCESSOR_CONFIG
     if inside.is_file() and "image_processor" in _read_object(inside):
         return inside
@@ -213,11 +204,7 @@ def image_settings_file(directory: Path) -> Path | None:
 
 
 def pads_to_square(directory: Path) -> bool:
-    """Whether a model in transformers' own layout pads images to a square before anything else, as LLaVA's `pad` does.
-
-    Raises:
-        UserError: The file that says it is damaged.
-    """
+    """Whether a model in transformers' own layout pads images to a square before anything else, as LLaVA's `pad`."""
     file = image_settings_file(directory)
     values = _described_in(file) if file is not None else {}
     kind = str(values.get("image_processor_type"))

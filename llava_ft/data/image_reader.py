@@ -19,32 +19,22 @@ from llava_ft.geometry import SizeWH
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """One image of a record, not yet opened.
+    """One image of a record, not yet opened."""
 
-    Attributes:
-        image: Path as the record has it.
-        source: Position of the record's source among those of the run.
-        size_wh: Width and height in pixels when the record was measured; None where nothing depends on them.
-    """
-
-    image: str
-    source: int = 0
-    size_wh: SizeWH | None = None
+    image: str  # as the record names it
+    source: int = 0  # position of the record's source among those of the run
+    size_wh: SizeWH | None = None  # in pixels when the record was measured; None where nothing depends on them
 
 
 class ReadsImages(Protocol):
     """Gives the entries of an item that stand for its images."""
 
     def read(self, images: Sequence[ImageRef]) -> dict[str, Any]:
-        """Read the images of one sample, in reading order; at least one.
-
-        Raises:
-            ImageError: One of them cannot be used.
-        """
+        """Read the images of one sample, at least one; an `ImageError` says which cannot be used."""
         ...
 
     def blank(self, images: Sequence[ImageRef]) -> dict[str, Any]:
-        """Give entries of the same shapes as `read`, for images that cannot be read."""
+        """Give entries of the same shapes for images that cannot be read."""
         ...
 
 
@@ -72,11 +62,7 @@ class ImageReader:
         self.fast_decode = fast_decode
 
     def locate(self, image: ImageRef) -> str:
-        """Name an image so that no other has the name: the path of its file, or its place in the source.
-
-        Raises:
-            ImageError: The path may not be used.
-        """
+        """Name an image so that no other has the name; see `ImagePlace.locate`."""
         return self.places[image.source].locate(image.image)
 
     def load(self, image: ImageRef) -> Image.Image:
@@ -126,6 +112,6 @@ class ImageReader:
 
 
 def size_entries(images: Sequence[ImageRef]) -> dict[str, Any]:
-    """Give `image_sizes` `(M, 2)` int64, width and height of each image in pixels, where they matter."""
+    """Give the entry `image_sizes` of `ImageReader.read`."""
     sizes = [image.size_wh for image in images if image.size_wh is not None]
     return {"image_sizes": torch.tensor(sizes)} if sizes else {}

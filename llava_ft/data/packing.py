@@ -40,15 +40,10 @@ class DatasetWithLengths(HasLengths, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Which samples stand in which row.
+    """Which samples stand in which row."""
 
-    Attributes:
-        members: `(N,)` int64, positions of the samples, row by row; each sample once.
-        ends: `(R + 1,)` int64, where each row starts and ends in `members`.
-    """
-
-    members: Array
-    ends: Array
+    members: Array  # `(N,)` int64, positions of the samples, row by row; each sample once
+    ends: Array  # `(R + 1,)` int64, where each row starts and ends in `members`
 
     def __len__(self) -> int:
         return len(self.ends) - 1

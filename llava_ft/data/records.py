@@ -60,20 +60,15 @@ class Turn:
 class Sample:
     """One checked record, whatever form it was written in.
 
-    Attributes:
-        index: Position in the data set, counted from 0.
-        id: The record's own `id` as text, "" when it has none.
-        turns: At least one, the roles alternating; an assistant's turn may come first.
-        images: In the order of their placeholders: paths as written in the record, and `embedded_name` for images
-            whose content is in the source.
-        system: Text of a leading system turn, None when the record has none.
+    Images are in the order of their placeholders: paths as written in the record, and `embedded_name` for images whose
+    content is in the source.
     """
 
-    index: int
-    id: str
-    turns: tuple[Turn, ...]
+    index: int  # position in the source, counted from 0
+    id: str  # the record's own as text, "" when it has none
+    turns: tuple[Turn, ...]  # at least one, the roles alternating; an assistant's turn may come first
     images: tuple[str, ...]
-    system: str | None = None
+    system: str | None = None  # text of a leading system turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +94,7 @@ class DataUri:
     text: str
 
 
-ImageValue = str | bytes | DataUri | EmbeddedImage
-"""One image of a record: a path, or where its content is."""
+ImageValue = str | bytes | DataUri | EmbeddedImage  # one image of a record: a path, or where its content is
 
 
 def embedded_name(index: int, position: int) -> str:
@@ -139,11 +133,7 @@ def parse_record(record: object, index: int, prompt_prefix: str = "") -> Sample:
 
 
 def image_values(record: object, index: int) -> list[ImageValue]:
-    """Give the images of a record in the order of `Sample.images`, with the content of those it holds itself.
-
-    Raises:
-        BadSampleError: As in `parse_record`.
-    """
+    """Give the images of a record in the order of `Sample.images`, with the content of those it holds itself."""
     return _Parser(index).parse(record)[1]
 
 
@@ -194,19 +184,12 @@ def kind_of(value: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """The names that one way of writing conversations uses.
+    """The names that one way of writing conversations uses."""
 
-    Attributes:
-        turns: Key of the list of turns.
-        role: Key of the speaker, in a turn.
-        text: Key of what is said, in a turn.
-        names: Name of each speaker.
-    """
-
-    turns: str
-    role: str
-    text: str
-    names: Mapping[Speaker, str]
+    turns: str  # key of the list of turns
+    role: str  # key of the speaker, in a turn
+    text: str  # key of what is said, in a turn
+    names: Mapping[Speaker, str]  # of each speaker
 
 
 _LLAVA: Final = _Form("conversations", "from", "value", {"human": "human", "gpt": "gpt", "system": "system"})
@@ -221,12 +204,9 @@ class _Parser:
     def __init__(self, index: int):
         self._index = index
         self._id = ""
-        self._columns: list[ImageValue] = []
-        """Images under the record's own `image` or `images`."""
-        self._unused: dict[int, None] = {}
-        """Those of the columns that no placeholder of a message has taken, by position."""
-        self._taken: list[ImageValue] = []
-        """Images of messages in the order of their placeholders."""
+        self._columns: list[ImageValue] = []  # images under the record's own `image` or `images`
+        self._unused: dict[int, None] = {}  # places of those that no placeholder of a message has taken
+        self._taken: list[ImageValue] = []  # images of messages in the order of their placeholders
 
     def parse(self, record: object) -> tuple[Sample, list[ImageValue]]:
         """Give the sample, and its images with the content of those that the record holds itself."""

@@ -20,45 +20,26 @@ _NUM_NAMED: Final = 100  # records left out that a log line names; the report na
 
 @dataclass(frozen=True)
 class DataReport:
-    """What the checks before training found in one source of records, or in several together.
-
-    Attributes:
-        num_usable: Records that are left.
-        errors: Why others cannot be used, in the order of the records.
-        num_truncated: Usable records that are cut off at `model_max_length`.
-        num_too_long: Records left out because they are longer than that.
-        num_lost_tokens: Tokens that were cut off, and all those of records left out for their length.
-        longest: Tokens of the longest record that is longer than `model_max_length`; 0 if there is none.
-        num_tokens: Tokens of the usable records after expansion and truncation.
-        num_supervised: How many of these have to be predicted.
-        num_images: Images of the usable records.
-        truncated_ids: The records that are cut off, by id, or position where there is none.
-        too_long_ids: The records left out for their length, likewise.
-        num_taken: Samples that a mixture takes for an epoch; None outside a mixture.
-        num_held_out: Samples that a mixture holds out for validation; None outside a mixture.
-        fingerprint: Changes when the source does; "" for several sources together.
-        image_folder: Folder of the source's images where it has one of its own.
-        sources: The reports of the single sources, if there are several.
-    """
+    """What the checks before training found in one source of records, or in several together."""
 
     path: str
     num_records: int
     num_usable: int
-    errors: list[BadSampleError] = field(default_factory=list[BadSampleError])
-    num_truncated: int = 0
-    num_too_long: int = 0
-    num_lost_tokens: int = 0
-    longest: int = 0
-    num_tokens: int = 0
-    num_supervised: int = 0
-    num_images: int = 0
-    truncated_ids: list[str] = field(default_factory=list[str])
+    errors: list[BadSampleError] = field(default_factory=list[BadSampleError])  # of the others, in their order
+    num_truncated: int = 0  # usable records that are cut off at `model_max_length`
+    num_too_long: int = 0  # records left out because they are longer than that
+    num_lost_tokens: int = 0  # tokens that were cut off, and all those of records left out for their length
+    longest: int = 0  # tokens of the longest record that is longer than `model_max_length`; 0 if there is none
+    num_tokens: int = 0  # of the usable records after expansion and truncation
+    num_supervised: int = 0  # how many of these have to be predicted
+    num_images: int = 0  # of the usable records
+    truncated_ids: list[str] = field(default_factory=list[str])  # a record without id by its position
     too_long_ids: list[str] = field(default_factory=list[str])
-    num_taken: int | None = None
-    num_held_out: int | None = None
-    fingerprint: str = ""
-    image_folder: str | None = None
-    sources: list["DataReport"] = field(default_factory=list["DataReport"])
+    num_taken: int | None = None  # samples that a mixture takes for an epoch; None outside a mixture
+    num_held_out: int | None = None  # samples that a mixture holds out for validation; None outside a mixture
+    fingerprint: str = ""  # changes when the source does; "" for several sources together
+    image_folder: str | None = None  # of the source's images where it has one of its own
+    sources: list["DataReport"] = field(default_factory=list["DataReport"])  # of single sources, if there are several
 
     @property
     def counts(self) -> dict[str, int]:

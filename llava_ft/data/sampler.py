@@ -47,11 +47,7 @@ def balanced_order(
 ) -> list[int]:
     """Draw a random order whose steps have batches of similar total length on every rank.
 
-    Args:
-        lengths: Length in tokens of each sample.
-        batch_size: Samples of one rank in one step.
-        world_size: Batches of one step: ranks times gradient accumulation.
-        generator: Source of randomness; None is torch's global one.
+    `lengths` are in tokens. A step has `world_size` batches, ranks times gradient accumulation.
     """
     shuffled = _permutation(len(lengths), generator)
     order: list[int] = []

@@ -12,6 +12,7 @@ An image is one `IMAGE_TOKEN_INDEX` here. `preparation/samples.py` makes it as m
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Literal, cast
 
 import numpy as np
@@ -37,22 +38,16 @@ SUPERVISE_CHOICES: Final = ("answers", "last_answer", "all")
 class TokenizedSample:
     """A tokenised conversation before images are expanded and anything is cut off.
 
-    Attributes:
-        index: Position of the record in its source.
-        id: The record's own, "" when it has none.
-        images: As the record names them.
-        input_ids: Vocabulary ids, and one `IMAGE_TOKEN_INDEX` per image.
-        target_spans: Start and end of each supervised stretch of `input_ids`, ascending.
-        answer_ends: For each assistant's turn that has text, in order and supervised or not, the number of tokens up to
-            and with its end marker: where the conversation may be cut off. In the `###` templates an answer ends with
-            its block, the last one with the conversation.
+    `answer_ends` are, for each assistant's turn that has text, in order and supervised or not, the number of tokens up
+    to and with its end marker: where the conversation may be cut off. In the `###` templates an answer ends with its
+    block, the last one with the conversation.
     """
 
-    index: int
-    id: str
-    images: Sequence[str]
-    input_ids: list[int]
-    target_spans: Spans
+    index: int  # position of the record in its source
+    id: str  # the record's own, "" when it has none
+    images: Sequence[str]  # as the record names them
+    input_ids: list[int]  # of the vocabulary, and one `IMAGE_TOKEN_INDEX` per image
+    target_spans: Spans  # start and end of each supervised stretch of `input_ids`, ascending
     answer_ends: list[int]
 
     @property
@@ -127,19 +122,15 @@ class SampleTokenizer:
         self._encoder = _PieceEncoder(tokenizer)
 
     def segments(self, sample: Sample) -> list[Segment]:
-        """Write the sample as training text, placeholders in place; target segments are what is supervised.
-
-        Raises:
-            BadSampleError: The turns do not fit the template, or the placeholders do not fit the images.
-        """
+        """Write a sample as training text, placeholders in place; target segments are what is supervised."""
         return join_segments(self._supervised(self._turn_segments(sample), sample))
 
     def __call__(self, sample: Sample) -> TokenizedSample:
         """Tokenise one sample.
 
         Raises:
-            BadSampleError: As in `segments`, or no token is supervised. Kinds: "placeholder-mismatch",
-                "image-in-answer", "image-in-system", "no-supervised-token" and those of `TurnsError`.
+            BadSampleError: Kinds: "placeholder-mismatch", "image-in-answer", "image-in-system", "no-supervised-token"
+                and those of `TurnsError`.
         """
         segments = self._turn_segments(sample)
         input_ids, spans = self._encoder.encode("".join(segment.text for segment in segments))
@@ -165,18 +156,28 @@ class SampleTokenizer:
         return TokenizedSample(sample.index, sample.id, sample.images, input_ids, target_spans, answer_ends)
 
     def _turn_segments(self, sample: Sample) -> list[Segment]:
-        self._check_placeholders(sample)
-        wraps_images, in_tokens = self.template.wraps_images, self.mm_use_im_start_end
-        turns = [
-            (turn.role, turn.text)
-            if turn.role == "gpt"
-            else (turn.role, place_images(turn.text, wraps_images=wraps_images, mm_use_im_start_end=in_tokens))
-            for turn in sample.turns
-        ]
+        def bad(kind: str, reason: str) -> BadSampleError:
+            return BadSampleError(sample.index, sample.id, kind, reason)
+
+        only = "Images are only allowed in turns from 'human'."
+        for position, turn in enumerate(sample.turns):
+            if turn.role == "gpt" and IMAGE_TOKEN in turn.text:
+                reason = f"{IMAGE_TOKEN} stands in an assistant's turn (turn {position}). {only} {_SKIP_HINT}"
+                raise bad("image-in-answer", reason)
+        if sample.system is not None and IMAGE_TOKEN in sample.system:
+            raise bad("image-in-system", f"{IMAGE_TOKEN} stands in the system turn. {only}")
+        num_placeholders = sum(turn.text.count(IMAGE_TOKEN) for turn in sample.turns)
+        if num_placeholders != len(sample.images):
+            reason = f"{num_placeholders} {IMAGE_TOKEN} placeholder(s) but {len(sample.images)} image path(s). "
+            raise bad("placeholder-mismatch", f"{reason}Each placeholder needs one image. {_SKIP_HINT}")
+        place = partial(
+            place_images, wraps_images=self.template.wraps_images, mm_use_im_start_end=self.mm_use_im_start_end
+        )
+        turns = [(turn.role, turn.text if turn.role == "gpt" else place(turn.text)) for turn in sample.turns]
         try:
             return self.template.render_turns(turns, system=sample.system)
         except TurnsError as error:
-            raise BadSampleError(sample.index, sample.id, error.kind, str(error)) from None
+            raise bad(error.kind, str(error)) from None
 
     def _supervised(self, segments: Sequence[Segment], sample: Sample) -> list[Segment]:
         """Make targets of the segments that are to be learnt, instead of all that the assistant produces."""
@@ -201,23 +202,6 @@ class SampleTokenizer:
         if any(turn.weight for turn in answers):
             return f"template {self.template.name!r} leaves its answers out"
         return "all its answers have weight 0"
-
-    def _check_placeholders(self, sample: Sample) -> None:
-        only = "Images are only allowed in turns from 'human'."
-        for position, turn in enumerate(sample.turns):
-            if turn.role == "gpt" and IMAGE_TOKEN in turn.text:
-                reason = f"{IMAGE_TOKEN} stands in an assistant's turn (turn {position}). {only} {_SKIP_HINT}"
-                raise BadSampleError(sample.index, sample.id, "image-in-answer", reason)
-        if sample.system is not None and IMAGE_TOKEN in sample.system:
-            reason = f"{IMAGE_TOKEN} stands in the system turn. {only}"
-            raise BadSampleError(sample.index, sample.id, "image-in-system", reason)
-        num_placeholders = sum(turn.text.count(IMAGE_TOKEN) for turn in sample.turns)
-        if num_placeholders != len(sample.images):
-            reason = (
-                f"{num_placeholders} {IMAGE_TOKEN} placeholder(s) but {len(sample.images)} image path(s). "
-                f"Each placeholder needs one image. {_SKIP_HINT}"
-            )
-            raise BadSampleError(sample.index, sample.id, "placeholder-mismatch", reason)
 
 
 def tokenize_prompt(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:

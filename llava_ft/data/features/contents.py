@@ -65,13 +65,8 @@ class RunImage:
 def content_digests(folder: Path, images: Sequence[RunImage]) -> list[bytes]:
     """Return the digest of each image's content, reading the images for which it is not remembered.
 
-    Args:
-        folder: Where digests are remembered, by any number of processes at once; it is made if something is to be
-            written. A damaged file in it is left out: its images are read again.
-        images: The images.
-
-    Returns:
-        A digest for each; `NO_CONTENT` for one that cannot be read or is being changed.
+    `folder` is where digests are remembered, by any number of processes at once. A damaged file in it is left out: its
+    images are read again. An image that cannot be read, or is being changed, has `NO_CONTENT`.
 
     Raises:
         RunError: The digests cannot be written.

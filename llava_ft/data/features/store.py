@@ -142,10 +142,9 @@ class FeatureStore:
         return find_digests(self._found["digest"], digests) >= 0
 
     def read(self, digest: bytes) -> torch.Tensor | None:
-        """Read the features of an image; None if there are none.
+        """Read the features of an image, `(T, N, C)` in the dtype of the format; None if there are none.
 
-        Returns:
-            `(T, N, C)` in the dtype of the format; it may be mapped from the file, so copy it to keep it.
+        They may be mapped from the file: copy them to keep them.
 
         Raises:
             DamagedShardError: The file was truncated, damaged or removed.
@@ -184,7 +183,7 @@ class FeatureReader:
         images: Finds the images, and knows how many tiles they have.
         store: The features.
         names: `(I,)` `name_digest` of each image, ascending.
-        contents: `(I,)` digest of what each of them holds.
+        contents: `(I,)` digest of what each holds.
     """
 
     def __init__(self, images: ImageReader, store: FeatureStore, names: Array, contents: Array):
@@ -194,11 +193,7 @@ class FeatureReader:
         self._contents = contents
 
     def read(self, images: Sequence[ImageRef]) -> dict[str, Any]:
-        """Read the features of the images of one sample.
-
-        Returns:
-            `image_features` `(num_tiles, N, C)`, the tiles of all images in reading order; where sizes matter
-            `image_sizes` `(M, 2)` int64, width and height of each image in pixels.
+        """Read the features of one sample's images: `image_features` `(num_tiles, N, C)`, and sizes as `ImageReader`.
 
         Raises:
             ImageError: An image cannot be read, its features are not there ("image-not-cached") or damaged
@@ -231,9 +226,5 @@ class FeatureReader:
 
 
 def name_digest(reader: ImageReader, image: ImageRef) -> bytes:
-    """Return the digest of the name that no other image has.
-
-    Raises:
-        ImageError: The path may not be used.
-    """
+    """Return the digest of the name that no other image has."""
     return digest_of(reader.locate(image).encode(errors="surrogateescape"))

@@ -31,10 +31,7 @@ class DamagedShardError(Exception):
 def write_shard(folder: Path, prefix: str, tensors: Mapping[str, torch.Tensor], owner: str) -> Path:
     """Write tensors, contiguous and on the CPU, into a new file of a folder, which is made if it is not there.
 
-    The file's name begins with `prefix`; `owner` says what the folder's tensors belong to.
-
-    Raises:
-        OSError: It could not be written. Nothing of it stays.
+    The file's name begins with `prefix`; `owner` says what the folder's tensors belong to. An `OSError` leaves nothing.
     """
     checksums = {name: _checksum(name, tensor) for name, tensor in tensors.items()}
     path = folder / f"{prefix}-{secrets.token_hex(8)}{SUFFIX}"

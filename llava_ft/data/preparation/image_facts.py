@@ -51,32 +51,20 @@ _Finding = tuple[int, int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
-    """What is known about the images of tokenised records.
+    """What is known about the images of tokenised records."""
 
-    Attributes:
-        numbers: `(M,)` int64, which of the different images each image of the records is, record by record.
-        sizes_wh: `(N, 2)` int64, width and height in pixels of the different images; 0 where they are not known.
-        errors: Why different images cannot be used, by number.
-    """
-
-    numbers: Array
-    sizes_wh: Array
-    errors: dict[int, ImageError]
+    numbers: Array  # `(M,)` int64, which of the different images each image of the records is, record by record
+    sizes_wh: Array  # `(N, 2)` int64, width and height in pixels of the different images; 0 where they are not known
+    errors: dict[int, ImageError]  # why different images cannot be used, by number
 
 
 @dataclass(frozen=True, slots=True)
 class ImageChecks:
-    """What has to be known about each image.
+    """What has to be known about each image."""
 
-    Attributes:
-        level: How much of each file is read.
-        needs_sizes: Whether sizes have to be known; headers are read then, whatever the level.
-        exif_transpose: Whether sizes are those after turning pictures as their EXIF orientation says.
-    """
-
-    level: ImageCheck
-    needs_sizes: bool = False
-    exif_transpose: bool = False
+    level: ImageCheck  # how much of each file is read
+    needs_sizes: bool = False  # headers are read then, whatever the level
+    exif_transpose: bool = False  # whether pictures are turned as their EXIF orientation says
 
     def __post_init__(self) -> None:
         if self.level not in IMAGE_CHECKS:

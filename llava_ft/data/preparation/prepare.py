@@ -47,17 +47,11 @@ _DECIDING: Final = (
 
 @dataclass(frozen=True, slots=True)
 class PreparationSettings:
-    """How records are prepared.
+    """How records are prepared."""
 
-    Attributes:
-        cache_dir: Where what was prepared is kept; None means beside the caches of `datasets`.
-        num_processes: Processes that tokenise; None means one for each core.
-        goes_first: Whether this process begins at once, or lets another one of its machine go first.
-    """
-
-    cache_dir: Path | None = None
-    num_processes: int | None = None
-    goes_first: bool = True
+    cache_dir: Path | None = None  # where what was prepared is kept; None means beside the caches of `datasets`
+    num_processes: int | None = None  # None means one for each core
+    goes_first: bool = True  # whether this process begins at once, or lets another one of its machine go first
 
     def __post_init__(self) -> None:
         if self.num_processes is not None and self.num_processes < 1:
@@ -84,13 +78,7 @@ class PreparationSettings:
 def prepare_rows(
     source: RecordSource, tokenize: SampleTokenizer, settings: PreparationSettings, *, prompt_prefix: str = ""
 ) -> TokenizedRows:
-    """Tokenise the records of a source, or open what was tokenised before.
-
-    Args:
-        source: Prepared.
-        tokenize: Template and tokenizer.
-        settings: Where, and with how many processes.
-        prompt_prefix: Text put in front of the first question of each record.
+    """Tokenise the records of a source, its prefix before each first question, or open what was tokenised before.
 
     Raises:
         UserError: The source cannot be read, or the cache cannot be written.

@@ -70,43 +70,23 @@ class DataPlan:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """The usable samples of one source, in the order of their records, each as the model will see it.
-
-    Attributes:
-        rows: The tokenised records.
-        limits: How they were measured.
-        record_indices: `(S,)` int64, position of each sample's record in its source, ascending.
-        cuts: `(S,)` int32, tokens that stay of each row, an image counted as one.
-        lengths: `(S,)` int32, tokens of each sample after expansion and truncation.
-        num_supervised: `(S,)` int32, how many of these have to be predicted.
-        num_images: `(S,)` int32, images of each sample that truncation leaves.
-        was_truncated: `(S,)` bool.
-        sizes_wh: `(M, 2)` int32, width and height in pixels of each image that is left, sample by sample; None where
-            nothing depends on them.
-        errors: Why other records cannot be used, in their order.
-        too_long: `(L,)` int64, records that have more tokens than allowed, usable or not, ascending.
-        longest: Tokens of the longest of them; 0 if there are none.
-        num_lost_tokens: Tokens that were cut off usable samples, and all of those left out for their length.
-        full_lengths: `(R,)` int64, tokens of each record before truncation, with those of images; 0 for one that could
-            not be tokenised.
-        full_supervised: `(R,)` int64, how many of these have to be predicted.
-    """
+    """The usable samples of one source, in the order of their records, each as the model will see it."""
 
     rows: TokenizedRows
-    limits: Limits
-    record_indices: Array
-    cuts: Array
-    lengths: Array
-    num_supervised: Array
-    num_images: Array
-    was_truncated: Array
-    sizes_wh: Array | None
-    errors: list[BadSampleError]
-    too_long: Array
-    longest: int
-    num_lost_tokens: int
-    full_lengths: Array
-    full_supervised: Array
+    limits: Limits  # how they were measured
+    record_indices: Array  # `(S,)` int64, position of each sample's record in its source, ascending
+    cuts: Array  # `(S,)` int32, tokens that stay of each row, an image counted as one
+    lengths: Array  # `(S,)` int32, tokens of each sample after expansion and truncation
+    num_supervised: Array  # `(S,)` int32, how many of these have to be predicted
+    num_images: Array  # `(S,)` int32, images of each sample that truncation leaves
+    was_truncated: Array  # `(S,)` bool
+    sizes_wh: Array | None  # `(M, 2)` int32, pixels of each image that is left; None where nothing depends on them
+    errors: list[BadSampleError]  # why other records cannot be used, in their order
+    too_long: Array  # `(L,)` int64, records that have more tokens than allowed, usable or not, ascending
+    longest: int  # tokens of the longest of them; 0 if there are none
+    num_lost_tokens: int  # cut off usable samples, and all of those left out for their length
+    full_lengths: Array  # `(R,)` int64, tokens of each record before truncation; 0 for one that was not tokenised
+    full_supervised: Array  # `(R,)` int64, how many of these have to be predicted
     _image_ends: Array = field(init=False)
 
     def __post_init__(self) -> None:
@@ -145,21 +125,12 @@ class Samples:
         sizes: list[list[int]] = self.sizes_wh[end - int(self.num_images[row]) : end].tolist()
         return [(width, height) for width, height in sizes]
 
-    def bad_sample(self, row: int, kind: str, reason: str) -> BadSampleError:
-        """Make the error that says why a sample cannot be used."""
-        record = int(self.record_indices[row])
-        return BadSampleError(record, self.rows.sample_id(record), kind, reason)
-
 
 def find_samples(rows: TokenizedRows, limits: Limits, facts: ImageFacts | None = None) -> Samples:
     """Find out which records of a source can be used, and how long they are.
 
-    A record that is too long is cut with "truncate", and left out otherwise.
-
-    Args:
-        rows: The tokenised records.
-        limits: What decides that.
-        facts: What is known about their images; None if nothing was looked at.
+    A record that is too long is cut with "truncate", and left out otherwise. `facts` are what is known about the
+    images; None if nothing was looked at.
     """
     num_ids = rows.counts("input_ids")  # an image counted as one
     image_bounds = _bounds(rows.counts("image_positions"))
@@ -178,7 +149,8 @@ def find_samples(rows: TokenizedRows, limits: Limits, facts: ImageFacts | None =
     errors = {record: error_of(record, kind, reason) for record, (kind, reason) in rows.errors().items()}
     if facts is not None and facts.errors:
         bad = np.flatnonzero(np.isin(facts.numbers, np.fromiter(facts.errors, dtype=np.int64)))
-        for image, record in zip(bad.tolist(), _owners(bad, image_bounds), strict=True):
+        owners: list[int] = (np.searchsorted(image_bounds, bad, side="right") - 1).tolist()
+        for image, record in zip(bad.tolist(), owners, strict=True):
             error = facts.errors[int(facts.numbers[image])]
             errors.setdefault(record, error_of(record, error.kind, str(error)))
 
@@ -244,15 +216,9 @@ def _without(records: Array, some: list[int]) -> Array:
     return records[~np.isin(records, np.array(some, dtype=np.int64))]
 
 
-def _owners(entries: Array, bounds: Array) -> list[int]:
-    """Find the record that each entry belongs to."""
-    return (np.searchsorted(bounds, entries, side="right") - 1).tolist()
-
-
 def _bounds(counts: Array) -> Array:
     return np.concatenate((np.zeros(1, dtype=np.int64), np.cumsum(counts, dtype=np.int64)))
 
 
 def _sums(values: Array, bounds: Array) -> Array:
-    """Add up each stretch of `values`."""
     return np.diff(_bounds(values)[bounds])

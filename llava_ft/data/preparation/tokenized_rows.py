@@ -73,12 +73,9 @@ def write_rows(path: Path, rows: Iterable[TokenizedSample | BadSampleError]) -> 
 
 
 def write_manifest(directory: Path, files: Iterable[Path], made_from: dict[str, str]) -> None:
-    """Note what belongs to a finished directory; without this note it is not one.
+    """Note the files of rows of a finished directory, in order, and for people what they depend on.
 
-    Args:
-        directory: Where the files are.
-        files: Files of rows, in order.
-        made_from: What the rows depend on, for people who look.
+    Without this note it is not a finished one.
     """
     listed: list[dict[str, Any]] = []
     for file in files:
@@ -93,10 +90,7 @@ def write_manifest(directory: Path, files: Iterable[Path], made_from: dict[str, 
 
 
 class TokenizedRows:
-    """Rows on disk. Pickling gives the place, not the content.
-
-    Args:
-        directory: What `write_manifest` finished.
+    """Rows in a directory that `write_manifest` finished. Pickling gives the place, not the content.
 
     Raises:
         NotUsableError: Something is missing or not as it was written.
@@ -161,11 +155,9 @@ class TokenizedRows:
         return pc.list_flatten(self._table.column(name)).to_numpy().astype(np.int64)
 
     def numbered_images(self) -> tuple[Array, list[str]]:
-        """Number the different images of all rows.
+        """Number the different images of all rows: `(entries of image_positions,)` int64, and the names numbered.
 
-        Returns:
-            The image of each entry of `image_positions`, `(entries,)` int64, and what each number stands for, in the
-            order in which they first occur.
+        The names are in the order in which they first occur.
         """
         # In one piece: the dictionaries of many pieces would have to be brought together, which takes minutes.
         names = pc.list_flatten(self._table.column("images")).cast(pa.large_string()).combine_chunks()

@@ -45,10 +45,7 @@ class Extent:
 def judge(sample: TokenizedSample, image_tokens: Sequence[int], limits: Limits) -> Extent:
     """Say what a run trains on: all of a record, or what truncation leaves of it.
 
-    Args:
-        sample: The record.
-        image_tokens: Tokens that each of its images is expanded to.
-        limits: What decides that.
+    `image_tokens` are the tokens that each of its images is expanded to.
 
     Raises:
         BadSampleError: It does not train on the record. Kinds: "too-long" unless records are truncated,
@@ -100,14 +97,13 @@ def find_cut(
     """
     # The last token that fits, an image either whole or not at all.
     room, start = max_length, 0
-    last = None
     for position, size in images:
         if position - start + size > room:
             last = min(position, start + room)
             break
         room -= position - start + size
         start = position + 1
-    if last is None:
+    else:
         last = min(num_tokens, start + room)
     if last == num_tokens:
         return num_tokens
@@ -120,7 +116,4 @@ def find_cut(
 
 def first_predicted(target_spans: Sequence[tuple[int, int]]) -> int | None:
     """Find the first token that has to be predicted; the very first has nothing to be predicted from."""
-    for start, end in target_spans:
-        if end > max(start, 1):
-            return max(start, 1)
-    return None
+    return next((max(start, 1) for start, end in target_spans if end > max(start, 1)), None)

@@ -44,18 +44,14 @@ class RecordSource(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Give a short text that changes whenever a record or an image in the source may have changed.
-
-        Raises:
-            UserError: The source is missing or cannot be read.
-        """
+        """Give a short text that changes whenever a record or an image in the source may have changed."""
 
     @abstractmethod
     def prepare(self, cache_dir: Path) -> None:
         """Build what reading by number needs, once, and keep it in `cache_dir` under the fingerprint.
 
         Raises:
-            UserError: The source is missing, damaged or empty.
+            UserError: The source is missing, damaged or empty, as `read` and `image_bytes` find it changed since.
         """
 
     @abstractmethod
@@ -64,24 +60,18 @@ class RecordSource(ABC):
 
     @abstractmethod
     def read(self, start: int, stop: int) -> Iterator[object]:
-        """Give the raw records `start` to `stop - 1` in order, with only a few of them in memory at a time.
-
-        Raises:
-            UserError: The source changed since it was prepared.
-        """
+        """Give the raw records `start` to `stop - 1` in order, with only a few of them in memory at a time."""
 
     def image_bytes(self, index: int, position: int) -> bytes:
         """Give the file content of an image that the source holds itself; both numbers are those of `embedded_name`.
 
         Raises:
             ImageError: The image is damaged or not there any more.
-            UserError: The source changed since it was prepared.
         """
         (record,) = self.read(index, index + 1)
         value = image_values(record, index)[position]
         assert not isinstance(value, str), "an image given by path is not in the source"
-        name = f"{embedded_name(index, position)} of {self.name}"
-        return self._image_content(index, value, name)
+        return self._image_content(index, value, f"{embedded_name(index, position)} of {self.name}")
 
     def _image_content(self, index: int, value: EmbeddedImage | bytes | DataUri, name: str) -> bytes:
         """Give the content of a record's image. A source whose `read` leaves images where they are reads those here."""
@@ -90,13 +80,9 @@ class RecordSource(ABC):
 
 
 class IndexedSource(RecordSource):
-    """Files that are searched once for their records.
+    """Files that are searched once for their records; where these are is kept in arrays on disk, mapped into memory."""
 
-    Where these are is kept in arrays on disk, which any number of processes map into memory.
-    """
-
-    index_kind: str
-    """Begins the name of the index; to be changed with its content."""
+    index_kind: str  # begins the name of the index; to be changed with its content
 
     def __init__(self, name: str, files: Sequence[Path], image_folder: str | None = None):
         super().__init__(name, image_folder)
@@ -106,7 +92,7 @@ class IndexedSource(RecordSource):
         self._arrays: dict[str, Array] = {}
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave out the mapped arrays: a copy in another process maps them itself."""
+        # A copy in another process maps the arrays itself.
         return self.__dict__ | {"_arrays": {}}
 
     @abstractmethod

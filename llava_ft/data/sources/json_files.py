@@ -59,7 +59,6 @@ class JsonSource(IndexedSource):
         return self._fingerprint
 
     def _read_file(self, place: int, file: BinaryIO, records: range) -> Iterator[object]:
-        """Decode a range of records."""
         offsets = self._array("offsets")[place:]  # each file before this one has an end more than it has records
         start, stop = records.start, records.stop
         while start < stop:
@@ -118,14 +117,7 @@ def scan_lines(file: BufferedReader, path: Path) -> "array[int]":
 
 
 def scan_list(file: BinaryIO, path: Path) -> "array[int]":
-    """Find the records of a file that holds one JSON list.
-
-    Returns:
-        The offset of each record in bytes, and that of the end of the last one.
-
-    Raises:
-        UserError: The file is empty, not UTF-8, not JSON or not a list.
-    """
+    """Do the same for a file that holds one JSON list; the last offset is the end of the last record."""
     window = _Window(file, path)
     mark = window.next_mark()
     if not mark:

@@ -33,51 +33,29 @@ from llava_ft.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class MixtureEntry:
-    """One source of a mixture.
+    """One source of a mixture."""
 
-    Attributes:
-        path: As in `open_source`, as written.
-        name: For messages; `path` where none is given.
-        split: Split of a data set that has several.
-        image_folder: Folder of its images; None means the run's.
-        weight: Its share of the epoch, in proportion to the other weights.
-        count: Number of its records that are taken.
-        repeat: How often each of its records is taken.
-        held_out: What is kept for validation: a share below 1, or a number of records.
-        prompt_prefix: Put in front of the text of the first question.
-    """
-
-    path: str
-    name: str
-    split: str | None = None
-    image_folder: str | None = None
-    weight: float | None = None
-    count: int | None = None
-    repeat: int = 1
-    held_out: int | float | None = None
-    prompt_prefix: str = ""
+    path: str  # as in `open_source`, as written
+    name: str  # for messages; `path` where none is given
+    split: str | None = None  # of a data set that has several
+    image_folder: str | None = None  # None means the run's
+    weight: float | None = None  # its share of the epoch, in proportion to the other weights
+    count: int | None = None  # of its records that are taken
+    repeat: int = 1  # how often each of its records is taken
+    held_out: int | float | None = None  # kept for validation: a share below 1, or a number of records
+    prompt_prefix: str = ""  # put in front of the text of the first question
 
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """What a mixture file says.
+    """What a mixture file says."""
 
-    Attributes:
-        path: The file. Paths in it count from its directory.
-        entries: At least one. Either all have a weight, or none has.
-        epoch_size: Records of an epoch, with weights; None means as many as the sources have.
-    """
-
-    path: Path
-    entries: tuple[MixtureEntry, ...]
-    epoch_size: int | None = None
+    path: Path  # the file; paths in it count from its directory
+    entries: tuple[MixtureEntry, ...]  # at least one; either all have a weight, or none has
+    epoch_size: int | None = None  # records of an epoch, with weights; None means as many as the sources have
 
     def open_sources(self) -> list[RecordSource]:
-        """Open the source of each entry.
-
-        Raises:
-            UserError: A source is of no known kind.
-        """
+        """Open the source of each entry; a `UserError` says which is of no known kind."""
         sources: list[RecordSource] = []
         for number, entry in enumerate(self.entries, start=1):
             folder = None if entry.image_folder is None else str(self.path.parent / entry.image_folder)
@@ -219,10 +197,8 @@ def _read_yaml(path: Path) -> object:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice."""
-
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping of which each key occurs once."""
+        """Build a mapping, and refuse a key that is given twice."""
         seen: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:

@@ -42,40 +42,24 @@ def is_mixture(path: str | os.PathLike[str]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Rows of each source, in the order of the entries.
+    """Rows of each source, in the order of the entries."""
 
-    Attributes:
-        train: Ascending; a row that is taken several times stands there several times.
-        held_out: Ascending; none of them is in `train`.
-    """
-
-    train: list[Array]
-    held_out: list[Array]
+    train: list[Array]  # ascending; a row that is taken several times stands there several times
+    held_out: list[Array]  # ascending; none of them is in `train`
 
 
 @dataclass(frozen=True, slots=True)
 class DataSources:
-    """The sources that a path names.
-
-    Attributes:
-        path: The path, as given.
-        sources: At least one.
-        prompt_prefixes: For each source, text in front of the first question of its records.
-        mixture: What is taken of them; None for a single source, of which all is taken.
-    """
+    """The sources that a path names."""
 
     path: str
-    sources: list[RecordSource]
-    prompt_prefixes: list[str]
-    mixture: "Mixture | None"
+    sources: list[RecordSource]  # at least one
+    prompt_prefixes: list[str]  # for each source, text in front of the first question of its records
+    mixture: "Mixture | None"  # what is taken of them; None for a single source, of which all is taken
 
     @classmethod
     def open(cls, path: str, cache_dir: Path) -> "DataSources":
-        """Open and prepare the sources.
-
-        Args:
-            path: A file, directory, name or mixture; see `docs/reference/data-format.md`.
-            cache_dir: Where the sources keep what reading by number needs.
+        """Open and prepare the sources; in `cache_dir` they keep what reading by number needs.
 
         Raises:
             UserError: A source is missing, damaged or empty.
@@ -92,11 +76,7 @@ class DataSources:
         return cls(path, sources, prefixes, mixture)
 
     def choose(self, num_usable: Sequence[int], seed: int) -> Selection:
-        """Choose among the usable samples of the sources, numbered over all sources.
-
-        Args:
-            num_usable: How many each source has.
-            seed: Decides which, where not all are taken.
+        """Choose among the usable samples of the sources, `num_usable` of each, numbered over all sources.
 
         Raises:
             UserError: A source of the mixture has too few.
@@ -136,12 +116,9 @@ def check_holds_out(path: str | Path) -> None:
 
 
 def open_source(path: str | Path, *, split: str | None = None, image_folder: str | None = None) -> RecordSource:
-    """Find out what kind of source a path is. Records are not read yet.
+    """Find out what kind of source a path is; see `docs/reference/data-format.md`. Records are not read yet.
 
-    Args:
-        path: See `docs/reference/data-format.md`. A split may be part of it, as in `folder:validation`.
-        split: Split of a data set that has several.
-        image_folder: Folder of the images that the records name by path; None means the run's.
+    A split may be part of the path, as in `folder:validation`, or be given beside it.
 
     Raises:
         UserError: The path is of no known kind, or does not fit `split`.

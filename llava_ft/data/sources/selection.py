@@ -18,12 +18,7 @@ from llava_ft.errors import UserError
 
 
 def select_rows(num_records: Sequence[int], mixture: Mixture, seed: int) -> Selection:
-    """Choose records.
-
-    Args:
-        num_records: Usable records of each source.
-        mixture: What to take of each.
-        seed: Decides which records are held out, and which are taken where not all are.
+    """Choose among the usable records of each source; the seed decides which are held out, and which of many are taken.
 
     Raises:
         UserError: A source has too few usable records for what is asked.

@@ -77,16 +77,9 @@ class TableSource(RecordSource):
 
 
 class ShardsSource(TableSource):
-    """Parquet or Arrow files, one after the other."""
+    """Parquet or Arrow files, one after the other: all end in `.parquet`, or none does."""
 
     def __init__(self, name: str, files: Sequence[Path], image_folder: str | None = None):
-        """Set up for files of one kind.
-
-        Args:
-            name: For messages.
-            files: All end in `.parquet`, or none does.
-            image_folder: As in `RecordSource`.
-        """
         super().__init__(name, image_folder)
         self.files = list(files)
 
@@ -97,7 +90,12 @@ class ShardsSource(TableSource):
     def _load(self, cache_dir: Path) -> _Dataset:
         paths = [str(file) for file in self.files]
         kind = "parquet" if self.files[0].suffix == ".parquet" else "arrow"
-        if kind == "arrow" and not any(_is_ipc_file(file) for file in self.files):
+
+        def has_footer(file: Path) -> bool:  # such an Arrow file `datasets` does not map as it is
+            with file.open("rb") as opened:
+                return opened.read(len(_IPC_FILE_MAGIC)) == _IPC_FILE_MAGIC
+
+        if kind == "arrow" and not any(map(has_footer, self.files)):
             return _hf.concatenate_datasets([_hf.Dataset.from_file(path) for path in paths])
         options = {"batch_size": _PARQUET_BATCH} if kind == "parquet" else {}
         return _hf.load_dataset(kind, data_files=paths, split="train", cache_dir=str(cache_dir / "tables"), **options)
@@ -154,12 +152,6 @@ class HubSource(TableSource):
             ) from error
 
 
-def _is_ipc_file(file: Path) -> bool:
-    """Whether an Arrow file has the layout with a footer, which `datasets` does not map as it is."""
-    with file.open("rb") as opened:
-        return opened.read(len(_IPC_FILE_MAGIC)) == _IPC_FILE_MAGIC
-
-
 def records_of(table: Any) -> Iterator[dict[str, object]]:
     """Give the rows of a table as objects, column by name, without reading the images in them.
 
@@ -172,12 +164,7 @@ def records_of(table: Any) -> Iterator[dict[str, object]]:
 
 
 def binary_at(table: Any, address: tuple[str | int, ...]) -> bytes:
-    """Read the binary value at the address of an `EmbeddedImage`.
-
-    Args:
-        table: One row.
-        address: Column, then fields by name and items by number.
-    """
+    """Read the binary value at the address of an `EmbeddedImage` (column, fields and items) in a table of one row."""
     array = next(chunk for chunk in table.column(str(address[0])).chunks if len(chunk))
     for step in address[1:]:
         array = array.field(step) if isinstance(step, str) else array.flatten().slice(step, 1)

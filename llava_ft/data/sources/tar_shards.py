@@ -50,7 +50,6 @@ class TarSource(IndexedSource):
         return fingerprint_files(self.files)
 
     def _read_file(self, place: int, file: BinaryIO, records: range) -> Iterator[object]:
-        """Read the text members of a range of records."""
         return (self._record(row, file) for row in records)
 
     def _image_content(self, index: int, value: EmbeddedImage | bytes | DataUri, name: str) -> bytes:
@@ -63,9 +62,7 @@ class TarSource(IndexedSource):
         return content
 
     def _find_records(self) -> dict[str, Array]:
-        """Walk through the headers of all shards.
-
-        Members of one key make one record, in the order in which the keys appear.
+        """Walk through the headers of all shards: members of one key make one record, in the order of their keys.
 
         Returns:
             `members`: `(M,)` of `_MEMBER`, those of a record together, images in the order of their names; `names`:
