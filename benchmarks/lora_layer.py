@@ -30,8 +30,8 @@ from workload import PRESETS, Preset
 
 from llava_ft.models.families.llama import LlavaLlamaConfig, LlavaLlamaForCausalLM
 from llava_ft.planning.tracker import MemoryTracker
+from llava_ft.tuning.kernels.lora_layer import use_fast_layers
 from llava_ft.tuning.lora import add_lora
-from llava_ft.tuning.lora_layer import use_fast_layers
 from llava_ft.tuning.quant import quantize_linears, set_quantized_weight
 
 POSITIONS = 763

@@ -34,6 +34,7 @@ from llava_ft.data.records import Sample, Turn
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.data.tokenizer import load_tokenizer, save_tokenizer
 from llava_ft.models.families.llama import LlavaLlamaConfig, LlavaLlamaForCausalLM
+from llava_ft.models.kernels.last_layer import read_last_layer_selectively
 
 SIDE = 56
 COLOURS = {
@@ -345,6 +346,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = make_tokenizer(Path(folder), pictures)
     model = LlavaLlamaForCausalLM(make_config(len(tokenizer))).float().train()
+    read_last_layer_selectively(model.model.layers)
     train_tower(model, pictures, pixels, options.tower_steps)
     for steps, rate, text_share in ROUNDS:
         train_whole(model, tokenizer, pictures, pixels, steps, rate, text_share)

@@ -17,6 +17,7 @@ from llava_ft.geometry import (
 from llava_ft.models.attention.kernels import register
 from llava_ft.models.config import LlavaModelConfig
 from llava_ft.models.families import family_of, find_family
+from llava_ft.models.kernels.last_layer import read_last_layer_selectively
 from llava_ft.models.llava import LlavaForCausalLM
 from llava_ft.models.projectors import find_projector
 from llava_ft.models.towers import describe_tower
@@ -107,9 +108,11 @@ def build_skeleton(config: LlavaModelConfig, *, attn_implementation: str = "sdpa
     Raises:
         UserError: There is no such kernel, or its package is not installed.
     """
-    config._attn_implementation = register(attn_implementation)
+    config._attn_implementation, family = register(attn_implementation), family_of(config)
     with init_empty_weights(include_buffers=False):
-        model = family_of(config).model_class(config)
+        model = family.model_class(config)
+    if family.layer_form == "llama":
+        read_last_layer_selectively(model.model.layers)
     if config.tie_word_embeddings:  # each was moved off memory by itself
         model.lm_head.weight = model.model.embed_tokens.weight
     model.requires_grad_(False)

@@ -5,8 +5,9 @@ and tiles that the vision tower sees. A linear layer with n weights takes 2n a p
 its input where something before it is trained, and 2n for the gradient of its weights where they are trained. Scores
 and values of attention take 4 times the width for each pair forward, and twice that backward.
 
-The head and, in the last layer, what comes after its attention run at supervised positions alone; the tower runs
-forward, up to the layer that is read. Norms, softmax and other elementwise work are not counted.
+The head and, in the last layer, what comes after its attention run at supervised positions alone (the latter where
+there is a kernel for it); the tower runs forward, up to the layer that is read. Norms, softmax and other elementwise
+work are not counted.
 """
 
 import json
@@ -20,6 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_ft.models.config import LlavaModelConfig
+from llava_ft.models.families import family_of
 from llava_ft.models.projectors import find_projector
 from llava_ft.models.towers import build_tower
 from llava_ft.models.towers.tower import hidden_state_index
@@ -164,7 +166,9 @@ def _attention_per_pair(config: LlavaModelConfig) -> float:
 def _linear(weight: Weight, products: int, config: LlavaModelConfig) -> Flops:
     flops = 2.0 * weight.numel * products
     is_last = _layer_of(weight.name) == int(config.num_hidden_layers) - 1
-    is_selective = is_last and any(leaf in weight.name for leaf in _BEHIND_ATTENTION)
+    is_selective = (
+        is_last and family_of(config).layer_form is not None and any(leaf in weight.name for leaf in _BEHIND_ATTENTION)
+    )
     return Flops(per_supervised=flops) if is_selective else Flops(per_position=flops)
 
 

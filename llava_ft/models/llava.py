@@ -10,15 +10,15 @@ of different lengths inside the model. With one image of three tokens::
     input_ids       [ 1, -200, -200, -200, 57,  9 ]
     inputs_embeds   [ e1,  f1,   f2,   f3, e57, e9 ]
 
-Loss and last layer are computed only where a label is supervised (`loss.py`, `decoder.py`); a micro-batch without
-images does not run the tower.
+Loss and last layer are computed only where a label is supervised (`loss.py`, `kernels/last_layer.py`); a micro-batch
+without images does not run the tower.
 
 Shapes: B samples, T positions, D width, M images, K tiles (one an image, more with anyres), N features per tile,
 C width of the tower, S supervised positions, V vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ from llava_ft.models.anyres import merge_tiles
 from llava_ft.models.attention.boundaries import SampleBoundaries, boundaries_of_batch
 from llava_ft.models.attention.kernels import takes_boundaries, takes_chosen_queries
 from llava_ft.models.config import LlavaModelConfig
-from llava_ft.models.decoder import LastDecoderLayer, read_last_layer_selectively
+from llava_ft.models.kernels import ReadsChosenPositions
 from llava_ft.models.loss import LossHead, mean_loss, supervised_positions
 from llava_ft.models.projectors import find_projector
 from llava_ft.models.towers import VisionTower, build_tower
@@ -52,9 +52,6 @@ class LlavaForCausalLM(_CausalLM):
 
     config: LlavaModelConfig
 
-    layer_form: ClassVar[str | None] = None
-    """Whose form the decoder's layers have, as kernels are written for one: "llama", or None for no kernel's."""
-
     runs_tower: bool = True
     """Whether pixels are encoded here. False where `image_features` are handed in for every image of a run: a
     micro-batch without images then leaves the tower alone too, which may not even be there."""
@@ -63,9 +60,8 @@ class LlavaForCausalLM(_CausalLM):
 
     def __init__(self, config: LlavaModelConfig):
         super().__init__(config)
-        self.lm_head.__class__ = LossHead
-        if self.layer_form == "llama":
-            read_last_layer_selectively(self.model.layers)
+        if self.lm_head.bias is None:
+            self.lm_head.__class__ = LossHead
         self._add_vision(config)
 
     def _add_vision(self, config: LlavaModelConfig) -> None:
@@ -296,7 +292,7 @@ class LlavaForCausalLM(_CausalLM):
             kwargs.get(name, getattr(self.config, name)) for name in ("output_hidden_states", "output_attentions")
         )
         has_cache = kwargs.get("past_key_values") is not None
-        return isinstance(self.model.layers[-1], LastDecoderLayer) and not is_shown and not has_cache
+        return isinstance(self.model.layers[-1], ReadsChosenPositions) and not is_shown and not has_cache
 
     @torch.no_grad()
     def generate(

@@ -18,7 +18,10 @@ from llava_ft.models.loss import LossHead
 class EmbeddingWithNewRows(nn.Embedding):
     """An embedding whose last K rows are the parameter `new_rows`, `(K, D)` float32."""
 
-    new_rows: nn.Parameter
+    def __init__(self, frozen: nn.Embedding, num_new: int):
+        super().__init__(frozen.num_embeddings, frozen.embedding_dim, device="meta")
+        self.weight = frozen.weight
+        self.new_rows = last_rows(frozen.weight, num_new)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Look up `(B, T)` ids; returns `(B, T, D)` in the dtype of the frozen matrix."""
@@ -31,7 +34,10 @@ class EmbeddingWithNewRows(nn.Embedding):
 class HeadWithNewRows(LossHead):
     """A language-model head without bias whose last K outputs come from the parameter `new_rows`, `(K, D)`."""
 
-    new_rows: nn.Parameter
+    def __init__(self, frozen: nn.Linear, new_rows: nn.Parameter):
+        super().__init__(frozen.in_features, frozen.out_features, bias=False, device="meta")
+        self.weight = frozen.weight
+        self.new_rows = new_rows
 
     def matrices(self) -> tuple[torch.Tensor, ...]:
         """The frozen rows, `(V - K, D)`, and the trained ones, `(K, D)`."""
@@ -43,25 +49,6 @@ class HeadWithNewRows(LossHead):
         return torch.cat([F.linear(input, old_rows), F.linear(input, new_rows.to(input.dtype))], dim=-1)
 
 
-def add_new_rows(module: nn.Embedding | nn.Linear, num_new: int) -> nn.Parameter:
-    """Make the last `num_new` rows of an embedding or head a parameter of their own, starting from their values.
-
-    The module keeps its place and its `weight`, so names on disk do not change.
-
-    Returns:
-        The new parameter, `(num_new, D)` float32, trainable.
-    """
-    rows = nn.Parameter(module.weight.detach()[-num_new:].to(torch.float32, copy=True))
-    if isinstance(module, nn.Embedding):
-        module.__class__ = EmbeddingWithNewRows
-    else:
-        module.__class__ = HeadWithNewRows
-    module.register_parameter("new_rows", rows)
-    return rows
-
-
-@torch.no_grad()
-def fold_new_rows(module: nn.Embedding | nn.Linear) -> None:
-    """Write `new_rows` into the last rows of `weight`, in its dtype. Does nothing for an ordinary module."""
-    if isinstance(module, EmbeddingWithNewRows | HeadWithNewRows):
-        module.weight[-module.new_rows.shape[0] :].copy_(module.new_rows)
+def last_rows(weight: torch.Tensor, num_new: int) -> nn.Parameter:
+    """Make a trainable float32 copy of the last rows of a matrix, `(num_new, D)`."""
+    return nn.Parameter(weight.detach()[-num_new:].to(torch.float32, copy=True))

@@ -4,7 +4,7 @@ bitsandbytes' kernels need values, which a plan does not have. These stand in fo
 (on a CPU) `MatMul8bitFp`: they allocate what those do, in the same order, and compute nothing.
 
 - 4 bits: the weight is dequantised into the compute dtype for the product and again in the backward pass; the input is
-  not kept. Scales without values are there too: `tuning/lora_weights.py` has them dequantised by bitsandbytes' own
+  not kept. Scales without values are there too: `kernels/lora_weights.py` has them dequantised by bitsandbytes' own
   operations, which run on fake tensors.
 - 8 bits: the input is kept. On a GPU it is quantised and the product is summed in int32; the weight is dequantised in
   the backward pass alone. On a CPU it is dequantised in both.

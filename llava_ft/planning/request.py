@@ -15,6 +15,7 @@ from llava_ft.args.deepspeed_file import check_deepspeed_config, read_deepspeed_
 from llava_ft.checkpoint.save import result_kind
 from llava_ft.errors import UserError
 from llava_ft.resolve import RunModel
+from llava_ft.tuning.kernels import why_not_fast
 from llava_ft.tuning.plan import TuningPlan
 from llava_ft.tuning.quant import Quantization, check_quantization
 from llava_ft.tuning.recompute import Recomputation
@@ -152,7 +153,7 @@ class PlanRequest:
 
     @property
     def keeps_little(self) -> bool:
-        """Whether decoder layers compute by `lora_layer.py`, which recomputes by itself what costs little."""
+        """Whether decoder layers compute by `kernels/lora_layer.py`, which recomputes by itself what costs little."""
         lora, bits = self.lora, self.quantization.bits if self.quantization else 16
         return lora is not None and lora.fast and lora.bias == "none" and bits != 8
 
@@ -194,10 +195,9 @@ def plan_request(run: RunModel, machine: Machine) -> PlanRequest:
     check_quantization(quantization, zero_stage=zero.stage if zero else 0)
     lora = None
     if flags.lora_enable:
+        is_fast = flags.fast_lora and why_not_fast(run.config) is None
         leaf_names = tuple(flags.lora_target_modules) if flags.lora_target_modules else None
-        lora = LoraSettings(
-            flags.lora_r, flags.lora_alpha, flags.lora_dropout, flags.lora_bias, leaf_names, flags.fast_lora
-        )
+        lora = LoraSettings(flags.lora_r, flags.lora_alpha, flags.lora_dropout, flags.lora_bias, leaf_names, is_fast)
     is_compiled = bool(values["torch_compile"])
     if is_compiled:
         notes.append("Memory is planned as without torch_compile, which keeps less of a compiled layer.")

@@ -17,6 +17,7 @@ from llava_ft.models.attention.kernels import limit
 from llava_ft.models.config import LlavaModelConfig
 from llava_ft.training.distributed import zero_division
 from llava_ft.training.fragments import gathered
+from llava_ft.tuning.kernels import why_not_fast
 from llava_ft.tuning.lora import add_lora
 from llava_ft.tuning.plan import TuningPlan
 from llava_ft.tuning.quant import Quantization, check_quantization
@@ -51,6 +52,8 @@ def load_model_to_train(
         plan.separate_new_rows(model, num_new_rows)
     result: nn.Module = model
     if plan.has_lora:
+        if args.flags.fast_lora and (reason := why_not_fast(model.config)):
+            logger.info("fast_lora has no effect: %s. PEFT's modules compute the same, with more memory.", reason)
         result = add_lora(
             model,
             r=args.flags.lora_r,

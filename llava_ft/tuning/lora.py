@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from llava_ft.errors import UserError
 from llava_ft.models.parts import DECODER_LAYER, language_model_linears, module_part
-from llava_ft.tuning.lora_layer import use_fast_layers
+from llava_ft.tuning.kernels import why_not_fast
+from llava_ft.tuning.kernels.lora_layer import use_fast_layers
 
 
 def target_pattern(
@@ -73,7 +74,8 @@ def add_lora(
         leaf_names: Which linear layers are adapted; see `target_pattern`.
         layers: In which layers of the decoder.
         base_model_name: Written into `adapter_config.json`.
-        fast: Whether the adapted layers compute as `lora_layer.py` says, and not as PEFT does.
+        fast: Whether the adapted layers compute as `kernels/lora_layer.py` says, and not as PEFT does, where
+            they are of its form.
 
     Raises:
         UserError: A layer name is unknown.
@@ -92,7 +94,7 @@ def add_lora(
     for name, parameter in peft_model.named_parameters():
         if name.endswith("bias") and module_part(name) == "vision tower":
             parameter.requires_grad_(False)
-    if fast:
+    if fast and why_not_fast(model.config) is None:
         use_fast_layers(peft_model)
     return peft_model
 

@@ -22,7 +22,7 @@ from torch import nn
 from llava_ft.errors import UserError
 from llava_ft.models.llava import LlavaForCausalLM
 from llava_ft.models.parts import LANGUAGE_MODEL, Part, module_part, part_of
-from llava_ft.models.token_rows import add_new_rows
+from llava_ft.models.token_rows import EmbeddingWithNewRows, HeadWithNewRows, last_rows
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
@@ -142,8 +142,9 @@ class TuningPlan:
             return
         embeddings = model.get_input_embeddings()
         assert isinstance(embeddings, nn.Embedding)
-        rows = add_new_rows(embeddings, num_new)
+        with_rows = EmbeddingWithNewRows(embeddings, num_new)
+        model.set_input_embeddings(with_rows)
         if "head" in self.new_rows:
-            add_new_rows(model.lm_head, num_new)
-            if model.config.tie_word_embeddings:
-                model.lm_head.new_rows = rows
+            is_tied = model.config.tie_word_embeddings
+            rows = with_rows.new_rows if is_tied else last_rows(model.lm_head.weight, num_new)
+            model.lm_head = HeadWithNewRows(model.lm_head, rows)

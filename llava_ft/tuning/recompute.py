@@ -9,7 +9,7 @@
 Source: Chen et al. (arXiv:1604.06174) for `full`, Korthikanti et al. (arXiv:2205.05198) for `selective`, both through
 torch's non-reentrant checkpointing. Differs from transformers' switch: a part of the model that is not trained is left
 alone, no input is made to need a gradient, random numbers are only kept where something is drawn, and decoder layers
-that keep little themselves (`lora_layer.py`) are not wrapped for `selective`.
+that keep little themselves (`kernels/lora_layer.py`) are not wrapped for `selective`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +25,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llava_ft.models.parts import part_of
-from llava_ft.tuning.lora_layer import LoraDecoderLayer
+from llava_ft.tuning.kernels.lora_layer import LoraDecoderLayer
 
 Mode = Literal["none", "full", "selective"]
 

@@ -11,7 +11,7 @@ from torch import nn
 from llava_ft.constants import IGNORE_INDEX
 from llava_ft.models import loss as loss_module
 from llava_ft.models.loss import LossHead, mean_loss, supervised_loss, supervised_positions
-from llava_ft.models.token_rows import HeadWithNewRows, add_new_rows
+from llava_ft.models.token_rows import HeadWithNewRows, last_rows
 
 POSITIONS, WIDTH, VOCABULARY = 37, 16, 50
 
@@ -25,7 +25,7 @@ def make_head(*, trained: bool, new_rows: int = 0, dtype: torch.dtype = torch.fl
     torch.manual_seed(0)
     head = LossHead(WIDTH, VOCABULARY, bias=False, dtype=dtype).requires_grad_(trained)
     if new_rows:
-        add_new_rows(head, new_rows)
+        return HeadWithNewRows(head, last_rows(head.weight, new_rows))
     return head
 
 

@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llava_ft.planning.quantized import replace_kernel, stored_bytes
 from llava_ft.planning.tracker import MemoryTracker
-from llava_ft.tuning.lora_linear import LoraProduct
-from llava_ft.tuning.lora_weights import Flat, weights_of
+from llava_ft.tuning.kernels.lora_linear import LoraProduct
+from llava_ft.tuning.kernels.lora_weights import Flat, weights_of
 from llava_ft.tuning.quant import Quantization, quantize_linears, set_quantized_weight, size_in_memory
 
 pytest.importorskip("bitsandbytes")

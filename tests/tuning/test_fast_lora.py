@@ -9,13 +9,13 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llava_ft.tuning import lora_layer
+from llava_ft.tuning.kernels import lora_layer
+from llava_ft.tuning.kernels.lora_layer import LoraDecoderLayer, use_fast_layers
+from llava_ft.tuning.kernels.lora_linear import LoraProduct
 from llava_ft.tuning.lora import add_lora, target_pattern, wrap_with_peft
-from llava_ft.tuning.lora_layer import LoraDecoderLayer, use_fast_layers
-from llava_ft.tuning.lora_linear import LoraProduct
 from llava_ft.tuning.quant import Quantization
-from tests.models.test_decoder import joined, padded, samples
 from tests.models.test_forward import load
+from tests.models.test_last_layer import joined, padded, samples
 
 pytestmark = pytest.mark.usefixtures("in_recordings")
 LAYOUT = ((0.5, None),)

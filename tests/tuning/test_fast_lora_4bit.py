@@ -7,11 +7,11 @@ import pytest
 import torch
 from peft import PeftModel
 
+from llava_ft.tuning.kernels.lora_layer import LoraDecoderLayer
+from llava_ft.tuning.kernels.lora_weights import Packing, weights_of
 from llava_ft.tuning.lora import add_lora
-from llava_ft.tuning.lora_layer import LoraDecoderLayer
-from llava_ft.tuning.lora_weights import Packing, weights_of
 from llava_ft.tuning.quant import Quantization
-from tests.models.test_decoder import joined, padded
+from tests.models.test_last_layer import joined, padded
 from tests.tuning.test_fast_lora import bytes_kept, count_calls, fill, largest_difference, loss_and_gradients
 from tests.tuning.test_quant import dequantized, load
 
@@ -113,7 +113,7 @@ def unpacked_sizes(monkeypatch, model: PeftModel) -> tuple[list[int], int]:
         most = max(most, len(alive))
         return weight
 
-    monkeypatch.setattr("llava_ft.tuning.lora_weights.LoraWeights.frozen", frozen)
+    monkeypatch.setattr("llava_ft.tuning.kernels.lora_weights.LoraWeights.frozen", frozen)
     loss_and_gradients(model, joined())
     return sizes, most
 

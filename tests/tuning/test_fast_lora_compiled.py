@@ -6,9 +6,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from llava_ft.tuning.lora_linear import LoraProduct
+from llava_ft.tuning.kernels.lora_linear import LoraProduct
 from llava_ft.tuning.quant import Quantization
-from tests.models.test_decoder import joined, padded
+from tests.models.test_last_layer import joined, padded
 from tests.tuning import test_fast_lora_4bit
 from tests.tuning.test_fast_lora import LAYOUT, largest_difference, loss_and_gradients, make
 

@@ -1,6 +1,7 @@
 """What a family of language models says of itself."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from llava_ft.models.config import LlavaModelConfig
 from llava_ft.models.llava import LlavaForCausalLM
@@ -15,9 +16,12 @@ class Family:
         model_class: LLaVA on this language model. Its name is written into `config.json` as the architecture.
         config_class: Configuration of `model_class`.
         llava_types: `model_type` of a LLaVA model's `config.json` in the native layout; the first is written.
+        layer_form: Whose form the decoder's layers have, as `models/kernels` and `tuning/kernels` are written for one;
+            None runs them as transformers has them.
     """
 
     model_type: str
     model_class: type[LlavaForCausalLM]
     config_class: type[LlavaModelConfig]
     llava_types: tuple[str, ...]
+    layer_form: Literal["llama"] | None = None

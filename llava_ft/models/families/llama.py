@@ -17,7 +17,6 @@ class LlavaLlamaForCausalLM(LlavaForCausalLM, LlamaForCausalLM):
     """LLaVA on LLaMA."""
 
     config_class = LlavaLlamaConfig
-    layer_form = "llama"
 
 
 LLAMA = Family(
@@ -26,4 +25,5 @@ LLAMA = Family(
     config_class=LlavaLlamaConfig,
     # What original LLaVA's own releases and their copies are called.
     llava_types=("llava_llama", "llava"),
+    layer_form="llama",
 )

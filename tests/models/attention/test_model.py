@@ -8,8 +8,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llava_ft.models.llava import LlavaForCausalLM
 from tests.models.attention.test_kernels import KERNELS, WITH_GRADIENT
-from tests.models.test_decoder import LENGTHS, assert_same, joined, loss_and_gradients, make_model, padded, samples
 from tests.models.test_forward import load
+from tests.models.test_last_layer import LENGTHS, assert_same, joined, loss_and_gradients, make_model, padded, samples
 
 pytestmark = [
     pytest.mark.usefixtures("in_recordings", "gpu_kernels"),

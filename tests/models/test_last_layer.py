@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from llava_ft.constants import IGNORE_INDEX
-from llava_ft.models.decoder import LastDecoderLayer
+from llava_ft.models.kernels.last_layer import LastDecoderLayer
 from llava_ft.models.llava import LlavaForCausalLM
 from tests.models.test_forward import load
 

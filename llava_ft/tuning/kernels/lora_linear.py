@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llava_ft.tuning.lora_weights import Flat, LoraWeights
+from llava_ft.tuning.kernels.lora_weights import Flat, LoraWeights
 
 
 class Kept(NamedTuple):

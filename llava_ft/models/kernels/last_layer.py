@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from llava_ft.models.attention import kernels
+from llava_ft.models.kernels import ReadsChosenPositions
 
 
 class SelectiveAttention(LlamaAttention):
@@ -57,7 +58,7 @@ class SelectiveAttention(LlamaAttention):
         return self.o_proj(output_BTD if asked is not hidden_states else rows_of(output_BTD, read_positions)), weights
 
 
-class LastDecoderLayer(LlamaDecoderLayer):
+class LastDecoderLayer(ReadsChosenPositions, LlamaDecoderLayer):
     """A decoder layer whose output can be asked for at chosen positions."""
 
     def forward(

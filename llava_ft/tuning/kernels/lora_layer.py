@@ -25,9 +25,15 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel, LlamaRMSNorm
 
-from llava_ft.models.decoder import LastDecoderLayer, SelectiveAttention, attend, rows_of, takes_chosen_queries
+from llava_ft.models.kernels.last_layer import (
+    LastDecoderLayer,
+    SelectiveAttention,
+    attend,
+    rows_of,
+    takes_chosen_queries,
+)
 from llava_ft.models.precision import compute_dtype
-from llava_ft.tuning.lora_linear import (
+from llava_ft.tuning.kernels.lora_linear import (
     Gradients,
     Kept,
     LoraProduct,
@@ -35,7 +41,7 @@ from llava_ft.tuning.lora_linear import (
     adapted_products,
     flat_gradients,
 )
-from llava_ft.tuning.lora_weights import Flat, LoraWeights, weights_of
+from llava_ft.tuning.kernels.lora_weights import Flat, LoraWeights, weights_of
 
 _LOGGER = logging.getLogger(__name__)
 
