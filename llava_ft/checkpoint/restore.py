@@ -19,8 +19,6 @@ from llava_ft.checkpoint.names import (
     ADAPTER_BIN,
     ADAPTER_CONFIG,
     ADAPTER_SAFETENSORS,
-    EMBEDDINGS,
-    HEAD,
     MANIFEST,
     NEW_ROWS_SUFFIX,
     NON_LORA_BIN,
@@ -141,17 +139,13 @@ def restore_trained(
     restored: set[str] = set()
     unexpected: list[str] = []
     for files in trained_files(directory, force=force):
-        plain_names = {key: plain_name(key) for key in files.tensors}
-        names: dict[str, str] = {}
-        for key, name in plain_names.items():
+        names = {key: name for key in files.tensors if not is_derived(name := plain_name(key))}
+        for key, name in list(names.items()):
             rows_name = name.removesuffix(".weight") + NEW_ROWS_SUFFIX
-            if name not in (EMBEDDINGS, HEAD) or rows_name not in trainable:
-                names[key] = name
-            elif directory.kind == "projector" or rows_name not in plain_names.values():
-                # Files of the original hold the matrices alone; their last rows are those of the added tokens.
-                # Ours hold the rows too, and the matrix is left out: it is there for other programs.
-                names[key] = rows_name
-        names = {key: name for key, name in names.items() if not is_derived(name)}
+            if rows_name in names.values():
+                del names[key]  # a matrix that is whole for other programs; the rows themselves are there too
+            elif rows_name in trainable:
+                names[key] = rows_name  # the original's file has the matrix alone, and the rows at its end
         unexpected += [key for key, name in names.items() if name not in trainable and name not in may_be_frozen]
         wanted = {key: name for key, name in names.items() if name in trainable}
         wrong: list[str] = []

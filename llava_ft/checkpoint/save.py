@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType] - a bare PathLike
 
 from llava_ft.checkpoint.manifest import sync_file
@@ -104,7 +104,7 @@ def write_projector(directory: Path, trained: Mapping[str, torch.Tensor], kind: 
     write_tensors(directory, renamed, kind, PROJECTOR_BIN, PROJECTOR_SAFETENSORS)
 
 
-def adapter_config_fields(lora_config: PeftConfig) -> dict[str, Any]:
+def adapter_config_fields(lora_config: LoraConfig) -> dict[str, Any]:
     """Return the content of `adapter_config.json`.
 
     Keys that PEFT got after 0.10 are left out while they have their default, so that the versions original LLaVA is

@@ -10,18 +10,18 @@ Beside them: `config.json`, the tokenizer, `preprocessor_config.json`, `run_conf
 `--config`), `trainable_parameters.json`, `lineage.json` and, last, `llava_ft.json` (see `checkpoint/manifest.py`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from llava_ft.args import ParsedArgs, to_yaml
+from llava_ft.args import ParsedArgs
 from llava_ft.checkpoint.directory import absolute_or_hub_name
 from llava_ft.checkpoint.lineage import describe_parent, git_commit, read_lineage, record_lineage
 from llava_ft.checkpoint.manifest import Manifest
@@ -73,7 +73,7 @@ class RunArtifacts:
     template: str  # name of the conversation template
     weights_format: Literal["auto", "bin", "safetensors", "both"]  # `auto`: .bin, .safetensors for a whole model
     compute_dtype: torch.dtype  # of the weights of a finished full run; its checkpoints keep the master weights
-    write_lineage: Callable[[Path, int], None]  # into a directory, given the number of steps done
+    lineage: Mapping[str, Any]  # parents, data and details, as `record_lineage` takes them
     save_vision_tower: bool = False  # whether a whole model has its vision tower although that was not trained
     table: list[dict[str, Any]] = field(default_factory=list)  # what is trained, for `trainable_parameters.json`
 
@@ -107,7 +107,9 @@ class RunArtifacts:
 
     def write_manifest(self, directory: Path, step: int) -> None:
         """Write `lineage.json` and then `llava_ft.json`, after which the directory counts as complete."""
-        self.write_lineage(directory, step)
+        lineage = {**self.lineage, "details": {"step": step} | self.lineage["details"]}
+        base = (self.base, self.base_fingerprint)
+        record_lineage(directory, "train", base=base, run_config=self.run_config, **lineage)
         commit = git_commit(Path.cwd())
         Manifest(result_kind(self.plan), self.base, self.base_fingerprint, step, self.template, commit).write(directory)
 
@@ -127,7 +129,9 @@ class RunArtifacts:
         kind: WeightsFormat = "bin" if self.weights_format == "auto" else self.weights_format
         if self.plan.has_lora:
             assert isinstance(model, PeftModel)
-            write_lora(directory, values, adapter_config_fields(model.peft_config["default"]), kind)
+            adapter_config = model.peft_config["default"]
+            assert isinstance(adapter_config, LoraConfig)
+            write_lora(directory, values, adapter_config_fields(adapter_config), kind)
         else:
             write_projector(directory, values, kind)
 
@@ -140,11 +144,12 @@ class RunArtifacts:
         layout = {
             name: (whole_shape(parameter), dtype or whole_dtype(parameter)) for name, parameter in parameters.items()
         }
-        writers: list[ShardWriter] = []
-        for kind in ("safetensors", "bin"):
-            is_wanted = self.weights_format in (kind, "both") or (self.weights_format, kind) == ("auto", "safetensors")
-            if directory is not None and is_wanted:
-                writers.append(ShardWriter(directory, layout, max_shard_bytes=_MAX_SHARD_BYTES, weights_format=kind))
+        kinds = {"auto": ("safetensors",), "both": ("safetensors", "bin")}
+        writers = [
+            ShardWriter(directory, layout, max_shard_bytes=_MAX_SHARD_BYTES, weights_format=kind)
+            for kind in kinds.get(self.weights_format, (self.weights_format,))
+            if directory is not None
+        ]
         for name, parameter in parameters.items():
             value = whole_value(parameter)
             for writer in writers:
@@ -153,28 +158,22 @@ class RunArtifacts:
             writer.finish()
 
 
-def lineage_writer(
+def lineage_of_run(
     args: ParsedArgs,
-    base: tuple[str, str],
     datasets: BuiltDatasets,
     *,
-    start: "Start | None",
+    start: Start | None,
     checkpoint: Path | None,
     ignored: Sequence[str] = (),
-) -> Callable[[Path, int], None]:
-    """Put together the lineage of a run. A resumed run keeps the parents it had.
+) -> dict[str, Any]:
+    """Say what a run comes from, as `record_lineage` takes it. A resumed run keeps the parents it had.
 
     Args:
         args: The request, as the user made it.
-        base: Path and fingerprint of the base model, the merged one with `adapter_mode=merge_first`.
         datasets: What is trained on.
         start: What the run starts from besides its base.
         checkpoint: What it is resumed from.
         ignored: What --force passed over.
-
-    Returns:
-        Writes `lineage.json` into a directory, given how many steps were done; to be called before the manifest, which
-        lists it, is written.
     """
     earlier = read_lineage(checkpoint) if checkpoint is not None else None
     earlier_details: dict[str, Any] = (earlier or {}).get("details", {})
@@ -199,20 +198,7 @@ def lineage_writer(
             parents.append(describe_parent(Path(args.model.pretrain_mm_mlp_adapter)) | {"role": "projector"})
     data = _describe_data(args, args.data.data_path, datasets.report, "train")
     data += _describe_data(args, args.data.validation_data_path, datasets.validation_report, "validation")
-    run_config = to_yaml(args)
-
-    def write(directory: Path, step: int) -> None:
-        record_lineage(
-            directory,
-            "train",
-            parents=parents,
-            base=base,
-            data=data,
-            run_config=run_config,
-            details={"step": step} | details,
-        )
-
-    return write
+    return {"parents": parents, "data": data, "details": details}
 
 
 def _describe_data(args: ParsedArgs, path: str | None, report: DataReport | None, use: str) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from llava_ft.data.image_processor import ImageProcessorSettings, PixelNormalize
 from llava_ft.data.sampler import EpochSampler
 from llava_ft.errors import RunError, UserError
 from llava_ft.resolve import force_of, resolve_model
-from llava_ft.training.artifacts import RunArtifacts, lineage_writer
+from llava_ft.training.artifacts import RunArtifacts, lineage_of_run
 from llava_ft.training.callbacks import LogLines, Progress, SetSamplerEpoch, StopOnSignal
 from llava_ft.training.data_setup import arrange_rows, data_seed, prepare_datasets, write_data_report
 from llava_ft.training.distributed import (
@@ -198,9 +198,7 @@ def prepare_run(args: ParsedArgs) -> Run:
             template=args.model.version,
             weights_format=args.flags.weights_format,
             compute_dtype=compute_dtype(args),
-            write_lineage=lineage_writer(
-                request, (base_name, base.fingerprint), datasets, start=start, checkpoint=checkpoint, ignored=ignored
-            ),
+            lineage=lineage_of_run(request, datasets, start=start, checkpoint=checkpoint, ignored=ignored),
             save_vision_tower=saves_tower(args, base),
         )
         speed = SpeedMeter(flops_of_run(model, base.config, runs_tower=encodes_images))
