@@ -25,12 +25,7 @@ from llava_ft.args import ParsedArgs
 from llava_ft.checkpoint.directory import absolute_or_hub_name
 from llava_ft.checkpoint.lineage import describe_parent, git_commit, read_lineage, record_lineage
 from llava_ft.checkpoint.manifest import Manifest
-from llava_ft.checkpoint.names import (
-    CONFIG,
-    NEW_ROWS_SUFFIX,
-    RUN_CONFIG,
-    TRAINABLE_TABLE,
-)
+from llava_ft.checkpoint.names import CONFIG, NEW_ROWS_SUFFIX, RUN_CONFIG, TRAINABLE_TABLE
 from llava_ft.checkpoint.restore import whole_shape
 from llava_ft.checkpoint.save import (
     ShardWriter,
@@ -162,7 +157,7 @@ def lineage_of_run(
     args: ParsedArgs,
     datasets: BuiltDatasets,
     *,
-    start: Start | None,
+    start: "Start | None",
     checkpoint: Path | None,
     ignored: Sequence[str] = (),
 ) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def copy_of(earlier: Path, target: Path) -> Path:
 
 def ignored_by(run: Run, folder: Path) -> list[str]:
     """What the lineage of the run's checkpoints says was passed over."""
-    run.trainer.artifacts.write_lineage(folder, 0)
+    run.trainer.artifacts.write_manifest(folder, 0)
     lineage = read_lineage(folder)
     assert lineage is not None
     return lineage["details"]["ignored"]
