@@ -14,7 +14,7 @@ from llava_ft.geometry import (
     parse_grid_pinpoints,
     parse_s2_scales,
 )
-from llava_ft.models.attention.kernels import register
+from llava_ft.models.attention.kernels import fitting_kernel, register
 from llava_ft.models.config import LlavaModelConfig
 from llava_ft.models.families import family_of, find_family
 from llava_ft.models.kernels.last_layer import read_last_layer_selectively
@@ -103,12 +103,14 @@ def build_skeleton(config: LlavaModelConfig, *, attn_implementation: str = "sdpa
 
     Args:
         config: The model's configuration.
-        attn_implementation: Attention of the language model: one of `attention/kernels.py`.
+        attn_implementation: Attention of the language model: one of `attention/kernels.py`. If it does not go with the
+            model, sdpa or eager, which computes the same, takes its place.
 
     Raises:
         UserError: There is no such kernel, or its package is not installed.
     """
-    config._attn_implementation, family = register(attn_implementation), family_of(config)
+    family = family_of(config)
+    config._attn_implementation = register(fitting_kernel(attn_implementation, config))
     with init_empty_weights(include_buffers=False):
         model = family.model_class(config)
     if family.layer_form == "llama":

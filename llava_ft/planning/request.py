@@ -14,6 +14,7 @@ from llava_ft.args.build import adapt_to_device
 from llava_ft.args.deepspeed_file import check_deepspeed_config, read_deepspeed_config
 from llava_ft.checkpoint.save import result_kind
 from llava_ft.errors import UserError
+from llava_ft.models.attention.kernels import fitting_kernel
 from llava_ft.resolve import RunModel
 from llava_ft.tuning.kernels import why_not_fast
 from llava_ft.tuning.plan import TuningPlan
@@ -213,7 +214,7 @@ def plan_request(run: RunModel, machine: Machine) -> PlanRequest:
         lora=lora,
         quantization=quantization,
         compute_dtype=torch.bfloat16 if values["bf16"] else torch.float16 if values["fp16"] else torch.float32,
-        attention=choose_kernel(wish, kernels, []),
+        attention=fitting_kernel(choose_kernel(wish, kernels, []), run.config, is_named=wish != "auto"),
         recomputation=Recomputation.of_run(
             flags.gradient_checkpointing,
             flags.gradient_checkpointing_every,

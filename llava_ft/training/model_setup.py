@@ -13,7 +13,7 @@ from llava_ft.checkpoint.names import EMBEDDINGS, HEAD
 from llava_ft.checkpoint.quantized import quantization_in_training
 from llava_ft.checkpoint.save import result_kind
 from llava_ft.errors import UserError
-from llava_ft.models.attention.kernels import limit
+from llava_ft.models.attention.kernels import fitting_kernel, limit
 from llava_ft.models.config import LlavaModelConfig
 from llava_ft.training.distributed import zero_division
 from llava_ft.training.fragments import gathered
@@ -75,22 +75,18 @@ def load_model_to_train(
 
 
 def settle_attention(args: ParsedArgs, config: LlavaModelConfig) -> ParsedArgs:
-    """Return the request with a kernel that goes with the model: where `auto` took one that does not, sdpa.
+    """Return the request with a kernel that goes with the model: where `auto` took one that does not, another.
 
     Raises:
         UserError: A kernel was named that does not.
     """
     kernel = args.attn_implementation
-    reason = limit(kernel, config)
-    if reason is None:
+    fitting = fitting_kernel(kernel, config, is_named=args.model.attn_implementation != "auto")
+    if fitting == kernel:
         return args
-    if args.model.attn_implementation != "auto":
-        raise UserError(
-            f"attn_implementation={kernel} does not go with this model: {reason}. sdpa and eager go with every model. "
-            "Use auto, which takes sdpa here."
-        )
-    logger.info("attn_implementation=auto takes sdpa instead of %s for this model: %s.", kernel, reason)
-    return args.with_attention("sdpa")
+    reason = limit(kernel, config)
+    logger.info("attn_implementation=auto takes %s instead of %s for this model: %s.", fitting, kernel, reason)
+    return args.with_attention(fitting)
 
 
 def check_bits(args: ParsedArgs, checkpoint: Path | None) -> None:

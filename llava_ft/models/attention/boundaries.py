@@ -50,6 +50,7 @@ class SampleBoundaries:
         self.are_rows = len(self.lengths) == num_rows
         self.read_counts = read_counts
         self._device = device
+        self._block_masks: dict[int | None, BlockMask] = {}
 
     @cached_property
     def cu_seqlens(self) -> torch.Tensor:
@@ -78,10 +79,11 @@ class SampleBoundaries:
         flat = torch.cat([torch.arange(length) for length in self.lengths])
         return to_device(flat, self._device).view(self.num_rows, -1)
 
-    @cached_property
-    def block_mask(self) -> BlockMask:
-        """The mask of `flex_attention`, made once for all layers."""
-        return causal_block_mask(self.lengths, self._device)
+    def block_mask(self, window: int | None = None) -> BlockMask:
+        """The mask of `flex_attention`, made once for all layers with the same window; see `causal_block_mask`."""
+        if window not in self._block_masks:
+            self._block_masks[window] = causal_block_mask(self.lengths, self._device, window)
+        return self._block_masks[window]
 
 
 def boundaries_of_batch(
@@ -157,8 +159,10 @@ def find_boundaries(
     return SampleBoundaries(lengths, num_rows, device)
 
 
-def causal_block_mask(lengths: Sequence[int], device: torch.device | str) -> BlockMask:
+def causal_block_mask(lengths: Sequence[int], device: torch.device | str, window: int | None = None) -> BlockMask:
     """Make the mask of `flex_attention` for a row of joined samples of these lengths: which blocks it looks at.
+
+    With a window a position sees so many, itself the last.
 
     torch's own `create_block_mask` looks at every pair of positions of the row. Here the blocks follow from the
     lengths, so the whole matrix is never made: a block of queries sees the blocks from the one in which its first
@@ -174,10 +178,14 @@ def causal_block_mask(lengths: Sequence[int], device: torch.device | str) -> Blo
     is_whole_K1 = (last_K - first_K + 1 == BLOCK_SIZE)[:, None]  # the last block of queries may go over the end
     is_seen_KK = (key_K >= start_T[first_K][:, None] // BLOCK_SIZE) & (key_K <= query_K1)
     is_full_KK = (first_K >= start_T[last_K][:, None]) & (key_K < query_K1) & is_whole_K1
+    if window is not None:
+        is_seen_KK &= last_K > first_K[:, None] - window
+        is_full_KK &= first_K > last_K[:, None] - window
     sample_T = to_device(sample_T.to(torch.int32), device)
 
     def is_seen(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return (sample_T[query] == sample_T[key]) & (query >= key)
+        is_before = (sample_T[query] == sample_T[key]) & (query >= key)
+        return is_before if window is None else is_before & (query - key < window)
 
     return BlockMask.from_kv_blocks(
         *_ordered(to_device(is_seen_KK & ~is_full_KK, device)),

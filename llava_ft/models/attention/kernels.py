@@ -12,6 +12,9 @@ A mask over a joined row would make a kernel compute every pair of positions and
 all but `eager` are told the samples' boundaries instead. Padding on the left and caches need a mask: there all but
 `eager` compute as transformers' `sdpa` does.
 
+A sliding window (Mistral, and layers of Qwen2, Qwen3, Gemma 2) is kept by every kernel. A soft cap of the scores
+(Gemma 2), sinks and biases of positions are in none of them but `eager`: they are refused and never left out.
+
 Shapes: B rows of T positions, P = B T, S positions with a query, H heads, G heads of keys and values, W width of a
 head.
 """
@@ -42,6 +45,7 @@ class Request(NamedTuple):
     scaling: float | None  # factor of the scores
     dropout: float  # probability with which a weight is dropped
     positions: torch.Tensor | None = None  # (S,) int64, ascending positions of the queries; None is all
+    window: int | None = None  # a position sees so many, itself the last; None is all of its sample before it
 
 
 Kernel = Callable[[Request], torch.Tensor]
@@ -50,20 +54,22 @@ Kernel = Callable[[Request], torch.Tensor]
 
 def attend_by_sample(request: Request) -> torch.Tensor:
     """Run torch's kernel on each sample in turn; it also takes queries of chosen positions alone."""
-    query, key, value, boundaries, scaling, dropout, positions = request
+    query, key, value, boundaries, scaling, dropout, positions, window = request
     lengths, options = boundaries.lengths, {"dropout_p": dropout, "scale": scaling, "enable_gqa": _is_grouped(request)}
     keys, values = _split(key, lengths), _split(value, lengths)
     if positions is None:
-        outputs = [
-            F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
-            for q, k, v in zip(_split(query, lengths), keys, values, strict=True)
-        ]
+        outputs: list[torch.Tensor] = []
+        for q, k, v in zip(_split(query, lengths), keys, values, strict=True):
+            length = k.shape[2]
+            is_short = window is None or length <= window
+            mask = None if is_short else _causal(torch.arange(length, device=key.device), length, window)
+            outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_short, **options))
     else:
         counts = boundaries.read_counts or boundaries.count_reads(positions).read_counts
         assert counts is not None
         wanted = zip(_split(query, counts), positions.split(counts), boundaries.starts[:-1], keys, values, strict=True)
         outputs = [
-            F.scaled_dot_product_attention(q, k, v, attn_mask=_causal(places - start, k.shape[2]), **options)
+            F.scaled_dot_product_attention(q, k, v, attn_mask=_causal(places - start, k.shape[2], window), **options)
             if q.shape[2]
             else q
             for q, places, start, k, v in wanted
@@ -75,7 +81,7 @@ def attend_varlen(request: Request) -> torch.Tensor:
     """Run torch's attention for samples of different lengths."""
     from torch.nn.attention import varlen
 
-    query, key, value, boundaries, scaling, dropout, positions = request
+    query, key, value, boundaries, scaling, dropout, positions, window = request
     assert positions is None
     _refuse_dropout("varlen", dropout)
     ends, longest = boundaries.cu_seqlens, boundaries.max_length
@@ -88,7 +94,7 @@ def attend_varlen(request: Request) -> torch.Tensor:
         longest,
         longest,
         scale=scaling,
-        window_size=(-1, 0),
+        window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=_is_grouped(request),
     )
     assert isinstance(attended, torch.Tensor)
@@ -97,12 +103,12 @@ def attend_varlen(request: Request) -> torch.Tensor:
 
 def attend_flex(request: Request) -> torch.Tensor:
     """Run torch's flexible attention, compiled on a GPU."""
-    query, key, value, boundaries, scaling, dropout, positions = request
+    query, key, value, boundaries, scaling, dropout, positions, window = request
     assert positions is None
     _refuse_dropout("flex_attention", dropout)
     query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
     attended = _flex_attention(query.is_cuda)(
-        query, key, value, block_mask=boundaries.block_mask, scale=scaling, enable_gqa=_is_grouped(request)
+        query, key, value, block_mask=boundaries.block_mask(window), scale=scaling, enable_gqa=_is_grouped(request)
     )
     return attended[0].transpose(0, 1)
 
@@ -119,7 +125,7 @@ def attend_flash(name: str, request: Request) -> torch.Tensor:
     """
     from transformers.modeling_flash_attention_utils import _flash_attention_forward
 
-    query, key, value, boundaries, scaling, dropout, positions = request
+    query, key, value, boundaries, scaling, dropout, positions, window = request
     assert positions is None
     if name == "flash_attention_3":
         _refuse_dropout(name, dropout)
@@ -132,6 +138,7 @@ def attend_flash(name: str, request: Request) -> torch.Tensor:
         is_causal=True,
         dropout=dropout,
         softmax_scale=scaling,
+        sliding_window=window,
         cu_seq_lens_q=boundaries.cu_seqlens,  # pyright: ignore[reportArgumentType] - int32, as the packages want it
         cu_seq_lens_k=boundaries.cu_seqlens,  # pyright: ignore[reportArgumentType]
         max_length_q=boundaries.max_length,
@@ -162,6 +169,9 @@ _WIDEST: Final[Mapping[str, int]] = {"flash_attention_3": 256, "flash_attention_
 """Widths of a head up to which the kernels of GPUs are made."""
 
 _WITHOUT_DROPOUT: Final = ("flash_attention_3", "varlen", "flex_attention")
+
+_NOT_DONE: Final = ("softcap", "s_aux", "position_bias", "alibi")
+"""What layers of some models hand to their kernel, and none here computes."""
 _LEAST_FLEX_WIDTH: Final = 16
 
 
@@ -190,8 +200,30 @@ def register(name: str) -> str:
     return registered
 
 
+def fitting_kernel(kernel: str, config: Any, *, is_named: bool = False) -> str:
+    """Return a kernel that goes with a model: the one given, else the first of `sdpa` and `eager` that does.
+
+    Args:
+        kernel: What is to be used.
+        config: The language model's configuration.
+        is_named: Whether the user named it, so that no other may take its place.
+
+    Raises:
+        UserError: It was named and does not go with the model.
+    """
+    fitting = [name for name in (kernel, "sdpa", "eager") if limit(name, config) is None]
+    if is_named and kernel not in fitting:
+        raise UserError(
+            f"attn_implementation={kernel} does not go with this model: {limit(kernel, config)}. Allowed here: "
+            f"{', '.join(fitting)}. Use auto, which takes {fitting[0]} here."
+        )
+    return fitting[0]
+
+
 def limit(kernel: str, config: Any) -> str | None:
     """Say why a kernel does not go with a model, by its language model's configuration; None if it does."""
+    if kernel != "eager" and getattr(config, "attn_logit_softcapping", None):
+        return f"it has attn_logit_softcapping {config.attn_logit_softcapping}, and the kernel has no soft cap"
     width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     if width > _WIDEST.get(kernel, width):
         return f"its heads are {width} wide, and the kernel's at most {_WIDEST[kernel]}"
@@ -227,6 +259,7 @@ def _attend(
     query_positions: torch.Tensor | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend within samples, as transformers calls a kernel.
@@ -244,18 +277,29 @@ def _attend(
         query_positions: `(S,)` int64 ascending positions of the flattened batch; None is all.
         dropout: Probability with which a weight is dropped.
         scaling: Factor of the scores.
+        sliding_window: How many positions each sees, itself the last; None is all before it. A mask has it already.
         **kwargs: For transformers' `sdpa`.
 
     Returns:
         `(B, T, H, W)`, or `(1, S, H, W)` with `query_positions`; and no weights.
+
+    Raises:
+        ValueError: The layer asks for something that the kernel would leave out.
     """
+    left_out = next((key for key in _NOT_DONE if kwargs.get(key) is not None), None)
+    if left_out is not None or not getattr(module, "is_causal", True):
+        raise ValueError(
+            f"This model's attention {f'has {left_out}' if left_out else 'looks ahead'}, which the kernel {name} does "
+            "not compute. Use --attn_implementation eager."
+        )
     is_masked = attention_mask is not None or (query_positions is None and query.shape[2] != key.shape[2])
     if not is_masked and boundaries is None:
         boundaries = find_boundaries(key.shape[0], key.shape[2], key.device, position_ids=position_ids)
-    is_plain = name == "sdpa" and query_positions is None and boundaries is not None and boundaries.are_rows
+    is_unbroken = query_positions is None and boundaries is not None and boundaries.are_rows
+    is_plain = name == "sdpa" and is_unbroken and sliding_window is None
     if is_masked or is_plain or boundaries is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    return _run(_KERNELS[name], (query, key, value), boundaries, scaling, dropout, query_positions), None
+    return _run(_KERNELS[name], (query, key, value), boundaries, scaling, dropout, query_positions, sliding_window), None
 
 
 @torch.compiler.disable()
@@ -266,11 +310,14 @@ def _run(
     scaling: float | None,
     dropout: float,
     positions: torch.Tensor | None,
+    window: int | None,
 ) -> torch.Tensor:
     """Run a kernel on the flattened batch; torch.compile leaves it out, since lengths differ from batch to batch."""
+    if window is not None and window >= boundaries.max_length:  # asked here: a graph would depend on the length
+        window = None
     dtype = compute_dtype(tensors[2])
     query, key, value = (tensor.transpose(1, 2).flatten(0, 1).to(dtype) for tensor in tensors)
-    attended = kernel(Request(query, key, value, boundaries, scaling, dropout, positions))
+    attended = kernel(Request(query, key, value, boundaries, scaling, dropout, positions, window))
     return attended.unflatten(0, (len(tensors[0]), -1))
 
 
@@ -295,9 +342,10 @@ def _split(tensor_PHW: torch.Tensor, lengths: tuple[int, ...]) -> list[torch.Ten
     return [part.transpose(0, 1)[None] for part in tensor_PHW.split(lengths)]
 
 
-def _causal(positions_S: torch.Tensor, num_keys: int) -> torch.Tensor:
+def _causal(positions_S: torch.Tensor, num_keys: int, window: int | None) -> torch.Tensor:
     """Which keys each query sees: `(S, T)` bool."""
-    return positions_S[:, None] >= torch.arange(num_keys, device=positions_S.device)
+    behind_ST = positions_S[:, None] - torch.arange(num_keys, device=positions_S.device)
+    return (behind_ST >= 0) if window is None else (behind_ST >= 0) & (behind_ST < window)
 
 
 def _is_grouped(request: Request) -> bool:

@@ -8,7 +8,12 @@ import torch
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Sequence[int], scale: float | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: Sequence[int],
+    scale: float | None = None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Attend within samples.
 
@@ -18,6 +23,7 @@ def attend(
         value: `(P, G, W)`.
         lengths: Positions of each sample.
         scale: Factor of the scores.
+        window: How many positions each sees, itself the last.
 
     Returns:
         `(P, H, W)` float64.
@@ -28,6 +34,8 @@ def attend(
     sample = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(query.device)
     place = torch.arange(len(query), device=query.device)
     is_seen = (sample[:, None] == sample) & (place[:, None] >= place)
+    if window is not None:
+        is_seen &= place[:, None] - place < window
     return torch.einsum("hqk,khw->qhw", scores.masked_fill(~is_seen, float("-inf")).softmax(-1), value)
 
 
@@ -54,9 +62,10 @@ def varlen_attn(
 ) -> torch.Tensor:
     """`torch.nn.attention.varlen.varlen_attn` for causal attention of samples to themselves."""
     assert return_aux is seqused_k is block_table is num_splits is None
-    assert window_size == (-1, 0)
+    assert window_size[1] == 0
+    window = None if window_size[0] == -1 else window_size[0] + 1
     assert enable_gqa == (query.shape[1] != key.shape[1])
-    return _checked(query, key, value, (cu_seq_q, cu_seq_k), (max_q, max_k), scale)
+    return _checked(query, key, value, (cu_seq_q, cu_seq_k), (max_q, max_k), scale, window)
 
 
 def flash_attn_varlen_func(
@@ -76,11 +85,14 @@ def flash_attn_varlen_func(
 ) -> torch.Tensor:
     """The function of that name of the package flash-attn."""
     assert causal
-    assert (dropout_p, window_size, softcap) == (0.0, (-1, -1), 0.0)
-    return _checked(q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), softmax_scale)
+    assert (dropout_p, softcap) == (0.0, 0.0)
+    window = None if window_size[0] == -1 else window_size[0] + 1
+    return _checked(q, k, v, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), softmax_scale, window)
 
 
-def _checked(query: Any, key: Any, value: Any, ends: Any, longest: tuple[int, int], scale: float | None) -> Any:
+def _checked(
+    query: Any, key: Any, value: Any, ends: Any, longest: tuple[int, int], scale: float | None, window: int | None
+) -> Any:
     assert query.dim() == 3
     assert query.dtype == key.dtype == value.dtype
     assert ends[0].dtype == ends[1].dtype == torch.int32
@@ -89,4 +101,4 @@ def _checked(query: Any, key: Any, value: Any, ends: Any, longest: tuple[int, in
     assert list(accumulate(lengths))[-1] == len(query) == len(key)
     assert longest == (max(lengths), max(lengths))
     assert all(type(length) is int for length in longest)
-    return attend(query, key, value, lengths, scale).to(query.dtype)
+    return attend(query, key, value, lengths, scale, window).to(query.dtype)

@@ -17,8 +17,9 @@ def blocks(counts: torch.Tensor, indices: torch.Tensor) -> list[set[int]]:
 @pytest.mark.parametrize(
     "lengths", [[1], [128], [129], [256, 256], [100, 28, 128, 300], [640], [5, 900, 3], [127, 1, 1, 127, 130]]
 )
-def test_is_torch_s_own_mask(lengths):
-    mask = causal_block_mask(lengths, "cpu")
+@pytest.mark.parametrize("window", [None, 1, 130, 300])
+def test_is_torch_s_own_mask(lengths, window):
+    mask = causal_block_mask(lengths, "cpu", window)
     expected = create_block_mask(mask.mask_mod, 1, 1, sum(lengths), sum(lengths), device="cpu")
     assert mask.shape == expected.shape
     for name in ("kv", "full_kv", "q", "full_q"):
@@ -28,14 +29,16 @@ def test_is_torch_s_own_mask(lengths):
         assert actual == wanted, name
 
 
-@given(st.lists(st.integers(1, 3 * BLOCK_SIZE), min_size=1, max_size=6))
+@given(st.lists(st.integers(1, 3 * BLOCK_SIZE), min_size=1, max_size=6), st.none() | st.integers(1, 400))
 @settings(max_examples=40, deadline=None)
-def test_blocks_are_seen_as_a_whole_in_part_or_not(lengths):
+def test_blocks_are_seen_as_a_whole_in_part_or_not(lengths, window):
     total = sum(lengths)
     sample = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     place = torch.arange(total)
     is_seen = (sample[:, None] == sample) & (place[:, None] >= place)
-    mask = causal_block_mask(lengths, "cpu")
+    if window is not None:
+        is_seen &= place[:, None] - place < window
+    mask = causal_block_mask(lengths, "cpu", window)
     assert torch.equal(mask.mask_mod(None, None, place[:, None], place), is_seen)
     some, whole = blocks(mask.kv_num_blocks, mask.kv_indices), blocks(mask.full_kv_num_blocks, mask.full_kv_indices)
     for query, rows in enumerate(is_seen.split(BLOCK_SIZE)):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.nn.attention import varlen
+from transformers import Gemma2Config
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llava_ft.errors import UserError
@@ -46,9 +47,9 @@ def make(rows: int = 1, length: int = TOTAL, dtype: torch.dtype = torch.float32)
     return [torch.randn(shape, generator=generator, dtype=dtype).transpose(1, 2) for shape in shapes]
 
 
-def expected(query, key, value, lengths, scale=None) -> torch.Tensor:
+def expected(query, key, value, lengths, scale=None, window=None) -> torch.Tensor:
     flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
-    return reference.attend(*flat, lengths, scale).unflatten(0, (len(query), -1))
+    return reference.attend(*flat, lengths, scale, window).unflatten(0, (len(query), -1))
 
 
 @pytest.mark.parametrize("scale", [None, 0.3])
@@ -58,6 +59,30 @@ def test_joined_samples(kernel, scale):
     attended = run(kernel, *tensors, boundaries=SampleBoundaries(LENGTHS, 1, "cpu"), scaling=scale)
     assert attended.shape == (1, TOTAL, 4, 16)
     torch.testing.assert_close(attended.double(), expected(*tensors, LENGTHS, scale), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("window", [1, 9, 130, 200])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_sliding_window(kernel, window):
+    tensors = make()
+    attended = run(kernel, *tensors, boundaries=SampleBoundaries(LENGTHS, 1, "cpu"), sliding_window=window)
+    torch.testing.assert_close(attended.double(), expected(*tensors, LENGTHS, window=window), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("given", [{"softcap": 50.0}, {"s_aux": torch.zeros(4)}, {"position_bias": torch.zeros(1)}])
+def test_what_a_kernel_would_leave_out_is_refused(kernel, given):
+    with pytest.raises(ValueError, match=rf"has {next(iter(given))}, which the kernel {kernel} does not compute"):
+        run(kernel, *make(), boundaries=SampleBoundaries(LENGTHS, 1, "cpu"), **given)
+
+
+def test_a_model_with_a_soft_cap_takes_eager():
+    config = Gemma2Config(attn_logit_softcapping=50.0)
+    assert [kernels.fitting_kernel(kernel, config) for kernel in KERNELS] == ["eager"] * len(KERNELS)
+    with pytest.raises(UserError, match=r"sdpa does not go with this model: it has attn_logit_softcapping 50\.0"):
+        kernels.fitting_kernel("sdpa", config, is_named=True)
+    config.attn_logit_softcapping = None
+    assert kernels.fitting_kernel("sdpa", config, is_named=True) == "sdpa"
 
 
 @pytest.mark.parametrize("kernel", WITH_GRADIENT)
@@ -167,6 +192,20 @@ class TestChosenQueries:
             query_positions=self.positions,
         )
         wanted = expected(query, key, value, LENGTHS)[:, self.positions]
+        torch.testing.assert_close(attended.double(), wanted, atol=2e-6, rtol=0)
+
+    def test_with_a_sliding_window(self):
+        query, key, value = make()
+        attended = run(
+            "sdpa",
+            query[:, :, self.positions],
+            key,
+            value,
+            boundaries=SampleBoundaries(LENGTHS, 1, "cpu").count_reads(self.positions),
+            query_positions=self.positions,
+            sliding_window=5,
+        )
+        wanted = expected(query, key, value, LENGTHS, window=5)[:, self.positions]
         torch.testing.assert_close(attended.double(), wanted, atol=2e-6, rtol=0)
 
     def test_only_sdpa_takes_them(self):

@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from llava_ft.models.attention.kernels import register
 from llava_ft.models.llava import LlavaForCausalLM
 from tests.models.attention.test_kernels import KERNELS, WITH_GRADIENT
 from tests.models.test_forward import load
@@ -155,3 +157,45 @@ def test_the_kernel_is_not_written_into_a_checkpoint(tmp_path):
     make_model("sdpa").config.save_pretrained(tmp_path)
     assert "by_sample" not in (tmp_path / "config.json").read_text()
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llava_llama"
+
+
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+}
+WINDOWED = {
+    "mistral": lambda: MistralForCausalLM(MistralConfig(sliding_window=5, **TINY)),
+    "qwen2": lambda: Qwen2ForCausalLM(
+        Qwen2Config(use_sliding_window=True, sliding_window=5, max_window_layers=1, **TINY)
+    ),
+}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kernel", ["sdpa", "varlen", "flash_attention_2", "flash_attention_3"])
+@pytest.mark.parametrize("name", WINDOWED)
+def test_layers_with_a_sliding_window(name, kernel, padded):
+    """Joined samples, or a batch that is padded on the left, give what `eager` gives for each sample alone."""
+    torch.manual_seed(0)
+    model = WINDOWED[name]().eval()
+    samples = [torch.randint(64, (1, length)) for length in (12, 3, 17)]
+    model.config._attn_implementation = "eager"
+    with torch.no_grad():
+        alone = [model(ids).logits[0] for ids in samples]
+        model.config._attn_implementation = register(kernel)
+        if padded:
+            rows = [torch.nn.functional.pad(ids, (17 - ids.shape[1], 0)) for ids in samples]
+            mask = [torch.nn.functional.pad(torch.ones_like(ids), (17 - ids.shape[1], 0)) for ids in samples]
+            given = {"attention_mask": torch.cat(mask), "position_ids": (torch.cat(mask).cumsum(1) - 1).clamp(min=0)}
+            logits = model(torch.cat(rows), **given).logits
+            found = [row[-ids.shape[1] :] for row, ids in zip(logits, samples, strict=True)]
+        else:
+            positions = torch.cat([torch.arange(ids.shape[1]) for ids in samples])[None]
+            logits = model(torch.cat(samples, dim=1), position_ids=positions, use_cache=False).logits[0]
+            found = list(logits.split([ids.shape[1] for ids in samples]))
+    for ours, theirs in zip(found, alone, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
