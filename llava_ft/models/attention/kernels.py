@@ -299,7 +299,8 @@ def _attend(
     is_plain = name == "sdpa" and is_unbroken and sliding_window is None
     if is_masked or is_plain or boundaries is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    return _run(_KERNELS[name], (query, key, value), boundaries, scaling, dropout, query_positions, sliding_window), None
+    kernel, tensors = _KERNELS[name], (query, key, value)
+    return _run(kernel, tensors, boundaries, scaling, dropout, query_positions, sliding_window), None
 
 
 @torch.compiler.disable()
