@@ -1,6 +1,7 @@
 """The shape of the package: which part may import which."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,19 @@ MAY_IMPORT = {
     "__init__": {"version", "inference"},
 }
 """Parts of `llava_ft` that each part may import beside itself."""
+
+NAMING_FAMILIES = (
+    "models/families/",
+    "models/towers/",
+    "models/projectors/",
+    "models/kernels/",
+    "tuning/kernels/",
+    # Layouts of other programs.
+    *("checkpoint/hf/", "convert/hf", "convert/gguf", "convert/export_hf", "convert/export_gguf"),
+    # Templates of that name; other programs' names of image processors and tokenizers.
+    *("conversation.py", "data/image_processor.py", "data/tokenizer.py"),
+)
+"""Where families and towers may be named: everything else asks their registries."""
 
 
 def parse(file: Path) -> ast.Module:
@@ -100,3 +114,39 @@ def test_pickles_are_never_executed() -> None:
         if "weights_only=True" not in [ast.unparse(keyword) for keyword in call.keywords]
     ]
     assert offenders == []
+
+
+def words(identifier: str) -> set[str]:
+    """`LlavaQwen2Config` and `clip_name` in words, lower case and without digits."""
+    return {word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", identifier)}
+
+
+def identifiers(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and name of everything that a module names, and of strings that are one name, such as a `model_type`."""
+    for node in ast.walk(tree):
+        line = getattr(node, "lineno", 0)
+        if isinstance(node, ast.Name):
+            yield line, node.id
+        elif isinstance(node, ast.Attribute):
+            yield line, node.attr
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield line, node.name
+        elif isinstance(node, ast.arg | ast.keyword):
+            yield line, node.arg or ""
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((line, step) for step in (node.module or "").split("."))
+        elif isinstance(node, ast.alias):
+            yield from ((line, step) for step in (*node.name.split("."), node.asname or ""))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
+            yield line, node.value
+
+
+def test_families_and_towers_are_named_in_their_places() -> None:
+    offenders = [
+        f"{name_of(file)}:{line} names {identifier}"
+        for file in FILES
+        if not name_of(file).removeprefix("llava_ft/").startswith(NAMING_FAMILIES)
+        for line, identifier in identifiers(parse(file))
+        if words(identifier) & {"llama", "qwen", "clip", "siglip"}
+    ]
+    assert not offenders, "\n".join(offenders)

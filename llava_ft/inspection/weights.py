@@ -23,6 +23,7 @@ from llava_ft.errors import CheckpointError, UserError, some_of
 from llava_ft.inspection.weight_facts import PartSummary, WeightFacts, facts_of, lora_modules, ranges, summarise
 from llava_ft.inspection.weight_headers import FileHeader, TensorHeader, is_weight_file, read_header
 from llava_ft.models.builder import is_llava_config
+from llava_ft.models.families import find_family
 
 _LORA_PARTS: Final = {"LoRA A", "LoRA B", "DoRA magnitudes", "LoRA biases"}
 _BESIDE_LAYERS: Final = {"projector", "image newline", "embeddings", "rows of added tokens", "head", "derived"}
@@ -296,7 +297,7 @@ def _sentence(found: Description, config: Mapping[str, Any], *, is_file: bool) -
         "trained beside an adapter": "what was trained beside a LoRA adapter: the projector",
         "llava": "a LLaVA model",
         "language model": "a language model without vision",
-        "vision tower": "a CLIP vision tower",
+        "vision tower": "a vision tower",
         "shard": "one of several files of a model; give the directory or the index to see the whole",
         "tensors": "tensors that are no model, adapter or projector of LLaVA",
         "nothing": "no weights that could be read",
@@ -367,7 +368,7 @@ def _missing_tensors(found: Description, config: Mapping[str, Any], adapter_conf
         needs_head = config and not config.get("tie_word_embeddings")
         needed = ("embeddings", "norm", "head") if needs_head else ("embeddings", "norm")
         missing += [f"There is no tensor of the part {part!r}." for part in needed if part not in parts]
-        if is_llava_config(config) or config.get("model_type") == "llama":
+        if is_llava_config(config) or find_family(config) is not None:
             missing += [
                 f"{CONFIG} says {name}={config[name]}, but the tensors say {size}."
                 for name in ("hidden_size", "intermediate_size", "vocab_size")

@@ -16,7 +16,7 @@ from llava_ft.geometry import (
 )
 from llava_ft.models.attention.kernels import fitting_kernel, register
 from llava_ft.models.config import LlavaModelConfig
-from llava_ft.models.families import family_of, find_family
+from llava_ft.models.families import family_of, find_family, known_families
 from llava_ft.models.kernels.last_layer import read_last_layer_selectively
 from llava_ft.models.llava import LlavaForCausalLM
 from llava_ft.models.projectors import find_projector
@@ -66,7 +66,7 @@ def settle_config(
             differ from the checkpoint's.
 
     Raises:
-        UserError: The base is no LLaMA, a wish is impossible, or it contradicts the checkpoint's weights.
+        UserError: The base is of no known family, a wish is impossible, or it contradicts the checkpoint's weights.
     """
     family = find_family(base)
     if family is None:
@@ -113,7 +113,7 @@ def build_skeleton(config: LlavaModelConfig, *, attn_implementation: str = "sdpa
     config._attn_implementation = register(fitting_kernel(attn_implementation, config))
     with init_empty_weights(include_buffers=False):
         model = family.model_class(config)
-    if family.layer_form == "llama":
+    if family.layer_form is not None:
         read_last_layer_selectively(model.model.layers)
     if config.tie_word_embeddings:  # each was moved off memory by itself
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -175,9 +175,7 @@ def _unsupported_base(base: Mapping[str, Any], where: str) -> str:
         return (
             f"{where} is a {kind!r} model. Of the models in transformers' own layout 'llava' and 'llava_next' are "
             "supported, such as llava-hf/llava-1.5-7b-hf; beside them models in LLaVA's native layout, such as "
-            "liuhaotian/llava-v1.5-7b, and LLaMA language models."
+            "liuhaotian/llava-v1.5-7b, and language models."
         )
-    return (
-        f"{where} is a {kind!r} model. Supported language models are those of LLaMA's architecture (model_type "
-        "'llama'), such as lmsys/vicuna-7b-v1.5, and LLaVA models built on them."
-    )
+    known = ", ".join(f"{family.model_type} (such as {family.example})" for family in known_families())
+    return f"{where} is a {kind!r} model. Supported language models: {known}, and LLaVA models built on them."

@@ -172,5 +172,5 @@ def test_other_language_models_are_refused(tmp_path: Path, model_type: str):
     shutil.copytree(LLAVA, tmp_path / "m")
     config = json.loads((LLAVA / "config.json").read_text())
     (tmp_path / "m/config.json").write_text(json.dumps(config | {"model_type": model_type}))
-    with pytest.raises(UserError, match=f"is a '{model_type}' model. Supported language models are those of LLaMA's"):
+    with pytest.raises(UserError, match=f"is a '{model_type}' model. Supported language models: llama"):
         find_model(str(tmp_path / "m"))

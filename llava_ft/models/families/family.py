@@ -18,6 +18,7 @@ class Family:
         llava_types: `model_type` of a LLaVA model's `config.json` in the native layout; the first is written.
         layer_form: Whose form the decoder's layers have, as `models/kernels` and `tuning/kernels` are written for one;
             None runs them as transformers has them.
+        example: A language model of this family, for messages.
     """
 
     model_type: str
@@ -25,3 +26,4 @@ class Family:
     config_class: type[LlavaModelConfig]
     llava_types: tuple[str, ...]
     layer_form: Literal["llama"] | None = None
+    example: str = ""

@@ -26,4 +26,5 @@ LLAMA = Family(
     # What original LLaVA's own releases and their copies are called.
     llava_types=("llava_llama", "llava"),
     layer_form="llama",
+    example="lmsys/vicuna-7b-v1.5",
 )
