@@ -37,7 +37,7 @@ def _inspect_data(argv: Sequence[str]) -> int:
     if options.json and options.html:
         raise UserError("--json and --html exclude each other. Give one of them.")
     from llava_ft.args import parse_args
-    from llava_ft.inspection.records import Selection, run_inspect_data
+    from llava_ft.inspection.record_view import Selection, run_inspect_data
     from llava_ft.resolve import resolve_model
 
     args = parse_args(flags, required=("model_name_or_path", "data_path"))

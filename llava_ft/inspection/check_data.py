@@ -34,12 +34,9 @@ def run_check_data(
     html: Path | None = None,
     as_json: bool = False,
 ) -> bool:
-    """Check the data of a run and write what was found, as text or JSON.
+    """Check the data of a run, write what was found as text or JSON, and say whether nothing would stop or spoil it.
 
     `html` gets the report as a page as well, and `fix` the records that can be used.
-
-    Returns:
-        Whether nothing was found that would stop or spoil the run.
 
     Raises:
         UserError: The request is wrong.

@@ -18,22 +18,17 @@ from llava_ft.terminal import visible
 
 _STYLES: Final = {"error": "red", "warning": "yellow", "note": "cyan"}
 _BAR: Final = 40
-_NUM_NAMED: Final = 5
-"""Records of a finding that the text names."""
-
-_WIDEST: Final = 120
-"""Columns that text on a terminal takes at most."""
-_UNLIMITED: Final = 100_000
-"""Columns elsewhere: a line that programs read is not wrapped."""
+_NUM_NAMED: Final = 5  # records of a finding that the text names
+_WIDEST: Final = 120  # columns of text on a terminal at most
+_UNLIMITED: Final = 100_000  # columns elsewhere: a line that programs read is not wrapped
 
 Json = dict[str, Any]
 
 
 def as_text(report: Json, *, is_terminal: bool) -> str:
-    """Write a report for a person to read, with a final newline; control characters are shown as escapes.
+    """Write a report for a person to read; on a terminal with lines wrapped and severities coloured.
 
-    On a terminal lines are wrapped, and severities coloured unless the environment forbids it. Elsewhere nothing is
-    wrapped and there are no control codes.
+    Control characters in the data are shown as escapes.
     """
     written = io.StringIO()
     width = min(_WIDEST, shutil.get_terminal_size().columns) if is_terminal else _UNLIMITED
@@ -113,7 +108,7 @@ def lengths_line(lengths: Json) -> str:
 
 def truncation_rows(truncation: Json) -> list[tuple[str, str]]:
     """Give what truncation takes away."""
-    dropped = [("records left out", f"{truncation['records_dropped']:,}")] if truncation["policy"] == "drop" else []
+    dropped = [("records left out", f"{truncation['records_dropped']:,}")] * (truncation["policy"] == "drop")
     return [
         ("records cut off", f"{truncation['records_cut']:,}"),
         *dropped,
@@ -183,10 +178,7 @@ def _histogram_rows(histogram: Json, max_length: int) -> Iterator[tuple[str, str
 
 
 def report_page(report: Json, checks: list[SourceCheck], plan: DataPlan) -> Iterator[str]:
-    """Write a report as a page: the numbers, charts, and what is wrong, with pictures of the first records.
-
-    `checks` are those of the report's data sets.
-    """
+    """Write a report on checks as a page: numbers, charts, and what is wrong, with pictures of the first records."""
 
     def fates(numbers: Json, check: SourceCheck) -> list[tuple[str, int]]:
         cut, dropped = numbers["truncation"]["records_cut"], numbers["truncation"]["records_dropped"]

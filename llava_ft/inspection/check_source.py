@@ -32,17 +32,13 @@ from llava_ft.geometry import SizeWH
 
 RECORDS_PER_TASK: Final = 256
 IMAGES_PER_TASK: Final = 32
-NUM_EXAMPLES: Final = 20
-"""Records of each kind that are named."""
+NUM_EXAMPLES: Final = 20  # records of each kind that are named
 
-TINY_SIDE: Final = 16
-"""Pixels of the shorter side below which an image is remarked upon."""
-LONG_RATIO: Final = 20
-"""How many times longer than wide an image is when it is remarked upon."""
+TINY_SIDE: Final = 16  # pixels of the shorter side below which an image is remarked upon
+LONG_RATIO: Final = 20  # times longer than wide that an image is when it is remarked upon
 
 Result = TypeVar("Result")
-Remark = tuple[str, int, str]
-"""Kind, position of the record, and what is said of it."""
+Remark = tuple[str, int, str]  # kind, position of the record, and what is said of it
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,7 @@ class Tally:
 
 
 class DecodedImage(NamedTuple):
-    """What decoding an image shows: its size as the run sees it and the hash and size of its file, or an error."""
+    """What decoding an image shows: its size as the run sees it, its file's hash and size; or an error."""
 
     size_wh: SizeWH = (0, 0)
     content_key: int = 0
@@ -103,15 +99,11 @@ class ImageTable:
 
 @dataclass(frozen=True)
 class SourceCheck:
-    """What was found in one source.
-
-    `columns` are numbers about each usable record: its `index`; `tokens` with those of images, those `supervised`,
-    `answers` and `images`; and `kept_` of each, what truncation leaves.
-    """
+    """What was found in one source."""
 
     source: RecordSource
     rows: TokenizedRows
-    columns: dict[str, Array]
+    columns: dict[str, Array]  # `index`, `tokens`, `supervised`, `answers`, `images` of usable records; `kept_` of each
     errors: dict[str, Tally]  # the records that a run cannot use, by kind
     dropped: Tally  # those that `truncation drop` leaves out
     remarks: dict[str, Tally]  # what else is worth saying, by kind
@@ -127,7 +119,6 @@ def check_source(source: RecordSource, plan: DataPlan, *, prompt_prefix: str = "
 
     Raises:
         UserError: Records have images, and the run could not read any.
-        RunError: A process was killed while it read records.
     """
     texts, ids, odd_texts = array("Q"), array("Q"), list[Remark]()
     known, numbers, ends = dict[str, int](), array("q"), array("q", [0])
@@ -194,9 +185,7 @@ def scan_records(
 ) -> list[tuple[int, int, tuple[str, ...], list[Remark]]]:
     """Read a range of records, without a tokenizer; `stop` is the marker that ends answers.
 
-    Returns:
-        For each record a hash of all its text and one of its id, 0 if it has none or cannot be parsed; its images; and
-        remarks on its text.
+    For each it gives a hash of all text and one of the id, 0 where there is none; the images; and remarks on the text.
     """
     stop_reason = f"an answer holds {stop!r}."  # one object, which is cheap to send to another process many times
     found: list[tuple[int, int, tuple[str, ...], list[Remark]]] = []
@@ -225,10 +214,7 @@ def scan_records(
 
 
 def decode_images(place: ImagePlace, checks: ImageChecks, images: Iterable[str]) -> list[DecodedImage]:
-    """Decode images whole; whatever is wrong with one is noted and ends nothing.
-
-    `checks` is what the run finds out before it trains, and `images` are as the records name them.
-    """
+    """Decode images whole; whatever is wrong with one, beyond what `checks` find before a run, is noted."""
     # One decoding is enough, also for a run that decodes everything before it trains.
     before = ImageChecks("header", checks.needs_sizes, checks.exif_transpose) if checks.level == "decode" else checks
     decoded: list[DecodedImage] = []

@@ -47,9 +47,7 @@ def check_target(path: Path, originals: list[str]) -> None:
 def write_fixed(check: SourceCheck, path: Path, plan: DataPlan) -> dict[str, Any]:
     """Write the records of a checked source that can be used to a file that `check_target` let pass.
 
-    Returns:
-        What was written, as JSON values: the `path`; the number of records `written`; those `left_out`, by kind; of
-        the records that were `repaired`, by repair, the first positions; and `repaired_counts`, how many they are.
+    Returns what was written as JSON values, which `docs/how-to/check-data.md` describes.
 
     Raises:
         UserError: The records cannot be written as JSON, or none is left.

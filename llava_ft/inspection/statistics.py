@@ -15,8 +15,7 @@ from llava_ft.inspection.check_source import SourceCheck
 
 _MOST_BINS: Final = 16
 _NICE_STEPS: Final = (1, 2, 4, 5, 8, 10)
-_SHARE_IN_BINS: Final = 0.995
-"""Records that the bins of equal width hold at least; the rest share the last bin."""
+_SHARE_IN_BINS: Final = 0.995  # of the records, at least, in the bins of equal width; the rest share the last bin
 
 
 def count_all(check: SourceCheck, limits: Limits) -> dict[str, Any]:
@@ -27,6 +26,16 @@ def count_all(check: SourceCheck, limits: Limits) -> dict[str, Any]:
     def lost(name: str) -> int:
         return int((columns[name] - columns[f"kept_{name}"]).sum())
 
+    lengths = None
+    if len(ordered := np.sort(columns["tokens"])):
+        lengths = {
+            "shortest": int(ordered[0]),
+            "median": int(ordered[(len(ordered) - 1) // 2]),
+            "mean": round(float(ordered.mean()), 1),
+            "p99": int(ordered[math.ceil(0.99 * len(ordered)) - 1]),
+            "longest": int(ordered[-1]),
+            "histogram": make_histogram(ordered),
+        }
     return {
         "records": len(check.source),
         "usable": len(columns["index"]),
@@ -36,7 +45,7 @@ def count_all(check: SourceCheck, limits: Limits) -> dict[str, Any]:
         "unusable_images": sum(image.error is not None for image in decoded),
         "tokens": tokens,
         "supervised": supervised,
-        "lengths": _lengths(np.sort(columns["tokens"])) if len(columns["index"]) else None,
+        "lengths": lengths,
         "truncation": {
             "max_length": limits.max_length,
             "policy": limits.truncation,
@@ -48,17 +57,6 @@ def count_all(check: SourceCheck, limits: Limits) -> dict[str, Any]:
             "images_lost": lost("images"),
         },
         "supervised_share": round(supervised / max(1, tokens), 6),
-    }
-
-
-def _lengths(ordered: Array) -> dict[str, Any]:
-    return {
-        "shortest": int(ordered[0]),
-        "median": int(ordered[(len(ordered) - 1) // 2]),
-        "mean": round(float(ordered.mean()), 1),
-        "p99": int(ordered[math.ceil(0.99 * len(ordered)) - 1]),
-        "longest": int(ordered[-1]),
-        "histogram": make_histogram(ordered),
     }
 
 

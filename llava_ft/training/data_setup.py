@@ -3,17 +3,19 @@
 import json
 import logging
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from llava_ft.args import ParsedArgs
 from llava_ft.data.build import BuiltDatasets, build_datasets
 from llava_ft.data.collator import PackedCollator, PaddingCollator
 from llava_ft.data.dataset import ConversationDataset
 from llava_ft.data.images import ImageTransform
-from llava_ft.data.packing import PackedDataset, RowDataset, one_each
 from llava_ft.data.sampler import steps_per_epoch
 from llava_ft.data.sources.open import check_holds_out
 from llava_ft.resolve import RunModel
+
+if TYPE_CHECKING:
+    from llava_ft.data.packing import RowDataset
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +54,16 @@ def prepare_datasets(run: RunModel) -> BuiltDatasets:
 
 def arrange_rows(
     args: ParsedArgs, samples: ConversationDataset, pad_token_id: int
-) -> tuple[ConversationDataset | RowDataset, PaddingCollator | PackedCollator]:
+) -> "tuple[ConversationDataset | RowDataset, PaddingCollator | PackedCollator]":
     """Return the rows of batches, one sample or several joined, and what makes a batch of several rows."""
     training, multiple = args.training, length_multiple(args)
+    if not args.data.packing and not args.data.padding_free:
+        return samples, PaddingCollator(pad_token_id, length_multiple=multiple)
+    from llava_ft.data.packing import PackedDataset, RowDataset, one_each
+
     if args.data.padding_free:
         collator = PackedCollator(pad_token_id, flatten=True, length_multiple=multiple)
         return RowDataset(samples, one_each(len(samples))), collator
-    if not args.data.packing:
-        return samples, PaddingCollator(pad_token_id, length_multiple=multiple)
     max_length = args.flags.model_max_length
     packed = PackedDataset(samples, max_length, data_seed(args))
     logger.info(

@@ -1,6 +1,8 @@
 """What a path means, and several files read as one."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -92,3 +94,15 @@ def test_one_file_in_a_range(tmp_path):
 
 def test_names_of_mixtures():
     assert [is_mixture(name) for name in ("a.yaml", "b/A.YML", "a.json", "yaml")] == [True, True, False, False]
+
+
+def test_only_what_reads_the_files_is_loaded(tmp_path):
+    (tmp_path / "records.json").write_text('[{"id": 1}]')
+    code = (
+        "import sys; from pathlib import Path; from llava_ft.data.sources.open import DataSources; "
+        "data = DataSources.open('records.json', Path('cache')); assert len(data.sources[0]) == 1; "
+        "print(*sorted(name.rpartition('.')[2] for name in sys.modules if name.startswith('llava_ft.data.')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert not {"mixture", "selection", "tables", "tar_shards", "features"} & set(done.stdout.split())
+    assert "json_files" in done.stdout.split()

@@ -19,11 +19,8 @@ from llava_ft.errors import BadSampleError, UserError
 from llava_ft.inspection.pages import render_page, write_page
 from llava_ft.terminal import has_color, visible
 
-_RECORDS_ON_A_PAGE: Final = 100
-"""Records of a source that a page shows if nothing says how many."""
-
-_IMAGES_OF_A_RECORD: Final = 8
-"""Images of a record that a page shows."""
+_RECORDS_ON_A_PAGE: Final = 100  # of a source, if nothing says how many
+_IMAGES_OF_A_RECORD: Final = 8  # that a page shows
 
 _TARGET_COLOR: Final = ("\x1b[32m", "\x1b[0m")  # green
 _CUT_COLOR: Final = ("\x1b[9;31m", "\x1b[0m")  # struck through and red
@@ -51,7 +48,7 @@ class RecordView:
     @property
     def num_supervised(self) -> int:
         """Tokens that are supervised."""
-        return sum(label != IGNORE_INDEX for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
     @property
     def title(self) -> str:
@@ -132,10 +129,7 @@ def run_inspect_data(
     html: Path | None = None,
     selection: Selection = ALL_RECORDS,
 ) -> bool:
-    """Write records of a run's data as the model will see them: as text, as one JSON object a line, or as a page.
-
-    Returns:
-        Whether every record shown can be used.
+    """Write records of a run's data as text, as JSON lines or as a page; say whether every one of them can be used.
 
     Raises:
         UserError: The data or a record that was asked for is not there, or the page cannot be written.
@@ -185,8 +179,6 @@ def view_records(
     prompt_prefix: str = "",
 ) -> Iterator[RecordView]:
     """Show selected records of a source as the model will see them, in order; `summary` counts what is seen.
-
-    `prompt_prefix` is what the run puts before the first question of each record.
 
     Raises:
         UserError: There is no record at one of the positions.

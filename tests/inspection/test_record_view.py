@@ -22,7 +22,7 @@ from llava_ft.data.sources.open import open_source
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.errors import UserError
 from llava_ft.geometry import ImageGeometry
-from llava_ft.inspection.records import (
+from llava_ft.inspection.record_view import (
     ALL_RECORDS,
     InspectionSummary,
     Selection,
