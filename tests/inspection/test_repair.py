@@ -181,6 +181,11 @@ class TestWhatIsWritten:
         records = [record("inside", image=f"data:image/jpeg;base64,{content}"), bad(1)]
         assert fix(records)[1] == records[:1]
 
+    def test_nothing_with_images_for_a_model_without_vision_tower(self, fix):
+        broken = said(("user", "<image>What?"), ("assistant", "A car."), image="landscape.jpg")
+        report, written = fix([record("fine"), broken], geometry=None)
+        assert (report["left_out"], written) == ({"unknown-role": 1}, [record("fine")])
+
     def test_the_original_stays(self, fix, tmp_path):
         fix([record("fine"), bad(1)])
         assert json.loads((tmp_path / "records.json").read_text()) == [record("fine"), bad(1)]
