@@ -10,14 +10,12 @@ import torch
 
 from llava_ft.checkpoint.names import (
     ADAPTER_BIN,
-    EMBEDDINGS,
-    HEAD,
     NEW_ROWS_SUFFIX,
     NON_LORA_BIN,
     OPTIMIZER,
     PROJECTOR_BIN,
     native_name,
-)
+)  # fmt: skip
 from llava_ft.checkpoint.save import is_in_adapter, result_kind
 from llava_ft.checkpoint.weights import WeightFiles, has_model_weights
 from llava_ft.data.features.store import FeatureFormat
@@ -59,8 +57,8 @@ def checkpoint_files(
     elif written_as == "lora":
         inside = [shape for shape in trained if is_in_adapter(shape.name)]
         # Embeddings and head are there whole if rows of added tokens are trained.
-        by_name = {native_name(shape.name): shape for shape in shapes}
-        matrices = [by_name[n] for n in (EMBEDDINGS, HEAD) if n.removesuffix(".weight") + NEW_ROWS_SUFFIX in by_name]
+        names = {shape.name for shape in shapes}
+        matrices = [shape for shape in shapes if shape.name.removesuffix(".weight") + NEW_ROWS_SUFFIX in names]
         whole = sum(shape.numel * shape.dtype.itemsize for shape in matrices)
         files = {ADAPTER_BIN: 4 * _count(inside), NON_LORA_BIN: 4 * (_count(trained) - _count(inside)) + whole}
     else:

@@ -12,35 +12,24 @@ from typing import Any
 from torch import nn
 
 from llava_ft.checkpoint.restore import whole_shape
-from llava_ft.models.parts import part_of
+from llava_ft.models.parts import Part, part_of
 from llava_ft.terminal import columns
 from llava_ft.tuning.plan import TuningPlan
 from llava_ft.tuning.quant import dtype_name, is_quantized, size_in_memory
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainableRow:
-    """One line of the table of what is trained.
+    """One line of the table of what is trained."""
 
-    Attributes:
-        part: Part of the model.
-        tensors: Number of tensors.
-        parameters: Number of values.
-        dtype: Type of the values; of the master weights where they are trained.
-        learning_rate: Peak rate; 0 for what is frozen.
-        weight_decay: Decay per step and unit of learning rate.
-        bytes: What the values take in memory, with the scales of quantised ones.
-        trained: Whether the values are trained. Frozen ones are listed in runs on quantised weights.
-    """
-
-    part: str
+    part: Part
     tensors: int
-    parameters: int
-    dtype: str
-    learning_rate: float
+    parameters: int  # number of values
+    dtype: str  # of the master weights where they are trained
+    learning_rate: float  # at its peak; 0 for what is frozen
     weight_decay: float
-    bytes: int
-    trained: bool = True
+    bytes: int  # in memory, with the scales of quantised values
+    trained: bool = True  # frozen values are listed in runs on quantised weights
 
 
 def parameter_groups(
@@ -84,38 +73,24 @@ def parameter_table(model: nn.Module, groups: Sequence[dict[str, Any]]) -> list[
         model: The model.
         groups: Of `parameter_groups`.
     """
-    rows: dict[tuple[Any, ...], list[int]] = {}
-
-    def count(key: tuple[Any, ...], parameter: nn.Parameter) -> None:
-        counts = rows.setdefault(key, [0, 0, 0])
-        values, num_bytes = size_in_memory(parameter)
-        counts[:] = counts[0] + 1, counts[1] + values, counts[2] + num_bytes
-
-    for group in groups:
-        for name, parameter in zip(group["names"], group["params"], strict=True):
-            count((True, part_of(name), dtype_name(parameter), group["lr"], group["weight_decay"]), parameter)
-    if any(is_quantized(module) for module in model.modules()):
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                count((False, part_of(name), dtype_name(parameter), 0.0, 0.0), parameter)
-    return [
-        TrainableRow(part, tensors, values, dtype, rate, decay, num_bytes, is_trained)
-        for (is_trained, part, dtype, rate, decay), (tensors, values, num_bytes) in rows.items()
+    listed = [
+        (name, p, g["lr"], g["weight_decay"]) for g in groups for name, p in zip(g["names"], g["params"], strict=True)
     ]
+    if any(is_quantized(module) for module in model.modules()):
+        listed += [(name, p, 0.0, 0.0) for name, p in model.named_parameters() if not p.requires_grad]
+    rows: dict[tuple[Any, ...], TrainableRow] = {}
+    for name, parameter, rate, decay in listed:
+        key = (part_of(name), dtype_name(parameter), rate, decay, parameter.requires_grad)
+        row = rows.setdefault(key, TrainableRow(key[0], 0, 0, key[1], rate, decay, 0, parameter.requires_grad))
+        values, num_bytes = size_in_memory(parameter)
+        row.tensors += 1
+        row.parameters += values
+        row.bytes += num_bytes
+    return list(rows.values())
 
 
-def num_values(model: nn.Module) -> int:
-    """Number of values of a model; a packed byte stands for two."""
-    return sum(size_in_memory(parameter)[0] for parameter in model.parameters())
-
-
-def format_table(rows: Sequence[TrainableRow], num_parameters: int) -> str:
-    """Return the table as text, with the share of the whole model below it.
-
-    Args:
-        rows: What is trained, and what is frozen if that is to be shown.
-        num_parameters: Number of values of the whole model.
-    """
+def format_table(rows: Sequence[TrainableRow], model: nn.Module) -> str:
+    """Return the table as text, with the share of the whole model below it."""
     header = ("part", "tensors", "parameters", "dtype", "MiB", "learning rate", "weight decay")
     cells = [
         (
@@ -130,7 +105,6 @@ def format_table(rows: Sequence[TrainableRow], num_parameters: int) -> str:
         for row in rows
     ]
     trained = sum(row.parameters for row in rows if row.trained)
-    share = 100 * trained / max(num_parameters, 1)
-    return "\n".join(
-        [*columns([header, *cells]), f"trained: {trained:,} of {num_parameters:,} parameters ({share:.2f}%)"]
-    )
+    total = sum(size_in_memory(parameter)[0] for parameter in model.parameters())
+    summary = f"trained: {trained:,} of {total:,} parameters ({100 * trained / max(total, 1):.2f}%)"
+    return "\n".join([*columns([header, *cells]), summary])

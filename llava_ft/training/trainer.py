@@ -31,7 +31,7 @@ from llava_ft.data.sampler import EpochSampler
 from llava_ft.errors import BadSampleError, CheckpointError, RunError
 from llava_ft.training.artifacts import RunArtifacts
 from llava_ft.training.fragments import value_setter
-from llava_ft.training.optim import format_table, num_values, parameter_groups, parameter_table
+from llava_ft.training.optim import format_table, parameter_groups, parameter_table
 from llava_ft.training.optimizer_state import load_optimizer, restore_schedule, save_optimizer
 from llava_ft.training.speed import SpeedMeter, measure_product_rate
 
@@ -146,7 +146,7 @@ class LlavaTrainer(Trainer):
         rows = parameter_table(model, groups)
         self.artifacts.table = [asdict(row) for row in rows]
         if self.is_world_process_zero():
-            logger.info("What is trained:\n%s", format_table(rows, num_values(model)))
+            logger.info("What is trained:\n%s", format_table(rows, model))
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
         for group in groups:
             del group["names"]
