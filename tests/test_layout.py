@@ -77,6 +77,16 @@ def imported_parts(tree: ast.Module) -> Iterator[str]:
                 yield rest.partition(".")[0] or "__init__"
 
 
+def imported_modules(tree: ast.Module) -> Iterator[str]:
+    """Modules that a module imports when it runs, anywhere in it; what is imported for types alone is left out."""
+    conditions = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
+    for_types = [node for node in conditions if ast.unparse(node.test) == "TYPE_CHECKING"]
+    left_out = {inner for node in for_types for statement in node.body for inner in ast.walk(statement)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node not in left_out:
+            yield from (str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names))
+
+
 def calls(tree: ast.Module, function: str) -> list[ast.Call]:
     return [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == function]
 
@@ -95,6 +105,20 @@ def test_imports_point_one_way(part: str) -> None:
         if imported != part and imported not in MAY_IMPORT[part]
     ]
     assert not offenders, "\n".join(offenders)
+
+
+def test_no_module_leads_back_to_itself() -> None:
+    names = {".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts): file for file in MODULES}
+    left = {name: {other for other in imported_modules(parse(file)) if other in names} for name, file in names.items()}
+    while ground := [name for name, others in left.items() if not others & left.keys()]:
+        for name in ground:
+            del left[name]
+    assert sorted(left) == []
+
+
+def test_a_configuration_is_settled_in_one_place() -> None:
+    settling = {name_of(file) for file in FILES if calls(parse(file), "settle_config")}
+    assert settling == {"llava_ft/checkpoint/model.py"}
 
 
 def test_every_module_says_what_it_is() -> None:

@@ -27,7 +27,7 @@ from llava_ft.data.report import (
     total,
 )
 from llava_ft.data.sources.base import RecordSource
-from llava_ft.data.sources.open import DataSources, holds_out, is_mixture
+from llava_ft.data.sources.data_path import DataSources, holds_out, is_mixture
 from llava_ft.errors import BadSampleError, UserError
 
 _RECORDS_TO_PEEK_AT: Final = 100

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from llava_ft.args import ParsedArgs
 from llava_ft.data.preparation.samples import DataPlan
-from llava_ft.data.sources.open import DataSources
+from llava_ft.data.sources.data_path import DataSources
 from llava_ft.errors import UserError
 from llava_ft.inspection.check_report import as_text, report_page
 from llava_ft.inspection.check_source import SourceCheck, check_source

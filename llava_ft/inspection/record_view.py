@@ -14,7 +14,7 @@ from llava_ft.constants import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_ft.data.preparation.samples import DataPlan
 from llava_ft.data.records import parse_record
 from llava_ft.data.sources.base import RecordSource
-from llava_ft.data.sources.open import DataSources
+from llava_ft.data.sources.data_path import DataSources
 from llava_ft.errors import BadSampleError, UserError
 from llava_ft.inspection.pages import render_page, write_page
 from llava_ft.terminal import has_color, visible

@@ -20,7 +20,7 @@ from llava_ft.data.preparation.prepare import PreparationSettings, prepare_rows
 from llava_ft.data.preparation.samples import Samples, find_samples
 from llava_ft.data.preparation.tokenized_rows import Array
 from llava_ft.data.sampler import steps_per_epoch
-from llava_ft.data.sources.open import DataSources
+from llava_ft.data.sources.data_path import DataSources
 from llava_ft.errors import UserError
 from llava_ft.geometry import SizeWH
 from llava_ft.planning.request import PlanRequest

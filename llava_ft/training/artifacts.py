@@ -40,7 +40,7 @@ from llava_ft.checkpoint.save import (
 from llava_ft.data.build import BuiltDatasets
 from llava_ft.data.image_processor import copy_image_settings
 from llava_ft.data.report import DataReport
-from llava_ft.data.sources.open import is_mixture
+from llava_ft.data.sources.data_path import is_mixture
 from llava_ft.data.tokenizer import save_tokenizer
 from llava_ft.models.config import LlavaModelConfig
 from llava_ft.models.parts import module_part

@@ -11,7 +11,7 @@ from llava_ft.data.collator import PackedCollator, PaddingCollator
 from llava_ft.data.dataset import ConversationDataset
 from llava_ft.data.images import ImageTransform
 from llava_ft.data.sampler import steps_per_epoch
-from llava_ft.data.sources.open import check_holds_out
+from llava_ft.data.sources.data_path import check_holds_out
 from llava_ft.resolve import RunModel
 
 if TYPE_CHECKING:

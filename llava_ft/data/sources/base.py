@@ -9,6 +9,7 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -25,6 +26,14 @@ DEFAULT_SPLIT: Final = "train"
 _BYTES_WORTH_A_NOTE: Final = 1 << 28
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Rows that are taken of each source, in the order of the sources."""
+
+    train: list[Array]  # ascending; a row that is taken several times stands there several times
+    held_out: list[Array]  # ascending; none of them is in `train`
 
 
 class RecordSource(ABC):

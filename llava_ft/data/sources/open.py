@@ -1,21 +1,13 @@
-"""From what `--data_path` says to the sources of a run. What reads one kind of them is imported where it is needed."""
+"""From a path to a source of records. What reads one kind of them is imported where it is needed."""
 
 import glob
-import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-import numpy as np
-
-from llava_ft.data.sources.base import Array, RecordSource, choose_split
+from llava_ft.data.sources.base import RecordSource, choose_split
 from llava_ft.errors import UserError
-
-if TYPE_CHECKING:
-    from llava_ft.data.sources.mixture import Mixture
 
 _JSON: Final = (".json", ".jsonl", ".ndjson")
 _KINDS: Final = {
@@ -26,93 +18,13 @@ _KINDS: Final = {
     **dict.fromkeys(_JSON, "json"),
 }
 _COMPRESSED: Final = (".gz", ".tgz", ".zst", ".bz2", ".xz", ".zip", ".7z")
-_MIXTURE: Final = (".yaml", ".yml")
+MIXTURE_SUFFIXES: Final = (".yaml", ".yml")
 _SHARD_NAME: Final = re.compile(r"(.+?)-\d{5}-of-\d{5}(-.*)?\.\w+")
 _RANGE: Final = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _HUB_NAME: Final = re.compile(
     r"(?P<path>[\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?::(?P<config>[\w.-]+))??(?::(?P<split>[\w.-]+))?"
 )
 _MAX_SHARDS: Final = 100_000
-
-
-def is_mixture(path: str | os.PathLike[str]) -> bool:
-    """Whether a path names a YAML file, which describes several sources."""
-    return Path(path).suffix.lower() in _MIXTURE
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Rows of each source, in the order of the entries."""
-
-    train: list[Array]  # ascending; a row that is taken several times stands there several times
-    held_out: list[Array]  # ascending; none of them is in `train`
-
-
-@dataclass(frozen=True, slots=True)
-class DataSources:
-    """The sources that a path names."""
-
-    path: str
-    sources: list[RecordSource]  # at least one
-    prompt_prefixes: list[str]  # for each source, text in front of the first question of its records
-    mixture: "Mixture | None"  # what is taken of them; None for a single source, of which all is taken
-
-    @classmethod
-    def open(cls, path: str, cache_dir: Path) -> "DataSources":
-        """Open and prepare the sources; in `cache_dir` they keep what reading by number needs.
-
-        Raises:
-            UserError: A source is missing, damaged or empty.
-        """
-        if is_mixture(path):
-            from llava_ft.data.sources.mixture import open_mixture
-
-            mixture = open_mixture(path)
-            sources, prefixes = mixture.open_sources(), [entry.prompt_prefix for entry in mixture.entries]
-        else:
-            mixture, sources, prefixes = None, [open_source(path)], [""]
-        for source in sources:
-            source.prepare(cache_dir)
-        return cls(path, sources, prefixes, mixture)
-
-    def choose(self, num_usable: Sequence[int], seed: int) -> Selection:
-        """Choose among the usable samples of the sources, `num_usable` of each, numbered over all sources.
-
-        Raises:
-            UserError: A source of the mixture has too few.
-        """
-        if self.mixture is None:
-            return Selection([np.arange(num_usable[0])], [np.zeros(0, dtype=np.int64)])
-        from llava_ft.data.sources.selection import select_rows
-
-        selection = select_rows(num_usable, self.mixture, seed)
-        firsts = list(accumulate(num_usable, initial=0))
-        return Selection(
-            [rows + first for rows, first in zip(selection.train, firsts, strict=False)],
-            [rows + first for rows, first in zip(selection.held_out, firsts, strict=False)],
-        )
-
-
-def holds_out(path: str | os.PathLike[str]) -> bool:
-    """Whether a path names a mixture that keeps records for validation."""
-    if not is_mixture(path):
-        return False
-    from llava_ft.data.sources.mixture import open_mixture
-
-    return any(entry.held_out for entry in open_mixture(path).entries)
-
-
-def check_holds_out(path: str | Path) -> None:
-    """Refuse a mixture that keeps no records to evaluate on; anything but a mixture is let through.
-
-    Raises:
-        UserError: No source of the mixture has `held_out`.
-    """
-    if is_mixture(path) and not holds_out(path):
-        raise UserError(
-            f"Mixture {path} holds out no records, and eval_strategy needs some. Give a source 'held_out', name "
-            "records with --validation_data_path, or set --eval_strategy no."
-        )
 
 
 def open_source(path: str | Path, *, split: str | None = None, image_folder: str | None = None) -> RecordSource:
@@ -163,7 +75,7 @@ def resolve_source(path: str, folder: Path) -> str:
 
 def _is_hub_name(path: str) -> bool:
     suffix = Path(path).suffix.lower()
-    return bool(_HUB_NAME.fullmatch(path)) and suffix not in (*_KINDS, *_COMPRESSED, *_MIXTURE)
+    return bool(_HUB_NAME.fullmatch(path)) and suffix not in (*_KINDS, *_COMPRESSED, *MIXTURE_SUFFIXES)
 
 
 def _open_files(name: str, files: Sequence[Path], split: str | None, image_folder: str | None) -> RecordSource:
@@ -175,7 +87,7 @@ def _open_files(name: str, files: Sequence[Path], split: str | None, image_folde
             f"Data file {name} is compressed ({min(compressed)}), and records are read from anywhere in a file. "
             "Unpack it first; images in tar shards are compressed as they are."
         )
-    if suffixes & {*_MIXTURE}:
+    if suffixes & {*MIXTURE_SUFFIXES}:
         raise UserError(f"{name} is a mixture. A mixture cannot be part of another; write its sources there.")
     if len(kinds) > 1:
         raise UserError(f"{name} stands for files of several kinds ({', '.join(sorted(suffixes))}). Name one kind.")

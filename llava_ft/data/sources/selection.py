@@ -11,9 +11,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from llava_ft.data.sources.base import Array
+from llava_ft.data.sources.base import Array, Selection
 from llava_ft.data.sources.mixture import Mixture, MixtureEntry
-from llava_ft.data.sources.open import Selection
 from llava_ft.errors import UserError
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from llava_ft.data.records import Turn, parse_record
+from llava_ft.data.sources.data_path import check_holds_out
 from llava_ft.data.sources.mixture import MixtureEntry, open_mixture
-from llava_ft.data.sources.open import check_holds_out
 from llava_ft.errors import UserError
 
 

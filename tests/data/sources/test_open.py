@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from llava_ft.data.sources.base import RecordSource
-from llava_ft.data.sources.open import is_mixture, open_source
+from llava_ft.data.sources.data_path import is_mixture
+from llava_ft.data.sources.open import open_source
 from llava_ft.errors import UserError
 
 
@@ -99,7 +100,7 @@ def test_names_of_mixtures():
 def test_only_what_reads_the_files_is_loaded(tmp_path):
     (tmp_path / "records.json").write_text('[{"id": 1}]')
     code = (
-        "import sys; from pathlib import Path; from llava_ft.data.sources.open import DataSources; "
+        "import sys; from pathlib import Path; from llava_ft.data.sources.data_path import DataSources; "
         "data = DataSources.open('records.json', Path('cache')); assert len(data.sources[0]) == 1; "
         "print(*sorted(name.rpartition('.')[2] for name in sys.modules if name.startswith('llava_ft.data.')))"
     )
