@@ -12,10 +12,12 @@ from llava_ft.checkpoint.load import WeightSource
 from llava_ft.checkpoint.names import EMBEDDINGS
 from llava_ft.errors import CheckpointError
 from llava_ft.models.config import LlavaModelConfig
+from llava_ft.models.families import family_of
 from llava_ft.models.parts import VISION_PREFIX
 from llava_ft.models.towers import describe_tower
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_NAMES = {"query_width": "num_attention_heads x head_dim"}
 
 _Shapes = Mapping[str, tuple[int, ...]]
 
@@ -41,14 +43,12 @@ def check_config(config: LlavaModelConfig, sources: Iterable[WeightSource], wher
 
 def _sizes(config: LlavaModelConfig, shapes: _Shapes) -> Iterator[tuple[str, int, int, str]]:
     """Yield each field's name and value, the value that the files can hold, and where they say so."""
-    first = "model.layers.0."
-    query, gate = f"{first}self_attn.q_proj.weight", f"{first}mlp.gate_proj.weight"
     yield "num_hidden_layers", config.num_hidden_layers, *_layers(_LAYER, shapes)
     yield "vocab_size", config.vocab_size, _size(shapes, EMBEDDINGS, 0), EMBEDDINGS
     yield "hidden_size", config.hidden_size, _size(shapes, EMBEDDINGS, 1), EMBEDDINGS
-    yield "intermediate_size", config.intermediate_size, _size(shapes, gate, 0), gate
-    width = config.num_attention_heads * config.head_width
-    yield "num_attention_heads x head_dim", width, _size(shapes, query, 0), query
+    for field, name, dimension in family_of(config).sizes:
+        name = f"model.layers.0.{name}"
+        yield _NAMES.get(field, field), getattr(config, field), _size(shapes, name, dimension), name
     if config.mm_vision_config is None:
         return
     tower, architecture, facts = describe_tower(config.mm_vision_config)

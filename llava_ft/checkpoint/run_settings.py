@@ -201,11 +201,12 @@ def settle_model_config(settings: RunSettings, shapes: Shapes, base_config: Mapp
     fields["use_mm_proj"] = fields["mm_vision_tower"] is not None
     if EMBEDDINGS in shapes:
         fields["vocab_size"] = shapes[EMBEDDINGS][0]
-    projector = {name: shape for name, shape in shapes.items() if name.startswith(PROJECTOR_PREFIX) and len(shape) == 2}
-    if projector:
-        is_linear = f"{PROJECTOR_PREFIX}weight" in projector
-        fields["mm_projector_type"] = "linear" if is_linear else f"mlp{len(projector)}x_gelu"
-        fields["mm_hidden_size"] = next(iter(projector.values()))[1]
+    names = [name for name in shapes if name.startswith(PROJECTOR_PREFIX) and not name.endswith("bias")]
+    # Of another kind of projector the flags have to tell the name.
+    if names and all(re.fullmatch(r"(?:\d+\.)?weight", name.removeprefix(PROJECTOR_PREFIX)) for name in names):
+        is_linear = names == [f"{PROJECTOR_PREFIX}weight"]
+        fields["mm_projector_type"] = "linear" if is_linear else f"mlp{len(names)}x_gelu"
+        fields["mm_hidden_size"] = shapes[names[0]][1]
     return fields
 
 

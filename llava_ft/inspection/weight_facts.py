@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from llava_ft.checkpoint.names import EMBEDDINGS, HEAD, is_transformers_spelling
 from llava_ft.inspection.weight_headers import PARTS_OF_FILES, TensorHeader
+from llava_ft.models.parts import module_part
 
 _LAYER: Final = re.compile(r"^model\.layers\.(\d+)\.")
 _TOWER_LAYER: Final = re.compile(r"encoder\.layers\.(\d+)\.")
@@ -95,8 +96,10 @@ def facts_of(tensors: Iterable[TensorHeader]) -> WeightFacts:
     facts.intermediate_size, facts.hidden_size = next(gates, (facts.intermediate_size, facts.hidden_size))
 
     # A linear projector has no number; layers of an MLP are at 0, 2, 4 and so on, with activations between them.
-    matches = [(_PROJECTOR_LAYER.fullmatch(name), shape) for name, shape in shapes.items() if len(shape) == 2]
-    if layers := sorted((int(match[1] or -1), shape) for match, shape in matches if match):
+    of_projector = [(name, shape) for name, shape in shapes.items() if module_part(name) == "projector"]
+    matches = [(_PROJECTOR_LAYER.fullmatch(name), shape) for name, shape in of_projector if not name.endswith("bias")]
+    if matches and all(match is not None and len(shape) == 2 for match, shape in matches):
+        layers = sorted((int(match[1] or -1), shape) for match, shape in matches if match)
         numbers = [number for number, _ in layers]
         is_mlp = numbers == list(range(0, 2 * len(layers), 2))
         facts.projector = "linear" if numbers[0] == -1 else f"mlp{len(layers)}x_gelu" if is_mlp else "unknown"

@@ -375,7 +375,8 @@ def _missing_tensors(found: Description, config: Mapping[str, Any], adapter_conf
                 if (size := getattr(facts, name)) is not None and config.get(name) not in (None, size)
             ]
     projector = config.get("mm_projector_type", "identity")
-    if kind in ("llava", "projector") and projector not in ("identity", facts.projector):
+    is_told = facts.projector is not None or "projector" not in parts  # else it is of a kind that its names do not tell
+    if kind in ("llava", "projector") and is_told and projector not in ("identity", facts.projector):
         there = "There is no projector, though" if not facts.projector else f"The projector is {facts.projector}, but"
         missing.append(f"{there} {CONFIG} says mm_projector_type={projector}.")
     if kind == "llava" and "unpad" in str(config.get("mm_patch_merge_type")) and "image newline" not in parts:

@@ -84,6 +84,11 @@ class LlavaModelConfig(PreTrainedConfig):
         return getattr(self, "head_dim", None) or self.hidden_size // max(self.num_attention_heads, 1)
 
     @property
+    def query_width(self) -> int:
+        """Width of all attention heads of the language model together."""
+        return self.num_attention_heads * self.head_width
+
+    @property
     def tower_facts(self) -> TowerFacts | None:
         """Sizes of the vision tower, or None for a text-only model."""
         return None if self.mm_vision_config is None else describe_tower(self.mm_vision_config)[2]

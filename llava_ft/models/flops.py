@@ -28,7 +28,6 @@ from llava_ft.models.towers.tower import hidden_state_index
 
 _LAYER: Final = re.compile(r"layers\.(\d+)\.")
 _BEHIND_ATTENTION: Final = ("o_proj", "gate_proj", "up_proj", "down_proj")
-_IN_FRONT_OF_ATTENTION: Final = ("q_proj", "k_proj", "v_proj")
 
 
 class Weight(Protocol):
@@ -139,9 +138,10 @@ def _decoder_backward(config: LlavaModelConfig, weights: Sequence[Weight]) -> Fl
     )
     trains_anything = any(weight.is_trained for weight in weights)
     attention = 2 * _attention_per_pair(config) * int(config.num_hidden_layers)
+    inputs = family_of(config).inputs
     total = Flops(per_pair=attention if trains_anything else 0.0)
     for weight in _decoder_matrices(weights):
-        is_first = _layer_of(weight.name) == 0 and any(leaf in weight.name for leaf in _IN_FRONT_OF_ATTENTION)
+        is_first = _layer_of(weight.name) == 0 and any(leaf in weight.name for leaf in inputs)
         needs_input_gradient = "lora_B" in weight.name or is_fed or not is_first
         total += _linear(weight, int(needs_input_gradient) + int(weight.is_trained), config)
     return total
@@ -160,7 +160,7 @@ def _layer_of(name: str) -> int:
 
 def _attention_per_pair(config: LlavaModelConfig) -> float:
     """FLOPs of one layer's attention forward, for a pair of positions."""
-    return 4.0 * config.num_attention_heads * config.head_width
+    return 4.0 * config.query_width
 
 
 def _linear(weight: Weight, products: int, config: LlavaModelConfig) -> Flops:

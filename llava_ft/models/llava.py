@@ -60,6 +60,9 @@ class LlavaForCausalLM(_CausalLM):
 
     def __init__(self, config: LlavaModelConfig):
         super().__init__(config)
+        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+            # What a language model does to its logits behind the head is not done here.
+            assert getattr(config, name, None) in (None, 1.0), f"{type(config).__name__} has {name}"
         if self.lm_head.bias is None:
             self.lm_head.__class__ = LossHead
         self._add_vision(config)

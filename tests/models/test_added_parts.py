@@ -16,6 +16,7 @@ from llava_ft.cli import main
 from llava_ft.errors import UserError
 from llava_ft.inference.generate import prepare_inputs
 from llava_ft.inference.load import load_model
+from llava_ft.inspection.weights import describe
 from llava_ft.models import families, projectors, towers
 from llava_ft.models.config import LlavaModelConfig
 from llava_ft.models.families import register_family
@@ -222,6 +223,23 @@ def test_it_is_merged_and_asked(folder: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.usefixtures("runs")
+@pytest.mark.parametrize("name", RUNS)
+def test_its_files_are_whole(folder: Path, name: str):
+    assert describe(folder / name).missing == []
+
+
+@pytest.mark.usefixtures("runs")
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [("hf", "its language model is a qwen2, and LLaMA alone is written"), ("gguf", "its language model is a qwen2")],
+)
+def test_layouts_that_have_no_place_for_it_say_so(folder: Path, capsys, layout: str, message: str):
+    paths = ["--model-path", str(folder / "full, padded"), "--save-path", str(folder / layout)]
+    assert main(["export", "--format", layout, *paths]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("runs")
 def test_a_full_run_is_loaded_again(runs: dict[str, Run], folder: Path):
     loaded = load_model(str(folder / "full, padded"))
     assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
@@ -242,6 +260,12 @@ def test_it_is_planned(runs: dict[str, Run], folder: Path, name: str):
     built = {key: (tuple(p.shape), p.requires_grad) for key, p in runs[name].trainer.model.named_parameters()}
     assert planned == built
     assert plan_of(argv).memory.total > 0
+
+
+def test_its_features_are_kept(runs: dict[str, Run], folder: Path):
+    method, changes = run_flags(folder, "full, padded")
+    run = train(folder / "cached", method, **changes, vision_cache=folder / "features")
+    assert losses(run) == losses(runs["full, padded"])
 
 
 def test_packed_samples_do_not_see_each_other(folder: Path):

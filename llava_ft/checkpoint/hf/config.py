@@ -16,8 +16,10 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextCo
 
 from llava_ft.errors import CheckpointError
 from llava_ft.models.config import LlavaModelConfig
-from llava_ft.models.families.llama import LlavaLlamaConfig
-from llava_ft.models.towers import tower_fields
+from llava_ft.models.families import family_of
+from llava_ft.models.families.llama import LLAMA, LlavaLlamaConfig
+from llava_ft.models.towers import find_tower, tower_fields
+from llava_ft.models.towers.clip import CLIP
 
 NATIVE_KEY: Final = "llava_ft"
 """Where a `config.json` of transformers' layout keeps the native fields that the layout has no place for."""
@@ -162,6 +164,11 @@ def why_not_hf(config: LlavaModelConfig) -> str | None:
     geometry = config.image_geometry
     if geometry is None:
         return "it is a text-only model, and the layout is one of images and text."
+    assert config.mm_vision_config is not None
+    if family_of(config) is not LLAMA:
+        return f"its language model is a {family_of(config).model_type}, and LLaMA alone is written."
+    if (tower := find_tower(config.mm_vision_config)) is not CLIP:
+        return f"its vision tower is a {tower and tower.model_type}, and CLIP alone is written."
     if config.mm_projector_type != "mlp2x_gelu":
         return f"its projector is {config.mm_projector_type}, and the layout knows mlp2x_gelu alone."
     if config.s2:
