@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llava_ft.checkpoint.hf.config import is_hf_config, native_fields
 from llava_ft.checkpoint.names import (
     ADAPTER_ALL_BIN,
     ADAPTER_BIN,
@@ -26,7 +25,6 @@ from llava_ft.data.image_processor import pads_to_square
 from llava_ft.errors import CheckpointError
 from llava_ft.models.builder import is_llava_config
 from llava_ft.models.families import known_families
-from llava_ft.models.families.published import PUBLISHED
 from llava_ft.models.towers import find_tower
 
 Kind = Literal["lora", "projector", "llava", "language model", "vision tower"]
@@ -100,6 +98,10 @@ def read_config(path: Path) -> tuple[dict[str, Any], Layout]:
         UserError: It is missing or damaged, or describes a model of that layout that is not supported.
     """
     fields = read_json(path / CONFIG)
+    if not {"text_config", "vision_config"} & fields.keys():
+        return fields, "native"
+    from llava_ft.checkpoint.hf.config import is_hf_config, native_fields  # other models do without
+
     if not is_hf_config(fields):
         return fields, "native"
     native = native_fields(fields, str(path))
@@ -123,6 +125,8 @@ def find_model_directory(
         return identify(resolve_model_path(name, cache_dir=cache_dir, relative_to=relative_to), need)
     _refuse_unlike_hub(name)
     from huggingface_hub import hf_hub_download, try_to_load_from_cache  # pyright: ignore[reportUnknownVariableType]
+
+    from llava_ft.models.families.published import PUBLISHED
 
     cached = try_to_load_from_cache(name, CONFIG, cache_dir=cache_dir)
     if not isinstance(cached, str) and name in PUBLISHED:

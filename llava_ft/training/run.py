@@ -43,7 +43,6 @@ from llava_ft.training.model_setup import (
     saves_tower,
     settle_attention,
 )
-from llava_ft.training.reporting import attach_reporters
 from llava_ft.training.speed import SpeedMeter, flops_of_run
 from llava_ft.training.start_from import check_resumed_start, merge_start, put_start
 from llava_ft.training.trainer import LlavaTrainer
@@ -274,5 +273,8 @@ def _make_trainer(
         trainer.remove_callback(default)
     shows_bar = sys.stderr.isatty() and not training.disable_tqdm
     trainer.add_callback(Progress() if shows_bar else LogLines())
-    attach_reporters(trainer, args, lambda: artifacts.table)
+    if training.report_to:
+        from llava_ft.training.reporting import attach_reporters
+
+        attach_reporters(trainer, args, lambda: artifacts.table)
     return trainer
