@@ -246,11 +246,8 @@ class _Parser:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            self._fail(
-                kind,
-                f"{where} holds half of a character (a lone surrogate) at position {error.start}. "
-                "Write the whole character.",
-            )
+            found = f"half of a character (a lone surrogate) at position {error.start}"
+            self._fail(kind, f"{where} holds {found}. Write the whole character.")
 
     def _parse_id(self, value: object) -> str:
         if value is None:
@@ -266,17 +263,12 @@ class _Parser:
         present = [form for form in (_LLAVA, _OPENAI, _CAULDRON) if form.turns in record]
         given = [form for form in present if record[form.turns] is not None]
         if len(given) > 1:
-            self._fail(
-                "bad-conversations",
-                f"it has both {given[0].turns!r} and {given[1].turns!r}. Leave in the one that is to be learnt.",
-            )
+            both = f"both {given[0].turns!r} and {given[1].turns!r}"
+            self._fail("bad-conversations", f"it has {both}. Leave in the one that is to be learnt.")
         if not present:
             known = ", ".join(sorted(str(key) for key in record)[:8]) or "none"
-            self._fail(
-                "missing-conversations",
-                f"there is no 'conversations' (keys found: {known}). The turns of a record stand there, or under "
-                "'messages' or 'texts'.",
-            )
+            rule = "The turns of a record stand there, or under 'messages' or 'texts'."
+            self._fail("missing-conversations", f"there is no 'conversations' (keys found: {known}). {rule}")
         return (given or present)[0]
 
     def _parse_turns(self, value: object, form: _Form) -> tuple[tuple[Turn, ...], str | None]:
@@ -295,11 +287,9 @@ class _Parser:
                 system = text
                 continue
             if turns and turns[-1].role == speaker:
-                self._fail(
-                    "roles-not-alternating",
-                    f"turns {position - 1} and {position} are both from {form.names[speaker]!r}. Questions and "
-                    "answers have to alternate; join the two or leave one out.",
-                )
+                found = f"turns {position - 1} and {position} are both from {form.names[speaker]!r}"
+                rule = "Questions and answers have to alternate; join the two or leave one out."
+                self._fail("roles-not-alternating", f"{found}. {rule}")
             turns.append(Turn(speaker, text, weight))
         if not any(turn.role == "human" for turn in turns):
             human = form.names["human"]
@@ -313,9 +303,8 @@ class _Parser:
             if key not in item:
                 other = _LLAVA if form is _OPENAI else _OPENAI
                 hint = f" Turns with {other.role!r} belong into {other.turns!r}." if other.role in item else ""
-                self._fail(
-                    "bad-turn", f"{where} has no {key!r}. Each turn needs {form.role!r} and {form.text!r}.{hint}"
-                )
+                rule = f"Each turn needs {form.role!r} and {form.text!r}.{hint}"
+                self._fail("bad-turn", f"{where} has no {key!r}. {rule}")
         speaker = self._parse_speaker(item[form.role], where, form)
         if any(item.get(key) for key in _TOOL_KEYS):
             self._refuse_tools(f"{where} calls a tool")
@@ -349,11 +338,8 @@ class _Parser:
         if value is None:
             return 1
         if speaker != "gpt":
-            self._fail(
-                "bad-weight",
-                f"{where} has a 'weight', but is not an answer. Only turns from {form.names['gpt']!r} may have one; "
-                "leave it out.",
-            )
+            rule = f"Only turns from {form.names['gpt']!r} may have one; leave it out."
+            self._fail("bad-weight", f"{where} has a 'weight', but is not an answer. {rule}")
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             allowed = "Allowed are 1 (learnt) and 0 (only read)."
             self._fail("bad-weight", f"the 'weight' of {where} is {kind_of(value)}. {allowed}")
@@ -402,11 +388,9 @@ class _Parser:
         if place is None:
             place = next(iter(self._unused), None)
         if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < len(self._columns):
-            self._fail(
-                "placeholder-mismatch",
-                f"{where} stands for an image of the record's 'images', which has {len(self._columns)}. Each such "
-                "part needs one; add it there, or write its path under 'image'.",
-            )
+            found = f"{where} stands for an image of the record's 'images', which has {len(self._columns)}"
+            rule = "Each such part needs one; add it there, or write its path under 'image'."
+            self._fail("placeholder-mismatch", f"{found}. {rule}")
         self._take(place)
         return IMAGE_TOKEN
 
@@ -449,10 +433,8 @@ class _Parser:
             self._fail("bad-image", f"{where} is {kind_of(value)}. Give the path of a file as a string.")
         # What the image column of a Hugging Face data set holds; its bytes come before its path.
         if not value or not set(value) <= {"bytes", "path"}:
-            self._fail(
-                "bad-image",
-                f"{where} is an object. Give the path of a file as a string, or an object with 'bytes' and 'path'.",
-            )
+            rule = "Give the path of a file as a string, or an object with 'bytes' and 'path'."
+            self._fail("bad-image", f"{where} is an object. {rule}")
         content, path = value.get("bytes"), value.get("path")
         if content is None and path is None:
             hint = "For a record without image leave it out."
@@ -460,11 +442,8 @@ class _Parser:
         if content is None:
             return self._parse_image(path, f"the 'path' of {where}")
         if not isinstance(content, (bytes, EmbeddedImage)):
-            self._fail(
-                "bad-image",
-                f"the 'bytes' of {where} are {kind_of(content)}. In a text file write the image as "
-                "'data:image/jpeg;base64,...' instead.",
-            )
+            rule = "In a text file write the image as 'data:image/jpeg;base64,...' instead."
+            self._fail("bad-image", f"the 'bytes' of {where} are {kind_of(content)}. {rule}")
         return self._parse_image(content, where)
 
     def _parse_path(self, path: str, where: str) -> ImageValue:
@@ -482,10 +461,8 @@ class _Parser:
                 self._fail("bad-image", f"{where} is {shown(path)}; {allowed}.")
             path = unquote(path[len("file://") + len(parts.netloc) :])
         elif _ADDRESS.match(path):
-            self._fail(
-                "image-is-url",
-                f"{where} is {shown(path)}, which is an address; download it and give the path of the file.",
-            )
+            rule = "download it and give the path of the file."
+            self._fail("image-is-url", f"{where} is {shown(path)}, which is an address; {rule}")
         if path.startswith(EMBEDDED):
             reserved = f"names that start with {EMBEDDED!r} are reserved. Write './' first"
             self._fail("bad-image", f"{where} is {shown(path)}; {reserved}.")

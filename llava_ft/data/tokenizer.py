@@ -36,9 +36,7 @@ _SPM_CLASSES: Final = ("LlamaTokenizer", "LlamaTokenizerFast")
 """Tokenizer classes whose `tokenizer.model` is a SentencePiece model of this kind; the first is what is written."""
 
 _GENERIC_CLASSES: Final = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
-_NAMED_TOKENS: Final = (
-    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"
-)  # fmt: skip
+_NAMED_TOKENS: Final = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _BPE_MODEL: Final = 2
 _NORMAL_PIECE, _CONTROL_PIECE, _USER_PIECE = 1, 3, 4
 """Values of SentencePiece's `ModelProto.SentencePiece.Type`; `_BPE_MODEL` is a `TrainerSpec.ModelType`."""
@@ -131,8 +129,7 @@ def load_tokenizer(path: str | Path, *, model_max_length: int | None = None) -> 
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: str | Path) -> None:
-    """Write `tokenizer` into `directory`, which is created. The same as `tokenizer.save_pretrained`."""
-    Path(directory).mkdir(parents=True, exist_ok=True)
+    """Write a tokenizer into a directory, which is created. The same as `tokenizer.save_pretrained`."""
     tokenizer.save_pretrained(str(directory))  # pyright: ignore[reportUnknownMemberType]
 
 
@@ -179,10 +176,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _as_added_token(value: object, directory: Path, *, special: bool) -> AddedToken:
-    """Make an AddedToken of a string or of its JSON form.
-
-    `normalized` is always off: the slow tokenizer finds added tokens in the text as it stands.
-    """
+    """Make an AddedToken of a string or of its JSON form."""
     if isinstance(value, str):
         value = {"content": value}
     fields = cast("dict[str, Any]", value if isinstance(value, dict) else {})
@@ -190,6 +184,7 @@ def _as_added_token(value: object, directory: Path, *, special: bool) -> AddedTo
         raise UserError(f"Tokenizer directory {directory}: {value!r} is not the description of a token.")
     flags = {name: bool(fields.get(name, False)) for name in ("lstrip", "rstrip", "single_word")}
     special = bool(fields.get("special", special))
+    # Normalisation is always off: the slow tokenizer finds added tokens in the text as it stands.
     return AddedToken(fields["content"], normalized=False, special=special, **flags)
 
 

@@ -90,11 +90,7 @@ def open_or_build(
 
 @contextmanager
 def one_at_a_time(path: Path, *, goes_first: bool = True) -> Generator[bool]:
-    """Let processes that are about to make the same thing do it one after the other.
-
-    Args:
-        path: What is made; the lock is beside it.
-        goes_first: Whether to begin at once. False gives another process of the same run a start.
+    """Let processes that are about to make `path` do it one after the other; the lock is beside it.
 
     Yields:
         Whether the others wait; False where the file system has no locks.
@@ -107,8 +103,10 @@ def one_at_a_time(path: Path, *, goes_first: bool = True) -> Generator[bool]:
     with ExitStack() as held:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if not goes_first:
-                _let_another_begin(path, lock)
+            # Another process of the same run has the lock or is done, or has had time to begin.
+            end = time.monotonic() + _SECONDS_AHEAD
+            while not goes_first and time.monotonic() < end and not path.exists() and _is_free(lock):
+                time.sleep(0.1)
             is_locked = _acquire(lock)
             held.callback(lock.release)
         except OSError as error:
@@ -126,16 +124,12 @@ def one_at_a_time(path: Path, *, goes_first: bool = True) -> Generator[bool]:
             raise
 
 
-def _let_another_begin(path: Path, lock: FileLock) -> None:
-    """Wait until another process has the lock or is done, or for a while."""
-    end = time.monotonic() + _SECONDS_AHEAD
-    while time.monotonic() < end and not path.exists():
-        try:
-            with lock.acquire(blocking=False):
-                pass
-        except (Timeout, OSError):  # somebody has it, or there are no locks
-            return
-        time.sleep(0.1)
+def _is_free(lock: FileLock) -> bool:
+    try:
+        with lock.acquire(blocking=False):
+            return True
+    except (Timeout, OSError):  # somebody has it, or there are no locks
+        return False
 
 
 def _acquire(lock: FileLock) -> bool:

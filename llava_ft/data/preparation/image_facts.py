@@ -82,10 +82,7 @@ class ImageChecks:
 
 
 def look_at_image(image: str, place: ImagePlace, checks: ImageChecks) -> SizeWH | None:
-    """Find out what has to be known about one image.
-
-    Returns:
-        Width and height in pixels; None if the file is not opened.
+    """Find out what has to be known about one image: width and height in pixels, None if the file is not opened.
 
     Raises:
         ImageError: The image cannot be used.

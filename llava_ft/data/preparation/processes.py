@@ -152,16 +152,11 @@ def _do(task: Any) -> Any:
 class Progress:
     """How far long work is: a bar on a terminal, a line every few seconds in a log; use it as a context.
 
-    Args:
-        what: What is done with what, such as "Tokenising data.json".
-        total: How many there are.
-        unit: What they are, in the plural.
+    `what` says what is done, such as "Tokenising data.json", to `total` things, whose `unit` is a plural.
     """
 
     def __init__(self, what: str, total: int, unit: str):
-        self._what = what
-        self._total = total
-        self._unit = unit
+        self._what, self._total, self._unit = what, total, unit
         self._done = 0
         self._start = self._last_line = time.monotonic()
         self._bar: Any = None
