@@ -50,42 +50,25 @@ class TurnsError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A piece of the prompt.
+    """A piece of the prompt."""
 
-    Attributes:
-        text: Its text.
-        is_target: Whether the model is trained to produce it.
-        turn: Position of the turn it is written for; None where it belongs to no turn, or to several.
-    """
-
-    text: str
-    is_target: bool
-    turn: int | None = None
+    text: str  # its text
+    is_target: bool  # whether the model is trained to produce it
+    turn: int | None = None  # position of the turn it is written for; None where it belongs to no turn, or to several
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """One conversation format.
+    """One conversation format."""
 
-    Attributes:
-        name: The name it is asked for by.
-        style: How turns are joined.
-        system: Text before the first turn, without markup; "" for none.
-        human: The name (or markup) of the human role.
-        assistant: The name (or markup) of the assistant role.
-        stop: What ends an answer.
-        turn_start: INST only: what precedes each `[INST]` after the first.
-        wraps_images: Whether each image placeholder is written `<Image><image></Image>`.
-    """
-
-    name: str
-    style: TemplateStyle
-    system: str
-    human: str
-    assistant: str
-    stop: str
-    turn_start: str = ""
-    wraps_images: bool = False
+    name: str  # the name it is asked for by
+    style: TemplateStyle  # how turns are joined
+    system: str  # text before the first turn, without markup; "" for none
+    human: str  # the name (or markup) of the human role
+    assistant: str  # the name (or markup) of the assistant role
+    stop: str  # what ends an answer
+    turn_start: str = ""  # INST only: what precedes each `[INST]` after the first
+    wraps_images: bool = False  # whether each image placeholder is written `<Image><image></Image>`
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -42,27 +42,18 @@ _GRID: Final = re.compile(r"\((\d+)x(\d+)\)")
 
 @dataclass(frozen=True, slots=True)
 class ImageGeometry:
-    """How the images of a model become tiles and tokens.
+    """How the images of a model become tiles and tokens."""
 
-    Attributes:
-        image_size: Side of the square that the vision tower takes, in pixels.
-        tokens_per_side: Side of the square that the tokens of a tile form, in reading order; None if they form none.
-        tokens_per_tile: Positions of the language model that a tile takes: what the projector makes of its features.
-        features_per_tile: Features that the tower gives for a tile.
-        aspect_ratio: "square", "pad", "anyres" or "anyres_max_N".
-        merge_type: How the features of a grid of tiles are laid out; of no effect without anyres.
-        grid_pinpoints: With anyres: the sizes that a tiled picture may take, in pixels.
-        s2_scales: Sides at which the tower sees each picture (S2), ascending, the tower's own first; empty without S2.
-    """
-
-    image_size: int
+    image_size: int  # side of the square that the vision tower takes, in pixels
     tokens_per_side: int | None
-    tokens_per_tile: int
-    features_per_tile: int
-    aspect_ratio: str = "square"
-    merge_type: str = "flat"
-    grid_pinpoints: tuple[SizeWH, ...] = ()
+    """Side of the square that the tokens of a tile form, in reading order; None if they form none."""
+    tokens_per_tile: int  # positions of the language model that a tile takes: what the projector makes of its features
+    features_per_tile: int  # features that the tower gives for a tile
+    aspect_ratio: str = "square"  # "square", "pad", "anyres" or "anyres_max_N"
+    merge_type: str = "flat"  # how the features of a grid of tiles are laid out; of no effect without anyres
+    grid_pinpoints: tuple[SizeWH, ...] = ()  # with anyres: the sizes that a tiled picture may take, in pixels
     s2_scales: tuple[int, ...] = ()
+    """Sides at which the tower sees each picture (S2), ascending, the tower's own first; empty without S2."""
 
     def __post_init__(self) -> None:
         if not ASPECT_RATIO_PATTERN.fullmatch(self.aspect_ratio):

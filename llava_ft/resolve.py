@@ -38,17 +38,12 @@ _TOKENS_OF_FLAGS = {"mm_use_im_start_end": 2, "mm_use_im_patch_token": 1}
 
 @dataclass(frozen=True)
 class RunModel:
-    """The model of a run, before any weight is read.
+    """The model of a run, before any weight is read."""
 
-    Attributes:
-        args: The request, its base named.
-        start: What the run starts from; None for the base alone.
-        spec: The base with its vision tower and projector, and with what was trained beside the start's adapter.
-    """
-
-    args: ParsedArgs
-    start: "Start | None"
+    args: ParsedArgs  # the request, its base named
+    start: "Start | None"  # what the run starts from; None for the base alone
     spec: ModelSpec
+    """The base with its vision tower and projector, and with what was trained beside the start's adapter."""
 
     @property
     def config(self) -> LlavaModelConfig:

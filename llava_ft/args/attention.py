@@ -39,21 +39,13 @@ _PACKAGE: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class AttentionMachine:
-    """What decides whether a kernel runs.
+    """What decides whether a kernel runs."""
 
-    Attributes:
-        has_gpu: Whether the model is on a GPU.
-        is_half: Whether products are computed in bf16 or fp16.
-        installed: Kernels whose packages are there.
-        capability: Compute capability of the GPU; None if that is not known.
-        is_rocm: Whether torch is built for AMD's GPUs.
-    """
-
-    has_gpu: bool
-    is_half: bool
-    installed: frozenset[str]
-    capability: tuple[int, int] | None = None
-    is_rocm: bool = False
+    has_gpu: bool  # whether the model is on a GPU
+    is_half: bool  # whether products are computed in bf16 or fp16
+    installed: frozenset[str]  # kernels whose packages are there
+    capability: tuple[int, int] | None = None  # compute capability of the GPU; None if that is not known
+    is_rocm: bool = False  # whether torch is built for AMD's GPUs
 
 
 def this_machine(*, has_gpu: bool, is_half: bool) -> AttentionMachine:

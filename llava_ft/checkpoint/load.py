@@ -31,19 +31,13 @@ Plan = dict[str, tuple[int, str]]
 
 @dataclass(frozen=True, slots=True)
 class WeightSource:
-    """Weights for some parameters of a model.
+    """Weights for some parameters of a model."""
 
-    Attributes:
-        label: What the source is, for the ledger and for messages, such as "vision tower".
-        files: The tensors.
-        names: Parameter name in the model, for each tensor name on disk. A tensor that is not listed is not used.
-        must_fit: Whether a tensor that the model has no place for is an error and not only noted.
-    """
-
-    label: str
-    files: WeightFiles
+    label: str  # what the source is, for the ledger and for messages, such as "vision tower"
+    files: WeightFiles  # the tensors
     names: Mapping[str, str]
-    must_fit: bool = False
+    """Parameter name in the model, for each tensor name on disk. A tensor that is not listed is not used."""
+    must_fit: bool = False  # whether a tensor that the model has no place for is an error and not only noted
 
     @classmethod
     def of(

@@ -57,33 +57,24 @@ _NO_BASES = {
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a model is made of, known before any weight is read.
+    """What a model is made of, known before any weight is read."""
 
-    Attributes:
-        directory: A language model or a LLaVA checkpoint.
-        config: The settled configuration.
-        sources: Where the weights lie, later ones winning, the base's own files first; empty where they are not needed.
-        projector_is_new: Whether no file holds the projector, so that it starts from random weights.
-        newline_is_new: Whether the model has an `image_newline` that its base was not trained with and no file holds.
-        vision_directory: Where it is said how images are prepared; None for a text-only model.
-        token_rows: File with embedding rows that projector pretraining trained for added tokens, if any.
-        notes: What the user should know about where the architecture is from, or what was put together.
-        given: What the user named: the base itself, or what was trained on it.
-        adapters: LoRA adapters on the base, and the weight of each.
-        rows: Trained rows of added tokens, by the native name of the matrix whose last rows they are.
-    """
-
-    directory: ModelDirectory
-    config: LlavaModelConfig
+    directory: ModelDirectory  # a language model or a LLaVA checkpoint
+    config: LlavaModelConfig  # the settled configuration
     sources: tuple[WeightSource, ...]
-    projector_is_new: bool
+    """Where the weights lie, later ones winning, the base's own files first; empty where they are not needed."""
+    projector_is_new: bool  # whether no file holds the projector, so that it starts from random weights
     newline_is_new: bool
-    vision_directory: Path | None
+    """Whether the model has an `image_newline` that its base was not trained with and no file holds."""
+    vision_directory: Path | None  # where it is said how images are prepared; None for a text-only model
     token_rows: WeightFiles | None = None
+    """File with embedding rows that projector pretraining trained for added tokens, if any."""
     notes: tuple[str, ...] = ()
-    given: tuple[ModelDirectory, ...] = ()
-    adapters: tuple[tuple[float, "LoraAdapter"], ...] = ()
+    """What the user should know about where the architecture is from, or what was put together."""
+    given: tuple[ModelDirectory, ...] = ()  # what the user named: the base itself, or what was trained on it
+    adapters: tuple[tuple[float, "LoraAdapter"], ...] = ()  # LoRA adapters on the base, and the weight of each
     rows: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    """Trained rows of added tokens, by the native name of the matrix whose last rows they are."""
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:

@@ -26,15 +26,10 @@ Place = tuple[str, int, int, int]
 
 
 class SavedOptimizer(ABC):
-    """The state of an optimizer, by plain name of parameter.
+    """The state of an optimizer, by plain name of parameter."""
 
-    Attributes:
-        path: File or directory, for messages.
-        sizes: Number of elements of each parameter that state is held of.
-    """
-
-    path: Path
-    sizes: Mapping[str, int]
+    path: Path  # file or directory, for messages
+    sizes: Mapping[str, int]  # number of elements of each parameter that state is held of
 
     @abstractmethod
     def state(self, name: str) -> State:

@@ -45,19 +45,13 @@ Table = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class RunDescription:
-    """What is attached to a run wherever it is reported.
+    """What is attached to a run wherever it is reported."""
 
-    Attributes:
-        config: The resolved configuration, flat.
-        config_yaml: The same as a file for `--config`.
-        code: Version of this program, and state of the repository around the working directory if there is one.
-        table: Rows of the table of what is trained.
-    """
-
-    config: dict[str, Any]
-    config_yaml: str
+    config: dict[str, Any]  # the resolved configuration, flat
+    config_yaml: str  # the same as a file for `--config`
     code: dict[str, Any]
-    table: Table
+    """Version of this program, and state of the repository around the working directory if there is one."""
+    table: Table  # rows of the table of what is trained
 
 
 def attach_reporters(trainer: Trainer, args: ParsedArgs, table: Callable[[], Table]) -> None:

@@ -23,21 +23,13 @@ SELECT_FEATURES: Final = ("patch", "cls_patch")
 
 @dataclass(frozen=True)
 class TowerFacts:
-    """Sizes of one tower.
+    """Sizes of one tower."""
 
-    Attributes:
-        image_size: Side of the square pictures that it takes, in pixels.
-        patch_size: Side in pixels of the square that one feature stands for.
-        width: Width of its features.
-        depth: Number of its layers; hidden state 0 is what goes into the first one.
-        num_prefix_tokens: Features before those of the patches: 1 for a class token.
-    """
-
-    image_size: int
-    patch_size: int
-    width: int
-    depth: int
-    num_prefix_tokens: int = 0
+    image_size: int  # side of the square pictures that it takes, in pixels
+    patch_size: int  # side in pixels of the square that one feature stands for
+    width: int  # width of its features
+    depth: int  # number of its layers; hidden state 0 is what goes into the first one
+    num_prefix_tokens: int = 0  # features before those of the patches: 1 for a class token
 
     def __post_init__(self) -> None:
         if self.patch_size < 1 or self.image_size < self.patch_size:
