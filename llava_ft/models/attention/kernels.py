@@ -170,9 +170,10 @@ _WIDEST: Final[Mapping[str, int]] = {"flash_attention_3": 256, "flash_attention_
 
 _WITHOUT_DROPOUT: Final = ("flash_attention_3", "varlen", "flex_attention")
 
-_NOT_DONE: Final = ("softcap", "s_aux", "position_bias", "alibi")
-"""What layers of some models hand to their kernel, and none here computes."""
 _LEAST_FLEX_WIDTH: Final = 16
+
+_NOT_DONE: Final = ("softcap", "s_aux", "sinks", "position_bias", "alibi", "indices", "block_indices")
+"""What layers of some models hand to their kernel, and none here computes."""
 
 
 def register(name: str) -> str:
@@ -252,7 +253,7 @@ def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | int | None,
     *,
     boundaries: SampleBoundaries | None = None,
     position_ids: torch.Tensor | None = None,
@@ -270,14 +271,14 @@ def _attend(
         query: `(B, H, T, W)`; `(1, H, S, W)` with `query_positions`.
         key: `(B, G, T, W)`.
         value: `(B, G, T, W)`.
-        attention_mask: A mask where there is padding on the left or a cache, else None.
+        attention_mask: As `_mask` made it for this layer: a mask, the number of positions of a sliding window, or None.
         boundaries: The samples. Without them, which means that the decoder runs without the model around it, they are
             found in `position_ids`.
         position_ids: `(B, T)` int64.
         query_positions: `(S,)` int64 ascending positions of the flattened batch; None is all.
         dropout: Probability with which a weight is dropped.
         scaling: Factor of the scores.
-        sliding_window: How many positions each sees, itself the last; None is all before it. A mask has it already.
+        sliding_window: How many positions each sees, itself the last; None is all before it, or as the mask says.
         **kwargs: For transformers' `sdpa`.
 
     Returns:
@@ -287,16 +288,18 @@ def _attend(
         ValueError: The layer asks for something that the kernel would leave out.
     """
     left_out = next((key for key in _NOT_DONE if kwargs.get(key) is not None), None)
-    if left_out is not None or not getattr(module, "is_causal", True):
+    if left_out is not None or False in (kwargs.get("is_causal"), getattr(module, "is_causal", True)):
         raise ValueError(
             f"This model's attention {f'has {left_out}' if left_out else 'looks ahead'}, which the kernel {name} does "
             "not compute. Use --attn_implementation eager."
         )
+    if isinstance(attention_mask, int):
+        attention_mask, sliding_window = None, attention_mask
     is_masked = attention_mask is not None or (query_positions is None and query.shape[2] != key.shape[2])
     if not is_masked and boundaries is None:
         boundaries = find_boundaries(key.shape[0], key.shape[2], key.device, position_ids=position_ids)
     is_unbroken = query_positions is None and boundaries is not None and boundaries.are_rows
-    is_plain = name == "sdpa" and is_unbroken and sliding_window is None
+    is_plain = name == "sdpa" and is_unbroken and (sliding_window is None or sliding_window >= key.shape[2])
     if is_masked or is_plain or boundaries is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     kernel, tensors = _KERNELS[name], (query, key, value)
@@ -314,7 +317,7 @@ def _run(
     window: int | None,
 ) -> torch.Tensor:
     """Run a kernel on the flattened batch; torch.compile leaves it out, since lengths differ from batch to batch."""
-    if window is not None and window >= boundaries.max_length:  # asked here: a graph would depend on the length
+    if window is not None and window >= boundaries.max_length:  # asked here: a graph would depend on the samples
         window = None
     dtype = compute_dtype(tensors[2])
     query, key, value = (tensor.transpose(1, 2).flatten(0, 1).to(dtype) for tensor in tensors)
@@ -322,12 +325,37 @@ def _run(
     return attended.unflatten(0, (len(tensors[0]), -1))
 
 
-def _mask(*, batch_size: int, q_length: int, kv_length: int, attention_mask: torch.Tensor | None = None, **kwargs: Any):
-    """Make transformers' mask where there is padding or a cache; elsewhere boundaries take its place."""
-    if attention_mask is None and q_length == kv_length:
-        return None
+def _mask(
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    config: Any = None,
+    **kwargs: Any,
+) -> torch.Tensor | int | None:
+    """Say what the positions see of their samples, as transformers asks for a mask.
+
+    Returns:
+        None where they see all before them, and a sliding window as its number of positions: `_attend` needs no more
+        beside the boundaries. Not every layer hands its window to the kernel (those of Qwen2-MoE and Phi-MoE leave it
+        to the mask), so it is told here. transformers' mask where there is padding or a cache, or a pattern of another
+        kind, such as Llama 4's chunks.
+    """
+    is_known = not use_vmap and local_size in (None, getattr(config, "sliding_window", None))
+    if attention_mask is None and q_length == kv_length and is_known:
+        return None if local_size is None or local_size >= kv_length else local_size
     return sdpa_mask(
-        batch_size=batch_size, q_length=q_length, kv_length=kv_length, attention_mask=attention_mask, **kwargs
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        use_vmap=use_vmap,
+        config=config,
+        **kwargs,
     )
 
 

@@ -69,11 +69,28 @@ def test_a_sliding_window(kernel, window):
     torch.testing.assert_close(attended.double(), expected(*tensors, LENGTHS, window=window), atol=2e-6, rtol=0)
 
 
+def test_a_window_as_wide_as_the_rows_changes_no_bit():
+    """Rows that fit are computed together, as without a window."""
+    tensors = make(rows=3, length=9)
+    for options in ({"sliding_window": 9}, {"boundaries": find_boundaries(3, 9, "cpu"), "sliding_window": 4096}):
+        assert torch.equal(run("sdpa", *tensors, **options), run("sdpa", *tensors))
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("given", [{"softcap": 50.0}, {"s_aux": torch.zeros(4)}, {"position_bias": torch.zeros(1)}])
+@pytest.mark.parametrize("given", [{"softcap": 50.0}, {"s_aux": torch.zeros(4)}, {"indices": torch.zeros(1)}])
 def test_what_a_kernel_would_leave_out_is_refused(kernel, given):
     with pytest.raises(ValueError, match=rf"has {next(iter(given))}, which the kernel {kernel} does not compute"):
         run(kernel, *make(), boundaries=SampleBoundaries(LENGTHS, 1, "cpu"), **given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_attention_that_looks_ahead_is_refused(kernel, monkeypatch):
+    message = f"attention looks ahead, which the kernel {kernel} does not compute"
+    with pytest.raises(ValueError, match=message):
+        run(kernel, *make(), is_causal=False)
+    monkeypatch.setattr(Layer, "is_causal", False)
+    with pytest.raises(ValueError, match=message):
+        run(kernel, *make())
 
 
 def test_a_model_with_a_soft_cap_takes_eager():

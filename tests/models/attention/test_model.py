@@ -5,7 +5,20 @@ import json
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from llava_ft.models.attention.kernels import register
 from llava_ft.models.llava import LlavaForCausalLM
@@ -171,6 +184,31 @@ WINDOWED = {
     "mistral": lambda: MistralForCausalLM(MistralConfig(sliding_window=5, **TINY)),
     "qwen2": lambda: Qwen2ForCausalLM(
         Qwen2Config(use_sliding_window=True, sliding_window=5, max_window_layers=1, **TINY)
+    ),
+    "gemma2, without its soft cap": lambda: Gemma2ForCausalLM(
+        Gemma2Config(
+            sliding_window=5, attn_logit_softcapping=None, query_pre_attn_scalar=3, head_dim=8, pad_token_id=0, **TINY
+        )
+    ),
+    "qwen2_moe, which leaves its window to the mask": lambda: Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            use_sliding_window=True,
+            sliding_window=5,
+            max_window_layers=1,
+            num_experts=2,
+            num_experts_per_tok=1,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
+            **TINY,
+        )
+    ),
+    "phimoe, which leaves its window to the mask": lambda: PhimoeForCausalLM(
+        PhimoeConfig(sliding_window=5, num_local_experts=2, **TINY)
+    ),
+    "llama4, with chunks": lambda: Llama4ForCausalLM(
+        Llama4TextConfig(
+            attention_chunk_size=5, head_dim=8, num_local_experts=2, intermediate_size_mlp=48, pad_token_id=0, **TINY
+        )
     ),
 }
 
