@@ -22,25 +22,22 @@ from llava_ft.checkpoint.manifest import sync_file
 from llava_ft.checkpoint.names import (
     ADAPTER_BIN,
     ADAPTER_CONFIG,
-    ADAPTER_SAFETENSORS,
     EMBEDDINGS,
     NEW_ROWS_SUFFIX,
     NON_LORA_BIN,
-    NON_LORA_SAFETENSORS,
     PROJECTOR_BIN,
-    PROJECTOR_SAFETENSORS,
     adapter_name,
-)
+)  # fmt: skip
 from llava_ft.checkpoint.weights import SAFETENSORS_DTYPES
 from llava_ft.errors import UserError
 from llava_ft.models.config import LlavaModelConfig
-from llava_ft.models.parts import LANGUAGE_MODEL, PARTS, PROJECTOR, module_part, part_of
+from llava_ft.models.parts import LANGUAGE_MODEL, module_part, part_of
 from llava_ft.tuning.plan import TuningPlan
 
 ResultKind = Literal["lora", "projector", "full"]
 """What a run's directory holds: an adapter with what was trained beside it, a projector, or a whole model."""
-WeightsFormat = Literal["bin", "safetensors", "both"]
-"""Kind of the files: pickles of tensors, safetensors files, or each."""
+WeightsFormat = Literal["auto", "bin", "safetensors", "both"]
+"""Kind of the files: pickles, safetensors, or each. `auto` is .bin, as in the original, but for whole models."""
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and type of each tensor of a model."""
 
@@ -59,23 +56,60 @@ def result_kind(plan: TuningPlan) -> ResultKind:
     A projector's file has room for token rows beside it. So where neither the language model nor token rows are
     trained (`freeze_backbone`), the whole model is written: the rows of added tokens are in its matrices alone.
     """
-    if plan.has_lora:
-        return "lora"
-    return "projector" if plan.new_rows and not plan.trains_any(set(PARTS) - PROJECTOR) else "full"
+    return "lora" if plan.has_lora else "projector" if plan.new_rows else "full"
 
 
-def write_lora(
-    directory: Path, tensors: Mapping[str, torch.Tensor], adapter_config: Mapping[str, Any], kind: WeightsFormat
+def write_result(
+    directory: Path | None,
+    kind: ResultKind,
+    layout: Layout,
+    values: Iterable[tuple[str, torch.Tensor]],
+    *,
+    weights_format: WeightsFormat = "auto",
+    adapter_config: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write an adapter and everything that was trained beside it.
+    """Write the weights of a run.
 
     Args:
-        directory: Where to.
-        tensors: What was trained, by name in the PEFT model. A frozen matrix whose rows of added tokens were trained
-            comes with them: original LLaVA needs it whole, with these rows in it; this program reads the rows.
+        directory: Where to; None on a rank that takes part in putting values together and does not write.
+        kind: What the directory is to hold.
+        layout: Shapes and types that a whole model is written with.
+        values: Names in the model, the PEFT model for LoRA, and whole values. For LoRA a frozen matrix whose rows of
+            added tokens were trained is among them: original LLaVA needs it whole, with these rows in it.
+        weights_format: Kind of files.
         adapter_config: Content of `adapter_config.json`.
-        kind: Kind of files.
+        max_shard_bytes: Size of a whole model's shards.
     """
+    formats: Mapping[WeightsFormat, tuple[Literal["bin", "safetensors"], ...]] = {
+        "auto": ("safetensors",) if kind == "full" else ("bin",),
+        "bin": ("bin",),
+        "safetensors": ("safetensors",),
+        "both": ("safetensors", "bin"),
+    }
+    if kind == "full":
+        writers = [
+            ShardWriter(directory, layout, max_shard_bytes=max_shard_bytes, weights_format=file_format)
+            for file_format in formats[weights_format]
+            if directory is not None
+        ]
+        for name, value in values:
+            for writer in writers:
+                writer.add(name, value.cpu().to(layout[name][1]))
+        for writer in writers:
+            writer.finish()
+        return
+    tensors = {name: value.cpu() for name, value in values if directory is not None}
+    if directory is None:
+        return
+    for file, content in (_adapter_files(tensors) if kind == "lora" else _projector_file(tensors)).items():
+        for file_format in formats[weights_format]:
+            save_tensors(content, (directory / file).with_suffix(f".{file_format}"))
+    if kind == "lora":
+        write_json(directory / ADAPTER_CONFIG, adapter_config)
+
+
+def _adapter_files(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     adapter: dict[str, torch.Tensor] = {}
     beside: dict[str, torch.Tensor] = {}
     matrices: dict[str, torch.Tensor] = {}
@@ -85,9 +119,7 @@ def write_lora(
             matrices[name] = torch.cat([tensor[: -rows.shape[0]], rows.to(tensor.dtype)])
         else:
             (adapter if is_in_adapter(name) else beside)[adapter_name(name)] = tensor
-    write_tensors(directory, adapter, kind, ADAPTER_BIN, ADAPTER_SAFETENSORS)
-    write_tensors(directory, beside | matrices, kind, NON_LORA_BIN, NON_LORA_SAFETENSORS)
-    write_json(directory / ADAPTER_CONFIG, adapter_config)
+    return {ADAPTER_BIN: adapter, NON_LORA_BIN: beside | matrices}
 
 
 def is_in_adapter(name: str) -> bool:
@@ -95,13 +127,10 @@ def is_in_adapter(name: str) -> bool:
     return part_of(name) == "LoRA" or (name.endswith("bias") and module_part(name) in LANGUAGE_MODEL)
 
 
-def write_projector(directory: Path, trained: Mapping[str, torch.Tensor], kind: WeightsFormat) -> None:
-    """Write a pretrained projector, and the embedding rows of added tokens under the name the original looks for."""
-    renamed = {
-        EMBEDDINGS if name == EMBEDDINGS.removesuffix(".weight") + NEW_ROWS_SUFFIX else name: tensor
-        for name, tensor in trained.items()
-    }
-    write_tensors(directory, renamed, kind, PROJECTOR_BIN, PROJECTOR_SAFETENSORS)
+def _projector_file(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Put the embedding rows of added tokens beside the projector under the name the original looks for."""
+    rows = EMBEDDINGS.removesuffix(".weight") + NEW_ROWS_SUFFIX
+    return {PROJECTOR_BIN: {EMBEDDINGS if name == rows else name: tensor for name, tensor in tensors.items()}}
 
 
 def adapter_config_fields(lora_config: LoraConfig) -> dict[str, Any]:
@@ -115,16 +144,6 @@ def adapter_config_fields(lora_config: LoraConfig) -> dict[str, Any]:
     kept = {key: value for key, value in fields.items() if key in _PEFT_0_10_KEYS or value != defaults.get(key)}
     kept["inference_mode"] = True
     return {k: sorted(cast("set[str]", v)) if isinstance(v, set) else v for k, v in sorted(kept.items())}
-
-
-def write_tensors(
-    directory: Path, tensors: Mapping[str, torch.Tensor], kind: WeightsFormat, bin_name: str, safetensors_name: str
-) -> None:
-    """Write tensors into one file of each kind asked for."""
-    if kind in ("bin", "both"):
-        save_tensors(tensors, directory / bin_name)
-    if kind in ("safetensors", "both"):
-        save_tensors(tensors, directory / safetensors_name)
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -16,7 +16,7 @@ from llava_ft.checkpoint.names import (
     PROJECTOR_BIN,
     native_name,
 )  # fmt: skip
-from llava_ft.checkpoint.save import is_in_adapter, result_kind
+from llava_ft.checkpoint.save import WeightsFormat, is_in_adapter, result_kind
 from llava_ft.checkpoint.weights import WeightFiles, has_model_weights
 from llava_ft.data.features.store import FeatureFormat
 from llava_ft.models.parts import module_part, part_of
@@ -26,7 +26,6 @@ from llava_ft.planning.request import PlanRequest
 from llava_ft.resolve import RunModel
 
 KeptAs = Literal["compute", "int8"]
-WeightsFormat = Literal["auto", "bin", "safetensors", "both"]
 
 WHOLE_MODEL = "model weights"
 OPTIMIZER_SHARDS = "global_stepN/*_optim_states.pt"

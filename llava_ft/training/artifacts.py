@@ -14,10 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
@@ -28,14 +27,12 @@ from llava_ft.checkpoint.manifest import Manifest
 from llava_ft.checkpoint.names import CONFIG, NEW_ROWS_SUFFIX, RUN_CONFIG, TRAINABLE_TABLE
 from llava_ft.checkpoint.restore import whole_shape
 from llava_ft.checkpoint.save import (
-    ShardWriter,
     WeightsFormat,
     adapter_config_fields,
     config_fields,
     result_kind,
     write_json,
-    write_lora,
-    write_projector,
+    write_result,
 )
 from llava_ft.data.build import BuiltDatasets
 from llava_ft.data.image_processor import copy_image_settings
@@ -51,8 +48,6 @@ from llava_ft.tuning.plan import TuningPlan
 if TYPE_CHECKING:
     from llava_ft.checkpoint.start import Start
 
-_MAX_SHARD_BYTES = 5 * 10**9
-
 
 @dataclass
 class RunArtifacts:
@@ -66,7 +61,7 @@ class RunArtifacts:
     base: str  # path of the base model
     base_fingerprint: str  # see `language_model_fingerprint`
     template: str  # name of the conversation template
-    weights_format: Literal["auto", "bin", "safetensors", "both"]  # `auto`: .bin, .safetensors for a whole model
+    weights_format: WeightsFormat
     compute_dtype: torch.dtype  # of the weights of a finished full run; its checkpoints keep the master weights
     lineage: Mapping[str, Any]  # parents, data and details, as `record_lineage` takes them
     save_vision_tower: bool = False  # whether a whole model has its vision tower although that was not trained
@@ -83,16 +78,20 @@ class RunArtifacts:
             model: The run's model; the PEFT model for LoRA.
             is_final: Whether this is the result of the run and not a checkpoint to resume from.
         """
-        dtype = self.compute_dtype
-        if result_kind(self.plan) != "full":
-            self._write_trained(directory, model)
-        elif is_final:
-            self._write_whole_model(directory, model, dtype)
-        else:
-            self._write_whole_model(directory, model, None)
-            dtype = torch.float32
+        kind, parameters = result_kind(self.plan), self._written(model)
+        cast_to = self.compute_dtype if kind == "full" and is_final else None
+        lora_config = getattr(model, "peft_config", {}).get("default")
+        write_result(
+            directory,
+            kind,
+            {name: (whole_shape(p), cast_to or whole_dtype(p)) for name, p in parameters.items()},
+            ((name, whole_value(p)) for name, p in parameters.items()),
+            weights_format=self.weights_format,
+            adapter_config=None if lora_config is None else adapter_config_fields(lora_config),
+        )
         if directory is None:
             return
+        dtype = torch.float32 if kind == "full" and not is_final else self.compute_dtype
         write_json(directory / CONFIG, config_fields(self.config, dtype))
         save_tokenizer(self.tokenizer, directory)
         if self.vision_directory is not None:
@@ -108,49 +107,16 @@ class RunArtifacts:
         commit = git_commit(Path.cwd())
         Manifest(result_kind(self.plan), self.base, self.base_fingerprint, step, self.template, commit).write(directory)
 
-    def _write_trained(self, directory: Path | None, model: nn.Module) -> None:
+    def _written(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Choose what is written: what is trained, or the whole model with its tower if that is wanted or trained."""
         parameters = dict(model.named_parameters())
-        # Original LLaVA needs a matrix whole whose rows of added tokens were trained beside an adapter.
-        with_rows = [name for name in parameters if name.endswith(NEW_ROWS_SUFFIX) and self.plan.has_lora]
-        matrices = {name.removesuffix(NEW_ROWS_SUFFIX) + ".weight" for name in with_rows}
-        values: dict[str, torch.Tensor] = {}
-        for name, parameter in parameters.items():
-            if parameter.requires_grad or name in matrices:
-                value = whole_value(parameter)
-                if directory is not None:
-                    values[name] = value.cpu()
-        if directory is None:
-            return
-        kind: WeightsFormat = "bin" if self.weights_format == "auto" else self.weights_format
+        wanted = {name for name, parameter in parameters.items() if parameter.requires_grad}
         if self.plan.has_lora:
-            assert isinstance(model, PeftModel)
-            adapter_config = model.peft_config["default"]
-            assert isinstance(adapter_config, LoraConfig)
-            write_lora(directory, values, adapter_config_fields(adapter_config), kind)
-        else:
-            write_projector(directory, values, kind)
-
-    def _write_whole_model(self, directory: Path | None, model: nn.Module, dtype: torch.dtype | None) -> None:
-        parameters = {
-            name: parameter
-            for name, parameter in model.named_parameters()
-            if self.save_vision_tower or parameter.requires_grad or module_part(name) != "vision tower"
-        }
-        layout = {
-            name: (whole_shape(parameter), dtype or whole_dtype(parameter)) for name, parameter in parameters.items()
-        }
-        kinds = {"auto": ("safetensors",), "both": ("safetensors", "bin")}
-        writers = [
-            ShardWriter(directory, layout, max_shard_bytes=_MAX_SHARD_BYTES, weights_format=kind)
-            for kind in kinds.get(self.weights_format, (self.weights_format,))
-            if directory is not None
-        ]
-        for name, parameter in parameters.items():
-            value = whole_value(parameter)
-            for writer in writers:
-                writer.add(name, value.cpu().to(layout[name][1]))
-        for writer in writers:
-            writer.finish()
+            rows = [name.removesuffix(NEW_ROWS_SUFFIX) for name in wanted if name.endswith(NEW_ROWS_SUFFIX)]
+            wanted |= {f"{matrix}.weight" for matrix in rows}
+        elif result_kind(self.plan) == "full":
+            wanted |= {name for name in parameters if self.save_vision_tower or module_part(name) != "vision tower"}
+        return {name: parameter for name, parameter in parameters.items() if name in wanted}
 
 
 def lineage_of_run(

@@ -21,7 +21,7 @@ from torch import nn
 
 from llava_ft.errors import UserError
 from llava_ft.models.llava import LlavaForCausalLM
-from llava_ft.models.parts import LANGUAGE_MODEL, Part, module_part, part_of
+from llava_ft.models.parts import LANGUAGE_MODEL, PARTS, PROJECTOR, Part, module_part, part_of
 from llava_ft.models.token_rows import EmbeddingWithNewRows, HeadWithNewRows, last_rows
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -59,6 +59,11 @@ class TuningPlan:
         adapted = [part for part, plan in self.parts.items() if plan.how == "lora"]
         if adapted not in ([], ["language model"]):
             raise UserError(f"LoRA is for the language model; {', '.join(adapted)} can be frozen or trained in full.")
+        if self.new_rows and not adapted and self.trains_any(set(PARTS) - PROJECTOR):
+            raise UserError(
+                "Rows of added tokens are trained on their own beside LoRA or with a projector alone: the whole model, "
+                "which has to be written here, has no place for them."
+            )
 
     @classmethod
     def from_flags(

@@ -81,11 +81,12 @@ def test_layers_outside_a_range_stay_fixed():
     assert trained == [name for name in NAMES if ".layers.1." in name]
 
 
-def test_weights_of_the_tower_or_the_language_model_are_not_written_as_a_projector():
-    rows = plan_of("tune_mm_mlp_adapter").new_rows
-    for part in ("vision tower", "embeddings"):
-        plan = TuningPlan({"projector": PartPlan("full"), part: PartPlan("full")}, rows)
-        assert result_kind(plan) == "full"
+@pytest.mark.parametrize("part", ["vision tower", "embeddings"])
+def test_a_whole_model_has_no_place_for_rows_of_their_own(part):
+    parts = {"projector": PartPlan("full"), part: PartPlan("full")}
+    assert result_kind(TuningPlan(parts)) == "full"
+    with pytest.raises(UserError, match="beside LoRA or with a projector alone"):
+        TuningPlan(parts, plan_of("tune_mm_mlp_adapter").new_rows)
 
 
 class TestGroups:

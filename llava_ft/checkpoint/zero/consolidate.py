@@ -28,11 +28,9 @@ from llava_ft.checkpoint.names import (
 from llava_ft.checkpoint.run_settings import find_settings, settle_adapter_config, settle_model_config
 from llava_ft.checkpoint.save import (
     ResultKind,
-    ShardWriter,
     staged_directory,
     write_json,
-    write_lora,
-    write_projector,
+    write_result,
 )
 from llava_ft.checkpoint.weights import read_json
 from llava_ft.checkpoint.zero.files import find_step_directory
@@ -150,33 +148,27 @@ def consolidate(
         "notes": notes,
     }
     with staged_directory(output) as staging:
-        if kind == "full":
-            layout = {
-                native_name(name): (
-                    tensors[name].shape,
-                    dtype if tensors[name].dtype.is_floating_point else tensors[name].dtype,
-                )
-                for name in names
-            }
-            writer = ShardWriter(
-                staging, layout, max_shard_bytes=max_shard_bytes, weights_format=weights_format or "safetensors"
-            )
-            for name, value in shards.stream(names):
-                writer.add(native_name(name), value.to(layout[native_name(name)][1]))
-            writer.finish()
-            if config:
-                config |= dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
-        else:
-            values = {native_name(name): value for name, value in shards.stream(names)}
-            if kind == "projector":
-                write_projector(staging, values, weights_format or "bin")
-            else:
-                rows = [name for name in values if name.endswith(NEW_ROWS_SUFFIX)]
-                with_rows = {name.removesuffix(NEW_ROWS_SUFFIX) + ".weight" for name in rows}
-                frozen = [name for name in shards.others if native_name(name) in with_rows]
-                values |= {native_name(name): value for name, value in shards.stream(frozen)}
-                named = {PEFT_PREFIX + name: value for name, value in values.items()}
-                write_lora(staging, named, adapter, weights_format or "bin")
+        # A whole model's weights are written in the type asked for, others as they are.
+        def written_as(tensor_dtype: torch.dtype) -> torch.dtype:
+            return dtype if kind == "full" and tensor_dtype.is_floating_point else tensor_dtype
+
+        frozen: list[str] = []
+        if kind == "lora":
+            rows = [name for name in shapes if name.endswith(NEW_ROWS_SUFFIX)]
+            matrices = {name.removesuffix(NEW_ROWS_SUFFIX) + ".weight" for name in rows}
+            frozen = [name for name in shards.others if native_name(name) in matrices]
+        prefix = PEFT_PREFIX if kind == "lora" else ""
+        write_result(
+            staging,
+            kind,
+            {native_name(name): (tensors[name].shape, written_as(tensors[name].dtype)) for name in names},
+            ((prefix + native_name(name), value) for name, value in shards.stream([*names, *frozen])),
+            weights_format=weights_format or "auto",
+            adapter_config=adapter,
+            max_shard_bytes=max_shard_bytes,
+        )
+        if kind == "full" and config:
+            config |= dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
         settings.copy_files(staging, tokenizer_from=Path(base) if kind == "full" and base_config else None)
         if config:
             write_json(staging / CONFIG, config)
