@@ -28,7 +28,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from llava_ft.constants import IMAGE_TOKEN_INDEX
 from llava_ft.geometry import ImageGeometry, SizeWH
 from llava_ft.models.anyres import merge_tiles
-from llava_ft.models.attention.boundaries import SampleBoundaries, boundaries_of_batch
+from llava_ft.models.attention.boundaries import SampleBoundaries, find_boundaries
 from llava_ft.models.attention.kernels import takes_boundaries, takes_chosen_queries
 from llava_ft.models.config import LlavaModelConfig
 from llava_ft.models.kernels import ReadsChosenPositions
@@ -261,8 +261,20 @@ class LlavaForCausalLM(_CausalLM):
         has_mask = kwargs["attention_mask"] is not None or kwargs["past_key_values"] is not None
         if sample_lengths is None and not takes_boundaries(self.config._attn_implementation):
             return {}
+        if has_mask and sample_lengths is not None:
+            raise ValueError(
+                "There are sample_lengths and an attention_mask or a cache, which would join the samples. Give the "
+                "lengths alone: they include padding, and right-padded positions need no mask."
+            )
+        num_rows, row_length, _ = embeds_BTD.shape
         position_ids = kwargs["position_ids"]
-        boundaries = boundaries_of_batch(embeds_BTD, sample_lengths, position_ids, has_mask=has_mask)
+        boundaries = find_boundaries(
+            num_rows,
+            row_length,
+            embeds_BTD.device,
+            sample_lengths=sample_lengths,
+            position_ids=None if has_mask else position_ids,  # beside a mask each row is one sample, as in transformers
+        )
         if position_ids is None and sample_lengths is not None:
             position_ids = boundaries.position_ids()
         return {"boundaries": boundaries, "position_ids": position_ids}

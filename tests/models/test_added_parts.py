@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import MptConfig, MptForCausalLM, PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
 
 from llava_ft.cli import main
 from llava_ft.errors import UserError
@@ -122,6 +122,14 @@ def _registered() -> Iterator[None]:
         register_tower(PATCH_NET)
         register_projector(PAIRS)
         yield
+
+
+def test_attention_that_would_not_see_where_samples_begin_is_refused():
+    class LlavaMptForCausalLM(LlavaForCausalLM, MptForCausalLM):
+        config_class = MptConfig
+
+    with pytest.raises(TypeError, match=r"LlavaMptForCausalLM has attention of its own\. Allowed are"):
+        register_family(Family("mpt", LlavaMptForCausalLM, LlavaQwen2Config, ("llava_mpt",)))
 
 
 @pytest.fixture(scope="module")

@@ -86,37 +86,6 @@ class SampleBoundaries:
         return self._block_masks[window]
 
 
-def boundaries_of_batch(
-    embeds_BTD: torch.Tensor,
-    sample_lengths: Sequence[int] | None,
-    position_ids: torch.Tensor | None,
-    *,
-    has_mask: bool,
-) -> SampleBoundaries:
-    """Find the samples of a batch that the model is given; see `find_boundaries`.
-
-    Args:
-        embeds_BTD: `(B, T, D)`, what the model reads.
-        sample_lengths: Positions of each sample, or None.
-        position_ids: `(B, T)` or `(1, T)`, or None.
-        has_mask: Whether there is an attention mask or a cache. As in transformers each row is one sample then,
-            whatever the positions are.
-
-    Raises:
-        ValueError: The lengths are not those of the batch, or there is a mask or a cache beside them.
-    """
-    if has_mask and sample_lengths is not None:
-        raise ValueError(
-            "There are sample_lengths and an attention_mask or a cache, which would join the samples. Give the lengths "
-            "alone: they include padding, and right-padded positions need no mask."
-        )
-    num_rows, row_length, _ = embeds_BTD.shape
-    positions = None if has_mask else position_ids
-    return find_boundaries(
-        num_rows, row_length, embeds_BTD.device, sample_lengths=sample_lengths, position_ids=positions
-    )
-
-
 def find_boundaries(
     num_rows: int,
     row_length: int,

@@ -19,7 +19,7 @@ Shapes: B rows of T positions, P = B T, S positions with a query, H heads, G hea
 head.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, Final, NamedTuple
 
@@ -55,25 +55,25 @@ Kernel = Callable[[Request], torch.Tensor]
 def attend_by_sample(request: Request) -> torch.Tensor:
     """Run torch's kernel on each sample in turn; it also takes queries of chosen positions alone."""
     query, key, value, boundaries, scaling, dropout, positions, window = request
-    lengths, options = boundaries.lengths, {"dropout_p": dropout, "scale": scaling, "enable_gqa": _is_grouped(request)}
-    keys, values = _split(key, lengths), _split(value, lengths)
-    if positions is None:
-        outputs: list[torch.Tensor] = []
-        for q, k, v in zip(_split(query, lengths), keys, values, strict=True):
-            length = k.shape[2]
-            is_short = window is None or length <= window
-            mask = None if is_short else _causal(torch.arange(length, device=key.device), length, window)
-            outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_short, **options))
-    else:
+    lengths, starts, counts = boundaries.lengths, boundaries.starts[:-1], boundaries.lengths
+    chosen: Sequence[torch.Tensor | None] = [None] * len(lengths)
+    if positions is not None:
         counts = boundaries.read_counts or boundaries.count_reads(positions).read_counts
         assert counts is not None
-        wanted = zip(_split(query, counts), positions.split(counts), boundaries.starts[:-1], keys, values, strict=True)
-        outputs = [
-            F.scaled_dot_product_attention(q, k, v, attn_mask=_causal(places - start, k.shape[2], window), **options)
-            if q.shape[2]
-            else q
-            for q, places, start, k, v in wanted
-        ]
+        chosen = positions.split(counts)
+    options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": _is_grouped(request)}
+    outputs: list[torch.Tensor] = []
+    for q, k, v, places, start in zip(
+        _split(query, counts), _split(key, lengths), _split(value, lengths), chosen, starts, strict=True
+    ):
+        length = k.shape[2]
+        if places is None and window is not None and length > window:
+            places = torch.arange(start, start + length, device=key.device)
+        mask = None if places is None else _causal(places - start, length, window)
+        is_empty = q.shape[2] == 0  # no position of this sample is chosen
+        outputs.append(
+            q if is_empty else F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, **options)
+        )
     return torch.cat([output[0].transpose(0, 1) for output in outputs])
 
 
@@ -81,20 +81,11 @@ def attend_varlen(request: Request) -> torch.Tensor:
     """Run torch's attention for samples of different lengths."""
     from torch.nn.attention import varlen
 
-    query, key, value, boundaries, scaling, dropout, positions, window = request
-    assert positions is None
-    _refuse_dropout("varlen", dropout)
-    ends, longest = boundaries.cu_seqlens, boundaries.max_length
+    ends, longest = request.boundaries.cu_seqlens, request.boundaries.max_length
     attended = varlen.varlen_attn(
-        query,
-        key,
-        value,
-        ends,
-        ends,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),
+        *(request.query, request.key, request.value, ends, ends, longest, longest),
+        scale=request.scaling,
+        window_size=(-1 if request.window is None else request.window - 1, 0),
         enable_gqa=_is_grouped(request),
     )
     assert isinstance(attended, torch.Tensor)
@@ -103,12 +94,10 @@ def attend_varlen(request: Request) -> torch.Tensor:
 
 def attend_flex(request: Request) -> torch.Tensor:
     """Run torch's flexible attention, compiled on a GPU."""
-    query, key, value, boundaries, scaling, dropout, positions, window = request
-    assert positions is None
-    _refuse_dropout("flex_attention", dropout)
-    query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+    query, key, value = (tensor.transpose(0, 1)[None] for tensor in (request.query, request.key, request.value))
+    block_mask = request.boundaries.block_mask(request.window)
     attended = _flex_attention(query.is_cuda)(
-        query, key, value, block_mask=boundaries.block_mask(window), scale=scaling, enable_gqa=_is_grouped(request)
+        query, key, value, block_mask=block_mask, scale=request.scaling, enable_gqa=_is_grouped(request)
     )
     return attended[0].transpose(0, 1)
 
@@ -125,20 +114,17 @@ def attend_flash(name: str, request: Request) -> torch.Tensor:
     """
     from transformers.modeling_flash_attention_utils import _flash_attention_forward
 
-    query, key, value, boundaries, scaling, dropout, positions, window = request
-    assert positions is None
-    if name == "flash_attention_3":
-        _refuse_dropout(name, dropout)
+    boundaries = request.boundaries
     attended = _flash_attention_forward(
-        query[None],
-        key[None],
-        value[None],
+        request.query[None],
+        request.key[None],
+        request.value[None],
         None,
-        query_length=len(query),
+        query_length=len(request.query),
         is_causal=True,
-        dropout=dropout,
-        softmax_scale=scaling,
-        sliding_window=window,
+        dropout=request.dropout,
+        softmax_scale=request.scaling,
+        sliding_window=request.window,
         cu_seq_lens_q=boundaries.cu_seqlens,  # pyright: ignore[reportArgumentType] - int32, as the packages want it
         cu_seq_lens_k=boundaries.cu_seqlens,  # pyright: ignore[reportArgumentType]
         max_length_q=boundaries.max_length,
@@ -287,14 +273,17 @@ def _attend(
     Raises:
         ValueError: The layer asks for something that the kernel would leave out.
     """
-    left_out = next((key for key in _NOT_DONE if kwargs.get(key) is not None), None)
-    if left_out is not None or False in (kwargs.get("is_causal"), getattr(module, "is_causal", True)):
+    left_out = [f"has {key}" for key in _NOT_DONE if kwargs.get(key) is not None]
+    left_out += ["has dropout"] * bool(dropout and name in _WITHOUT_DROPOUT)
+    left_out += ["looks ahead"] * (False in (kwargs.get("is_causal"), getattr(module, "is_causal", True)))
+    if left_out:
         raise ValueError(
-            f"This model's attention {f'has {left_out}' if left_out else 'looks ahead'}, which the kernel {name} does "
-            "not compute. Use --attn_implementation eager."
+            f"This model's attention {left_out[0]}, which the kernel {name} does not compute. Use "
+            f"--attn_implementation {'sdpa' if left_out == ['has dropout'] else 'eager'}."
         )
     if isinstance(attention_mask, int):
         attention_mask, sliding_window = None, attention_mask
+    assert query_positions is None or name == "sdpa"
     is_masked = attention_mask is not None or (query_positions is None and query.shape[2] != key.shape[2])
     if not is_masked and boundaries is None:
         boundaries = find_boundaries(key.shape[0], key.shape[2], key.device, position_ids=position_ids)
@@ -379,11 +368,3 @@ def _causal(positions_S: torch.Tensor, num_keys: int, window: int | None) -> tor
 
 def _is_grouped(request: Request) -> bool:
     return request.query.shape[1] != request.key.shape[1]
-
-
-def _refuse_dropout(name: str, dropout: float) -> None:
-    if dropout:
-        raise ValueError(
-            f"attention_dropout is {dropout}, but the attention kernel {name} has none. Allowed with dropout: "
-            "flash_attention_2, sdpa and eager. Use --attn_implementation sdpa."
-        )

@@ -11,7 +11,17 @@ _FAMILIES: dict[str, Family] = {}
 
 
 def register_family(family: Family) -> None:
-    """Make a family known, under its own `model_type` and that of LLaVA models on it."""
+    """Make a family known, under its own `model_type` and that of LLaVA models on it.
+
+    Raises:
+        TypeError: Its attention does not go through transformers' attention interface, and would take no notice of
+            where samples begin.
+    """
+    if not family.model_class._supports_attention_backend:
+        raise TypeError(
+            f"{family.model_class.__name__} has attention of its own. Allowed are models whose attention goes through "
+            "transformers' attention interface (_supports_attention_backend). Derive it from one of those."
+        )
     _FAMILIES.update(dict.fromkeys((family.model_type, *family.llava_types), family))
 
 
