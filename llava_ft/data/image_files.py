@@ -19,8 +19,7 @@ from llava_ft.data.sources.base import RecordSource
 from llava_ft.errors import ImageError, UserError
 from llava_ft.geometry import SizeWH
 
-EMBEDDED_NAME: Final = "embedded in the data"
-"""What an image without a file is called in messages, if nothing better is known."""
+EMBEDDED_NAME: Final = "embedded in the data"  # what an image without a file is called, if nothing better is known
 
 ImageSource = str | os.PathLike[str] | bytes  # an image file by its path, or its content
 MAX_SIDE: Final = 65_535
@@ -118,11 +117,7 @@ def is_relative(image: str) -> bool:
 
 
 def check_image_file(path: str | os.PathLike[str]) -> os.stat_result:
-    """Check that `path` is a regular file with something in it, without opening it; give what the system says of it.
-
-    Raises:
-        ImageError: It is not.
-    """
+    """Check that `path` is a regular file with something in it, without opening it; give what the system says of it."""
     try:
         status = os.stat(path)
     except FileNotFoundError:

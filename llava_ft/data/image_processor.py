@@ -215,9 +215,6 @@ def copy_image_settings(source: Path, target: Path) -> None:
     """Write preprocessor_config.json for a model whose images are prepared as those of another directory.
 
     A file that describes the tower's own processor is copied as it is.
-
-    Raises:
-        UserError: The settings are missing or not usable.
     """
     settings = ImageProcessorSettings.from_pretrained(source)
     file = _find_preprocessor_config(source)

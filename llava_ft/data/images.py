@@ -17,8 +17,7 @@ from llava_ft.data.image_processor import ImageProcessorSettings, PixelNormalize
 from llava_ft.errors import ImageError, UserError
 from llava_ft.geometry import ImageGeometry, SizeWH, fitted_size
 
-ASPECT_RATIOS: Final = ("square", "pad")
-"""Values of `image_aspect_ratio` that need no geometry."""
+ASPECT_RATIOS: Final = ("square", "pad")  # values of `image_aspect_ratio` that need no geometry
 
 MAX_CANVAS_PIXELS: Final = 2**26
 """Largest picture made between two steps (256 MiB in Pillow). Above it the result is computed in parts."""
@@ -81,26 +80,16 @@ class ImageTransform:
 
     @classmethod
     def from_pretrained(
-        cls,
-        path: str | os.PathLike[str],
-        aspect_ratio: str | None = None,
-        *,
-        geometry: ImageGeometry | None = None,
+        cls, path: str | os.PathLike[str], aspect_ratio: str | None = None, *, geometry: ImageGeometry | None = None
     ) -> "ImageTransform":
-        """Read the settings beside a vision tower or model: a directory, a file, or a name on the hub.
-
-        Raises:
-            UserError: There are no usable settings, or see `ImageTransform`.
-        """
+        """Read the settings beside a vision tower or model: a directory, a file, or a name on the hub."""
         return cls(ImageProcessorSettings.from_pretrained(path), aspect_ratio, geometry=geometry)
 
     def pixels(self, image: Image.Image, size_wh: SizeWH | None = None) -> torch.Tensor:
         """Prepare one picture of any mode and size, up to its normalisation.
 
-        Args:
-            image: The picture.
-            size_wh: Its size in pixels before the decoder shrank it (`fast_decode_to`); with anyres it decides the
-                grid. The picture's own size when absent.
+        With anyres `size_wh` decides the grid: the size in pixels before the decoder shrank the picture
+        (`fast_decode_to`), its own size when absent.
 
         Returns:
             `(K, 3, H, W)` uint8, red, green and blue, of K tiles; K is 1 without anyres.
@@ -214,18 +203,14 @@ def resize_in_two_passes(picture: Image.Image, size_wh: SizeWH, resample: Image.
 def cut_into_tiles(
     picture: Image.Image, geometry: ImageGeometry, overview_wh: SizeWH, size_wh: SizeWH
 ) -> list[Image.Image]:
-    """Cut a picture into an overview and the tiles of a grid (anyres, LLaVA-1.6).
+    """Cut a picture into an overview and, row by row, the tiles of a grid (anyres, LLaVA-1.6).
 
     The picture is fitted into the resolution that keeps most of it, padded with black, and cut into squares of the
     tower's size. In front of them comes the whole picture, squeezed into one square: its proportions are not kept.
+    `size_wh` is the size of the picture as it is stored, which decides the grid; the decoder may have shrunk it since.
 
     Source: `process_anyres_image` of `llava/mm_utils.py`, which resizes with Pillow's default filter whatever the
     processor says.
-
-    `size_wh` is the size of the picture as it is stored, which decides the grid; the decoder may have shrunk it since.
-
-    Returns:
-        The overview, then the tiles row by row.
     """
     target_wh = geometry.best_resolution(size_wh)
     fitted = resize_in_two_passes(picture, fitted_size(size_wh, target_wh), _FILTER)

@@ -23,11 +23,8 @@ from torch.utils.data import Dataset
 from llava_ft.data.sampler import HasLengths
 from llava_ft.errors import UserError
 
-WINDOW: Final = 4096
-"""Samples among which a row is put together."""
-
-MOST_SLACK: Final = 8
-"""Positions that a full row may have left over; fewer in rows below 2048 tokens."""
+WINDOW: Final = 4096  # samples among which a row is put together
+MOST_SLACK: Final = 8  # positions that a full row may have left over; fewer in rows below 2048 tokens
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

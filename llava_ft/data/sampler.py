@@ -14,11 +14,8 @@ from torch.utils.data import Sampler
 
 from llava_ft.errors import UserError
 
-STRATEGIES: Final = ("random", "sequential", "length", "modality_length")
-"""Known orders of an epoch; see `EpochSampler`."""
-
-SORTED_BATCHES: Final = 50
-"""Batches that the "length" strategy sorts together, as transformers does."""
+STRATEGIES: Final = ("random", "sequential", "length", "modality_length")  # of an epoch; see `EpochSampler`
+SORTED_BATCHES: Final = 50  # that the "length" strategy sorts together, as transformers does
 
 
 def even_chunks(positions: Sequence[int], lengths: Sequence[int], num_chunks: int) -> list[list[int]]:
@@ -114,12 +111,8 @@ def steps_per_epoch(
 ) -> int:
     """Count the optimizer steps of an epoch.
 
-    Args:
-        num_samples: Samples, or rows of packed ones.
-        batch_size: Samples of one rank in one micro-batch.
-        world_size: Number of ranks.
-        accumulation: Micro-batches of one step; the last step of an epoch may have fewer.
-        drop_last: Whether micro-batches that not every rank can fill are left out.
+    A sample may be a row of packed ones. Each of `world_size` ranks takes micro-batches of `batch_size`, `accumulation`
+    of them a step, the last step perhaps fewer; `drop_last` leaves out those that not every rank can fill.
     """
     per_round = batch_size * world_size
     micro_batches = num_samples // per_round if drop_last else -(-num_samples // per_round)
@@ -169,13 +162,7 @@ class EpochSampler(Sampler[int]):
     """
 
     def __init__(
-        self,
-        dataset: HasLengths,
-        *,
-        strategy: str = "random",
-        batch_size: int = 1,
-        world_size: int = 1,
-        seed: int = 0,
+        self, dataset: HasLengths, *, strategy: str = "random", batch_size: int = 1, world_size: int = 1, seed: int = 0
     ):
         if strategy not in STRATEGIES:
             raise UserError(f"The sampling strategy is {strategy!r}; it can be {', '.join(STRATEGIES)}.")
