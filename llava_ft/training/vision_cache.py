@@ -67,7 +67,7 @@ def use_vision_cache(
     # Images are prepared without random numbers: that is no reason against it.
     if base.config.mm_vision_config is None:
         reason = "the model has no vision tower"
-    elif plan.trains("model.vision_tower."):
+    elif plan.trains_any({"vision tower"}):
         reason = "the vision tower is trained, so its features change with every step"
     elif not by_name:
         reason = "the data has no images"

@@ -20,7 +20,7 @@ from llava_ft.data.features.store import FeatureReader, FeatureStore
 from llava_ft.errors import RunError, UserError
 from llava_ft.training import vision_cache
 from llava_ft.training.run import Run
-from llava_ft.tuning.plan import TuningPlan
+from llava_ft.tuning.plan import PartPlan, TuningPlan
 from tests.conftest import RECORDINGS
 from tests.training.helpers import METHODS, flags, prepare, state_of, train, write_records
 
@@ -400,8 +400,9 @@ class TestSwitchedOff:
         assert text == "The vision cache is off: the model has no vision tower."
 
     def test_a_tower_that_is_trained(self, tmp_path, caplog, monkeypatch):
-        trains = TuningPlan.trains
-        monkeypatch.setattr(TuningPlan, "trains", lambda self, name: "vision_tower" in name or trains(self, name))
+        last_layer = PartPlan("full", layers=range(1, 2))
+        plan = TuningPlan({"projector": PartPlan("full"), "vision tower": last_layer})
+        monkeypatch.setattr(TuningPlan, "from_flags", lambda **flags: plan)
         text = self.text(tmp_path, caplog, "full")
         assert text == "The vision cache is off: the vision tower is trained, so its features change with every step."
 

@@ -148,10 +148,6 @@ def consolidate(
         "notes": notes,
     }
     with staged_directory(output) as staging:
-        # A whole model's weights are written in the type asked for, others as they are.
-        def written_as(tensor_dtype: torch.dtype) -> torch.dtype:
-            return dtype if kind == "full" and tensor_dtype.is_floating_point else tensor_dtype
-
         frozen: list[str] = []
         if kind == "lora":
             rows = [name for name in shapes if name.endswith(NEW_ROWS_SUFFIX)]
@@ -161,7 +157,10 @@ def consolidate(
         write_result(
             staging,
             kind,
-            {native_name(name): (tensors[name].shape, written_as(tensors[name].dtype)) for name in names},
+            {
+                native_name(n): (tensors[n].shape, dtype if tensors[n].dtype.is_floating_point else tensors[n].dtype)
+                for n in names
+            },
             ((prefix + native_name(name), value) for name, value in shards.stream([*names, *frozen])),
             weights_format=weights_format or "auto",
             adapter_config=adapter,
