@@ -25,8 +25,7 @@ class ModelArguments:
     tune_mm_mlp_adapter: bool = flag(False, "Train the projector alone (the pretraining stage).")
     vision_tower: str | None = flag(
         None,
-        "CLIP vision model: a directory or a Hugging Face name. Unset: the LLaVA checkpoint's own, else none (text "
-        "only).",
+        "Vision tower: a directory or a Hugging Face name. Unset: the LLaVA checkpoint's own, else none (text only).",
     )
     mm_vision_select_layer: int | None = flag(
         None, "Hidden state of the tower that is used; -2 is the last but one. Unset: checkpoint, else -1."

@@ -28,6 +28,7 @@ from llava_ft.models.towers import register_tower
 from llava_ft.models.towers.tower import TowerType
 from llava_ft.planning.model import build_model, parameter_shapes
 from tests.conftest import RECORDINGS
+from tests.models.test_flops import counted_flops
 from tests.planning.helpers import plan_of, request_of
 from tests.training.helpers import Run, fixed_logits, flags, prepare, state_of, train
 
@@ -267,7 +268,25 @@ def test_it_is_planned(runs: dict[str, Run], folder: Path, name: str):
     }
     built = {key: (tuple(p.shape), p.requires_grad) for key, p in runs[name].trainer.model.named_parameters()}
     assert planned == built
-    assert plan_of(argv).memory.total > 0
+    assert request.lora is None or not request.lora.fast  # there is no kernel for its layers
+    cached = ["--vision_cache", str(folder / "planned-features")]
+    assert plan_of(argv).memory.total >= plan_of([*argv, *cached]).memory.total > 0
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_its_flops_are_those_that_torch_counts(folder: Path, name: str):
+    method, changes = run_flags(folder, name)
+    counted, worked_out = counted_flops(flags(folder / "counted", method, **changes))
+    assert worked_out == counted
+
+
+def test_a_new_projector_starts_as_it_says(folder: Path):
+    method, changes = run_flags(folder, "lora, padded")
+    run = prepare(folder / "new", method, **changes)
+    projector = run.trainer.model.get_submodule("base_model.model.model.mm_projector")
+    assert not projector.linear.bias.any()
+    assert projector.linear.weight.std().item() == pytest.approx(0.05, rel=0.1)
+    run.stop.release()
 
 
 def test_its_features_are_kept(runs: dict[str, Run], folder: Path):
