@@ -175,6 +175,9 @@ class TestRows:
 
 
 class TestOnce:
+    def test_the_modules_that_decide_what_is_in_a_row_are_there(self):
+        assert all(any(prepare._PACKAGE.glob(pattern)) for pattern in prepare._DECIDING)
+
     def test_a_second_start_tokenises_nothing(self, source_of, settings, tokenize, seen, caplog):
         caplog.set_level(logging.INFO)
         first = prepare_rows(source_of(), tokenize, settings)
