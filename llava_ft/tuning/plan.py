@@ -14,7 +14,7 @@ mixed-precision run; frozen ones are in the compute dtype.
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -35,7 +35,7 @@ class PartPlan:
     layers: range | None = None  # which of the part's layers, and nothing outside them; None for the whole part
     learning_rate: float | None = None  # None for the run's own
     weight_decay: float | None = None  # of matrices; None for the run's own
-    from_step: int = 0
+    from_step: int = 0  # the optimizer step from which it is trained; carried here, no run reads it yet
 
     def includes(self, name: str) -> bool:
         """Whether a parameter or module of the part lies in the layers."""
@@ -43,9 +43,6 @@ class PartPlan:
             return True
         layer = _LAYER.search(name)
         return layer is not None and int(layer.group(1)) in self.layers
-
-
-FROZEN: Final = PartPlan()
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ class TuningPlan:
 
     def of(self, name: str) -> PartPlan:
         """Return how the part is trained that a parameter or module lies in."""
-        return self.parts.get(module_part(name), FROZEN)
+        return self.parts.get(module_part(name), PartPlan())
 
     def trains_any(self, parts: Collection[Part]) -> bool:
         """Whether own weights of one of the parts are trained, apart from adapters and rows of added tokens."""
