@@ -41,7 +41,7 @@ class ImageError(UserError):
     Attributes:
         path: The file.
         kind: Short, stable name of what is wrong: "image-missing", "image-not-a-file", "image-empty",
-            "image-unreadable", "image-corrupt", "image-truncated" or "image-too-large".
+            "image-unreadable", "image-corrupt", "image-format", "image-truncated" or "image-too-large".
         reason: What is wrong, without the path.
     """
 

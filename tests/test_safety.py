@@ -221,6 +221,7 @@ SAFE = {
     "torch.load": "weights_only=True",
     "np.load": "allow_pickle=False",
     "AutoTokenizer.from_pretrained": "trust_remote_code=False",
+    "Image.open": "formats=FORMATS",
 }
 UNPICKLERS = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 OWN = {"ImageTransform.from_pretrained", "ImageProcessorSettings.from_pretrained", "json.loads", "json.load"}

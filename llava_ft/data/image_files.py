@@ -5,6 +5,7 @@ Nothing here needs PyTorch, so processes that only look at images do without it.
 
 import io
 import os
+import re
 import stat
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,28 @@ EMBEDDED_NAME: Final = "embedded in the data"  # what an image without a file is
 ImageSource = str | os.PathLike[str] | bytes  # an image file by its path, or its content
 MAX_SIDE: Final = 65_535
 """Longest side of an image, in pixels: JPEG's limit, kept for every format so that memory stays bounded."""
+
+FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""The formats of Pillow that files of data are read as; every `Image.open` of the package is given them.
+
+In is what data sets hold: JPEG (with it the MPO of cameras and telephones), PNG (APNG), WEBP, GIF and BMP of the web,
+TIFF of scans, microscopes and satellites, PPM (PBM, PGM, PNM) of older research sets. Out is everything else, because a
+file chooses its reader by its content, whatever its name says:
+
+- page descriptions: EPS starts Ghostscript, a program that runs what it is given; WMF and EMF are drawn by Windows;
+- stubs that hand the file to whoever registered for it: BUFR, GRIB, HDF5;
+- JPEG 2000 and AVIF: large decoders, which not every build of Pillow from 10.3 on has;
+- formats of editors, games, icons and instruments (PSD, DDS, BLP, ICNS, ICO, TGA, FITS, FLI, PCX, SGI, ...): rare in
+  data, little tested, and the ones whose readers wrote outside their memory or unpacked without end (DDS, PSD, FITS).
+"""
+_READ: Final = "JPEG, PNG, WebP, GIF, BMP, TIFF and PPM"
+_FOREIGN: Final = re.compile(
+    rb"(?P<SVG>\s*(?:<\?xml[^>]*>\s*)?<svg)|(?P<PDF>%PDF)|(?P<HEIF>....ftyp(?:hei|hev|mif|msf))|(?P<AVIF>....ftypavi)"
+    rb"|(?P<video>....ftyp|\x1aE\xdf\xa3|RIFF....AVI )|(?P<JPEG_XL>\xff\x0a|....JXL )"
+    rb"|(?P<PostScript>%!PS|\xc5\xd0\xd3\xc6)",
+    re.DOTALL,
+)
+"""How files start that are met in the place of pictures, some of which no reader of Pillow knows."""
 
 ImageCheck = Literal["none", "exists", "header", "decode"]
 """How much of an image file is read before training."""
@@ -193,7 +216,7 @@ def _opened(source: ImageSource, name: str) -> Generator[Image.Image]:
     elif not source:
         raise ImageError(path, "image-empty", "is empty")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             width, height = image.size
             if min(width, height) < 1:
                 raise ImageError(path, "image-corrupt", f"has a size of {width} x {height} pixels")
@@ -206,7 +229,7 @@ def _opened(source: ImageSource, name: str) -> Generator[Image.Image]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(path, "image-too-large", f"is too large to be decoded: {error}") from None
     except UnidentifiedImageError:
-        raise ImageError(path, "image-corrupt", "is not an image in a format that Pillow can read") from None
+        raise _unidentified(source, path) from None
     # Decoders meet damaged files with whatever their parsing happens to raise: struct.error, SyntaxError ...
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
@@ -214,6 +237,24 @@ def _opened(source: ImageSource, name: str) -> Generator[Image.Image]:
         kind = "image-truncated" if "truncated" in str(error).lower() else "image-corrupt"
         told = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise ImageError(path, kind, f"cannot be decoded: {told}") from None
+
+
+def _unidentified(source: ImageSource, path: str | os.PathLike[str]) -> ImageError:
+    """Say what a file is that is in none of `FORMATS`. Only its first bytes are looked at; no reader is started."""
+    if isinstance(source, bytes):
+        start = source[:256]
+    else:
+        with open(source, "rb") as file:
+            start = file.read(256)
+    known = _FOREIGN.match(start)
+    name = known.lastgroup if known else None
+    if name is None and len(start) >= 16:  # what Pillow's readers expect to be shown
+        Image.init()
+        name = next((name for name, (_, accepts) in Image.OPEN.items() if accepts and accepts(start[:16])), None)
+    if name is None or name in FORMATS:
+        return ImageError(path, "image-corrupt", f"is not an image in a format that is read here ({_READ})")
+    told = f"is a file of the format {name.replace('_', ' ')}, whatever its name says; read are {_READ}"
+    return ImageError(path, "image-format", f"{told}. Convert it to PNG, or to JPEG if it is a photograph")
 
 
 def _is_on_its_side(image: Image.Image) -> bool:

@@ -217,7 +217,40 @@ class TestUnusableFiles:
 
     def test_not_an_image(self, tmp_path):
         (tmp_path / "t.jpg").write_text("<html>404</html>")
-        self.refuse(tmp_path / "t.jpg", "image-corrupt", "is not an image in a format that Pillow can read")
+        self.refuse(tmp_path / "t.jpg", "image-corrupt", r"is not an image in a format that is read here \(JPEG, ")
+
+    @pytest.mark.parametrize(
+        ("start", "name"),
+        [
+            (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n", "PostScript"),
+            (b"\xc5\xd0\xd3\xc6" + bytes(60), "PostScript"),
+            (b"%PDF-1.7\n", "PDF"),
+            (b"<?xml version='1.0'?>\n<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
+            (b"\0\0\0\x18ftypheic" + bytes(60), "HEIF"),
+            (b"\0\0\0\x18ftypisom" + bytes(60), "video"),
+            (b"8BPS\0\1" + bytes(60), "PSD"),
+            (b"DDS " + bytes(124), "DDS"),
+            (b"BUFR" + bytes(60), "BUFR"),
+            (b"\0\0\1\0\1\0" + bytes(60), "ICO"),
+        ],
+    )
+    def test_other_formats_are_named_and_no_reader_starts(self, tmp_path, monkeypatch, start, name):
+        Image.init()
+        monkeypatch.setattr("subprocess.Popen.__init__", lambda *_, **__: pytest.fail("a program was started"))
+        for key in set(Image.OPEN) - {"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"}:
+            accepts = Image.OPEN[key][1]
+            monkeypatch.setitem(Image.OPEN, key, (lambda *_, key=key: pytest.fail(f"{key} was read"), accepts))
+        (tmp_path / "photo.jpg").write_bytes(start)
+        self.refuse(tmp_path / "photo.jpg", "image-format", f"is a file of the format {name}, .* Convert it to PNG")
+        with pytest.raises(ImageError, match=f"the format {name}"):
+            load_image(start)
+
+    @pytest.mark.parametrize("name", ["JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+    def test_formats_that_are_read(self, name):
+        written = io.BytesIO()
+        more = {"save_all": True, "append_images": [Image.new("RGB", (9, 8))]} if name == "MPO" else {}
+        Image.new("RGB", (9, 8), (200, 0, 0)).save(written, name, **more)
+        assert load_image(written.getvalue()).size == (9, 8)
 
     def test_truncated_jpeg(self, tmp_path):
         content = (SOURCES / "landscape.jpg").read_bytes()

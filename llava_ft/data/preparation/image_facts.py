@@ -21,6 +21,7 @@ from typing import Final
 import numpy as np
 
 from llava_ft.data.image_files import (
+    FORMATS,
     IMAGE_CHECKS,
     ImageCheck,
     ImagePlace,
@@ -140,6 +141,7 @@ def look_at_images(
         "" if place.folder is None else os.path.realpath(place.folder),
         place.source.fingerprint() if len(in_files) < len(names) and place.source is not None else "",
         str(checks.exif_transpose),
+        *FORMATS,
     ]
     key = blake2b(json.dumps(owner).encode(), digest_size=16).hexdigest()
     path = settings.directory / "images" / f"{key}.arrow"
