@@ -131,7 +131,7 @@ def bytes_of(layer: nn.Module, run: Callable[[], torch.Tensor], grad: torch.Tens
     with MemoryTracker() as tracker:
         tracker.ignore([*layer.parameters(), grad])
         run().backward(grad)
-    return sum(sizes.values()), max(peak.total for peak in tracker.peaks.values())
+    return sum(sizes.values()), max(sum(peak.values()) for peak in tracker.peaks.values())
 
 
 def flops(preset: Preset, rank: int) -> float:

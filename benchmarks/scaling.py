@@ -314,7 +314,7 @@ def step_time(gpu: Gpu, share: float, size: str, name: str, gpus: int, batch: in
         can_hide = sum(taken for is_hidden, taken in seconds if is_hidden)
         hidden += min(can_hide, HIDDEN_SHARE * passes.get(phase, 0.0))
     # Gradients are read twice, once for their norm; weights and moments read and written; a 16-bit copy written.
-    kind, _ = optimizer_kind(request.optimizer)
+    kind = optimizer_kind(request.optimizer)
     moved = 2 * 4 + 2 * 4 + 2 * kind.moments * kind.bits / 8 + request.compute_dtype.itemsize
     trained = sum(shape.numel for shape in shapes if shape.is_trained)
     return StepTime(

@@ -3,8 +3,8 @@
 Tokenizer, configuration and logs, a few megabytes, are left out.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 
@@ -20,12 +20,10 @@ from llava_ft.checkpoint.save import WeightsFormat, is_in_adapter, result_kind
 from llava_ft.checkpoint.weights import WeightFiles, has_model_weights
 from llava_ft.data.features.store import FeatureFormat
 from llava_ft.models.parts import module_part, part_of
-from llava_ft.planning.model import ParameterShape
+from llava_ft.planning.model import ParameterShape, num_values
 from llava_ft.planning.placement import optimizer_kind
 from llava_ft.planning.request import PlanRequest
 from llava_ft.resolve import RunModel
-
-KeptAs = Literal["compute", "int8"]
 
 WHOLE_MODEL = "model weights"
 OPTIMIZER_SHARDS = "global_stepN/*_optim_states.pt"
@@ -40,26 +38,21 @@ def checkpoint_files(
     save_vision_tower: bool = False,
     is_final: bool = False,
 ) -> dict[str, int]:
-    """Return the bytes of each file, or group of files, of a checkpoint.
-
-    Args:
-        shapes: The run's parameters.
-        request: The run.
-        weights_format: Kinds of weight files; `both` writes each of them twice.
-        save_vision_tower: Whether a whole model is written with its tower.
-        is_final: Whether it is the result of the run, which has no optimizer state.
-    """
+    """Return the bytes of each file, or group of files, of a checkpoint; the final one has no optimizer state."""
     trained = [shape for shape in shapes if shape.is_trained]
     written_as = result_kind(request.tuning)
     if written_as == "projector":
-        files = {PROJECTOR_BIN: 4 * _count(trained)}
+        files = {PROJECTOR_BIN: 4 * num_values(trained)}
     elif written_as == "lora":
         inside = [shape for shape in trained if is_in_adapter(shape.name)]
         # Embeddings and head are there whole if rows of added tokens are trained.
         names = {shape.name for shape in shapes}
         matrices = [shape for shape in shapes if shape.name.removesuffix(".weight") + NEW_ROWS_SUFFIX in names]
         whole = sum(shape.numel * shape.dtype.itemsize for shape in matrices)
-        files = {ADAPTER_BIN: 4 * _count(inside), NON_LORA_BIN: 4 * (_count(trained) - _count(inside)) + whole}
+        files = {
+            ADAPTER_BIN: 4 * num_values(inside),
+            NON_LORA_BIN: 4 * (num_values(trained) - num_values(inside)) + whole,
+        }
     else:
         written = [shape for shape in shapes if save_vision_tower or shape.is_trained or shape.part != "vision tower"]
         size = request.compute_dtype.itemsize
@@ -68,14 +61,14 @@ def checkpoint_files(
     files = {name: size * copies for name, size in files.items() if size}
     if is_final:
         return files
-    kind, _ = optimizer_kind(request.optimizer)
+    kind = optimizer_kind(request.optimizer)
     if request.zero is None or request.zero.stage == 0:
         return files | {OPTIMIZER: kind.state_bytes(shape.shape for shape in trained)}
     ranks = request.machine.world_size
-    share = -(-_count(trained) // ranks)
+    share = -(-num_values(trained) // ranks)
     files[OPTIMIZER_SHARDS] = ranks * (4 * share + kind.state_bytes([(share,)]))
     if request.zero.stage < 3:
-        files[MODEL_STATES] = request.compute_dtype.itemsize * _count(trained)
+        files[MODEL_STATES] = request.compute_dtype.itemsize * num_values(trained)
     return files
 
 
@@ -87,7 +80,12 @@ def merged_base_bytes(shapes: Sequence[ParameterShape], run: RunModel) -> int | 
     """
     if run.start is None or run.start.mode != "merge_first":
         return None
-    dtype = _base_dtype(run)
+    dtype = run.config.dtype if isinstance(run.config.dtype, torch.dtype) else torch.bfloat16
+    if has_model_weights(run.spec.directory.path):
+        by_dtype: Counter[torch.dtype] = Counter()
+        for info in WeightFiles.open(run.spec.directory.path).tensors.values():
+            by_dtype[info.dtype] += info.num_bytes
+        dtype = max(by_dtype, key=by_dtype.__getitem__)
     native = {native_name(shape.name).replace(".base_layer.", "."): shape for shape in shapes}
     return dtype.itemsize * sum(
         shape.numel
@@ -97,29 +95,9 @@ def merged_base_bytes(shapes: Sequence[ParameterShape], run: RunModel) -> int | 
     )
 
 
-def _base_dtype(run: RunModel) -> torch.dtype:
-    if has_model_weights(run.spec.directory.path):
-        by_dtype: dict[torch.dtype, int] = {}
-        for info in WeightFiles.open(run.spec.directory.path).tensors.values():
-            by_dtype[info.dtype] = by_dtype.get(info.dtype, 0) + info.num_bytes
-        return max(by_dtype, key=lambda dtype: by_dtype[dtype])
-    return run.config.dtype if isinstance(run.config.dtype, torch.dtype) else torch.bfloat16
-
-
-def vision_cache_bytes(num_tiles: int, run: RunModel, dtype: torch.dtype, kept_as: KeptAs) -> int:
-    """Return the most that `vision_cache` takes.
-
-    Args:
-        num_tiles: Tiles of all images.
-        run: The model; it has a vision tower.
-        dtype: The run's compute dtype.
-        kept_as: Value of `vision_cache_dtype`.
-    """
+def vision_cache_bytes(num_tiles: int, run: RunModel, dtype: torch.dtype, kept_as: str) -> int:
+    """Return the most that the features of so many tiles take, of `dtype` unless `vision_cache_dtype` is int8."""
     geometry, width = run.config.image_geometry, run.config.mm_hidden_size
     assert geometry is not None
     assert width is not None
     return num_tiles * FeatureFormat(geometry.features_per_tile, width, dtype, kept_as == "int8").bytes_per_tile
-
-
-def _count(shapes: Sequence[ParameterShape]) -> int:
-    return sum(shape.numel for shape in shapes)

@@ -13,7 +13,6 @@ from llava_ft.planning.step import (
     COPIES,
     GRADIENTS,
     LOGITS,
-    PHASES,
     VISION,
     Batch,
     StepTrace,
@@ -116,12 +115,9 @@ class MemoryPlanner:
 
         always = {"weights": placement.weights, "optimizer state": placement.optimizer, "buckets": placement.buckets}
         components: dict[str, dict[str, int]] = {START: {"weights": placement.start}}
-        for phase in PHASES:
-            peak = trace.peaks[phase]
-            if peak.total == 0:
-                continue
+        for phase, peak in trace.peaks.items():
             parts = always | {"gathered weights": placement.gathered}
-            for label, size in peak.by_label.items():
+            for label, size in peak.items():
                 parts[label] = parts.get(label, 0) + size
             if phase == BACKWARD:
                 parts[GRADIENTS] = parts.get(GRADIENTS, 0) + placement.backward_gradients

@@ -18,23 +18,14 @@ from llava_ft.tuning.quant import is_quantized, quantize_linears
 
 @dataclass(frozen=True)
 class ParameterShape:
-    """One parameter of the run's model.
-
-    Attributes:
-        name: Name in the model.
-        part: Part of the model.
-        shape: Shape of the values it stands for.
-        is_trained: Whether it is trained.
-        dtype: Type in memory without DeepSpeed; for quantised weights the compute dtype.
-        packed_bytes: Bytes of a quantised weight with its scales; None if it is not quantised.
-    """
+    """One parameter of the run's model."""
 
     name: str
-    part: str
-    shape: tuple[int, ...]
+    part: str  # of the model
+    shape: tuple[int, ...]  # of the values it stands for
     is_trained: bool
-    dtype: torch.dtype
-    packed_bytes: int | None = None
+    dtype: torch.dtype  # in memory without DeepSpeed; of quantised weights the compute dtype
+    packed_bytes: int | None = None  # of a quantised weight, scales included
 
     @property
     def numel(self) -> int:
@@ -65,13 +56,11 @@ def build_model(run: RunModel, request: PlanRequest) -> nn.Module:
 
 def parameter_shapes(model: nn.Module, request: PlanRequest) -> list[ParameterShape]:
     """List the parameters of a model that `build_model` made."""
-    packed: dict[int, int] = {}
-    for module in model.modules() if request.quantization is not None else ():
-        if is_quantized(module):
-            assert isinstance(module, nn.Linear)
-            assert request.quantization is not None
-            size = stored_bytes(module.out_features, module.in_features, request.quantization)
-            packed[id(module.weight)] = size
+    packed = {
+        module.weight: stored_bytes(module.out_features, module.in_features, request.quantization)
+        for module in model.modules()
+        if request.quantization is not None and isinstance(module, nn.Linear) and is_quantized(module)
+    }
     return [
         ParameterShape(
             name=name,
@@ -79,10 +68,15 @@ def parameter_shapes(model: nn.Module, request: PlanRequest) -> list[ParameterSh
             shape=tuple(parameter.shape),
             is_trained=parameter.requires_grad,
             dtype=request.tuning.dtype_of(name, request.compute_dtype),
-            packed_bytes=packed.get(id(parameter)),
+            packed_bytes=packed.get(parameter),
         )
         for name, parameter in model.named_parameters()
     ]
+
+
+def num_values(shapes: Sequence[ParameterShape]) -> int:
+    """Number of values of all these parameters."""
+    return sum(shape.numel for shape in shapes)
 
 
 def largest(shapes: Sequence[ParameterShape]) -> int:

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from llava_ft.planning.model import ParameterShape, largest
+from llava_ft.planning.model import ParameterShape, largest, num_values
 from llava_ft.planning.request import PlanRequest, ZeroSettings
 from llava_ft.planning.step import Gradients
 
@@ -59,12 +59,7 @@ class OptimizerKind:
         return total
 
     def step_bytes(self, sizes: Iterable[int], *, on_gpu: bool) -> int:
-        """Return the bytes that a step takes beside gradients and state.
-
-        Args:
-            sizes: Numbers of values of the parameters that are updated together, float32.
-            on_gpu: Whether the kernels are those of a GPU.
-        """
+        """Return the bytes that a step on parameters of so many float32 values takes beside gradients and state."""
         counts = list(sizes)
         if self.is_foreach and on_gpu:
             return 4 * sum(counts)
@@ -93,35 +88,26 @@ KINDS: Final = {
 """By transformers' name for `optim`."""
 
 
-def optimizer_kind(name: str) -> tuple[OptimizerKind, str | None]:
-    """Return how an optimizer uses memory, and a note if it is not known and was taken for AdamW."""
-    if name in KINDS:
-        return KINDS[name], None
-    return KINDS["adamw_torch"], f"optim {name} is not known here; its state is counted like adamw_torch's."
+def optimizer_kind(name: str) -> OptimizerKind:
+    """Return how an optimizer uses memory; one that is not in `KINDS` is taken for AdamW."""
+    return KINDS.get(name, KINDS["adamw_torch"])
 
 
 @dataclass
 class Placement:
     """Bytes of one rank. "Device" is the GPU, or the process's memory on a CPU."""
 
-    weights: int = 0  # on the device, always
+    weights: int  # on the device, always
+    optimizer: int  # master weights and optimizer state on the device
+    step_gradients: int  # while the optimizer runs
+    step_temporaries: int  # what the optimizer's step takes on top
+    start: int  # most that is on the device before the first step
+    gradients: Gradients  # in the traced step
     gathered: int = 0  # weights of other ranks that are on the device while modules run (stage 3)
-    optimizer: int = 0  # master weights and optimizer state on the device
     buckets: int = 0  # buffers on the device, always
     backward_gradients: int = 0  # in the backward pass, those that the traced step does not have
     backward_buckets: int = 0  # buffers in the backward pass
-    step_gradients: int = 0  # while the optimizer runs
-    step_temporaries: int = 0  # what the optimizer's step takes on top
-    start: int = 0  # most that is on the device before the first step
     host: dict[str, int] = field(default_factory=dict[str, int])  # offloaded to the host's memory
-    gradients: Gradients = "fresh"  # in the traced step
-
-
-def place(shapes: Sequence[ParameterShape], request: PlanRequest) -> Placement:
-    """Settle what a rank holds and where."""
-    if request.zero is None or request.zero.stage == 0:
-        return _whole(shapes, request)
-    return (_stage_1_and_2 if request.zero.stage < 3 else _stage_3)(shapes, request, request.zero)
 
 
 def weight_bytes(shape: ParameterShape, request: PlanRequest) -> int:
@@ -131,110 +117,90 @@ def weight_bytes(shape: ParameterShape, request: PlanRequest) -> int:
     return shape.numel * (shape.dtype if request.zero is None else request.compute_dtype).itemsize
 
 
-def _whole(shapes: Sequence[ParameterShape], request: PlanRequest) -> Placement:
-    """Without DeepSpeed, and at its stage 0: every rank holds everything."""
+def place(shapes: Sequence[ParameterShape], request: PlanRequest) -> Placement:
+    """Settle what a rank holds and where."""
+    zero, ranks, accumulates = request.zero, request.machine.world_size, request.accumulation > 1
+    kind, size = optimizer_kind(request.optimizer), request.compute_dtype.itemsize
+    kept: Gradients = "accumulated" if accumulates else "fresh"
     trained = [shape for shape in shapes if shape.is_trained]
-    kind, _ = optimizer_kind(request.optimizer)
-    count, weights = _count(trained), sum(weight_bytes(shape, request) for shape in shapes)
-    placement = Placement(
-        weights=weights,
-        optimizer=kind.state_bytes(shape.shape for shape in trained),
-        step_gradients=4 * count,
-        step_temporaries=kind.step_bytes(_largest_group(trained, request), on_gpu=request.on_gpu),
-        start=weights,
-        gradients=_kept_gradients(request),
-    )
-    is_divided = request.machine.world_size > 1
-    if request.zero is None:
-        placement.buckets = 4 * count * is_divided
+    count, weights = num_values(trained), sum(weight_bytes(shape, request) for shape in shapes)
+    # Before DeepSpeed converts the model, what is trained is float32.
+    loaded = sum(s.numel * s.dtype.itemsize if s.packed_bytes is None else s.packed_bytes for s in shapes)
+    groups: dict[tuple[float | None, float | None], list[int]] = {}
+    for shape in trained:  # the optimizer updates those of one rate and decay together
+        groups.setdefault(request.tuning.rate_and_decay(shape.name, len(shape.shape)), []).append(shape.numel)
+    together = max(groups.values(), key=sum, default=[])
+
+    if zero is None or zero.stage == 0:
+        placement = Placement(
+            weights=weights,
+            optimizer=kind.state_bytes(shape.shape for shape in trained),
+            step_gradients=4 * count,
+            step_temporaries=kind.step_bytes(together, on_gpu=request.on_gpu),
+            start=weights,
+            gradients=kept,
+        )
+        is_divided = ranks > 1
+        if zero is None:
+            placement.buckets = 4 * count * is_divided
+            return placement
+        masters = 0 if size == 4 else 4 * count
+        placement.optimizer += masters
+        placement.backward_buckets = min(zero.reduce_bucket_size, count) * size * is_divided
+        placement.step_gradients = size * count + masters
+        placement.start = max(loaded, weights + masters)
         return placement
-    size = request.compute_dtype.itemsize
-    masters = 0 if size == 4 else 4 * count
-    placement.optimizer += masters
-    placement.backward_buckets = min(request.zero.reduce_bucket_size, count) * size * is_divided
-    placement.step_gradients = size * count + masters
-    placement.start = max(_as_loaded(shapes), weights + masters)
-    return placement
 
-
-def _stage_1_and_2(shapes: Sequence[ParameterShape], request: PlanRequest, zero: ZeroSettings) -> Placement:
-    trained = [shape for shape in shapes if shape.is_trained]
-    kind, _ = optimizer_kind(request.optimizer)
-    count, size, ranks = _count(trained), request.compute_dtype.itemsize, request.machine.world_size
     share = -(-count // ranks)
-    group = -(-sum(_largest_group(trained, request)) // ranks)
-    weights = sum(weight_bytes(shape, request) for shape in shapes)
+    group = min(share, zero.sub_group_size) if zero.stage == 3 else -(-sum(together) // ranks)
     masters, state, partition = 4 * share, kind.state_bytes([(share,)]), size * share
-    accumulates = request.accumulation > 1
-    placement = Placement(
-        weights=weights,
-        optimizer=masters + state,
-        backward_gradients=partition * (2 if zero.stage == 2 and accumulates else 1),
-        backward_buckets=zero.reduce_bucket_size * size * (2 if zero.overlap_comm else 1)
-        + min(zero.reduce_bucket_size, count) * size,
-        step_gradients=partition + 4 * group,
-        step_temporaries=_flat_step(kind, group, request),
-        start=max(_as_loaded(shapes), weights + size * group + masters),
-        gradients="handed over" if zero.stage == 2 else _kept_gradients(request),
-    )
-    if zero.offload_optimizer:
-        gradients = 4 * share + partition * accumulates
-        placement.host = {
-            "master weights": masters,
-            "optimizer state": state,
-            "gradients": gradients,
-            "buffers": partition,
-        }
-        placement.host |= _host_step(kind, share, request)
-        placement.optimizer = placement.backward_gradients = placement.step_temporaries = 0
-        placement.buckets = size * largest(trained)
-        placement.step_gradients = 0
-        placement.start = max(_as_loaded(shapes), weights + size * group)
-    return placement
-
-
-def _stage_3(shapes: Sequence[ParameterShape], request: PlanRequest, zero: ZeroSettings) -> Placement:
-    kind, _ = optimizer_kind(request.optimizer)
-    size, ranks = request.compute_dtype.itemsize, request.machine.world_size
-    count = _count([shape for shape in shapes if shape.is_trained])
-    share = -(-count // ranks)
+    # A flat share's step takes its own temporaries, or the copy of the new weights in 16 bits.
+    temporaries = max(size * group if size == 2 else 0, kind.step_bytes([group], on_gpu=request.on_gpu))
     divided = sum(-(-shape.numel // ranks) for shape in shapes) * size
-    whole = sum(shape.numel for shape in shapes if _stays_whole(shape, zero)) * size
-    masters, state = 4 * share, kind.state_bytes([(share,)])
-    group = min(share, zero.sub_group_size)
-    placement = Placement(
-        weights=divided + whole,
-        gathered=_gathered(shapes, request, zero) * size,
-        optimizer=masters + state,
-        buckets=zero.reduce_bucket_size * size + size * share,
-        backward_buckets=min(zero.reduce_bucket_size, count) * size,
-        step_gradients=4 * group,
-        step_temporaries=_flat_step(kind, group, request),
-        start=divided + size * largest(shapes) + masters,
-        gradients="handed over",
-    )
+    host = {"master weights": masters, "optimizer state": state}
+    if zero.stage < 3:
+        placement = Placement(
+            weights=weights,
+            optimizer=masters + state,
+            backward_gradients=partition * (2 if zero.stage == 2 and accumulates else 1),
+            backward_buckets=zero.reduce_bucket_size * size * (2 if zero.overlap_comm else 1)
+            + min(zero.reduce_bucket_size, count) * size,
+            step_gradients=partition + 4 * group,
+            step_temporaries=temporaries,
+            start=max(loaded, weights + size * group + masters),
+            gradients="handed over" if zero.stage == 2 else kept,
+        )
+        host |= {"gradients": masters + partition * accumulates, "buffers": partition}
+        if zero.offload_optimizer:
+            placement.backward_gradients, placement.buckets = 0, size * largest(trained)
+            placement.start = max(loaded, weights + size * group)
+    else:
+        whole = size * num_values([s for s in shapes if s.numel < zero.param_persistence_threshold])
+        placement = Placement(
+            weights=divided + whole,
+            gathered=_gathered(shapes, request, zero) * size,
+            optimizer=masters + state,
+            buckets=zero.reduce_bucket_size * size + partition,
+            backward_buckets=min(zero.reduce_bucket_size, count) * size,
+            step_gradients=4 * group,
+            step_temporaries=temporaries,
+            start=divided + size * largest(shapes) + masters,
+            gradients="handed over",
+        )
+        host |= {"gradients": masters + partition}
+        if zero.offload_optimizer:
+            placement.buckets -= partition
+            placement.start -= masters
     if zero.offload_optimizer:
-        placement.host |= {"master weights": masters, "optimizer state": state, "gradients": (4 + size) * share}
-        placement.host |= _host_step(kind, group, request)
         placement.optimizer = placement.step_temporaries = placement.step_gradients = 0
-        placement.buckets = zero.reduce_bucket_size * size
-        placement.start -= masters
-    if zero.offload_param:
-        placement.host["weights"] = divided
-        placement.weights = whole
+        if not request.on_gpu:  # with a GPU the step is DeepSpeed's own, which takes nothing on top
+            host[TEMPORARIES] = kind.step_bytes([group if zero.stage == 3 else share], on_gpu=False)
+        placement.host = host
+    if zero.offload_param:  # in stage 3 alone
+        placement.weights -= divided
         placement.start -= divided
+        placement.host["weights"] = divided
     return placement
-
-
-def _flat_step(kind: OptimizerKind, count: int, request: PlanRequest) -> int:
-    """What the step of a flat share takes: its own temporaries, or the copy of the new weights in 16 bits."""
-    size = request.compute_dtype.itemsize
-    return max(size * count if size == 2 else 0, kind.step_bytes([count], on_gpu=request.on_gpu))
-
-
-def _host_step(kind: OptimizerKind, count: int, request: PlanRequest) -> dict[str, int]:
-    """What the step of an offloaded optimizer takes: nothing with DeepSpeed's, which is used where there is a GPU."""
-    return {} if request.on_gpu else {TEMPORARIES: kind.step_bytes([count], on_gpu=False)}
 
 
 def _gathered(shapes: Sequence[ParameterShape], request: PlanRequest, zero: ZeroSettings) -> int:
@@ -246,34 +212,7 @@ def _gathered(shapes: Sequence[ParameterShape], request: PlanRequest, zero: Zero
     """
     if request.machine.world_size == 1 and not zero.offload_param:
         return 0
-    total = sum(shape.numel for shape in shapes if not _stays_whole(shape, zero))
+    total = num_values([shape for shape in shapes if shape.numel >= zero.param_persistence_threshold])
     kept = zero.max_reuse_distance // 2
     ahead = min(zero.prefetch_bucket_size, zero.max_live_parameters)
     return min(total, max(kept + ahead, largest(shapes))) + largest(shapes)
-
-
-def _stays_whole(shape: ParameterShape, zero: ZeroSettings) -> bool:
-    return shape.numel < zero.param_persistence_threshold
-
-
-def _as_loaded(shapes: Sequence[ParameterShape]) -> int:
-    """Bytes of the model before DeepSpeed converts it: what is trained is read as float32."""
-    return sum(
-        shape.numel * shape.dtype.itemsize if shape.packed_bytes is None else shape.packed_bytes for shape in shapes
-    )
-
-
-def _largest_group(trained: Sequence[ParameterShape], request: PlanRequest) -> list[int]:
-    """Sizes of the parameters that the optimizer updates together: those of one rate and decay."""
-    groups: dict[tuple[float | None, float | None], list[int]] = {}
-    for shape in trained:
-        groups.setdefault(request.tuning.rate_and_decay(shape.name, len(shape.shape)), []).append(shape.numel)
-    return max(groups.values(), key=sum, default=[])
-
-
-def _kept_gradients(request: PlanRequest) -> Gradients:
-    return "accumulated" if request.accumulation > 1 else "fresh"
-
-
-def _count(shapes: Sequence[ParameterShape]) -> int:
-    return sum(shape.numel for shape in shapes)

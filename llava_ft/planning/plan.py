@@ -11,7 +11,7 @@ from llava_ft.planning.advice import Change, Way, advise, find_ways
 from llava_ft.planning.disk import checkpoint_files, merged_base_bytes, vision_cache_bytes
 from llava_ft.planning.memory import MemoryPlanner, RankMemory
 from llava_ft.planning.model import ParameterShape
-from llava_ft.planning.placement import optimizer_kind, weight_bytes
+from llava_ft.planning.placement import KINDS, weight_bytes
 from llava_ft.planning.request import Machine, PlanRequest, plan_request
 from llava_ft.planning.step import Batch
 from llava_ft.planning.workload import find_workload
@@ -93,7 +93,9 @@ def make_plan(args: ParsedArgs, machine: Machine, *, fit: bool = False) -> Plan:
     if args.data.vision_cache is not None and run.spec.has_vision and records is not None:
         kept_as = args.data.vision_cache_dtype
         cache = vision_cache_bytes(records.num_tiles, run, request.compute_dtype, kept_as)
-    shapes, (_, optimizer_note) = planner.shapes(request), optimizer_kind(request.optimizer)
+    shapes, notes = planner.shapes(request), [*args.notes, *run.spec.notes, *workload.notes]
+    if request.optimizer not in KINDS:
+        notes.append(f"optim {request.optimizer} is not known here; its state is counted like adamw_torch's.")
     saves_tower = args.flags.save_vision_tower or run.spec.holds_vision_tower
     files = {"weights_format": args.flags.weights_format, "save_vision_tower": saves_tower}
     return Plan(
@@ -110,7 +112,7 @@ def make_plan(args: ParsedArgs, machine: Machine, *, fit: bool = False) -> Plan:
         merged_base=merged_base_bytes(shapes, run),
         changes=changes,
         ways=ways,
-        notes=[*args.notes, *run.spec.notes, *workload.notes, *([optimizer_note] if optimizer_note else [])],
+        notes=notes,
     )
 
 

@@ -10,7 +10,6 @@ bitsandbytes' kernels need values, which a plan does not have. These stand in fo
   the backward pass alone. On a CPU it is dequantised in both.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -40,21 +39,16 @@ def stored_bytes(out_features: int, in_features: int, quantization: Quantization
 
 
 def replace_kernel(layer: Any, quantization: Quantization, *, on_gpu: bool) -> None:
-    """Make a layer that `quantize_linears` made run on fake tensors.
-
-    Args:
-        layer: The layer, bitsandbytes' `Linear4bit` or `Linear8bitLt`; its weight becomes one of the packed size.
-        quantization: How it is held.
-        on_gpu: Whether the kernels are those of a GPU.
-    """
+    """Make bitsandbytes' `Linear4bit` or `Linear8bitLt` run on fake tensors; its weight becomes one of packed size."""
     shape = (layer.out_features, layer.in_features)
     packed = torch.empty(stored_bytes(*shape, quantization), dtype=torch.uint8)
     layer._parameters["weight"] = nn.Parameter(packed, requires_grad=False)
-    forward: Any = functools.partial(_linear_8bit, shape=shape, on_gpu=on_gpu)
-    if quantization.bits == 4:
-        layer.quant_state = _empty_state(shape, quantization, layer.compute_dtype)
-        forward = functools.partial(_linear_4bit, shape=shape, dtype=layer.compute_dtype)
-    layer.forward = forward
+    if quantization.bits == 8:
+        layer.forward = lambda x: _Product8bit.apply(x, shape, on_gpu)
+        return
+    dtype = layer.compute_dtype
+    layer.quant_state = _empty_state(shape, quantization, dtype)
+    layer.forward = lambda x: _Product4bit.apply(x.to(dtype), shape).to(x.dtype)
 
 
 def _empty_state(shape: tuple[int, int], quantization: Quantization, dtype: torch.dtype) -> Any:
@@ -72,14 +66,6 @@ def _empty_state(shape: tuple[int, int], quantization: Quantization, dtype: torc
         dtype=torch.float32,
     )
     return QuantState(absmax=torch.empty(num_blocks, dtype=torch.uint8), offset=torch.empty(()), state2=scales, **state)
-
-
-def _linear_4bit(x: torch.Tensor, *, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    return _Product4bit.apply(x.to(dtype), shape).to(x.dtype)
-
-
-def _linear_8bit(x: torch.Tensor, *, shape: tuple[int, int], on_gpu: bool) -> torch.Tensor:
-    return _Product8bit.apply(x, shape, on_gpu)
 
 
 class _Product4bit(torch.autograd.Function):

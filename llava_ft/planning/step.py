@@ -28,7 +28,7 @@ from llava_ft.models.config import LlavaModelConfig
 from llava_ft.models.llava import LlavaForCausalLM
 from llava_ft.planning.quantized import replace_kernel
 from llava_ft.planning.request import PlanRequest
-from llava_ft.planning.tracker import MemoryTracker, Peak
+from llava_ft.planning.tracker import MemoryTracker
 from llava_ft.tuning.quant import is_quantized
 from llava_ft.tuning.recompute import recompute_activations
 
@@ -44,30 +44,19 @@ _CUDA_GRANULARITY = 512
 
 @dataclass(frozen=True)
 class Batch:
-    """The micro-batch of one rank that takes most memory.
+    """The micro-batch of one rank that takes most memory."""
 
-    Attributes:
-        size: Samples.
-        length: Positions of each, padding included.
-        num_images: Images of all samples.
-        num_supervised: Positions of all samples that have to be predicted.
-        is_padded: Whether lengths differ, so that an attention mask is needed.
-        image_size_wh: Width and height of each image in pixels; None where they do not matter.
-    """
-
-    size: int
-    length: int
-    num_images: int
-    num_supervised: int
-    is_padded: bool
-    image_size_wh: SizeWH | None = None
+    size: int  # samples
+    length: int  # positions of each, padding included
+    num_images: int  # of all samples
+    num_supervised: int  # positions of all samples that have to be predicted
+    is_padded: bool  # whether lengths differ, so that an attention mask is needed
+    image_size_wh: SizeWH | None = None  # of each image, in pixels; None where it does not matter
 
     def inputs(self, config: LlavaModelConfig, *, feature_dtype: torch.dtype | None = None) -> dict[str, Any]:
         """Make a batch up for the model's `forward`: images come first, what is supervised last.
 
-        Args:
-            config: The model's configuration.
-            feature_dtype: Type of the features that stand in for pixels; None gives pixels.
+        With a `feature_dtype` features of that type stand in for pixels.
         """
         geometry, (num_rows, length) = config.image_geometry, (self.size, self.length)
         ids = torch.zeros(num_rows * length, dtype=torch.int64)
@@ -94,31 +83,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepTrace:
-    """What a step takes.
+    """What a step takes beside the model's weights, in bytes."""
 
-    Attributes:
-        peaks: For each phase the bytes alive beside the model's weights at its highest point.
-        on_host: Bytes of activations that wait in the host's memory.
-    """
-
-    peaks: Mapping[str, Peak]
-    on_host: int
-
-    @property
-    def most(self) -> int:
-        """Bytes at the highest point of all."""
-        return max(peak.total for peak in self.peaks.values())
+    peaks: Mapping[str, Mapping[str, int]]  # by phase what is alive at its highest point, by label
+    on_host: int  # activations that wait in the host's memory
 
 
 def trace_step(model: nn.Module, request: PlanRequest, batch: Batch, gradients: Gradients) -> StepTrace:
-    """Run forward and backward pass without memory.
-
-    Args:
-        model: The run's model as `build_model` makes it. It is used up.
-        request: The run.
-        batch: The micro-batch.
-        gradients: What becomes of gradients.
-    """
+    """Run forward and backward pass without memory; a model that `build_model` made is used up."""
     native = next(module for module in model.modules() if isinstance(module, LlavaForCausalLM))
     tracker = _StepTracker(on_gpu=request.on_gpu, logits_shape=(batch.num_supervised, native.config.vocab_size))
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -138,7 +110,7 @@ def trace_step(model: nn.Module, request: PlanRequest, batch: Batch, gradients: 
             loss = model(**inputs, num_items_in_batch=1).loss
         tracker.phase, tracker.label = BACKWARD, ACTIVATIONS
         loss.backward()
-    return StepTrace({phase: tracker.peaks.get(phase, Peak()) for phase in PHASES}, tracker.on_host)
+    return StepTrace({phase: tracker.peaks[phase] for phase in PHASES if phase in tracker.peaks}, tracker.on_host)
 
 
 def autocast(request: PlanRequest) -> AbstractContextManager[Any]:

@@ -12,20 +12,12 @@ optimizer. It is not used, because it cannot tell the phases of a step, logits a
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-
-@dataclass
-class Peak:
-    """The moment at which most was alive."""
-
-    total: int = 0  # bytes
-    by_label: dict[str, int] = field(default_factory=dict[str, int])  # what they were for
 
 
 @dataclass
@@ -44,7 +36,7 @@ class MemoryTracker(TorchDispatchMode):
     Attributes:
         label: What new storage is counted as, until it is changed.
         phase: Part of the step, for `peaks`.
-        peaks: The peak of each phase.
+        peaks: For each phase the bytes that were alive, by label, when most were.
         now: Bytes that are alive.
     """
 
@@ -52,8 +44,9 @@ class MemoryTracker(TorchDispatchMode):
         super().__init__()
         self.label = "activations"
         self.phase = "forward"
-        self.peaks: dict[str, Peak] = {}
+        self.peaks: dict[str, dict[str, int]] = {}
         self.now = 0
+        self._most: Counter[str] = Counter()  # by phase
         self._granularity = granularity
         self._living: dict[int, _Storage] = {}
         self._by_label: Counter[str] = Counter()
@@ -82,7 +75,6 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run one operation and count what it made."""
         result = self.run(func, args, kwargs or {})
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._living:
@@ -94,8 +86,9 @@ class MemoryTracker(TorchDispatchMode):
         self._living[key] = _Storage(weakref.ref(storage, lambda _: self._forget(key)), num_bytes, label)
         self.now += num_bytes
         self._by_label[label] += num_bytes
-        if self.now > self.peaks.setdefault(self.phase, Peak()).total:
-            self.peaks[self.phase] = Peak(self.now, {name: size for name, size in self._by_label.items() if size})
+        if self.now > self._most[self.phase]:
+            self._most[self.phase] = self.now
+            self.peaks[self.phase] = {name: size for name, size in self._by_label.items() if size}
 
     def _forget(self, key: int) -> None:
         entry = self._living.pop(key)

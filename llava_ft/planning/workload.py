@@ -36,47 +36,27 @@ _DEFAULT_SEED: Final = 42
 
 @dataclass(frozen=True)
 class Records:
-    """The run's records, as the rows that batches are made of: samples, or with packing what is packed of them.
+    """The run's records, as the rows that batches are made of: samples, or with packing what is packed of them."""
 
-    Attributes:
-        num_records: Records in the file.
-        num_usable: Samples that can be tokenised, of a mixture those that it takes. Images were not looked at.
-        lengths: Positions of each row after truncation, longest first; empty without a tokenizer.
-        num_supervised: Tokens of each row that have to be predicted, most first.
-        num_images: Images of each row, most first.
-        num_tiles: Tiles of all images that the records name, each name counted once.
-    """
-
-    num_records: int
-    num_usable: int
-    lengths: Array
-    num_supervised: Array
-    num_images: Array
-    num_tiles: int = 0
+    num_records: int  # in the file
+    num_usable: int  # samples that can be tokenised, of a mixture those that it takes; images were not looked at
+    lengths: Array  # positions of each row after truncation, longest first; empty without a tokenizer
+    num_supervised: Array  # tokens of each row that have to be predicted, most first
+    num_images: Array  # of each row, most first
+    num_tiles: int = 0  # of all images that the records name, each name counted once
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What steps and epochs are made of.
+    """What steps and epochs are made of."""
 
-    Attributes:
-        records: The records, if they are here.
-        max_length: Positions after which a sample is cut off.
-        tokens_per_image: Positions of one image, with anyres of the largest that fits into a sample; 0 for a text-only
-            model.
-        image_size_wh: Width and height of that image in pixels; None without anyres.
-        validation_fraction: Share of the records that is held out.
-        notes: What was assumed.
-        rows: What a row of a batch is: a padded sample, several packed ones, or all of the batch, joined.
-    """
-
-    records: Records | None
-    max_length: int
-    tokens_per_image: int
-    image_size_wh: SizeWH | None
-    validation_fraction: float
-    notes: list[str]
-    rows: Literal["padded", "packed", "joined"]
+    records: Records | None  # if they are here
+    max_length: int  # positions after which a sample is cut off
+    tokens_per_image: int  # with anyres of the largest image that fits into a sample; 0 for a text-only model
+    image_size_wh: SizeWH | None  # of that image, in pixels; None without anyres
+    validation_fraction: float  # share of the records that is held out
+    notes: list[str]  # what was assumed
+    rows: Literal["padded", "packed", "joined"]  # a row of a batch: a sample, several, or all of the batch
 
     @property
     def measured(self) -> Records | None:
@@ -84,11 +64,9 @@ class Workload:
         return self.records if self.records is not None and len(self.records.lengths) else None
 
     def largest_batch(self, size: int, *, supervise_all: bool = False) -> Batch:
-        """Return the micro-batch that takes most memory.
+        """Return the micro-batch of `size` samples or packed rows that takes most memory.
 
-        Args:
-            size: Samples in it, or packed rows.
-            supervise_all: Whether all text is supervised, the most that can be; for records that are not here.
+        With `supervise_all` all text is supervised, the most that can be, where the records are not here.
         """
         records, length = self.measured, self.max_length
         if records is None:

@@ -48,7 +48,7 @@ def peak_of_step(layer: nn.Module, x: torch.Tensor) -> int:
     with MemoryTracker() as tracker:
         tracker.ignore([layer.weight, x])
         layer(functools.reduce(torch.mul, [x, x])).square().sum().backward()
-    return max(peak.total for peak in tracker.peaks.values())
+    return max(sum(peak.values()) for peak in tracker.peaks.values())
 
 
 @pytest.mark.parametrize("quantization", [Quantization(8), Quantization(4)], ids=str)
@@ -74,7 +74,7 @@ def adapted_peak(layer: nn.Module, make: Callable[..., torch.Tensor]) -> int:
     with MemoryTracker() as tracker:
         tracker.ignore([layer.weight, x, down, up])
         LoraProduct.apply(x, None, 0.0, flat.layout, *flat.tensors).square().sum().backward()
-    return max(peak.total for peak in tracker.peaks.values())
+    return max(sum(peak.values()) for peak in tracker.peaks.values())
 
 
 @pytest.mark.parametrize("quantization", EVERY[1:], ids=str)
@@ -99,4 +99,4 @@ def test_a_gpu_sums_8_bit_products_in_int32():
         with MemoryTracker() as tracker:
             tracker.ignore([layer.weight, x])
             layer(x)
-    assert tracker.peaks["forward"].total >= 1024 * 256 * (4 + 2)
+    assert sum(tracker.peaks["forward"].values()) >= 1024 * 256 * (4 + 2)
