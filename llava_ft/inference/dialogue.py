@@ -121,9 +121,7 @@ class Dialogue:
 
 
 def save_conversation(path: Path, names: Sequence[str], dialogues: Sequence[Dialogue]) -> None:
-    """Write the conversations of a chat with those who have these names.
-
-    `.json` gets records of LLaVA's data format with whole paths of the images, any other file text.
+    """Write a chat with those who have these names: `.json` as records of LLaVA's data format, else as text.
 
     Raises:
         UserError: The file exists or cannot be written.

@@ -206,11 +206,9 @@ def load_base_and_adapters(
 
 
 def choose_quantization(model_path: str, bits: Literal[4, 8, 16]) -> Quantization | None:
-    """Choose how a model's linear layers are held for use.
+    """Choose how a model's linear layers are held for use: as in its training if that was with so many bits.
 
-    Args:
-        model_path: The model. If it was trained on weights quantised to that many bits, they are quantised the same.
-        bits: 4, 8 or 16. 4 bits are otherwise nf4 with quantised scales, as in the original.
+    4 bits are otherwise nf4 with quantised scales, as in the original.
     """
     if bits == 16:
         return None

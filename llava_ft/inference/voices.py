@@ -48,11 +48,9 @@ def single_voice(loaded: LoadedModel, name: str, template: Template | None) -> V
 
 
 def base_and_trained(loaded: LoadedModel, template: Template | None) -> list[Voice]:
-    """Return the voices of a base model and of what was trained on it, which share the base's weights.
+    """Return the voices of a base model and of the adapter or projector trained on it; see above.
 
-    Args:
-        loaded: An adapter beside its base, or a projector on a base that has one of its own.
-        template: A template for both; when absent each has the one it was trained with.
+    A `template` is for both; when absent each has the one it was trained with.
 
     Raises:
         UserError: Nothing was trained on another model, or the base has no projector of its own to compare with.

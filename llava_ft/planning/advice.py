@@ -57,10 +57,9 @@ class Change:
 
 
 def find_ways(planner: MemoryPlanner, request: PlanRequest, batch: Batch, capacity: int) -> list[Way]:
-    """Plan one way to recompute after the other until one fits into `capacity` bytes.
+    """Plan one way to recompute after the other until one fits into `capacity` bytes; that is the last one then.
 
-    Returns:
-        What was tried, by FLOPs and in the order of `WAYS` where these are equal. If any fits it is the last one.
+    The order is by FLOPs, and that of `WAYS` where these are equal.
     """
     geometry, length = planner.run.config.image_geometry, batch.length
     counts = Counts(
@@ -127,11 +126,7 @@ def advise(planner: MemoryPlanner, request: PlanRequest, workload: Workload, cap
 
 
 def _changes(request: PlanRequest) -> dict[str, tuple[str, str, PlanRequest]]:
-    """Find the changes that make a difference, in the order in which they are tried.
-
-    Returns:
-        For each its flags, what is given up for it, and the request with it.
-    """
+    """Find the changes that make a difference, in order: for each its flags, what is given up, and the request."""
     recomputation, zero, lora = request.recomputation, request.zero, request.lora
     stage, ranks = zero.stage if zero else 0, request.machine.world_size
     stages = (2, 3) if request.quantization is None else (2,)  # ZeRO-3 cannot divide packed weights

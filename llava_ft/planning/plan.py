@@ -58,12 +58,7 @@ class Plan:
 
 
 def make_plan(args: ParsedArgs, machine: Machine, *, fit: bool = False) -> Plan:
-    """Plan a run.
-
-    Args:
-        args: The run's flags.
-        machine: Where it is to take place.
-        fit: Whether to choose the recomputation that costs least among those that fit, instead of taking the run's.
+    """Plan a run; with `fit` the recomputation that costs least among those that fit stands in for the run's.
 
     Raises:
         UserError: Such a run would be refused, or there is no memory to fit into.

@@ -43,8 +43,7 @@ def as_text(plan: Plan) -> str:
     share, held = f"{num_trained / num_parameters:.2%} trained", sum(part.num_bytes for part in plan.parts)
     parameters.append(("total", f"{num_parameters:,}", f"{num_trained:,}", share, gib(held)))
 
-    phases = [memory.components[phase] for phase in memory.components]
-    sizes = [(name, *(_in_gib(phase.get(name, 0)) for phase in phases)) for name in COMPONENTS]
+    sizes = [(name, *(_in_gib(phase.get(name, 0)) for phase in memory.components.values())) for name in COMPONENTS]
     sizes = [(name, *("" if size == "0.00" else size for size in row)) for name, *row in sizes if {*row} != {"0.00"}]
     sizes.append(("total", *map(_in_gib, memory.phases.values())))
     allowances = {f"{name} (allowance)": size for name, size in memory.allowances.items()}

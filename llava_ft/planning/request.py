@@ -170,10 +170,6 @@ class PlanRequest:
 def plan_request(run: RunModel, machine: Machine) -> PlanRequest:
     """Read the request from the run's flags; notes of what they come to are added to its notes.
 
-    Args:
-        run: The flags and the model.
-        machine: Where the run is to take place.
-
     Raises:
         UserError: Such a run would be refused.
     """
@@ -236,9 +232,9 @@ def plan_machine(inherited: Mapping[str, object], *, gpus: int | None, nodes: in
 
     Args:
         inherited: Given fields of `transformers.TrainingArguments`; with `use_cpu` the run is planned for a CPU.
-        gpus: GPUs (with `use_cpu` processes) on each machine; None asks this machine.
+        gpus: GPUs (with `use_cpu` processes) on each machine.
         nodes: Machines.
-        gpu_memory: Memory of each, such as `24GiB`; None asks this machine.
+        gpu_memory: Memory of each GPU, such as `24GiB`.
 
     Raises:
         UserError: A number makes no sense.
