@@ -94,6 +94,7 @@ OWN_FLAGS = {
     "model_name_or_path",
     "mpt_attn_impl",
     "on_bad_sample",
+    "overwrite_output_dir",
     "packing",
     "padding_free",
     "preprocessing_num_workers",
@@ -465,7 +466,6 @@ class TestOldSpellings:
     @pytest.mark.parametrize(
         "argv",
         [
-            ["--overwrite_output_dir", "True"],
             ["--use_mps_device", "False"],
             ["--fp16_backend", "auto"],
             ["--half_precision_backend", "auto"],

@@ -32,7 +32,6 @@ WITHOUT_EFFECT: Final[Mapping[str, tuple[Any, str]]] = {
     "include_tokens_per_second": (bool | None, "tokens per second are always logged"),
     "jit_mode_eval": (bool, "transformers removed it"),
     "mp_parameters": (str, "it belonged to SageMaker"),
-    "overwrite_output_dir": (bool, "a run continues from the newest checkpoint in output_dir; give a new directory"),
     "past_index": (int, "transformers removed it"),
     "push_to_hub_organization": (str | None, "write it into hub_model_id, as in organization/name"),
     "ray_scope": (str | None, "there is no hyper-parameter search"),

@@ -78,6 +78,10 @@ class TrainingFlags:
         False,
         "With gradient_checkpointing full: keep the inputs of the layers in the host's memory until the backward pass.",
     )
+    overwrite_output_dir: bool = flag(
+        False,
+        "Write over files in output_dir that are not this run's own. Complete checkpoints are still resumed.",
+    )
     allow_base_mismatch: bool = flag(False, "Load an adapter on another base than the one it was trained on.")
     force: bool = flag(
         False,

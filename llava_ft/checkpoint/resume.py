@@ -1,12 +1,13 @@
-"""The checkpoint that a run continues from: finding it, and opening its optimizer state."""
+"""The checkpoints of a run: finding the one to continue from, opening its optimizer state, deleting old ones."""
 
 import logging
+import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_ft.checkpoint.manifest import read_manifest, what_is_incomplete
+from llava_ft.checkpoint.manifest import MERGED_BASE, read_manifest, what_is_incomplete
 from llava_ft.checkpoint.names import OPTIMIZER, RANKS, SCHEDULER, TRAINER_STATE
 from llava_ft.checkpoint.optimizer import OptimizerFile, SavedOptimizer
 from llava_ft.checkpoint.pickles import check_pickle
@@ -15,7 +16,9 @@ from llava_ft.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")
+_STAGING = re.compile(rf"\.({_CHECKPOINT.pattern}|result|{MERGED_BASE})\.incomplete")
+"""Directories that a run writes before they get their name; nobody else's are touched."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +101,55 @@ def check_training_state(checkpoint: Path) -> None:
         check_pickle(path, with_numpy=True)
 
 
+def delete_old_checkpoints(output_dir: Path, limit: int | None, *, written: Path, best: str | None) -> None:
+    """Keep a number of a run's complete checkpoints, and delete older ones.
+
+    What is incomplete, not of this program or a link to elsewhere is neither counted nor deleted: each would take the
+    place of one to resume from. Checkpoints without optimizer state (`save_only_model`) are counted by themselves for
+    the same reason.
+
+    Args:
+        output_dir: Of the run.
+        limit: How many to keep of each kind; None keeps all.
+        written: The newest in time, which is kept, as is the one with the highest number.
+        best: Path of the best one, which is kept.
+    """
+    if limit is None or limit < 1:
+        return
+    complete = [
+        path for path in checkpoints_by_step(output_dir) if not path.is_symlink() and what_is_incomplete(path) is None
+    ]
+    resumable = [path for path in complete if _has_optimizer(path)]
+    for kind in (resumable, [path for path in complete if path not in resumable]):
+        kept = {path for path in kind if path in (kind[0], written) or (best is not None and path == Path(best))}
+        num_to_delete = len(kind) - max(limit, len(kept))
+        for path in [path for path in reversed(kind) if path not in kept][: max(0, num_to_delete)]:
+            # Renamed first: a kill in between would leave files without their names in the manifest being there.
+            leftover = path.with_name(f".{path.name}.incomplete")
+            shutil.rmtree(leftover, ignore_errors=True)
+            os.replace(path, leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
 def remove_staging(output_dir: Path) -> None:
-    """Remove what a killed run left half-written."""
-    for path in output_dir.glob(".*.incomplete"):
-        logger.info("Removing %s, which a run was writing when it was killed.", path)
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove what a killed run left half-written, and put back a checkpoint that it was about to replace."""
     for path in output_dir.glob(".checkpoint-*.outdated"):
-        shutil.rmtree(path, ignore_errors=True)
+        checkpoint = path.with_name(path.name.removeprefix(".").removesuffix(".outdated"))
+        if not _CHECKPOINT.fullmatch(checkpoint.name):
+            continue
+        if checkpoint.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            logger.info("%s is put back: a run was replacing it when it was killed.", checkpoint)
+            os.replace(path, checkpoint)
+    for path in output_dir.glob(".*.incomplete"):
+        if _STAGING.fullmatch(path.name):
+            logger.info("Removing %s, which a run was writing when it was killed.", path)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _has_optimizer(checkpoint: Path) -> bool:
+    return (checkpoint / OPTIMIZER).is_file() or any(checkpoint.glob("global_step*"))
 
 
 def open_saved_optimizer(checkpoint: Path) -> SavedOptimizer:

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Final, Literal, cast
 
 import torch
 from peft import LoraConfig
@@ -36,6 +36,12 @@ from llava_ft.tuning.plan import TuningPlan
 
 ResultKind = Literal["lora", "projector", "full"]
 """What a run's directory holds: an adapter with what was trained beside it, a projector, or a whole model."""
+WEIGHT_FILES: Final[Mapping[ResultKind, Sequence[str]]] = {
+    "lora": ("adapter_config.json", "adapter_model*", "non_lora_trainables.*"),
+    "projector": ("mm_projector.*",),
+    "full": ("model.safetensors*", "model-*.safetensors", "pytorch_model*.bin*"),
+}
+"""Patterns of the files by which the kind of a directory is known."""
 WeightsFormat = Literal["auto", "bin", "safetensors", "both"]
 """Kind of the files: pickles, safetensors, or each. `auto` is .bin, as in the original, but for whole models."""
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -335,7 +341,10 @@ def staged_directory(final: Path) -> Generator[Path]:
 
 
 def publish_directory(staging: Path, final: Path) -> None:
-    """Force a staged directory to disk and give it its name, replacing an older directory of that name."""
+    """Force a staged directory to disk and give it its name, replacing an older directory of that name.
+
+    A kill between the two renames leaves the older one as `.NAME.outdated`; `remove_staging` puts it back.
+    """
     sync_tree(staging)
     outdated = final.parent / f".{final.name}.outdated"
     if final.exists():
@@ -352,10 +361,10 @@ def sync_tree(directory: Path) -> None:
         sync_file(path)
 
 
-def move_files(source: Path, target: Path) -> None:
-    """Move the files of a directory into another, replacing older ones of the same names."""
+def move_files(source: Path, target: Path, *, first: str) -> None:
+    """Move the files of a directory into another, one of them first, replacing older ones of the same names."""
     target.mkdir(parents=True, exist_ok=True)
     sync_tree(source)
-    for path in source.iterdir():
+    for path in sorted(source.iterdir(), key=lambda path: path.name != first):
         os.replace(path, target / path.name)
     sync_file(target)

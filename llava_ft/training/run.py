@@ -43,6 +43,7 @@ from llava_ft.training.model_setup import (
     saves_tower,
     settle_attention,
 )
+from llava_ft.training.output_dir import check_output_dir, lock_output_dir
 from llava_ft.training.speed import SpeedMeter, flops_of_run
 from llava_ft.training.start_from import check_resumed_start, merge_start, put_start
 from llava_ft.training.trainer import LlavaTrainer
@@ -76,7 +77,8 @@ def run_training(args: ParsedArgs) -> bool:
     is_first = args.training.process_index == 0
     adopt_libraries()
     try:
-        finished = _train(args, is_first=is_first)
+        with lock_output_dir(args.training):
+            finished = _train(args, is_first=is_first)
     except Exception as raised:
         error = raised
         if isinstance(raised, torch.OutOfMemoryError):
@@ -144,6 +146,8 @@ def prepare_run(args: ParsedArgs) -> Run:
     with collect_ignored() as ignored:
         # What is resumed. All ranks agree on where they write before anything else: each looks for a checkpoint there.
         set_seed(args.training.seed)
+        if args.training.should_save:
+            remove_staging(Path(args.training.output_dir or "."))
         check_shared_output(args.training)
         checkpoint = choose_checkpoint(args)
         check_same_checkpoint(checkpoint, args.training.world_size)
@@ -151,6 +155,7 @@ def prepare_run(args: ParsedArgs) -> Run:
 
         # The model: base, vision tower, tokenizer, where each weight lies, what is trained.
         run = resolve_model(args)
+        check_output_dir(run, checkpoint)
         check_resumed_start(run, checkpoint)
         request, start, tokenizer = run.args, run.start, run.tokenizer
 
@@ -213,8 +218,6 @@ def choose_checkpoint(args: ParsedArgs) -> Path | None:
         UserError: The checkpoint named cannot be resumed from.
     """
     output_dir = Path(args.training.output_dir or ".")
-    if args.training.process_index == 0:
-        remove_staging(output_dir)
     wish = args.training.resume_from_checkpoint
     if wish is not None and str(wish).lower() not in ("true", "false"):
         check_checkpoint(Path(wish))

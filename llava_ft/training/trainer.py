@@ -19,12 +19,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, set_seed
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from llava_ft.checkpoint.names import MANIFEST, OPTIMIZER, RANKS, SCHEDULER
+from llava_ft.checkpoint.names import MANIFEST, OPTIMIZER, RANKS, RUN_CONFIG, SCHEDULER
 from llava_ft.checkpoint.restore import restore_trained
-from llava_ft.checkpoint.resume import RankLayout, open_saved_optimizer, read_ranks
-from llava_ft.checkpoint.save import move_files, publish_directory, write_json
+from llava_ft.checkpoint.resume import RankLayout, delete_old_checkpoints, open_saved_optimizer, read_ranks
+from llava_ft.checkpoint.save import WEIGHT_FILES, move_files, publish_directory, result_kind, write_json
 from llava_ft.constants import IGNORE_INDEX
 from llava_ft.data.image_processor import PixelNormalizer, normalize_batch
 from llava_ft.data.sampler import EpochSampler
@@ -33,6 +33,7 @@ from llava_ft.training.artifacts import RunArtifacts
 from llava_ft.training.fragments import value_setter
 from llava_ft.training.optim import format_table, parameter_groups, parameter_table
 from llava_ft.training.optimizer_state import load_optimizer, restore_schedule, save_optimizer
+from llava_ft.training.output_dir import matching_files
 from llava_ft.training.speed import SpeedMeter, measure_product_rate
 
 logger = logging.getLogger(__name__)
@@ -307,10 +308,11 @@ class LlavaTrainer(Trainer):
                 "space, or keep fewer with --save_total_limit, and start the same command again to resume."
             ) from error
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(run_directory),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
+            delete_old_checkpoints(
+                run_directory,
+                self.args.save_total_limit,
+                written=final,
+                best=self.state.best_model_checkpoint,
             )
         self.accelerator.wait_for_everyone()
 
@@ -336,7 +338,11 @@ class LlavaTrainer(Trainer):
                 self.artifacts.write(staging, self._trained_model, is_final=True)
                 self.state.save_to_json(str(staging / "trainer_state.json"))
                 (target / MANIFEST).unlink(missing_ok=True)  # not complete while its files are replaced
-                move_files(staging, target)
+                written = {path.name for path in staging.iterdir()}
+                move_files(staging, target, first=RUN_CONFIG)  # tells another start whose half-written result it is
+                for name in matching_files(target, WEIGHT_FILES[result_kind(self.artifacts.plan)]):
+                    if name not in written:
+                        (target / name).unlink()  # of an earlier result in another format, which readers may prefer
                 staging.rmdir()
                 self.artifacts.write_manifest(target, self.state.global_step)
         except (OSError, RuntimeError) as error:

@@ -168,11 +168,12 @@ def correctness(pools: Pools, folder: Path) -> Iterator[str]:
     yield "| --- " * (len(CORRECT) + 2) + "|"
     for method in METHODS:
         for dtype, tolerance in TOLERANCES.items():
-            reference = pools.train(folder / "reference", method, ALONE, dtype, save_strategy="no")
+            reference = pools.train(folder / f"reference-{method}-{dtype}", method, ALONE, dtype, save_strategy="no")
             cells = []
             for setting in CORRECT:
 
                 def compute(setting: Setting = setting, reference: tasks.Result = reference) -> float:
+                    shutil.rmtree(folder / "run", ignore_errors=True)
                     result = pools.train(folder / "run", method, setting, dtype, save_strategy="no")  # noqa: B023
                     return difference(reference, result)
 

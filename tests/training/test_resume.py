@@ -143,7 +143,8 @@ def test_what_to_resume_from_can_be_named(tmp_path: Path):
     train(tmp_path / "out")
     run = prepare(tmp_path / "out", resume_from_checkpoint=tmp_path / "out/checkpoint-3")
     assert run.checkpoint == tmp_path / "out/checkpoint-3"
-    assert prepare(tmp_path / "out", resume_from_checkpoint="False").checkpoint is None
+    anew = {"resume_from_checkpoint": "False", "overwrite_output_dir": "True"}
+    assert prepare(tmp_path / "out", **anew).checkpoint is None
     with pytest.raises(CheckpointError, match=r"does not exist. Give one of the checkpoint-N"):
         prepare(tmp_path / "out", resume_from_checkpoint=tmp_path / "out/checkpoint-99")
     with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
