@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.nn.attention import varlen
-from transformers import Gemma2Config
+from transformers import Gemma2Config, MistralConfig
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llava_ft.errors import UserError
@@ -61,7 +62,7 @@ def test_joined_samples(kernel, scale):
     torch.testing.assert_close(attended.double(), expected(*tensors, LENGTHS, scale), atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("window", [1, 9, 130, 200])
+@pytest.mark.parametrize("window", [1, 9, 129, 130])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_sliding_window(kernel, window):
     tensors = make()
@@ -69,9 +70,10 @@ def test_a_sliding_window(kernel, window):
     torch.testing.assert_close(attended.double(), expected(*tensors, LENGTHS, window=window), atol=2e-6, rtol=0)
 
 
-def test_a_window_as_wide_as_the_rows_changes_no_bit():
+def test_a_window_as_wide_as_the_rows_changes_nothing(monkeypatch):
     """Rows that fit are computed together, as without a window."""
     tensors = make(rows=3, length=9)
+    monkeypatch.setattr(kernels, "_run", None)
     for options in ({"sliding_window": 9}, {"boundaries": find_boundaries(3, 9, "cpu"), "sliding_window": 4096}):
         assert torch.equal(run("sdpa", *tensors, **options), run("sdpa", *tensors))
 
@@ -81,6 +83,16 @@ def test_a_window_as_wide_as_the_rows_changes_no_bit():
 def test_what_a_kernel_would_leave_out_is_refused(kernel, given):
     with pytest.raises(ValueError, match=rf"has {next(iter(given))}, which the kernel {kernel} does not compute"):
         run(kernel, *make(), boundaries=SampleBoundaries(LENGTHS, 1, "cpu"), **given)
+
+
+def test_a_pattern_that_a_model_adds_gets_a_mask():
+    config = MistralConfig(sliding_window=None)
+    config._attn_implementation = kernels.register("sdpa")
+    batch = {"inputs_embeds": torch.zeros(1, 4, 8), "attention_mask": None, "past_key_values": None}
+    assert create_causal_mask(config, **batch) is None
+    mask = create_causal_mask(config, **batch, and_mask_function=lambda batch, head, query, key: key != 1)
+    assert mask is not None
+    assert mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

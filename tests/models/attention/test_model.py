@@ -237,3 +237,19 @@ def test_layers_with_a_sliding_window(name, kernel, padded):
             found = list(logits.split([ids.shape[1] for ids in samples]))
     for ours, theirs in zip(found, alone, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
+@pytest.mark.parametrize("name", WINDOWED)
+def test_generation_beyond_a_sliding_window(name, kernel):
+    """The cache of a layer with a window keeps no more than it sees."""
+    torch.manual_seed(0)
+    model, ids = WINDOWED[name]().eval(), torch.randint(1, 64, (2, 12))
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    model.config._attn_implementation = "eager"
+    expected = model.generate(ids, **options)
+    model.config._attn_implementation = register(kernel)
+    found = model.generate(ids, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), atol=2e-6, rtol=1e-5)
