@@ -70,7 +70,7 @@ def _run_compiled(layer: Any, compiled: Callable[..., Any], is_last: bool, *args
     """Run a layer's compiled forward, within gradient checkpointing where that is on, as transformers does."""
     if not is_last:
         kwargs.pop("read_positions", None)  # for the last layer alone: the others then share their graph
-    if layer.gradient_checkpointing and layer.training:
+    if getattr(layer, "gradient_checkpointing", False) and layer.training:  # a tower's own layers may have none
         return layer._gradient_checkpointing_func(partial(compiled, layer, **kwargs), *args)
     return compiled(layer, *args, **kwargs)
 

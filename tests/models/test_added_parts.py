@@ -295,6 +295,26 @@ def test_its_features_are_kept(runs: dict[str, Run], folder: Path):
     assert losses(run) == losses(runs["full, padded"])
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"bits": "4"},
+        {"s2_scales": "56,112"},
+        {"padding_free": "True", "group_by_modality_length": None},
+        {"mm_use_im_start_end": "True", "gradient_checkpointing": "selective"},
+        {"torch_compile": "True", "torch_compile_backend": "aot_eager"},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_it_is_trained_in_other_ways_and_merged(folder: Path, tmp_path: Path, other: dict[str, object]):
+    method, changes = run_flags(folder, "lora, padded")
+    run = train(tmp_path / "out", method, **changes | other, max_steps=2)
+    assert len(losses(run)) == 2
+    adapter = ["--model-path", str(tmp_path / "out"), "--model-base", str(folder / "tied")]
+    assert main(["merge", *adapter, "--save-model-path", str(tmp_path / "merged")]) == 0
+
+
 def test_packed_samples_do_not_see_each_other(folder: Path):
     loaded = load_model(str(folder / "untied"))
     ids = torch.randint(3, 500, (1, 12), generator=torch.Generator().manual_seed(0))
