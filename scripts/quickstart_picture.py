@@ -13,6 +13,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from quickstart_report import is_right
 
+from llava_ft.data.image_files import load_image
+
 WIDTH, HEIGHT = 1600, 760
 INK, SOFT, LINE = "#1f2328", "#59636e", "#d1d9e0"
 GOOD, BAD, CURVE = "#1a7f37", "#cf222e", "#0969da"
@@ -61,7 +63,7 @@ def draw_answers(
     for row, record in enumerate(records):
         y = 138 + 118 * row
         canvas.line((40, y - 8, 900, y - 8), LINE, 2)
-        digit = Image.open(data / record["image"]).convert("RGB")
+        digit = load_image(data / record["image"])
         picture.paste(digit.resize((102, 102), Image.Resampling.LANCZOS), (40, y))
         for x, _, answers in columns:
             given = answers[record["id"]]

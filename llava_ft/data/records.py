@@ -35,6 +35,23 @@ _SHOWN_CHARACTERS: Final = 60
 _PART_KEYS: Final = ("image", "path", "url", "image_url", "bytes")
 """Where a part of a message's content may hold its image."""
 
+MEDIA_KEYS: Final = ("video", "videos", "audio", "audios", "speech", "point_cloud")
+"""Where other programs' records have media that no model here takes."""
+
+_MEDIA: Final = "video|audio|speech"
+_MEDIA_PARTS: Final = frozenset(
+    f"{before}{name}{after}" for name in _MEDIA.split("|") for before in ("", "input_") for after in ("", "_url")
+)
+_MEDIA_MARK: Final = re.compile(
+    rf"(?<![`'\"])<({_MEDIA})>(?![`'\"]|\s*(?:tags?|elements?|blocks?)\b)"  # not what is said about HTML
+    r"|<img>[^<>]+</img>"  # Qwen-VL's; HTML's own has no end
+    r"|<\|(?:image|vision|video|audio)\w*\|>",
+    re.IGNORECASE,
+)
+"""What stands for a picture, video or sound in questions of other programs' records."""
+
+_MEDIA_END: Final = re.compile(rf"</({_MEDIA})>", re.IGNORECASE)  # its element is HTML
+
 _TOOL_ROLES: Final = frozenset(
     ("tool", "function", "function_call", "function_response", "tool_call", "tool_response", "observation", "ipython")
 )
@@ -117,8 +134,9 @@ def parse_record(record: object, index: int, prompt_prefix: str = "") -> Sample:
     Raises:
         BadSampleError: The record cannot be used. Kinds: "not-an-object", "bad-id", "bad-image", "image-is-url",
             "missing-conversations", "bad-conversations", "empty-conversation", "bad-turn", "unknown-role",
-            "tool-turn", "roles-not-alternating", "misplaced-system", "no-human-turn", "bad-text", "bad-part",
-            "bad-weight", "image-in-answer", "image-in-system", "placeholder-mismatch", those of `BrokenRecord`.
+            "tool-turn", "unknown-media", "roles-not-alternating", "misplaced-system", "no-human-turn", "bad-text",
+            "bad-part", "bad-weight", "image-in-answer", "image-in-system", "placeholder-mismatch", those of
+            `BrokenRecord`.
     """
     sample = _Parser(index).parse(record)[0]
     if not prompt_prefix:
@@ -215,6 +233,7 @@ class _Parser:
         if not is_mapping(record):
             self._fail("not-an-object", f"the record is {kind_of(record)}, not an object with 'conversations'.")
         self._id = self._parse_id(record.get("id"))
+        self._refuse_media(record, "the record")
         self._columns = self._column_images(record)
         self._unused = dict.fromkeys(range(len(self._columns)))
         form = self._form_of(record)
@@ -306,6 +325,7 @@ class _Parser:
                 rule = f"Each turn needs {form.role!r} and {form.text!r}.{hint}"
                 self._fail("bad-turn", f"{where} has no {key!r}. {rule}")
         speaker = self._parse_speaker(item[form.role], where, form)
+        self._refuse_media(item, where)
         if any(item.get(key) for key in _TOOL_KEYS):
             self._refuse_tools(f"{where} calls a tool")
         text, place = item[form.text], f"the {form.text!r} of {where}"
@@ -317,6 +337,12 @@ class _Parser:
             self._take_placeholders(text, speaker, place)
         else:
             self._check_text(text, place)
+        if speaker == "human" and "<" in text and _MEDIA_MARK.search(text):
+            closed = {name.lower() for name in _MEDIA_END.findall(text)}
+            mark = next((m[0] for m in _MEDIA_MARK.finditer(text) if (m[1] or "").lower() not in closed), None)
+            if mark:
+                rule = f"Write {IMAGE_TOKEN} for a picture and its path under 'image'"
+                self._fail_media(f"{place} holds {shown(mark)}, which would be learnt as text", rule)
         return speaker, text, self._parse_weight(item.get("weight"), speaker, where, form)
 
     def _parse_speaker(self, role: object, where: str, form: _Form) -> Speaker:
@@ -333,6 +359,16 @@ class _Parser:
 
     def _refuse_tools(self, what: str) -> NoReturn:
         self._fail("tool-turn", f"{what}. No template writes calls of tools; take such turns or the whole record out.")
+
+    def _refuse_media(self, item: Mapping[str, object], where: str) -> None:
+        """Refuse what has a video or a sound; a column without value, as tables have it, counts as absent."""
+        for key in MEDIA_KEYS:
+            value = item.get(key)
+            if value and not (is_mapping(value) and not any(value.values())):
+                self._fail_media(f"{where} has a value under {key!r}", "Only its pictures could be learnt")
+
+    def _fail_media(self, found: str, rule: str) -> NoReturn:
+        self._fail("unknown-media", f"{found}. {rule}; leave out records with video or sound.")
 
     def _parse_weight(self, value: object, speaker: Speaker, where: str, form: _Form) -> Literal[0, 1]:
         if value is None:
@@ -369,6 +405,8 @@ class _Parser:
                 self._fail("bad-text", f"the 'text' of {where} is {kind_of(text)}, not a string.")
             self._take_placeholders(text, speaker, f"the 'text' of {where}")
             return text
+        if kind in _MEDIA_PARTS:
+            self._fail_media(f"{where} is of type {kind!r}", "Parts are text or images")
         if kind not in ("image", "image_url"):
             told = shown(kind) if isinstance(kind, str) else kind_of(kind)
             self._fail("bad-part", f"{where} is of type {told}; allowed are 'text', 'image' and 'image_url'.")

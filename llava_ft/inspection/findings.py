@@ -39,6 +39,10 @@ UNUSABLE: Final[dict[str, tuple[str, str]]] = {
     "bad-turn": ("a turn is incomplete or not an object", _RECORD),
     "bad-part": ("a part of a message is neither text nor an image", _RECORD),
     "tool-turn": ("a turn calls a tool or is from one", "Leave the records out: nothing trains on tools here."),
+    "unknown-media": (
+        "a record has video, sound, or another program's mark for a picture",
+        "Leave the records out, or write <image> and the picture's path: as they are they would be learnt as text.",
+    ),
     "bad-weight": ("a weight is neither 0 nor 1, or not on an answer", _RECORD),
     "bad-text": ("a text is not a string, or holds half a character", _RECORD),
     "unknown-role": ("a turn is from nobody known", "Write human, gpt or system; --fix does it where it is clear."),

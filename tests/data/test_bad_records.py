@@ -58,6 +58,8 @@ MALFORMED = {
         "model_max_length = 2048 leaves no part of an answer",
     ),
     "image is a number": (record(image=7), "bad-image", "'image' is the number 7"),
+    "video": (record(video="a.mp4"), "unknown-media", "a value under 'video'"),
+    "mark of a video": ({"conversations": turns("<video>\nWhat?", "yes")}, "unknown-media", "holds '<video>'"),
     "not an object": (["text"], "not-an-object", "the record is a list of 1"),
     "null": (None, "not-an-object", "the record is null"),
     "no conversations": ({"id": "x", "text": "hi"}, "missing-conversations", "no 'conversations'"),

@@ -157,3 +157,37 @@ def test_samples_are_frozen_and_hashable():
     assert hash(sample) == hash(parse_record({"conversations": TALK}, 0))
     with pytest.raises(AttributeError):
         sample.index = 1
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "<video>\nWhy?",
+        "Why?\n<video>",
+        "In <audio> who speaks?",
+        "<AUDIO>",
+        "<img>a/b.jpg</img> What?",
+        "<|image_pad|>",
+    ],
+)
+def test_marks_of_other_programs_are_refused(question):
+    with pytest.raises(BadSampleError, match="would be learnt as text") as caught:
+        parse_record({"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "A."}]}, 0)
+    assert caught.value.kind == "unknown-media"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "What does the <video> tag do?",
+        "Explain `<video>`.",
+        "<video><source src='a.mp4'></video> does not play",
+        "<video controls>\n<img src='a.png'>",
+        "An <audio> element",
+        "<img></img>",
+    ],
+)
+def test_what_is_said_about_html_is_text(text):
+    turns = [{"from": "human", "value": text}, {"from": "gpt", "value": f"<video>, <img>a</img>: {text}"}]
+    nothing = {"video": None, "videos": [], "audio": {"bytes": None, "path": None}, "speech": ""}
+    assert parse_record({"conversations": turns, **nothing}, 0).turns[0].text == text

@@ -12,11 +12,11 @@ import datasets  # pyright: ignore[reportMissingTypeStubs]
 import pyarrow.types  # pyright: ignore[reportMissingTypeStubs]
 from datasets.exceptions import DatasetsError  # pyright: ignore[reportMissingTypeStubs]
 
-from llava_ft.data.records import DataUri, EmbeddedImage
+from llava_ft.data.records import MEDIA_KEYS, DataUri, EmbeddedImage
 from llava_ft.data.sources.base import DEFAULT_SPLIT, RecordSource, choose_split, fingerprint_files
 from llava_ft.errors import UserError
 
-_COLUMNS: Final = ("id", "image", "images", "conversations", "messages", "texts")
+_COLUMNS: Final = ("id", "image", "images", "conversations", "messages", "texts", *MEDIA_KEYS)
 _ROWS_AT_ONCE: Final = 64
 _PARQUET_BATCH: Final = 128
 """Rows converted at once; a row group may hold thousands of images."""

@@ -182,6 +182,15 @@ def test_binary_values_at_any_depth(columns, expected, tmp_path):
     assert source.image_bytes(1, 0) == expected
 
 
+def test_columns_of_media_are_seen(tmp_path):
+    talk = [[{"role": "user", "content": "Why?"}]] * 2
+    write_parquet(pa.table({"messages": talk, "videos": [None, [{"bytes": b"x"}]]}), tmp_path / "a.parquet")
+    without, with_video = opened(tmp_path / "a.parquet", tmp_path).read(0, 2)
+    assert parse_record(without, 0).images == ()
+    with pytest.raises(UserError, match="the record has a value under 'videos'"):
+        parse_record(with_video, 1)
+
+
 def test_addresses_lead_back_in_slices():
     table = pa.table({"images": [[{"bytes": b"%d" % (10 * row + item)} for item in range(row)] for row in range(5)]})
     for start in range(5):
