@@ -1,12 +1,13 @@
 """What a rank holds, in numbers that were worked out by hand."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import pytest
 import torch
 
 from llava_ft.planning.model import ParameterShape
-from llava_ft.planning.placement import KINDS, Placement, optimizer_kind, place
+from llava_ft.planning.placement import KINDS, TEMPORARIES, Placement, optimizer_kind, place
 from llava_ft.planning.request import Machine, PlanRequest, ZeroSettings
 from llava_ft.tuning.plan import PartPlan, TuningPlan
 from llava_ft.tuning.recompute import Recomputation
@@ -29,12 +30,13 @@ def placed(
     gpus: int = 1,
     optimizer: str = "adamw_torch",
     *,
+    device: Literal["cuda", "cpu"] = "cuda",
     accumulation: int = 1,
     projector_has_own_rate: bool = False,
     more: Sequence[ParameterShape] = (),
 ) -> Placement:
     request = PlanRequest(
-        machine=Machine("cuda", gpus),
+        machine=Machine(device, gpus),
         tuning=TuningPlan({"projector": PartPlan("full", learning_rate=1e-5 if projector_has_own_rate else None)}),
         lora=None,
         quantization=None,
@@ -115,6 +117,12 @@ class TestStages:
             "gradients": 4 * share,
             "buffers": 2 * share,
         }
+
+    @pytest.mark.parametrize(("stage", "values"), [(2, TRAINED // 4), (3, 1000)])
+    def test_where_there_is_no_gpu_an_offloaded_step_takes_room_on_the_host(self, stage, values):
+        zero = ZeroSettings(stage, offload_optimizer=True, sub_group_size=1000)
+        assert TEMPORARIES not in placed(BF16, zero, gpus=4).host
+        assert placed(BF16, zero, gpus=4, device="cpu").host[TEMPORARIES] == 4 * 2 * values
 
     def test_offload_of_weights(self):
         zero = ZeroSettings(3, offload_optimizer=True, offload_param=True, param_persistence_threshold=10)

@@ -20,6 +20,8 @@ class TestMemoryTracker:
             del first
             assert tracker.now == 8 * KIB
             del second
+            third = block(1)
+            del third
         assert tracker.now == 0
         assert tracker.peaks["forward"] == {"activations": 12 * KIB}
 
