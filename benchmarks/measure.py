@@ -13,7 +13,7 @@ from workload import Preset, Sample
 from llava_ft.models.builder import build_skeleton
 from llava_ft.models.flops import Counts, Flops
 from llava_ft.models.flops import model_flops as count_flops
-from llava_ft.models.llava import part_of
+from llava_ft.models.parts import part_of
 from llava_ft.planning.model import ParameterShape
 from llava_ft.tuning.lora import add_lora
 

@@ -9,7 +9,8 @@ from workload import Preset
 
 from llava_ft.models.builder import build_skeleton, settle_config
 from llava_ft.models.config import LlavaModelConfig
-from llava_ft.models.llava import LlavaForCausalLM, part_of
+from llava_ft.models.llava import LlavaForCausalLM
+from llava_ft.models.parts import part_of
 from llava_ft.models.towers import tower_fields
 from llava_ft.tuning.quant import Quantization, is_quantized, quantize_linears, set_quantized_weight
 
