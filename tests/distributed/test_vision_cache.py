@@ -21,9 +21,10 @@ def sizes(cache: Path) -> list[int]:
 @pytest.mark.parametrize("others", [[Setting("none", 2), ALONE], [Setting("zero3", 2)] * 2], ids=str)
 def test_two_ranks_share_the_work_and_others_find_it(pools: Pools, tmp_path: Path, others: list[Setting]):
     """Some micro-batches have images on one rank and only text on the other, which ZeRO-3 must not wait over."""
-    for setting in others:
+    for number, setting in enumerate(others):
         plain = pools.straight("lora", setting, "float32", **SHORT).result
-        cached = pools.train(tmp_path / "out", "lora", setting, "float32", vision_cache=tmp_path / "cache", **SHORT)
+        out = tmp_path / f"out{number}"
+        cached = pools.train(out, "lora", setting, "float32", vision_cache=tmp_path / "cache", **SHORT)
         assert cached.losses == plain.losses
         assert all((cached.weights[name] == value).all() for name, value in plain.weights.items())
         assert sizes(tmp_path / "cache") == [NUM_IMAGES // 2, NUM_IMAGES // 2]
