@@ -81,11 +81,8 @@ def computed_bytes(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from scaling import collectives
 
-    args = parse_args(argv)
-    outline = resolve_model(args, need="config")
-    request = plan_request(
-        args, Machine("cpu", 2), hidden_size=outline.config.hidden_size, has_vision=outline.spec.has_vision
-    )
+    outline = resolve_model(parse_args(argv), need="config")
+    request = plan_request(outline, Machine("cpu", 2))
     totals = dict.fromkeys(KINDS.values(), 0)
     for collective in collectives(outline, parameter_shapes(build_model(outline, request), request), request):
         totals[collective.kind] += collective.num_bytes
