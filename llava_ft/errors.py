@@ -13,22 +13,15 @@ class UserError(ValueError):
 
 
 class BadSampleError(UserError):
-    """One record of the data cannot be used.
-
-    Attributes:
-        index: Position of the record in its data set, counted from 0.
-        sample_id: The record's own `id`, or "" when it has none.
-        reason: The message without the "Sample N" prefix.
-        kind: Short, stable name of what is wrong, such as "placeholder-mismatch"; counted in reports.
-    """
+    """One record of the data cannot be used."""
 
     def __init__(self, index: int, sample_id: str, kind: str, reason: str):
         name = f"Sample {index}" + (f" (id {sample_id!r})" if sample_id else "")
         super().__init__(f"{name}: {reason}")
-        self.index = index
-        self.sample_id = sample_id
-        self.kind = kind
-        self.reason = reason
+        self.index = index  # position of the record in its data set, counted from 0
+        self.sample_id = sample_id  # the record's own `id`, or "" when it has none
+        self.kind = kind  # short, stable name of what is wrong, such as "placeholder-mismatch"; counted in reports
+        self.reason = reason  # the message without the "Sample N" prefix
 
     def __reduce__(self):
         """Keep the fields when the error travels from a data-loading worker."""
@@ -38,18 +31,15 @@ class BadSampleError(UserError):
 class ImageError(UserError):
     """An image file cannot be used.
 
-    Attributes:
-        path: The file.
-        kind: Short, stable name of what is wrong: "image-missing", "image-not-a-file", "image-empty",
-            "image-unreadable", "image-corrupt", "image-format", "image-truncated" or "image-too-large".
-        reason: What is wrong, without the path.
+    `kind` is a short, stable name of what is wrong: "image-missing", "image-not-a-file", "image-empty",
+    "image-unreadable", "image-corrupt", "image-format", "image-truncated" or "image-too-large".
     """
 
     def __init__(self, path: str | os.PathLike[str], kind: str, reason: str):
         super().__init__(f"Image {os.fspath(path)!r} {reason}.")
         self.path = os.fspath(path)
         self.kind = kind
-        self.reason = reason
+        self.reason = reason  # what is wrong, without the path
 
     def __reduce__(self):
         """Keep the fields when the error travels from a data-loading worker."""

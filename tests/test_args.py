@@ -32,7 +32,6 @@ from llava_ft.args.build import (
     TrainingArguments,
     _copy_batches_without_waiting,
     adapt_to_device,
-    choose_attention,
 )
 from llava_ft.args.deepspeed_file import read_deepspeed_config
 from llava_ft.args.flags import TABLE, all_flags, fields_of_transformers, inherited_types
@@ -957,16 +956,14 @@ class TestBuild:
         assert json.loads(training.to_json_string())["lora_r"] == 64
 
     def test_attention_on_a_cpu(self, tmp_path):
-        training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-        notes: list[str] = []
-        assert choose_attention("eager", training, notes) == "eager"
-        assert notes == []
-        assert choose_attention("auto", training, notes) == "sdpa"
-        assert choose_attention("varlen", training, notes) == "sdpa"
-        assert notes == [
-            "attn_implementation=auto takes sdpa: there is no GPU.",
-            "attn_implementation=varlen is replaced by sdpa: it needs a GPU.",
-        ]
+        def chosen(requested: str) -> tuple[str, list[str]]:
+            parsed = parse("--output_dir", str(tmp_path), "--use_cpu", "--attn_implementation", requested)
+            return parsed.attn_implementation, [note for note in parsed.notes if "attn_implementation" in note]
+
+        assert chosen("eager") == ("eager", [])
+        assert chosen("auto") == ("sdpa", ["attn_implementation=auto takes sdpa: there is no GPU."])
+        replaced = "attn_implementation=varlen is replaced by sdpa: it needs a GPU."
+        assert chosen("varlen") == ("sdpa", [replaced])
 
     def test_a_reporter_that_is_not_installed_is_left_out(self, tmp_path, monkeypatch):
         monkeypatch.setattr("llava_ft.args.build._is_installed", lambda name: name != "wandb")

@@ -23,18 +23,16 @@ KERNELS: Final = ("flash_attention_3", "flash_attention_2", "varlen", "flex_atte
 _AUTO: Final = ("flash_attention_3", "flash_attention_2", "varlen", "sdpa")
 """What `auto` takes the first of: flex_attention is compiled first, and has no advantage for causal attention."""
 
-_INSTALL: Final[Mapping[str, str]] = {
-    "flash_attention_3": "Install flash-attn-3 from the folder hopper of github.com/Dao-AILab/flash-attention",
-    "flash_attention_2": "Install it with pip install flash-attn --no-build-isolation",
-    "varlen": "Install torch 2.10 or newer",
-    "flex_attention": "Install it with pip install triton",
+_PACKAGES: Final[Mapping[str, tuple[str, str]]] = {
+    "flash_attention_3": (
+        "flash-attn-3",
+        "Install flash-attn-3 from the folder hopper of github.com/Dao-AILab/flash-attention",
+    ),
+    "flash_attention_2": ("flash-attn", "Install it with pip install flash-attn --no-build-isolation"),
+    "varlen": ("torch.nn.attention.varlen", "Install torch 2.10 or newer"),
+    "flex_attention": ("triton", "Install it with pip install triton"),
 }
-_PACKAGE: Final[Mapping[str, str]] = {
-    "flash_attention_3": "flash-attn-3",
-    "flash_attention_2": "flash-attn",
-    "varlen": "torch.nn.attention.varlen",
-    "flex_attention": "triton",
-}
+"""The package that a kernel needs, and how to come by it."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def obstacle(kernel: str, machine: AttentionMachine) -> str | None:
         if kernel == "flash_attention_3" and generation is not None and generation > 9:
             return f"it needs a GPU of compute capability 8.0 to 9.0, and this one has {_version(machine)}"
     if kernel not in machine.installed:
-        return f"{_PACKAGE[kernel]} is not installed"
+        return f"{_PACKAGES[kernel][0]} is not installed"
     return None
 
 
@@ -121,7 +119,7 @@ def choose_kernel(requested: str, machine: AttentionMachine, notes: list[str]) -
         notes.append(f"attn_implementation={requested} is replaced by sdpa: {reason}.")
         return "sdpa"
     possible = ", ".join(kernel for kernel in KERNELS if obstacle(kernel, machine) is None)
-    install = f"{_INSTALL[requested]}, or use" if reason.endswith("is not installed") else "Use"
+    install = f"{_PACKAGES[requested][1]}, or use" if reason.endswith("is not installed") else "Use"
     raise UserError(
         f"attn_implementation={requested} cannot be used: {reason}. What runs here: {possible}. {install} auto, which "
         f"takes {choose_kernel('auto', machine, [])}."

@@ -17,7 +17,6 @@ import transformers
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK  # pyright: ignore[reportUnknownVariableType]
 from transformers.utils.import_utils import is_torch_tf32_available
 
-from llava_ft.args.attention import choose_kernel, this_machine
 from llava_ft.args.training import TrainingFlags
 from llava_ft.errors import UserError, did_you_mean
 
@@ -165,21 +164,6 @@ def adapt_to_device(values: Mapping[str, Any], *, has_cuda: bool, has_tf32: bool
             adapted[name] = instead[given]
             notes.append(f"{name}={given} is replaced by {instead[given]}: {reason}.")
     return adapted, notes
-
-
-def choose_attention(requested: str, training: TrainingArguments, notes: list[str]) -> str:
-    """Choose the attention kernel for this machine; see `choose_kernel`.
-
-    Args:
-        requested: "auto" or the name of a kernel.
-        training: Says whether a GPU and half precision are used.
-        notes: Receives a sentence about what is used instead of what was asked for, and about what auto took.
-
-    Raises:
-        UserError: A kernel was named that does not run on the GPU.
-    """
-    machine = this_machine(has_gpu=not training.use_cpu, is_half=bool(training.bf16 or training.fp16))
-    return choose_kernel(requested, machine, notes)
 
 
 def _choose_reporters(report_to: str | list[str], notes: list[str]) -> str | list[str]:

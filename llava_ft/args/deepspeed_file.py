@@ -144,7 +144,7 @@ def _own_problems(config: _Section) -> Iterator[str]:
             yield f"{key} cannot be set here: it is left to {flags}. Remove {key} and use these flags."
     if not isinstance(config.get("zero_optimization"), Mapping):
         yield (
-            f"zero_optimization is {_shown(config.get('zero_optimization'))}; it has to be an object that holds at "
+            f"zero_optimization is {json.dumps(config.get('zero_optimization'))}; it has to be an object that holds at "
             'least the stage. Write "zero_optimization": {"stage": 2}, or 0 for none.'
         )
     elif config["zero_optimization"].get("round_robin_gradients"):
@@ -154,7 +154,7 @@ def _own_problems(config: _Section) -> Iterator[str]:
         )
     for key in ("fp16", "bf16"):
         if not isinstance(config.get(key, {}), Mapping):
-            yield f'{key} is {_shown(config[key])}; it has to be an object. Write "{key}": {{"enabled": "auto"}}.'
+            yield f'{key} is {json.dumps(config[key])}; it has to be an object. Write "{key}": {{"enabled": "auto"}}.'
     sections: list[tuple[str, _Section]] = [("", config)]
     sections += [(f"{key}.", config[key]) for key in ("fp16", "bf16", "zero_optimization") if key in config]
     for prefix, section in sections:
@@ -167,20 +167,20 @@ def _own_problems(config: _Section) -> Iterator[str]:
 def _flag_problems(config: _Section, values: Mapping[str, Any]) -> Iterator[str]:
     for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
         flag = _FILLED_IN[key]
-        value = config.get(key, 1 if key == "gradient_accumulation_steps" else "auto")
-        if value != "auto" and value != values[flag]:
-            stated = f"is {_shown(value)}" if key in config else "is absent, which counts as 1"
-            yield f'{key} {stated}, but {flag} is {_shown(values[flag])}. Write "{key}": "auto", or make them equal.'
+        value, wanted = config.get(key, 1 if key == "gradient_accumulation_steps" else "auto"), values[flag]
+        if value not in ("auto", wanted):
+            stated = f"is {json.dumps(value)}" if key in config else "is absent, which counts as 1"
+            yield f'{key} {stated}, but {flag} is {json.dumps(wanted)}. Write "{key}": "auto", or make them equal.'
     if not {"train_micro_batch_size_per_gpu", "train_batch_size"} & set(config):
         yield 'it has no batch size. Write "train_micro_batch_size_per_gpu": "auto".'
     num_ranks = int(os.environ.get("WORLD_SIZE") or 1)
-    product = num_ranks * values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
+    batch_size, accumulation = values["per_device_train_batch_size"], values["gradient_accumulation_steps"]
+    product = num_ranks * batch_size * accumulation
     total = config.get("train_batch_size", "auto")
     if total not in ("auto", product):
         yield (
-            f"train_batch_size is {_shown(total)}, but {num_ranks} ranks x {values['per_device_train_batch_size']} x "
-            f"{values['gradient_accumulation_steps']} accumulation steps are {product}. "
-            'Write "train_batch_size": "auto".'
+            f"train_batch_size is {json.dumps(total)}, but {num_ranks} ranks x {batch_size} x {accumulation} "
+            f'accumulation steps are {product}. Write "train_batch_size": "auto".'
         )
 
     enabled: dict[str, Any] = {key: config.get(key, {}).get("enabled", False) for key in ("fp16", "bf16")}
@@ -188,8 +188,8 @@ def _flag_problems(config: _Section, values: Mapping[str, Any]) -> Iterator[str]
         yield 'fp16 and bf16 are both enabled. Write "enabled": "auto" in both, and give --bf16 or --fp16.'
     for key, value in enabled.items():
         if value != "auto" and value != values[key]:
-            stated = f"{key}.enabled is {_shown(value)}" if key in config else f"it has no section {key}"
-            yield f'{stated}, but the flag {key} is {_shown(values[key])}. Write "{key}": {{"enabled": "auto"}}.'
+            stated = f"{key}.enabled is {json.dumps(value)}" if key in config else f"it has no section {key}"
+            yield f'{stated}, but the flag {key} is {json.dumps(values[key])}. Write "{key}": {{"enabled": "auto"}}.'
 
 
 def _section_problems(config: _Section) -> Iterator[str]:
@@ -221,10 +221,6 @@ def _section_problems(config: _Section) -> Iterator[str]:
                     yield f"there is no key {name}.{did_you_mean(str(detail['loc'][0]), sorted(known), ' Remove it.')}"
                 elif detail["type"].startswith("int_"):
                     whole = f" Write {round(given)}." if isinstance(given, float) else ""
-                    yield f"{name} is {_shown(given)}; it has to be a whole number.{whole}"
+                    yield f"{name} is {json.dumps(given)}; it has to be a whole number.{whole}"
                 else:
-                    yield f"{name} is {_shown(given)}: {detail['msg']}."
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(value)
+                    yield f"{name} is {json.dumps(given)}: {detail['msg']}."

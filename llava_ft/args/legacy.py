@@ -43,42 +43,29 @@ WITHOUT_EFFECT: Final[Mapping[str, tuple[Any, str]]] = {
 }
 """Type hint, and why nothing happens."""
 
-TRANSLATED: Final[Mapping[str, Any]] = {
-    "adafactor": bool,
-    "dispatch_batches": bool | None,
-    "fsdp_min_num_params": int,
-    "fsdp_transformer_layer_cls_to_wrap": str | None,
-    "group_by_length": bool,
-    "include_inputs_for_metrics": bool,
-    "save_safetensors": bool | None,
-    "split_batches": bool | None,
-    "trust_remote_code": bool,
-    "warmup_ratio": float,
+_SWITCHES: Final[Mapping[str, tuple[Any, bool, str, object]]] = {
+    "adafactor": (bool, True, "optim", "adafactor"),
+    "group_by_length": (bool, True, "train_sampling_strategy", "group_by_length"),
+    "include_inputs_for_metrics": (bool, True, "include_for_metrics", ["inputs"]),
+    "save_safetensors": (bool | None, False, "weights_format", "bin"),
 }
-"""Type hints; `translate` says what they have become."""
+"""Type hint, and the position of the switch that stands for a value of another flag now; the other is the default."""
+
+_KEYS: Final[Mapping[str, tuple[Any, str, str]]] = {
+    "dispatch_batches": (bool | None, "accelerator_config", "dispatch_batches"),
+    "fsdp_min_num_params": (int, "fsdp_config", "min_num_params"),
+    "fsdp_transformer_layer_cls_to_wrap": (str | None, "fsdp_config", "transformer_layer_cls_to_wrap"),
+    "split_batches": (bool | None, "accelerator_config", "split_batches"),
+}
+"""Type hint, and the flag and the key of its mapping that stand for it now."""
 
 SPELLINGS: Final[Mapping[str, Any]] = {
     **dict.fromkeys(RENAMED),
-    **{name: hint for name, (hint, _) in WITHOUT_EFFECT.items()},
-    **TRANSLATED,
+    **{name: hint for table in (WITHOUT_EFFECT, _SWITCHES, _KEYS) for name, (hint, *_) in table.items()},
+    "trust_remote_code": bool,
+    "warmup_ratio": float,
 }
 """Every old spelling with its type hint; None means that of its new name."""
-
-_SWITCHES: Final[Mapping[str, tuple[bool, str, object]]] = {
-    "adafactor": (True, "optim", "adafactor"),
-    "group_by_length": (True, "train_sampling_strategy", "group_by_length"),
-    "include_inputs_for_metrics": (True, "include_for_metrics", ["inputs"]),
-    "save_safetensors": (False, "weights_format", "bin"),
-}
-"""Position of the switch, and the flag and the value that it stands for now. The other position is the default."""
-
-_KEYS: Final[Mapping[str, tuple[str, str]]] = {
-    "dispatch_batches": ("accelerator_config", "dispatch_batches"),
-    "fsdp_min_num_params": ("fsdp_config", "min_num_params"),
-    "fsdp_transformer_layer_cls_to_wrap": ("fsdp_config", "transformer_layer_cls_to_wrap"),
-    "split_batches": ("accelerator_config", "split_batches"),
-}
-"""Flags that are a key of another flag's mapping now."""
 
 
 def translate(name: str, value: Any, values: MutableMapping[str, Any], where: str) -> str:
@@ -117,7 +104,7 @@ def translate(name: str, value: Any, values: MutableMapping[str, Any], where: st
         )
 
     if name in _KEYS:
-        flag, key = _KEYS[name]
+        _, flag, key = _KEYS[name]
         if value is None or value == 0:
             return f"{name}={value} is the default."
         current: Any = values.get(flag) or {}
@@ -126,7 +113,7 @@ def translate(name: str, value: Any, values: MutableMapping[str, Any], where: st
         values[flag] = {**current, key: value}
         return f"{name} is now {key} of {flag}."
 
-    position, flag, meaning = _SWITCHES[name]
+    _, position, flag, meaning = _SWITCHES[name]
     if bool(value) != position:
         if name == "save_safetensors":
             return "save_safetensors=True has no effect: weights_format decides, safetensors for full checkpoints."

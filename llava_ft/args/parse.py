@@ -78,9 +78,11 @@ class ParsedArgs:
     def attn_implementation(self) -> str:
         """The attention kernel that this machine can run: one of `args/attention.py`'s."""
         if self.kernel is None and "kernel" not in self._machine:
-            from llava_ft.args.build import choose_attention
+            from llava_ft.args.attention import choose_kernel, this_machine
 
-            self._machine["kernel"] = choose_attention(self.model.attn_implementation, self.training, self.notes)
+            training = self.training
+            machine = this_machine(has_gpu=not training.use_cpu, is_half=bool(training.bf16 or training.fp16))
+            self._machine["kernel"] = choose_kernel(self.model.attn_implementation, machine, self.notes)
         return self.kernel or self._machine["kernel"]
 
 

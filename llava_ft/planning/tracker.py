@@ -32,20 +32,14 @@ class MemoryTracker(TorchDispatchMode):
 
     Args:
         granularity: Sizes are rounded up to a multiple of it, as CUDA's caching allocator does with 512 bytes.
-
-    Attributes:
-        label: What new storage is counted as, until it is changed.
-        phase: Part of the step, for `peaks`.
-        peaks: For each phase the bytes that were alive, by label, when most were.
-        now: Bytes that are alive.
     """
 
     def __init__(self, granularity: int = 1):
         super().__init__()
-        self.label = "activations"
-        self.phase = "forward"
-        self.peaks: dict[str, dict[str, int]] = {}
-        self.now = 0
+        self.label = "activations"  # what new storage is counted as, until it is changed
+        self.phase = "forward"  # part of the step, for `peaks`
+        self.peaks: dict[str, dict[str, int]] = {}  # by phase the bytes that were alive, by label, when most were
+        self.now = 0  # bytes that are alive
         self._most: Counter[str] = Counter()  # by phase
         self._granularity = granularity
         self._living: dict[int, _Storage] = {}
