@@ -1,8 +1,8 @@
 """`llava_ft.json`: what a directory is, what it was made from, and the proof that it is complete.
 
 It is written last. A directory whose manifest is there and whose files have the sizes in it is complete; resuming takes
-no other. The weights of one run are tied together by their SHA-256, so an adapter cannot be paired by accident with
-another run's projector.
+no other. The digests in it show damage, which a resumed run looks for in all files, and tie the weights of one run
+together, so that an adapter cannot be paired by accident with another run's projector.
 """
 
 import contextlib
@@ -28,15 +28,18 @@ from llava_ft.checkpoint.names import (
 )
 from llava_ft.checkpoint.overrides import Force, refuse_unless
 from llava_ft.checkpoint.weights import read_json
+from llava_ft.digests import file_digest, file_digests
 from llava_ft.errors import CheckpointError
 from llava_ft.version import __version__
 
 MERGED_BASE: Final = "merged_base"
 """A base inside the output directory of a run that merged it first: a model of its own, with its own manifest."""
 
-_HASHED = frozenset(
+_PAIRED = frozenset(
     (ADAPTER_BIN, ADAPTER_SAFETENSORS, NON_LORA_BIN, NON_LORA_SAFETENSORS, PROJECTOR_BIN, PROJECTOR_SAFETENSORS)
 )
+"""Trained weights beside frozen ones."""
+
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "safetensors", "pillow", "tokenizers")
 
 
@@ -51,7 +54,7 @@ class Manifest:
     template: str = ""
     git_commit: str = ""  # of the repository that the run was started in, and whether its files differed
     files: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
-    """Size in bytes of each file, and its SHA-256 where it holds trained weights beside frozen ones."""
+    """Size in bytes and digest (`file_digest`) of each file. Earlier versions gave the SHA-256 of some."""
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def write(self, directory: Path) -> None:
@@ -61,12 +64,11 @@ class Manifest:
             if entry.name.startswith((".", "checkpoint-", "runs", "wandb")) or entry.name == MERGED_BASE:
                 continue
             found += [path for path in entry.rglob("*") if path.is_file()] if entry.is_dir() else [entry]
-        self.files = {}
-        for path in sorted(path for path in found if path.name != MANIFEST):
-            described: dict[str, Any] = {"size": path.stat().st_size}
-            if path.name in _HASHED:
-                described["sha256"] = file_sha256(path)
-            self.files[str(path.relative_to(directory))] = described
+        paths = sorted(path for path in found if path.name != MANIFEST)
+        self.files = {
+            str(path.relative_to(directory)): {"size": path.stat().st_size, "xxh3_128": digest}
+            for path, digest in zip(paths, file_digests(paths), strict=True)
+        }
         self.versions = installed_versions()
         write_in_place(directory / MANIFEST, json.dumps(asdict(self), indent=1))
 
@@ -123,13 +125,14 @@ def check_pairing(directory: Path, *, force: Force = False) -> list[str]:
     """
     ignored: list[str] = []
     manifest = read_manifest(directory)
-    hashed = {name: of["sha256"] for name, of in manifest.files.items() if "sha256" in of} if manifest else {}
-    for name, sha256 in hashed.items():
+    for name, described in manifest.files.items() if manifest else ():
         path = directory / name
+        if path.name not in _PAIRED:
+            continue
         if not path.is_file():
             problem = f"{path} is missing, though it was written with this checkpoint."
             ignored.append(refuse_unless(force is True, problem, "Copy it again."))
-        elif file_sha256(path) != sha256:
+        elif not is_as_written(path, described):
             problem = f"{path} is not the file that was written with this checkpoint: it is damaged or of another run."
             advice = "Put the right file back, or pass --force to use the files as they are."
             ignored.append(refuse_unless(force is True, problem, advice))
@@ -146,10 +149,16 @@ def installed_versions() -> Mapping[str, str]:
     return versions
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file as hexadecimal digits."""
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+def is_as_written(path: Path, described: Mapping[str, Any]) -> bool:
+    """Whether a file has the size and the digest that a manifest gives for it, as far as it gives them."""
+    if path.stat().st_size != described["size"]:
+        return False
+    if "xxh3_128" in described:
+        return file_digest(path) == described["xxh3_128"]
+    if "sha256" in described:
+        with path.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest() == described["sha256"]
+    return True
 
 
 def write_in_place(path: Path, text: str) -> None:

@@ -4,10 +4,12 @@ import logging
 import os
 import re
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final, Self
 
-from llava_ft.checkpoint.manifest import MERGED_BASE, read_manifest, what_is_incomplete
+from llava_ft.checkpoint.manifest import MERGED_BASE, is_as_written, read_manifest, what_is_incomplete
 from llava_ft.checkpoint.names import OPTIMIZER, RANKS, SCHEDULER, TRAINER_STATE
 from llava_ft.checkpoint.optimizer import OptimizerFile, SavedOptimizer
 from llava_ft.checkpoint.pickles import check_pickle
@@ -19,6 +21,9 @@ logger = logging.getLogger(__name__)
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")
 _STAGING = re.compile(rf"\.({_CHECKPOINT.pattern}|result|{MERGED_BASE})\.incomplete")
 """Directories that a run writes before they get their name; nobody else's are touched."""
+
+_THREADS: Final = 8
+"""That read files to compare their digests."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,47 @@ def check_checkpoint(path: Path) -> None:
     if read_manifest(path) is not None and (reason := what_is_incomplete(path)) is not None:
         raise CheckpointError(f"{path} is incomplete: {reason}. Resume from another one.")
     check_training_state(path)
+
+
+class IntegrityCheck:
+    """Compares all files of a checkpoint with the digests in its manifest while other things are loaded.
+
+    A context: what has not been looked at when it ends is left.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(_THREADS)
+        self._results: dict[Path, Future[bool]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def start(self, checkpoint: Path) -> None:
+        """Begin with a checkpoint; one that another program wrote has no digests to compare with."""
+        manifest = read_manifest(checkpoint)
+        for name, described in manifest.files.items() if manifest else ():
+            self._results[checkpoint / name] = self._pool.submit(is_as_written, checkpoint / name, described)
+
+    def finish(self) -> None:
+        """Wait for what was found.
+
+        Raises:
+            CheckpointError: A file is damaged or cannot be read.
+        """
+        for path, result in self._results.items():
+            try:
+                if result.result():
+                    continue
+                reason = "its content is not what was written"
+            except OSError as error:
+                reason = str(error.strerror)
+            raise CheckpointError(
+                f"{path} is damaged: {reason}. Resume from another checkpoint with --resume_from_checkpoint, or copy "
+                "the file again."
+            )
 
 
 def check_training_state(checkpoint: Path) -> None:

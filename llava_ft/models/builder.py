@@ -78,6 +78,7 @@ def settle_config(
         known = base.get(key) if was_llava else None
         if wish is not None and known is not None and wish != known:
             if key == "mm_projector_type" and not projector_is_replaced:
+                find_projector(wish)  # raises that there is no such type
                 raise UserError(
                     f"mm_projector_type is {wish!r}, but the projector in {where} is {known!r}. Leave the flag out, or "
                     "give a projector file of that type with --pretrain_mm_mlp_adapter."

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from transformers import TrainingArguments
 
 from llava_ft.checkpoint.lineage import LINEAGE
-from llava_ft.checkpoint.manifest import file_sha256, read_manifest
+from llava_ft.checkpoint.manifest import is_as_written, read_manifest
 from llava_ft.checkpoint.names import (
     CONFIG,
     GENERATION_CONFIG,
@@ -148,9 +148,7 @@ def _files_of_run(directory: Path, checkpoint: Path | None) -> set[str]:
     unchanged = {
         name
         for name, described in result.files.items()
-        if (path := directory / name).is_file()
-        and path.stat().st_size == described["size"]
-        and described.get("sha256") in (None, file_sha256(path))
+        if (path := directory / name).is_file() and is_as_written(path, described)
     }
     return unchanged | {MANIFEST}
 

@@ -14,6 +14,7 @@ from llava_ft.checkpoint.directory import absolute_or_hub_name
 from llava_ft.checkpoint.overrides import collect_ignored
 from llava_ft.checkpoint.restore import check_base
 from llava_ft.checkpoint.resume import (
+    IntegrityCheck,
     check_checkpoint,
     check_training_state,
     newest_complete_checkpoint,
@@ -143,7 +144,7 @@ def prepare_run(args: ParsedArgs) -> Run:
         UserError: The request cannot be carried out.
         RunError: The adapter that the run starts from could not be merged.
     """
-    with collect_ignored() as ignored:
+    with collect_ignored() as ignored, IntegrityCheck() as integrity:
         # What is resumed. All ranks agree on where they write before anything else: each looks for a checkpoint there.
         set_seed(args.training.seed)
         if args.training.should_save:
@@ -151,6 +152,8 @@ def prepare_run(args: ParsedArgs) -> Run:
         check_shared_output(args.training)
         checkpoint = choose_checkpoint(args)
         check_same_checkpoint(checkpoint, args.training.world_size)
+        if checkpoint is not None and args.training.local_process_index == 0:
+            integrity.start(checkpoint)
         check_bits(args, checkpoint)
 
         # The model: base, vision tower, tokenizer, where each weight lies, what is trained.
@@ -169,6 +172,9 @@ def prepare_run(args: ParsedArgs) -> Run:
         if checkpoint is not None:
             check_base(checkpoint, base.fingerprint, str(base.directory.path), force=force_of(args))
         complete_config(args, base.config)
+
+        # Damage is known before a weight is put. All files are read for it, while records and base were looked at.
+        integrity.finish()
 
         # The weights. The vision cache is filled first, so that the tower and the model are never in memory together.
         # Compiling replaces forwards, which adapters and hooks must find in place.

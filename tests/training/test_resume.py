@@ -13,7 +13,7 @@ import torch
 
 from llava_ft.checkpoint.manifest import what_is_incomplete
 from llava_ft.checkpoint.restore import restore_trained
-from llava_ft.checkpoint.resume import newest_complete_checkpoint
+from llava_ft.checkpoint.resume import IntegrityCheck, newest_complete_checkpoint
 from llava_ft.errors import CheckpointError, RunError, UserError
 from tests.training.helpers import flags, prepare, start, state_of, train
 
@@ -80,6 +80,33 @@ def test_incomplete_random_numbers_are_named(tmp_path: Path, state: dict):
     (checkpoint / "rng_state.pth").unlink()
     run = train(tmp_path / "out", max_steps=2, save_steps=1, resume_from_checkpoint=str(checkpoint))
     assert run.trainer.state.global_step == 2
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+class TestDamage:
+    """A file of a checkpoint that is not as it was written is named before anything is restored from it."""
+
+    def test_each_file_of_a_checkpoint_is_compared(self, tmp_path: Path):
+        train(tmp_path / "out", max_steps=1, save_steps=1)
+        checkpoint = tmp_path / "out/checkpoint-1"
+        names = sorted(path.name for path in checkpoint.iterdir() if path.name != "llava_ft.json")
+        assert {"adapter_model.bin", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"} < set(names)
+        for name in names:
+            content = (checkpoint / name).read_bytes()
+            flip_a_byte(checkpoint / name)
+            with IntegrityCheck() as integrity:
+                integrity.start(checkpoint)
+                with pytest.raises(CheckpointError, match=f"{name} is damaged"):
+                    integrity.finish()
+            (checkpoint / name).write_bytes(content)
+        flip_a_byte(checkpoint / "optimizer.pt")
+        with pytest.raises(CheckpointError, match=r"optimizer\.pt is damaged: its content is not what was written"):
+            prepare(tmp_path / "out", max_steps=2, save_steps=1)
 
 
 COMPLETE = {

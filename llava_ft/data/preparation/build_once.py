@@ -6,6 +6,7 @@ system has no locks each process makes a directory of its own, and one of them s
 """
 
 import errno
+import json
 import logging
 import os
 import shutil
@@ -18,6 +19,7 @@ from typing import Final, TypeVar
 
 from filelock import FileLock, Timeout
 
+from llava_ft.digests import file_digests
 from llava_ft.errors import RunError, UserError
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,9 @@ _SECONDS_AHEAD: Final = 10.0
 """How long a process that lets another go first waits for it to begin."""
 
 _SECONDS_TILL_NOTE: Final = 2.0
+_DIGESTS: Final = "digests.json"
+"""Digest of each file of a finished directory, by name."""
+
 _NO_LOCKS: Final = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
 
@@ -56,6 +61,7 @@ def open_or_build(
         if not directory.exists():
             return None
         try:
+            _check_digests(directory)
             return open_directory(directory)
         except NotUsableError as error:
             logger.warning("%s is damaged (%s) and is made again.", directory, error)
@@ -76,6 +82,7 @@ def open_or_build(
         unfinished.mkdir()
         try:
             build(unfinished)
+            _write_digests(unfinished)
             shutil.rmtree(directory, ignore_errors=True)  # a damaged one
             try:
                 unfinished.rename(directory)
@@ -86,6 +93,30 @@ def open_or_build(
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return open_directory(directory)
+
+
+def _write_digests(directory: Path) -> None:
+    """Put all files of a finished directory on disk, and note their digests."""
+    files = sorted(directory.iterdir())
+    for file in files:
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    digests = dict(zip([file.name for file in files], file_digests(files), strict=True))
+    with (directory / _DIGESTS).open("w", encoding="utf-8") as noted:
+        json.dump(digests, noted, indent=1)
+        noted.flush()
+        os.fsync(noted.fileno())
+
+
+def _check_digests(directory: Path) -> None:
+    try:
+        noted: dict[str, str] = json.loads((directory / _DIGESTS).read_text(encoding="utf-8"))
+        found = file_digests([directory / name for name in noted])
+        damaged = [name for (name, digest), now in zip(noted.items(), found, strict=True) if now != digest]
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise NotUsableError(f"{_DIGESTS} does not fit: {error}") from None
+    if damaged:
+        raise NotUsableError(f"{damaged[0]} is not as it was written")
 
 
 @contextmanager

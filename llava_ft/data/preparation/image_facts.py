@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+import xxhash
 
 from llava_ft.data.image_files import (
     FORMATS,
@@ -48,6 +49,8 @@ _FILES_PER_TASK: Final = 500
 _FILES_PER_GROUP: Final = 128
 _NUMBERS: Final = ("num_bytes", "mtime_ns", "rank", "width", "height")
 _Finding = tuple[int, int, int, int, int]
+_DIGEST_SIZE: Final = xxhash.xxh3_128().digest_size
+"""Bytes at the end of the file of findings, by which a damaged one is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +145,7 @@ def look_at_images(
         place.source.fingerprint() if len(in_files) < len(names) and place.source is not None else "",
         str(checks.exif_transpose),
         *FORMATS,
+        "with a digest",  # files of earlier versions are left alone
     ]
     key = blake2b(json.dumps(owner).encode(), digest_size=16).hexdigest()
     path = settings.directory / "images" / f"{key}.arrow"
@@ -212,11 +216,15 @@ def _open_some(
 def _read_findings(path: Path) -> dict[str, _Finding]:
     """Read what is kept; a file that is missing or damaged counts as empty."""
     try:
-        with pa.memory_map(str(path), "r") as mapped, pa.ipc.open_stream(mapped) as reader:
+        content = path.read_bytes()
+        rows, digest = content[:-_DIGEST_SIZE], content[-_DIGEST_SIZE:]
+        if xxhash.xxh3_128_digest(rows) != digest:
+            raise ValueError("it is not as it was written")
+        with pa.ipc.open_stream(rows) as reader:
             table = reader.read_all()
         numbers = zip(*(table.column(name).to_pylist() for name in _NUMBERS), strict=True)
         return dict(zip(table.column("name").to_pylist(), numbers, strict=True))
-    except (OSError, KeyError, pa.ArrowException) as error:
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         if path.exists():
             logger.warning("%s is damaged (%s) and is made again.", path, error)
         return {}
@@ -230,8 +238,11 @@ def _write_findings(path: Path, findings: Mapping[str, _Finding]) -> None:
     unfinished = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with pa.OSFile(str(unfinished), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        stream = pa.BufferOutputStream()
+        with pa.ipc.new_stream(stream, schema) as writer:
             writer.write_table(table)
+        rows = stream.getvalue().to_pybytes()
+        unfinished.write_bytes(rows + xxhash.xxh3_128_digest(rows))
         unfinished.replace(path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)

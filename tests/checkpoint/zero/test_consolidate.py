@@ -283,7 +283,7 @@ def test_the_record_says_what_it_was_made_from(tmp_path: Path):
     assert (record["zero_stage"], record["ranks"], record["step"], record["tensors"]) == (3, 3, 5, 32)
     manifest = json.loads((result.output / "llava_ft.json").read_text())
     assert (manifest["kind"], manifest["step"]) == ("lora", 5)
-    assert "sha256" in manifest["files"]["non_lora_trainables.bin"]
+    assert "xxh3_128" in manifest["files"]["non_lora_trainables.bin"]
 
 
 def test_the_command_and_what_it_says_to_run_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

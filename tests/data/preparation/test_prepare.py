@@ -18,15 +18,14 @@ import pytest
 
 from llava_ft.conversation import get_template
 from llava_ft.data.preparation import prepare, tokenized_rows
-from llava_ft.data.preparation.build_once import NotUsableError
 from llava_ft.data.preparation.prepare import PreparationSettings, prepare_rows
 from llava_ft.data.preparation.samples import find_samples
-from llava_ft.data.preparation.tokenized_rows import TokenizedRows
 from llava_ft.data.preparation.truncation import Limits, judge
 from llava_ft.data.records import parse_record
 from llava_ft.data.sources.open import open_source
 from llava_ft.data.tokenize import SampleTokenizer
 from llava_ft.data.tokenizer import add_image_tokens, load_tokenizer
+from llava_ft.digests import file_digest
 from llava_ft.errors import BadSampleError, RunError, UserError
 from tests.data.conftest import GEOMETRY, GOLDEN, TOKENS_PER_IMAGE, record, turns
 
@@ -281,32 +280,28 @@ class TestDamage:
         return prepare_rows(source_of(), tokenize, settings)
 
     @pytest.mark.parametrize(
-        "damage", ["shorter", "longer", "gone", "no manifest", "half a manifest", "other format", "offsets"]
+        "damage", ["a token", "shorter", "longer", "gone", "no digests", "half of them", "no manifest", "other format"]
     )
     def test_is_noticed_and_made_good(self, rows, source_of, settings, tokenize, damage, caplog):
         expected = rows.joined("input_ids").tolist()
         file, manifest = next(rows.directory.glob("*.arrow")), rows.directory / "manifest.json"
+        digests = rows.directory / "digests.json"
         content = file.read_bytes()
-        if damage == "shorter":
+        if damage == "a token":
+            token = rows.numbers("input_ids", 0).tobytes()
+            file.write_bytes(content.replace(token, token[::-1]))
+        elif damage == "shorter":
             file.write_bytes(content[: len(content) // 2])
         elif damage == "longer":
             file.write_bytes(content + content)
-        elif damage == "gone":
-            file.unlink()
-        elif damage == "no manifest":
-            manifest.unlink()
-        elif damage == "offsets":
-            ends = np.cumsum([0, *rows.counts("input_ids")], dtype=np.int32)
-            wrong = ends.copy()
-            wrong[1] = ends[-1] + 100
-            assert content.count(ends.tobytes()) == 1
-            file.write_bytes(content.replace(ends.tobytes(), wrong.tobytes()))
-        elif damage == "half a manifest":
-            manifest.write_text(manifest.read_text()[:50])
+        elif damage in ("gone", "no manifest", "no digests"):
+            {"gone": file, "no manifest": manifest, "no digests": digests}[damage].unlink()
+        elif damage == "half of them":
+            digests.write_text(digests.read_text()[:50])
         else:
             manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 0}))
-        with pytest.raises(NotUsableError):
-            TokenizedRows(rows.directory)
+            names = json.loads(digests.read_text())
+            digests.write_text(json.dumps(names | {manifest.name: file_digest(manifest)}))
         again = prepare_rows(source_of(), tokenize, settings)
         assert again.joined("input_ids").tolist() == expected
         assert "is damaged" in caplog.text
