@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llava_ft.args import ParsedArgs
 from llava_ft.checkpoint.directory import Need
-from llava_ft.checkpoint.model import ModelSpec, check_added_tokens, find_model
+from llava_ft.checkpoint.model import ModelSpec, check_added_tokens, count_new_rows, find_model
 from llava_ft.checkpoint.names import NON_LORA_BIN
 from llava_ft.checkpoint.overrides import Force, force_from_flags, refuse_unless
 from llava_ft.constants import CHECKPOINT_FIELDS
@@ -81,6 +81,11 @@ class RunModel:
             mm_use_im_patch_token=self.config.mm_use_im_patch_token,
         )
         return tokenizer, num_added
+
+    @cached_property
+    def num_new_rows(self) -> int:
+        """Entries that the tokenizer has beyond the base's vocabulary."""
+        return count_new_rows(self.config, self.tokenizer, self.spec.directory.path)
 
     @property
     def num_added_by_flags(self) -> int:
@@ -195,5 +200,6 @@ def _resolve(args: ParsedArgs, start: "Start | None", need: Need) -> RunModel:
     run = RunModel(args, start, spec)
     if has_weights:
         tokenizer, num_added = run.vocabulary
+        _ = run.num_new_rows  # raises that the tokenizer is another model's; loading makes the vocabulary larger
         check_added_tokens(spec, len(tokenizer), num_added)
     return run

@@ -6,7 +6,7 @@ would take all of the memory before a missing weight could be reported.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from llava_ft.checkpoint.load import WeightSource
 from llava_ft.checkpoint.names import EMBEDDINGS
@@ -22,17 +22,29 @@ _NAMES = {"query_width": "num_attention_heads x head_dim"}
 _Shapes = Mapping[str, tuple[int, ...]]
 
 
-def check_config(config: LlavaModelConfig, sources: Iterable[WeightSource], where: str) -> None:
-    """Refuse a configuration that asks for more than its weights hold.
+def check_config(config: LlavaModelConfig, sources: Sequence[WeightSource], where: str) -> None:
+    """Refuse a configuration that asks for more than its weights hold, or for fewer tokens.
 
-    What is too small is left to `plan_sources`, which compares every shape. Messages name `where` it comes from.
+    What else is too small is left to `plan_sources`, which compares every shape; with fewer tokens the last ones would
+    seem to be added. Messages name `where` it comes from.
+
+    Args:
+        config: The settled configuration.
+        sources: Where the weights lie, the base's own files first.
+        where: The base, for messages.
 
     Raises:
-        CheckpointError: It asks for more than the files hold.
+        CheckpointError: It does not go with the files.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for source in sources:
         shapes |= {name: source.files.tensors[key].shape for key, name in source.names.items()}
+        num_rows = _size(shapes, EMBEDDINGS, 0)
+        if source is sources[0] and num_rows > config.vocab_size:
+            raise CheckpointError(
+                f"The configuration of {where} says vocab_size={config.vocab_size:,}, but {EMBEDDINGS} has "
+                f"{num_rows:,} rows. Does config.json belong to another model?"
+            )
     for field, wanted, held, proof in _sizes(config, shapes):
         if wanted > held:
             raise CheckpointError(

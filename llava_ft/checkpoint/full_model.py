@@ -16,7 +16,7 @@ from llava_ft.checkpoint.adapter import merged
 from llava_ft.checkpoint.base_and_adapters import open_base_and_adapters
 from llava_ft.checkpoint.directory import ModelDirectory
 from llava_ft.checkpoint.load import Ledger, Plan, WeightSource, fit_rows, plan_sources, stream_planned
-from llava_ft.checkpoint.model import ModelSpec
+from llava_ft.checkpoint.model import ModelSpec, count_new_rows
 from llava_ft.checkpoint.names import EMBEDDINGS, native_name
 from llava_ft.checkpoint.overrides import Force
 from llava_ft.models.builder import build_skeleton
@@ -58,7 +58,7 @@ class FullModel:
         self.tokenizer, self.fingerprint = base.tokenizer, base.fingerprint
         self.quantization = quantization
         self.config: LlavaModelConfig = self.base.config
-        self.num_new_rows = max(0, len(self.tokenizer) - self.config.vocab_size)
+        self.num_new_rows = count_new_rows(self.config, self.tokenizer, base.directory.path)
         self.config.vocab_size += self.num_new_rows
         skeleton = build_skeleton(self.config)
         sources = self.base.sources

@@ -7,11 +7,12 @@ kept and little else.
 """
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import nn
@@ -20,13 +21,15 @@ from llava_ft.checkpoint.names import EMBEDDINGS, HEAD, IMAGE_NEWLINE, is_derive
 from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.errors import CheckpointError, some_of
 from llava_ft.models.llava import LlavaForCausalLM
-from llava_ft.models.parts import part_of
+from llava_ft.models.parts import DECODER_LAYER, part_of
 from llava_ft.tuning.quant import is_quantized, set_quantized_weight
 
 logger = logging.getLogger(__name__)
 
 Plan = dict[str, tuple[int, str]]
 """For each parameter: position of its source, name on disk."""
+
+_OF_LANGUAGE_MODEL: Final = re.compile(rf"{DECODER_LAYER}|model\.norm\.|{re.escape(EMBEDDINGS)}|{re.escape(HEAD)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +174,12 @@ def plan_sources(
                 plan[name] = (index, key)
             elif not (name == HEAD and _head_is_tied(model)):
                 unexpected.append(key)
+        unread = [key for key in unexpected if _OF_LANGUAGE_MODEL.match(source.names[key])]
+        if unread:
+            raise CheckpointError(
+                f"{source.files.path} holds weights of a language model that would not be used: {some_of(unread)}. "
+                "Does its config.json belong to these weights?"
+            )
         if unexpected and source.must_fit:
             raise CheckpointError(
                 f"The {source.label} {source.files.path} holds {some_of(unexpected)}, for which the model has no "

@@ -234,6 +234,25 @@ def find_model(
     )
 
 
+def count_new_rows(config: LlavaModelConfig, tokenizer: PreTrainedTokenizerFast, where: Path) -> int:
+    """Return by how many entries a tokenizer is larger than a model's vocabulary: tokens that were added to it.
+
+    Args:
+        config: The model's configuration.
+        tokenizer: The tokenizer.
+        where: The model, for messages.
+
+    Raises:
+        CheckpointError: The tokenizer's own vocabulary, without what was added, is larger: it is another model's.
+    """
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{where} has embeddings for {config.vocab_size:,} tokens, and its tokenizer a vocabulary of "
+            f"{tokenizer.vocab_size:,}: it is another model's tokenizer. Put the model's own tokenizer files there."
+        )
+    return max(0, len(tokenizer) - config.vocab_size)
+
+
 def check_added_tokens(base: ModelSpec, num_tokens: int, num_added: int) -> None:
     """Refuse tokens that would get rows of the vocabulary that are there already: only new rows are trained.
 

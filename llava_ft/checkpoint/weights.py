@@ -92,11 +92,17 @@ class WeightFiles:
             source = files[0]
         return cls(path, _open_shards(source) if source.name.endswith(".index.json") else _inspect_file(source))
 
-    def stream(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    def stream(
+        self, names: Iterable[str] | None = None, *, may_be_nan: bool = False
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield names and tensors, file by file. A tensor is only valid until the next one is asked for.
 
         Args:
             names: The tensors wanted, by their names on disk; all when absent.
+            may_be_nan: Whether NaN and infinite values are read like others.
+
+        Raises:
+            CheckpointError: A tensor holds values that are no numbers.
         """
         by_file: dict[Path, list[str]] = {}
         for name in self.tensors if names is None else names:
@@ -108,10 +114,10 @@ class WeightFiles:
                 group.append(name)
                 num_bytes += self.tensors[name].num_bytes
                 if num_bytes >= _BYTES_PER_MAPPING:
-                    yield from _read(file, group)
+                    yield from _read(file, group, may_be_nan)
                     group, num_bytes = [], 0
             if group:
-                yield from _read(file, group)
+                yield from _read(file, group, may_be_nan)
 
     def read(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
         """Return tensors in memory of their own. For small files, such as adapters."""
@@ -208,12 +214,26 @@ def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
     raise CheckpointError(f"{file} is not a dictionary of tensors, so it is not a weight file.")
 
 
-def _read(file: Path, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+def _read(file: Path, names: list[str], may_be_nan: bool) -> Iterator[tuple[str, torch.Tensor]]:
     if file.suffix == ".safetensors":
         with cast("Any", safe_open)(file, framework="pt") as opened:
             for name in names:
-                yield name, opened.get_tensor(name)
+                yield name, _checked(opened.get_tensor(name), name, file, may_be_nan)
         return
     content = _load_pickle(file)
     for name in names:
-        yield name, content.pop(name)
+        yield name, _checked(content.pop(name), name, file, may_be_nan)
+
+
+def _checked(tensor: torch.Tensor, name: str, file: Path, may_be_nan: bool) -> torch.Tensor:
+    """Return a tensor that holds numbers, without the gradient that a `.bin` file may ask for."""
+    tensor = tensor.detach()
+    if may_be_nan or not tensor.is_floating_point() or tensor.itemsize == 1 or not tensor.numel():
+        return tensor
+    # The extremes take a tenth of the time that a look at each value takes, and are NaN if one of the values is.
+    if not torch.stack(torch.aminmax(tensor)).isfinite().all():
+        raise CheckpointError(
+            f"{name} in {file} holds values that are no numbers (NaN or infinite): a model with them answers nothing "
+            "and learns nothing. Get the file from its origin again, or use an earlier checkpoint."
+        )
+    return tensor

@@ -15,7 +15,7 @@ from llava_ft.checkpoint.adapter import LoraAdapter, merged
 from llava_ft.checkpoint.base_and_adapters import open_base_and_adapters
 from llava_ft.checkpoint.blend import Adapters
 from llava_ft.checkpoint.directory import identify, resolve_model_path
-from llava_ft.checkpoint.model import ModelSpec, load_base
+from llava_ft.checkpoint.model import ModelSpec, count_new_rows, load_base
 from llava_ft.checkpoint.names import PEFT_PREFIX
 from llava_ft.checkpoint.overrides import Force, force_from_flags
 from llava_ft.checkpoint.quantized import quantization_in_training
@@ -164,7 +164,7 @@ def load_base_and_adapters(
             "(peft 0.21, bitsandbytes 0.50). Use 4 or 16 bits."
         )
     tokenizer = base.tokenizer
-    num_new_rows = max(0, len(tokenizer) - base.config.vocab_size)
+    num_new_rows = count_new_rows(base.config, tokenizer, base.directory.path)
     model, ledger = load_base(
         base,
         num_new_rows=num_new_rows,

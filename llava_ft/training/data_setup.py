@@ -3,7 +3,9 @@
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from transformers import PreTrainedTokenizerFast
 
 from llava_ft.args import ParsedArgs
 from llava_ft.data.build import BuiltDatasets, build_datasets
@@ -12,10 +14,14 @@ from llava_ft.data.dataset import ConversationDataset
 from llava_ft.data.images import ImageTransform
 from llava_ft.data.sampler import steps_per_epoch
 from llava_ft.data.sources.data_path import check_holds_out
+from llava_ft.errors import UserError
 from llava_ft.resolve import RunModel
 
 if TYPE_CHECKING:
     from llava_ft.data.packing import RowDataset
+
+Rows: TypeAlias = "ConversationDataset | RowDataset"
+Collator = PaddingCollator | PackedCollator
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +59,26 @@ def prepare_datasets(run: RunModel) -> BuiltDatasets:
 
 
 def arrange_rows(
-    args: ParsedArgs, samples: ConversationDataset, pad_token_id: int
-) -> "tuple[ConversationDataset | RowDataset, PaddingCollator | PackedCollator]":
-    """Return the rows of batches, one sample or several joined, and what makes a batch of several rows."""
+    args: ParsedArgs, samples: ConversationDataset, tokenizer: PreTrainedTokenizerFast
+) -> tuple[Rows, Collator]:
+    """Return the rows of batches, one sample or several joined, and what makes a batch of several rows.
+
+    Raises:
+        UserError: They are too few for a step.
+    """
+    rows, collator = _choose_rows(args, samples, tokenizer.pad_token_id)
+    training = args.training
+    of_a_batch = training.per_device_train_batch_size * training.world_size
+    if training.dataloader_drop_last and len(rows) < of_a_batch:
+        raise UserError(
+            f"dataloader_drop_last leaves out batches that are not full, and {len(rows)} rows do not fill one of "
+            f"{training.per_device_train_batch_size} on each of {training.world_size} ranks: no step would be trained. "
+            "Leave the flag out, or use a smaller per_device_train_batch_size."
+        )
+    return rows, collator
+
+
+def _choose_rows(args: ParsedArgs, samples: ConversationDataset, pad_token_id: Any) -> tuple[Rows, Collator]:
     training, multiple = args.training, length_multiple(args)
     if not args.data.packing and not args.data.padding_free:
         return samples, PaddingCollator(pad_token_id, length_multiple=multiple)

@@ -27,7 +27,14 @@ from llava_ft.errors import RunError, UserError
 from llava_ft.resolve import force_of, resolve_model
 from llava_ft.training.artifacts import RunArtifacts, lineage_of_run
 from llava_ft.training.callbacks import LogLines, Progress, SetSamplerEpoch, StopOnSignal
-from llava_ft.training.data_setup import arrange_rows, data_seed, prepare_datasets, write_data_report
+from llava_ft.training.data_setup import (
+    Collator,
+    Rows,
+    arrange_rows,
+    data_seed,
+    prepare_datasets,
+    write_data_report,
+)
 from llava_ft.training.distributed import (
     check_same_checkpoint,
     check_shared_output,
@@ -165,6 +172,7 @@ def prepare_run(args: ParsedArgs) -> Run:
         # The data. Records fail more often than fingerprints, and reading them takes no weights.
         run = replace(run, args=settle_attention(request, run.config))
         datasets = prepare_datasets(run)
+        rows, collator = arrange_rows(run.args, datasets.train, tokenizer)
 
         # The base has to be the one that was trained on. What is to be merged into it is merged, which loads a model.
         run = merge_start(run)
@@ -183,8 +191,7 @@ def prepare_run(args: ParsedArgs) -> Run:
             from llava_ft.training.vision_cache import use_vision_cache
 
             encodes_images = not use_vision_cache(args, base, plan, datasets, compute_dtype(args))
-        num_new_rows = max(0, len(tokenizer) - base.config.vocab_size)
-        model = load_model_to_train(args, base, plan, num_new_rows=num_new_rows, encodes_images=encodes_images)
+        model = load_model_to_train(args, base, plan, num_new_rows=run.num_new_rows, encodes_images=encodes_images)
         if run.start is not None:
             put_start(args, run.start, model)
         if args.training.torch_compile:
@@ -213,7 +220,7 @@ def prepare_run(args: ParsedArgs) -> Run:
         )
         speed = SpeedMeter(flops_of_run(model, base.config, runs_tower=encodes_images))
         stop = StopOnSignal()
-        trainer = _make_trainer(args, model, artifacts, datasets, speed, stop)
+        trainer = _make_trainer(args, model, artifacts, datasets, rows, collator, speed, stop)
         return Run(trainer, stop, checkpoint, datasets)
 
 
@@ -243,19 +250,18 @@ def _make_trainer(
     model: nn.Module,
     artifacts: RunArtifacts,
     datasets: BuiltDatasets,
+    rows: Rows,
+    collator: Collator,
     speed: SpeedMeter,
     stop: StopOnSignal,
 ) -> LlavaTrainer:
-    """Arrange rows in batches, and connect model, data and reports."""
+    """Connect model, data and reports."""
     training, vision = args.training, artifacts.vision_directory
-    pad_token_id = artifacts.tokenizer.pad_token_id
-    assert isinstance(pad_token_id, int)
-    train_dataset, collator = arrange_rows(args, datasets.train, pad_token_id)
     strategy = str(getattr(training.train_sampling_strategy, "value", training.train_sampling_strategy))
     if args.flags.group_by_modality_length:
         strategy = "modality_length"
     sampler = EpochSampler(
-        train_dataset,
+        rows,
         strategy="length" if strategy == "group_by_length" else strategy,
         batch_size=training.per_device_train_batch_size,
         world_size=training.world_size * training.gradient_accumulation_steps,
@@ -273,7 +279,7 @@ def _make_trainer(
         bad_sample_limit=args.flags.bad_sample_limit,
         pixel_normalizer=None if vision is None else PixelNormalizer(ImageProcessorSettings.from_pretrained(vision)),
         speed=speed,
-        train_dataset=train_dataset,
+        train_dataset=rows,
         eval_dataset=datasets.validation,
         data_collator=collator,
         callbacks=[stop, SetSamplerEpoch(sampler)],

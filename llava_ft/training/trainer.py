@@ -157,10 +157,25 @@ class LlavaTrainer(Trainer):
     # Steps
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train; see `transformers.Trainer.train`. What the device can do is measured first."""
+        """Train; see `transformers.Trainer.train`. What the device can do is measured first.
+
+        Raises:
+            RunError: Not one sample could be read.
+        """
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
         self._speed.product_rate = measure_product_rate(self.args.device, dtype)
-        return super().train(*args, **kwargs)
+        output = super().train(*args, **kwargs)
+        counts = torch.tensor([self._num_samples_seen, len(self.bad_samples)], device=self.args.device)
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(counts)
+        seen, bad = counts.tolist()
+        if seen and bad == seen:
+            examples = f" The first: {self.bad_samples[0]}" if self.bad_samples else ""
+            raise RunError(
+                f"None of the {seen} samples of this run could be read, so it has learnt nothing and writes no result."
+                f"{examples} Is the image folder right?"
+            )
+        return output
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
