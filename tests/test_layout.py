@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "llava_ft"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MODULES = [file for file in FILES if file.name != "__init__.py"]
 
-GROUND = {"constants", "digests", "errors", "version", "geometry", "terminal"}
+GROUND = {"constants", "digests", "errors", "json_files", "version", "geometry", "terminal"}
 CONTENT = {"conversation", "data", "models"}
 MIDDLE = {"tuning", "checkpoint"}
 USE = {"training", "inference", "planning", "inspection", "convert"}

@@ -30,7 +30,8 @@ import json, resource, sys
 from pathlib import Path
 import torch
 from llava_ft.checkpoint.optimizer import OptimizerFile
-from llava_ft.checkpoint.weights import WeightFiles, read_json
+from llava_ft.checkpoint.weights import WeightFiles
+from llava_ft.json_files import read_json
 from llava_ft.checkpoint.zero.files import read_states
 from llava_ft.data.image_files import load_image
 from llava_ft.errors import UserError

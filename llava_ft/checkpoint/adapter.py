@@ -11,17 +11,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
+from peft import LoraConfig
 
 from llava_ft.checkpoint.directory import ModelDirectory
+from llava_ft.checkpoint.fields import AdapterFields
 from llava_ft.checkpoint.names import ADAPTER_CONFIG, EMBEDDINGS, HEAD, NEW_ROWS_SUFFIX, is_derived, plain_name
 from llava_ft.checkpoint.overrides import Force
 from llava_ft.checkpoint.restore import trained_files
-from llava_ft.checkpoint.weights import WeightFiles, read_json
-from llava_ft.errors import CheckpointError
+from llava_ft.checkpoint.weights import WeightFiles
+from llava_ft.errors import CheckpointError, some_of
+from llava_ft.json_files import read_json
+from llava_ft.models.parts import DECODER_LAYER
 
 _LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<part>A\.weight|B\.weight|B\.bias|magnitude_vector(?:\.weight)?)")
 _VALUES_PER_BLOCK = 2**20
+_SECONDS_OF_PATTERN = 1.0
 
 _NEUTRAL_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 """Values of PEFT's `init_lora_weights` that leave the base's weights alone. Others (pissa, olora, corda, loftq, lora_ga
@@ -50,6 +56,7 @@ class LoraAdapter:
     """
 
     path: Path
+    config: Mapping[str, Any]  # PEFT's settings
     beside: Sequence[WeightFiles]
     replaced: Sequence[Mapping[str, str]]
     use_rslora: bool
@@ -68,21 +75,21 @@ class LoraAdapter:
         Raises:
             CheckpointError: It is incomplete, damaged, or of a kind that cannot be merged.
         """
-        config = read_json(directory.path / ADAPTER_CONFIG)
+        config = read_json(directory.path / ADAPTER_CONFIG, AdapterFields)
         _refuse_other_kinds(config, directory.path)
         files = trained_files(directory, force=force)
         parts, name_in_file = _lora_parts(files[0])
         _check_complete(files[0], parts, bool(config.get("use_dora")))
-        patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-        adapter = cls(directory.path, files, replacements(files), bool(config.get("use_rslora")))
+        adapter = cls(directory.path, config, files, replacements(files), bool(config.get("use_rslora")))
         for module, found in parts.items():
             name, rank = f"{module}.weight", found["A.weight"].shape[0]
             adapter.factors[name] = found["A.weight"], found["B.weight"]
-            # By the module's name in the file; the first pattern that fits wins, as in PEFT.
-            fitting = (
-                alpha for text, alpha in patterns.items() if re.match(rf"(.*\.)?({text})$", name_in_file[module])
-            )
-            adapter.alphas[name] = next(fitting, config.get("lora_alpha", rank))
+            if rank != (said := adapter.setting("r", "rank_pattern", name_in_file[module])):
+                raise CheckpointError(
+                    f"{directory.path} does not fit together: the matrices of {module} have the rank {rank}, and "
+                    f"{ADAPTER_CONFIG} says r={said}. Copy both files again."
+                )
+            adapter.alphas[name] = adapter.setting("lora_alpha", "alpha_pattern", name_in_file[module])
             adapter.scales[name] = adapter.alphas[name] / (rank**0.5 if adapter.use_rslora else rank)
             if config.get("use_dora"):
                 adapter.magnitudes[name] = found["magnitude_vector"]
@@ -90,22 +97,34 @@ class LoraAdapter:
                 adapter.biases[f"{module}.bias"] = adapter.scales[name] * found["B.bias"].float()
         return adapter
 
+    def setting(self, name: str, pattern_name: str, module: str) -> Any:
+        """Return a setting of a module: that of the first pattern that fits its name in the file, as in PEFT."""
+        patterns: Mapping[str, Any] = self.config.get(pattern_name) or {}
+        fitting = (value for text, value in patterns.items() if _matches(rf"(.*\.)?({text})$", module, self.path))
+        return next(fitting, self.config[name])
+
     @property
     def changed(self) -> set[str]:
         """Native names of the parameters that the adapter changes."""
         return {*self.factors, *self.biases}
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Check that a model has every parameter that the adapter changes, in the right shape.
+        """Check that a model has every parameter that the adapter changes, in the right shape, and none left out.
 
         Raises:
-            CheckpointError: It has not.
+            CheckpointError: It has not, or the adapter has no matrices for layers that it says it was trained on.
         """
         unknown = [name for name in self.factors if name not in shapes]
         if unknown:
             raise CheckpointError(
                 f"The adapter {self.path} changes {unknown[0]} and {len(unknown) - 1} other weights that the base "
                 "model does not have. It belongs to another base model."
+            )
+        missing = [name for name in self._trained_on(shapes) if name not in self.factors]
+        if missing:
+            raise CheckpointError(
+                f"The adapter {self.path} has no matrices for {some_of(missing)}, which its {ADAPTER_CONFIG} "
+                "(target_modules) says were trained: they would keep the base's values. Is its weight file complete?"
             )
         for name, (a, b) in self.factors.items():
             if (b.shape[0], a.shape[1]) != shapes[name]:
@@ -120,6 +139,45 @@ class LoraAdapter:
                 f"{without[0].removesuffix('.bias')} and {len(without) - 1} other layers of the base model have none "
                 "to hold the sum. Train it without lora_bias."
             )
+
+    def _trained_on(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """Name the weights of the decoder's linear layers that the adapter's settings say it was trained on.
+
+        A tower is left out: the original adds it after the adapters, so that settings that fit its layers mean nothing.
+        """
+        targets: str | list[str] = self.config.get("target_modules") or []
+        excluded: str | list[str] = self.config.get("exclude_modules") or []
+        layers: int | list[int] | None = self.config.get("layers_to_transform")
+        numbers = {layers} if isinstance(layers, int) else set(layers or ())
+        found: list[str] = []
+        for name, shape in shapes.items():
+            layer = re.match(DECODER_LAYER, name)
+            if layer is None or len(shape) != 2 or not name.endswith(".weight"):
+                continue
+            module = name.removesuffix(".weight")
+            is_chosen = targets == "all-linear" or self._lists(targets, module)
+            if numbers and int(layer[0].split(".")[2]) not in numbers:
+                continue
+            if is_chosen and not self._lists(excluded, module):
+                found.append(name)
+        return found
+
+    def _lists(self, modules: str | list[str], module: str) -> bool:
+        """Whether a module is among those that a setting names, by PEFT's rules: an expression, or ends of names."""
+        if isinstance(modules, str):
+            return _matches(modules, module, self.path)
+        return any(module == end or module.endswith(f".{end}") for end in modules)
+
+
+def _matches(pattern: str, name: str, path: Path) -> bool:
+    """Whether an expression from a file describes a whole name; one that takes long is refused."""
+    try:
+        return regex.fullmatch(pattern, name, timeout=_SECONDS_OF_PATTERN) is not None
+    except (TimeoutError, regex.error) as error:
+        raise CheckpointError(
+            f"{ADAPTER_CONFIG} in {path} holds an expression that cannot be used ({error or 'it takes too long'}): "
+            f"{pattern[:80]!r}. Get the file from its origin again."
+        ) from None
 
 
 def merged(
@@ -237,7 +295,9 @@ def _refuse_other_kinds(config: Mapping[str, Any], path: Path) -> None:
             f"{path} holds an adapter of the kind {kind}; only LoRA, rsLoRA and DoRA are supported. Merge it with the "
             "program that made it."
         )
-    for setting in _OTHER_METHODS:
+    known = {*LoraConfig.__dataclass_fields__, "auto_map"}  # the latter names code, which is never run
+    unknown = [key for key in config if key not in known]
+    for setting in (*_OTHER_METHODS, *unknown):
         if config.get(setting):
             raise CheckpointError(
                 f"{path} holds an adapter with {setting}={config[setting]!r}, with which its matrices are no plain "

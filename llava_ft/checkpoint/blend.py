@@ -31,7 +31,9 @@ class BlendedFiles(WeightFiles):
         super().__init__(path, {n: TensorInfo(path, tuple(value.shape), value.dtype) for n, value in values.items()})
         self._values = values
 
-    def stream(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    def stream(
+        self, names: Iterable[str] | None = None, *, may_be_nan: bool = False
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield names and tensors."""
         return ((name, self._values[name]) for name in (self.tensors if names is None else names))
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from llava_ft.checkpoint.fields import ModelFields, TowerFields
 from llava_ft.checkpoint.names import (
     ADAPTER_ALL_BIN,
     ADAPTER_BIN,
@@ -20,9 +21,10 @@ from llava_ft.checkpoint.names import (
     PROJECTOR_BIN,
     PROJECTOR_SAFETENSORS,
 )
-from llava_ft.checkpoint.weights import has_model_weights, read_json
+from llava_ft.checkpoint.weights import has_model_weights
 from llava_ft.data.image_processor import pads_to_square
 from llava_ft.errors import CheckpointError
+from llava_ft.json_files import check_fields, read_json
 from llava_ft.models.builder import is_llava_config
 from llava_ft.models.families import known_families
 from llava_ft.models.towers import find_tower
@@ -46,8 +48,8 @@ class ModelDirectory:
 
     @property
     def adapter_file(self) -> Path | None:
-        """The file with the LoRA weights; `adapter_model_all.bin` holds all that was trained and comes last."""
-        return _first(self.path, ADAPTER_BIN, ADAPTER_SAFETENSORS, ADAPTER_ALL_BIN)
+        """The file with the LoRA weights, the one that PEFT takes; `adapter_model_all.bin` holds all and comes last."""
+        return _first(self.path, ADAPTER_SAFETENSORS, ADAPTER_BIN, ADAPTER_ALL_BIN)
 
     @property
     def non_lora_file(self) -> Path | None:
@@ -97,9 +99,16 @@ def read_config(path: Path) -> tuple[dict[str, Any], Layout]:
     Raises:
         UserError: It is missing or damaged, or describes a model of that layout that is not supported.
     """
-    fields = read_json(path / CONFIG)
+    file = path / CONFIG
+    fields = read_json(file)
     if not {"text_config", "vision_config"} & fields.keys():
+        is_tower = "model_type" in fields and find_tower(fields) is not None
+        check_fields(fields, TowerFields if is_tower else ModelFields, str(file))
         return fields, "native"
+    for part, schema in (("text_config", ModelFields), ("vision_config", TowerFields)):
+        if not isinstance(fields.get(part, {}), dict):
+            raise CheckpointError(f"{file}: {part} is no object. Get the file from its origin again.")
+        check_fields(fields.get(part, {}), schema, f"{part} in {file}")
     from llava_ft.checkpoint.hf.config import is_hf_config, native_fields  # other models do without
 
     if not is_hf_config(fields):

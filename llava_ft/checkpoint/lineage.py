@@ -23,8 +23,9 @@ from llava_ft.checkpoint.fingerprint import language_model_fingerprint, weights_
 from llava_ft.checkpoint.load import WeightSource
 from llava_ft.checkpoint.manifest import installed_versions, read_manifest, write_in_place
 from llava_ft.checkpoint.names import RUN_CONFIG, native_name
-from llava_ft.checkpoint.weights import WeightFiles, read_json
+from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.errors import CheckpointError
+from llava_ft.json_files import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -27,9 +27,9 @@ from llava_ft.checkpoint.names import (
     PROJECTOR_SAFETENSORS,
 )
 from llava_ft.checkpoint.overrides import Force, refuse_unless
-from llava_ft.checkpoint.weights import read_json
 from llava_ft.digests import file_digest, file_digests
 from llava_ft.errors import CheckpointError
+from llava_ft.json_files import read_json
 from llava_ft.version import __version__
 
 MERGED_BASE: Final = "merged_base"

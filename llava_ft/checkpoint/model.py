@@ -19,20 +19,27 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from llava_ft.checkpoint.config_check import check_config
-from llava_ft.checkpoint.directory import ModelDirectory, Need, find_model_directory, resolve_model_path
+from llava_ft.checkpoint.directory import (
+    ModelDirectory,
+    Need,
+    find_model_directory,
+    read_config,
+    resolve_model_path,
+)
 from llava_ft.checkpoint.fingerprint import language_model_fingerprint
 from llava_ft.checkpoint.load import Division, Ledger, WeightSource, load_weights
 from llava_ft.checkpoint.names import (
-    CONFIG,
     EMBEDDINGS,
+    HEAD,
     IMAGE_NEWLINE,
     native_name,
 )
 from llava_ft.checkpoint.quantized import refuse_quantized
-from llava_ft.checkpoint.weights import WeightFiles, read_json
+from llava_ft.checkpoint.weights import WeightFiles
+from llava_ft.constants import IM_START_TOKEN
 from llava_ft.data.image_processor import PREPROCESSOR_CONFIG, image_settings_file
 from llava_ft.data.tokenizer import load_tokenizer
-from llava_ft.errors import CheckpointError
+from llava_ft.errors import CheckpointError, some_of
 from llava_ft.models.builder import build_skeleton, is_llava_config, settle_config
 from llava_ft.models.config import LlavaModelConfig
 from llava_ft.models.llava import LlavaForCausalLM
@@ -210,8 +217,11 @@ def find_model(
     if projector_file:
         projector, token_rows = _open_projector(Path(projector_file), config)
         sources = [*(_only(source, lambda name: module_part(name) != "projector") for source in sources), projector]
+    _check_whole_projector(sources, extra_sources)
     sources += extra_sources
     check_config(config, sources, str(directory.path))
+    if config.tie_word_embeddings:
+        _check_tied_head(sources[0])
 
     places = [path for path in (directory.path, tower_directory) if path is not None]
     vision_directory = next((path for path in places if image_settings_file(path) is not None), None)
@@ -243,13 +253,16 @@ def count_new_rows(config: LlavaModelConfig, tokenizer: PreTrainedTokenizerFast,
         where: The model, for messages.
 
     Raises:
-        CheckpointError: The tokenizer's own vocabulary, without what was added, is larger: it is another model's.
+        CheckpointError: The tokenizer's own vocabulary, without what was added, is larger: it is another model's. Or
+            it lacks tokens that the model was trained with.
     """
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{where} has embeddings for {config.vocab_size:,} tokens, and its tokenizer a vocabulary of "
             f"{tokenizer.vocab_size:,}: it is another model's tokenizer. Put the model's own tokenizer files there."
         )
+    if config.mm_use_im_start_end and IM_START_TOKEN not in tokenizer.get_vocab():
+        raise CheckpointError(_lacks_tokens(where, "mm_use_im_start_end"))
     return max(0, len(tokenizer) - config.vocab_size)
 
 
@@ -268,6 +281,16 @@ def check_added_tokens(base: ModelSpec, num_tokens: int, num_added: int) -> None
             f"{num_spare} rows more in its vocabulary than its tokenizer has entries. The tokens would take those, "
             "untrained. Leave the flags out, or use a base without such rows, such as liuhaotian/llava-v1.5-7b."
         )
+    said = [key for key in ("mm_use_im_start_end", "mm_use_im_patch_token") if base.directory.config.get(key)]
+    if num_added and said:
+        raise CheckpointError(_lacks_tokens(base.directory.path, said[0]))
+
+
+def _lacks_tokens(where: Path, flag: str) -> str:
+    return (
+        f"config.json in {where} says that it was trained with tokens of its own ({flag}), but its tokenizer lacks "
+        "them. Copy the model's own tokenizer files there."
+    )
 
 
 def load_base(
@@ -349,13 +372,41 @@ def load_tower(base: ModelSpec, *, dtype: torch.dtype, device: torch.device | st
     return tower.to(device).eval()
 
 
+def _check_whole_projector(sources: Sequence[WeightSource], extra_sources: Sequence[WeightSource]) -> None:
+    """Refuse a part of a projector, which the base's would complete: a projector is trained whole."""
+
+    def projector(of: Sequence[WeightSource]) -> set[str]:
+        return {name for source in of for name in source.names.values() if module_part(name) == "projector"}
+
+    given = projector(extra_sources)
+    missing = sorted(projector(sources) - given)
+    if given and missing:
+        raise CheckpointError(
+            f"{extra_sources[0].files.path} holds {len(given)} tensors of a projector and not {some_of(missing)}; the "
+            "base's would take their place, untrained. Is the file complete?"
+        )
+
+
+def _check_tied_head(base: WeightSource) -> None:
+    """Refuse a head that would not be used: files of models whose head is the embeddings may hold it twice."""
+    keys = {name: key for key, name in base.names.items()}
+    if HEAD not in keys or EMBEDDINGS not in keys:
+        return
+    embeddings, head = (next(base.files.stream([keys[name]]))[1] for name in (EMBEDDINGS, HEAD))
+    if not torch.equal(embeddings, head):
+        raise CheckpointError(
+            f"{base.files.path} holds a {HEAD} of its own, which its config.json (tie_word_embeddings) does not use. "
+            "Does config.json belong to these weights?"
+        )
+
+
 def _find_tower(name: str, need: Need, cache_dir: str | None, base: Path) -> tuple[Path, Mapping[str, Any]]:
     """Return a vision tower's directory and `config.json`; its weights may be in the base's files."""
     if need == "config":
         found = find_model_directory(name, need, cache_dir=cache_dir, relative_to=base)
         return found.path, found.config
     path = resolve_model_path(name, cache_dir=cache_dir, relative_to=base)
-    return path, read_json(path / CONFIG)
+    return path, read_config(path)[0]
 
 
 def _open_projector(path: Path, config: LlavaModelConfig) -> tuple[WeightSource, WeightFiles | None]:

@@ -14,8 +14,8 @@ import yaml
 from llava_ft.checkpoint.directory import ModelDirectory, base_of_adapter
 from llava_ft.checkpoint.names import CONFIG, RUN_CONFIG
 from llava_ft.checkpoint.pickles import dict_or_empty
-from llava_ft.checkpoint.weights import read_json
 from llava_ft.errors import CheckpointError
+from llava_ft.json_files import read_json
 from llava_ft.tuning.quant import Quantization
 
 

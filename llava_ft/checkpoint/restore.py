@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from llava_ft.checkpoint.directory import ModelDirectory, base_of_adapter, identify
+from llava_ft.checkpoint.fields import AdapterFields
 from llava_ft.checkpoint.manifest import check_pairing, read_manifest
 from llava_ft.checkpoint.names import (
     ADAPTER_ALL_BIN,
@@ -28,8 +29,9 @@ from llava_ft.checkpoint.names import (
     plain_name,
 )
 from llava_ft.checkpoint.overrides import Force, refuse_unless
-from llava_ft.checkpoint.weights import WeightFiles, read_json
+from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.errors import CheckpointError, some_of
+from llava_ft.json_files import read_json
 from llava_ft.models.builder import is_llava_config
 from llava_ft.models.parts import module_part
 
@@ -224,7 +226,7 @@ def check_adapter_settings(directory: ModelDirectory, settings: Mapping[str, Any
     Raises:
         CheckpointError: They differ, or are set module by module in it.
     """
-    on_disk = read_json(directory.path / ADAPTER_CONFIG)
+    on_disk = read_json(directory.path / ADAPTER_CONFIG, AdapterFields)
     patterns = [key for key in ("rank_pattern", "alpha_pattern") if on_disk.get(key)]
     if patterns:
         raise CheckpointError(

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
+from llava_ft.checkpoint.fields import RankFields, TrainerStateFields
 from llava_ft.checkpoint.manifest import MERGED_BASE, is_as_written, read_manifest, what_is_incomplete
 from llava_ft.checkpoint.names import OPTIMIZER, RANKS, SCHEDULER, TRAINER_STATE
 from llava_ft.checkpoint.optimizer import OptimizerFile, SavedOptimizer
 from llava_ft.checkpoint.pickles import check_pickle
-from llava_ft.checkpoint.weights import read_json
 from llava_ft.errors import CheckpointError
+from llava_ft.json_files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +50,8 @@ def read_ranks(checkpoint: Path) -> RankLayout | None:
     path = checkpoint / RANKS
     if not path.is_file():
         return None
-    content = read_json(path)
-    return RankLayout(int(content["world_size"]), int(content["batch"]), content.get("epoch"))
+    content = read_json(path, RankFields)
+    return RankLayout(content["world_size"], content["batch"], content.get("epoch"))
 
 
 def checkpoints_by_step(output_dir: Path) -> list[Path]:
@@ -135,11 +136,13 @@ class IntegrityCheck:
 
 
 def check_training_state(checkpoint: Path) -> None:
-    """Check the pickles of a checkpoint that this program or transformers reads to continue, without unpickling them.
+    """Check what this program or transformers reads of a checkpoint to continue; pickles without unpickling them.
 
     Raises:
-        CheckpointError: One is damaged, or holds more than tensors, plain values and NumPy's random numbers.
+        CheckpointError: A file is damaged, or holds more than tensors, plain values and NumPy's random numbers.
     """
+    read_json(checkpoint / TRAINER_STATE, TrainerStateFields)
+    read_ranks(checkpoint)
     for name in (OPTIMIZER, SCHEDULER, "scaler.pt"):
         if (checkpoint / name).is_file():
             check_pickle(checkpoint / name)

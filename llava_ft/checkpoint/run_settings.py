@@ -27,9 +27,9 @@ from llava_ft.checkpoint.names import (
 )
 from llava_ft.checkpoint.resume import checkpoints_by_step
 from llava_ft.checkpoint.save import adapter_config_fields
-from llava_ft.checkpoint.weights import read_json
 from llava_ft.constants import ORIGINAL_DEFAULTS
 from llava_ft.errors import CheckpointError, UserError
+from llava_ft.json_files import read_json
 from llava_ft.models.builder import is_llava_config
 from llava_ft.models.families import find_family, known_families
 from llava_ft.models.parts import DECODER_LAYER

@@ -8,7 +8,6 @@ do not pile up in the process's memory.
 Pickle files are read by `pickles.py`: nothing in them is executed. Indexes name files of their own directory alone.
 """
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,15 +19,17 @@ from safetensors import SafetensorError, safe_open
 
 from llava_ft.checkpoint.pickles import damaged_file_message, load_pickle
 from llava_ft.errors import CheckpointError, some_of
+from llava_ft.json_files import read_json
 
 MODEL_FILES = (
-    "model.safetensors.index.json",
     "model.safetensors",
-    "pytorch_model.bin.index.json",
+    "model.safetensors.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )
+"""Files with a model's weights; of several transformers takes the first."""
+
 _BYTES_PER_MAPPING = 128 * 2**20
-_MOST_JSON_BYTES = 100 * 10**6
 _MOST_NAMES_OF_A_VALUE = 4
 SAFETENSORS_DTYPES = {
     "I64": torch.int64,
@@ -127,25 +128,6 @@ class WeightFiles:
 def has_model_weights(directory: Path) -> bool:
     """Whether a directory holds a model's weights under one of their usual names."""
     return any((directory / name).is_file() for name in MODEL_FILES)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: The file is missing, is not JSON, is not an object, or is too large to be one of these.
-    """
-    try:
-        if path.stat().st_size > _MOST_JSON_BYTES:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes, and {_MOST_JSON_BYTES:,} are read")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}). Is the file complete?") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}; an object is needed.")
-    return cast("dict[str, Any]", content)
 
 
 def read_index(index: Path) -> dict[str, str]:

@@ -13,7 +13,7 @@ from llava_ft.checkpoint.full_model import FullModel, open_full_model
 from llava_ft.checkpoint.names import CONFIG, native_name
 from llava_ft.checkpoint.overrides import collect_ignored
 from llava_ft.checkpoint.save import shard_bytes
-from llava_ft.checkpoint.weights import WeightFiles, read_json
+from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.convert.export_adapter import export_adapter
 from llava_ft.convert.export_hf import export_hf
 from llava_ft.convert.export_llava import export_llava
@@ -22,6 +22,7 @@ from llava_ft.convert.proof import ConversionReport, check_target, proven_direct
 from llava_ft.convert.verify import NativeSpeaker, Speaker, computing_dtype, prove_answers, relative_bound
 from llava_ft.errors import UserError
 from llava_ft.inference.load import LoadedModel, load_base_and_adapters, load_model
+from llava_ft.json_files import read_json
 from llava_ft.models.parts import any_in
 
 logger = logging.getLogger(__name__)

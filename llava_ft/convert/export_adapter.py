@@ -37,12 +37,13 @@ from llava_ft.checkpoint.names import (
     plain_name,
 )
 from llava_ft.checkpoint.save import adapter_config_fields, config_fields, save_tensors, write_json
-from llava_ft.checkpoint.weights import WeightFiles, read_json
+from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.convert.export_hf import hf_config, image_settings, write_image_processor
 from llava_ft.convert.hf_speaker import build_hf_skeleton
 from llava_ft.convert.native_record import copy_files, num_native_rows, read_weight_record
 from llava_ft.convert.proof import ConversionReport
 from llava_ft.errors import CheckpointError, RunError
+from llava_ft.json_files import read_json
 from llava_ft.models.builder import build_skeleton
 from llava_ft.models.config import LlavaModelConfig
 from llava_ft.models.parts import any_in, module_part

@@ -25,7 +25,7 @@ from llava_ft.checkpoint.hf.names import hub_name
 from llava_ft.checkpoint.load import fit_rows
 from llava_ft.checkpoint.names import CONFIG, EMBEDDINGS, GENERATION_CONFIG, HEAD, PREPROCESSOR_CONFIG
 from llava_ft.checkpoint.save import Layout, ShardWriter, check_space, layout_bytes, write_json
-from llava_ft.checkpoint.weights import WeightFiles, read_json
+from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.constants import IMAGE_TOKEN
 from llava_ft.conversation import TemplateStyle, get_template
 from llava_ft.convert.chat_template import chat_template
@@ -37,6 +37,7 @@ from llava_ft.data.images import ImageTransform
 from llava_ft.errors import CheckpointError
 from llava_ft.geometry import ImageGeometry
 from llava_ft.inference.load import DEFAULT_TEMPLATE
+from llava_ft.json_files import read_json
 
 CHAT_TEMPLATE: Final = "chat_template.jinja"
 CHAT_TEMPLATE_WITH_BEGIN: Final = "chat_template_with_bos.jinja"

@@ -22,7 +22,7 @@ from llava_ft.checkpoint.names import (
     native_name,
 )
 from llava_ft.checkpoint.save import ShardWriter, check_space, config_fields, layout_bytes, save_tensors, write_json
-from llava_ft.checkpoint.weights import WeightFiles, read_json
+from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.convert.native_record import (
     NATIVE_FOLDER,
     WeightRecord,
@@ -36,6 +36,7 @@ from llava_ft.convert.native_record import (
 from llava_ft.convert.proof import ConversionReport, prove_tensors
 from llava_ft.data.image_processor import ImageProcessorSettings
 from llava_ft.errors import CheckpointError
+from llava_ft.json_files import read_json
 from llava_ft.models.parts import module_part
 
 _VOCABULARY: Final = (EMBEDDINGS, HEAD)

@@ -16,12 +16,12 @@ from llava_ft.checkpoint.hf.config import hf_fields
 from llava_ft.checkpoint.hf.names import module_name
 from llava_ft.checkpoint.load import fit_rows
 from llava_ft.checkpoint.names import CONFIG, EMBEDDINGS, HEAD
-from llava_ft.checkpoint.weights import read_json
 from llava_ft.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava_ft.convert.export_hf import write_hf_files
 from llava_ft.convert.hf_tokenizer import image_token_id
 from llava_ft.convert.verify import Question, Speaker
 from llava_ft.errors import RunError
+from llava_ft.json_files import read_json
 from llava_ft.models.config import LlavaModelConfig
 
 MODEL_CLASSES: Any = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}

@@ -24,10 +24,11 @@ from transformers import PreTrainedTokenizerFast
 from llava_ft.checkpoint.full_model import FullModel
 from llava_ft.checkpoint.names import CONFIG, GENERATION_CONFIG, PREPROCESSOR_CONFIG, is_derived, native_name
 from llava_ft.checkpoint.save import write_json
-from llava_ft.checkpoint.weights import WeightFiles, read_json
+from llava_ft.checkpoint.weights import WeightFiles
 from llava_ft.constants import IMAGE_TOKEN
 from llava_ft.data.tokenizer import load_tokenizer, save_tokenizer
 from llava_ft.errors import CheckpointError
+from llava_ft.json_files import read_json
 from llava_ft.models.parts import module_part
 
 NATIVE_FOLDER: Final = "native"

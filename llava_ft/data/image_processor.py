@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from llava_ft.errors import UserError
+from llava_ft.json_files import read_json
 
 PREPROCESSOR_CONFIG: Final = "preprocessor_config.json"
 PROCESSOR_CONFIG: Final = "processor_config.json"
@@ -198,7 +199,7 @@ def _is_finite(value: Any) -> bool:
 def image_settings_file(directory: Path) -> Path | None:
     """Find the file that says how a directory's model prepares images; None without one."""
     inside, alone = directory / PROCESSOR_CONFIG, directory / PREPROCESSOR_CONFIG
-    if inside.is_file() and "image_processor" in _read_object(inside):
+    if inside.is_file() and "image_processor" in read_json(inside):
         return inside
     return alone if alone.is_file() else None
 
@@ -226,19 +227,9 @@ def copy_image_settings(source: Path, target: Path) -> None:
 
 def _described_in(file: Path) -> dict[str, Any]:
     """Return the image processor that a file describes: its whole content, or the part of it that does."""
-    values = _read_object(file)
+    values = read_json(file)
     inside = values.get("image_processor") if file.name == PROCESSOR_CONFIG else None
     return cast("dict[str, Any]", inside) if isinstance(inside, dict) else values
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file} holds a {type(values).__name__}; it must hold a JSON object.")
-    return cast("dict[str, Any]", values)
 
 
 def _find_preprocessor_config(path: str | os.PathLike[str]) -> Path:

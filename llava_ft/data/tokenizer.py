@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llava_ft.constants import IM_END_TOKEN, IM_PATCH_TOKEN, IM_START_TOKEN
 from llava_ft.errors import UserError
+from llava_ft.json_files import Fields, read_json
 
 SPIECE_BLANK: Final = "▁"
 """How SentencePiece writes a space."""
@@ -146,24 +147,29 @@ def add_image_tokens(
     return tokenizer.add_tokens(tokens, special_tokens=True) if tokens else 0
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+class _TokenizerFields(Fields):
+    added_tokens_decoder: dict[str, dict[str, Any]] | None = None
+    additional_special_tokens: list[str | dict[str, Any]] | None = None
+    add_bos_token: bool | None = None
+    add_eos_token: bool | None = None
+    legacy: bool | None = None
+    tokenizer_class: str | None = None
+    bos_token: str | dict[str, Any] | None = None
+    eos_token: str | dict[str, Any] | None = None
+    unk_token: str | dict[str, Any] | None = None
+    pad_token: str | dict[str, Any] | None = None
+
+
+def _read_json(path: Path, schema: type[Fields] | None = None) -> dict[str, Any]:
     """Read a JSON object; a missing file is an empty one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, OSError) as error:
-        raise UserError(f"Tokenizer file {path} cannot be read: {error}. Copy it again from its origin.") from None
-    if not isinstance(value, dict):
-        raise UserError(f"Tokenizer file {path} does not hold a JSON object. Copy it again from its origin.")
-    return cast("dict[str, Any]", value)
+    return read_json(path, schema) if path.is_file() else {}
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
     """Merge `tokenizer_config.json` over `special_tokens_map.json`, named tokens as `AddedToken` or None."""
-    config = _read_json(directory / "special_tokens_map.json") | {
+    config = _read_json(directory / "special_tokens_map.json", _TokenizerFields) | {
         key: value
-        for key, value in _read_json(directory / _CONFIG_FILE).items()
+        for key, value in _read_json(directory / _CONFIG_FILE, _TokenizerFields).items()
         if value is not None or key not in _NAMED_TOKENS
     }
     for name in _NAMED_TOKENS:

@@ -17,11 +17,12 @@ from llava_ft.checkpoint.lineage import LINEAGE
 from llava_ft.checkpoint.manifest import read_manifest, what_is_incomplete
 from llava_ft.checkpoint.names import ADAPTER_CONFIG, CONFIG, MANIFEST, NON_LORA_BIN, PREPROCESSOR_CONFIG
 from llava_ft.checkpoint.restore import lacks_projector
-from llava_ft.checkpoint.weights import MODEL_FILES, read_index, read_json
+from llava_ft.checkpoint.weights import MODEL_FILES, read_index
 from llava_ft.checkpoint.zero.files import find_step_directory, find_step_files
 from llava_ft.errors import CheckpointError, UserError, some_of
 from llava_ft.inspection.weight_facts import PartSummary, WeightFacts, facts_of, lora_modules, ranges, summarise
 from llava_ft.inspection.weight_headers import FileHeader, TensorHeader, is_weight_file, read_header
+from llava_ft.json_files import read_json
 from llava_ft.models.builder import is_llava_config
 from llava_ft.models.families import find_family
 

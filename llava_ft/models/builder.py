@@ -14,6 +14,7 @@ from llava_ft.geometry import (
     parse_grid_pinpoints,
     parse_s2_scales,
 )
+from llava_ft.models.architecture import make_config
 from llava_ft.models.attention.kernels import fitting_kernel, register
 from llava_ft.models.config import LlavaModelConfig
 from llava_ft.models.families import family_of, find_family, known_families
@@ -92,7 +93,7 @@ def settle_config(
     fields["use_mm_proj"] = tower is not None
     if tower is not None:
         _settle_resolution(fields, wishes, tower, where if was_llava else "")
-    config = family.config_class(**fields)
+    config = make_config(family.config_class, fields, where)
     config._name_or_path = where  # what PEFT calls an adapter's base; the file names the base's own base
     config.architectures = [family.model_class.__name__]
     _check(config)
@@ -108,9 +109,14 @@ def build_skeleton(config: LlavaModelConfig, *, attn_implementation: str = "sdpa
             model, sdpa or eager, which computes the same, takes its place.
 
     Raises:
-        UserError: There is no such kernel, or its package is not installed.
+        UserError: There is no such kernel, its package is not installed, or no such padding token.
     """
     family = family_of(config)
+    if config.pad_token_id is not None and not -1 <= config.pad_token_id < config.vocab_size:
+        raise UserError(
+            f"pad_token_id of {config._name_or_path} is {config.pad_token_id:,}, and it has {config.vocab_size:,} "
+            "tokens. Set it in config.json to one of these, or leave it out."
+        )
     config._attn_implementation = register(fitting_kernel(attn_implementation, config))
     with init_empty_weights(include_buffers=False):
         model = family.model_class(config)

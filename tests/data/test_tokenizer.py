@@ -225,8 +225,8 @@ LLAMA_CONFIG = b'{"tokenizer_class": "LlamaTokenizer"}'
         ({"tokenizer__json": b"{", "tokenizer_config__json": LLAMA_CONFIG}, "tokenizer.json cannot be read"),
         ({"tokenizer__json": b"{}", "tokenizer_config__json": LLAMA_CONFIG}, "tokenizer.json is damaged"),
         ({"tokenizer__json": b"{}"}, "The tokenizer in .* cannot be loaded: "),
-        ({"tokenizer_config__json": b"[1]"}, "tokenizer_config.json does not hold a JSON object"),
-        ({"tokenizer_config__json": b'{"eos_token": 3}'}, "3 is not the description of a token"),
+        ({"tokenizer_config__json": b"[1]"}, "tokenizer_config.json holds a JSON list"),
+        ({"tokenizer_config__json": b'{"eos_token": 3}'}, "eos_token is 3"),
     ],
 )
 def test_damaged_directory(files, message, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from llava_ft.args import parse_args
-from llava_ft.errors import UserError
+from llava_ft.errors import RunError, UserError
 from llava_ft.training.run import prepare_run, run_training
 from tests.conftest import RECORDINGS
 from tests.training.helpers import flags, write_records
@@ -106,3 +106,24 @@ def test_data_cache_dir(tmp_path):
     cache = tmp_path / "cache"
     prepare_run(parse_args(flags(tmp_path / "out", data_cache_dir=cache, preprocessing_num_workers="1")))
     assert sorted(os.listdir(cache)) == ["images", "records", "tokens"]
+
+
+class TestNothingIsLearnt:
+    """A run that would end well without having learnt anything fails."""
+
+    def test_too_few_records_for_a_step(self, tmp_path):
+        changes = {"per_device_train_batch_size": 32, "dataloader_drop_last": "True"}
+        with pytest.raises(UserError, match="14 rows do not fill one of 32 on each of 1 ranks: no step would be"):
+            prepare_run(parse_args(flags(tmp_path / "out", **changes)))
+        assert not (tmp_path / "out").exists()
+
+    def test_no_picture_can_be_read(self, tmp_path):
+        (tmp_path / "images").mkdir()
+        (tmp_path / "images" / "broken.png").write_text("no picture")
+        broken = [conversation("a", "broken.png"), conversation("b", "broken.png")]
+        records = write_records(tmp_path / "records.json", broken)
+        changes = {"image_folder": tmp_path / "images", "check_images": "exists", "on_bad_sample": "skip"}
+        args = parse_args(flags(tmp_path / "out", data_path=records, max_steps=2, **changes))
+        with pytest.raises(RunError, match="None of the 4 samples of this run could be read"):
+            run_training(args)
+        assert not (tmp_path / "out" / "adapter_model.bin").exists()

@@ -32,11 +32,11 @@ from llava_ft.checkpoint.save import (
     write_json,
     write_result,
 )
-from llava_ft.checkpoint.weights import read_json
 from llava_ft.checkpoint.zero.files import find_step_directory
 from llava_ft.checkpoint.zero.shards import ZeroShards
 from llava_ft.constants import ORIGINAL_DEFAULTS
 from llava_ft.errors import CheckpointError, UserError
+from llava_ft.json_files import read_json
 from llava_ft.models.parts import PROJECTOR, part_of
 
 logger = logging.getLogger(__name__)

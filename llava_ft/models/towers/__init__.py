@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from llava_ft.errors import UserError
+from llava_ft.models.architecture import make_config
 from llava_ft.models.towers.clip import CLIP
 from llava_ft.models.towers.tower import TowerFacts, TowerType, VisionTower
 
@@ -39,7 +40,7 @@ def tower_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     tower = find_tower(fields)
     if tower is None:
         raise UserError(f"The vision tower {where} is a {fields.get('model_type')!r} model. {_supported()}")
-    full = tower.config_class(**{key: fields[key] for key in tower.fields if key in fields})
+    full = make_config(tower.config_class, {key: fields[key] for key in tower.fields if key in fields}, where)
     named = {} if tower is CLIP else {"model_type": tower.model_type}
     return named | {key: getattr(full, key) for key in tower.fields}
 
@@ -49,7 +50,8 @@ def describe_tower(fields: Mapping[str, Any]) -> tuple[TowerType, PreTrainedConf
     tower = find_tower(fields)
     if tower is None:
         raise UserError(f"mm_vision_config describes a {fields.get('model_type')!r} model. {_supported()}")
-    config = tower.config_class(**{key: value for key, value in fields.items() if key != "model_type"})
+    named = {key: value for key, value in fields.items() if key != "model_type"}
+    config = make_config(tower.config_class, named, "the vision tower")
     return tower, config, tower.facts(config)
 
 
