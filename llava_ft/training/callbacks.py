@@ -1,10 +1,13 @@
 """Reactions to events of a run: stop signals, epochs, and the log on the terminal."""
 
 import logging
+import os
 import signal
 import sys
+import time
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -13,14 +16,18 @@ from llava_ft.data.sampler import EpochSampler
 
 logger = logging.getLogger(__name__)
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""Ask a run to save and end. Schedulers send SIGTERM or SIGUSR1, a closed terminal SIGHUP, Ctrl-C SIGINT."""
+
+_SECONDS_OF_ONE_WISH: Final = 3.0
+"""A group of processes gets a signal from whoever sends it, and then from its launcher again."""
 
 
 class StopOnSignal(TrainerCallback):
-    """Saves a complete checkpoint and ends the run when SIGTERM or SIGINT arrives.
+    """Saves a complete checkpoint and ends the run when one of `SIGNALS` arrives.
 
-    The step under way is finished first. A second signal ends the process at once. With several ranks the wish is
-    shared after each step, so that all of them stop at the same one.
+    The step under way is finished first. A second signal, some seconds later, ends the process at once. With several
+    ranks the wish is shared after each step, so that all of them stop at the same one.
 
     Attributes:
         received: Name of the signal that ended the run, or None.
@@ -28,12 +35,14 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._time = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        """Take over the signals."""
-        for number in _SIGNALS:
-            self._previous[number] = signal.signal(number, self._remember)
+        """Take over the signals, but for those that are ignored, as SIGHUP is under nohup."""
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._remember)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Ask for a save and the end of the run."""
@@ -60,13 +69,24 @@ class StopOnSignal(TrainerCallback):
 
     def ignore(self) -> None:
         """Let signals pass by; for a rank that is about to end anyway."""
-        for number in _SIGNALS:
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        logger.warning("%s received: finishing this step, then saving. A second signal stops at once.", self.received)
-        self.release()
+        if self.received is None:
+            self.received, self._time = signal.Signals(number).name, time.monotonic()
+            logger.warning("%s received: finishing this step, then saving. Another one stops at once.", self.received)
+        elif time.monotonic() - self._time > _SECONDS_OF_ONE_WISH:
+            self.release()
+            os.kill(os.getpid(), number)
+
+
+def ignore_signals(initialise: Callable[[int], None] | None, worker: int) -> None:
+    """Begin a data worker that leaves signals to the run, which needs its batches to finish the step."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if initialise is not None:
+        initialise(worker)
 
 
 class SetSamplerEpoch(TrainerCallback):

@@ -7,13 +7,16 @@ MASTER_ADDR and MASTER_PORT which one a process is; a process that was started a
 import logging
 import os
 import secrets
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import psutil
 import torch
 from transformers import TrainingArguments
 
@@ -28,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SECONDS_BETWEEN_LOOKS = 0.2
+_SECONDS_BETWEEN_LOOKS_AT_LAUNCHER = 1.0
+_LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "accelerate")
+_SHELLS = ("sh", "bash", "dash", "zsh", "fish")
 
 _Value = TypeVar("_Value")
 
@@ -70,12 +76,32 @@ def join_ranks(args: ParsedArgs) -> "RankWatch | None":
         setattr(deepspeed.ops, "__compatible_ops__", {ShareMemCommBuilder.NAME: False})  # noqa: B010 - it has no such name yet
         timeout = timedelta(seconds=int(str(args.inherited.get("ddp_timeout", 1800))))
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    if given:
+        end_with_launcher()
     training = args.training  # joins the process group
     if training.world_size == 1:
         return None
     from llava_ft.training.watch import RankWatch  # runs of one rank do without
 
     return RankWatch.connect(training.process_index, training.world_size, training.local_process_index)
+
+
+def end_with_launcher() -> None:
+    """End this rank as SIGTERM ends it, after a save, when a launcher above it is gone.
+
+    A launcher that is killed leaves its ranks behind, which would go on and meet those of the next start.
+    """
+    above = [process for process in psutil.Process().parents() if process.name() not in _SHELLS]
+    launchers = [process for process in above if any(word in " ".join(process.cmdline()) for word in _LAUNCHERS)]
+
+    def watch() -> None:
+        while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in launchers):
+            time.sleep(_SECONDS_BETWEEN_LOOKS_AT_LAUNCHER)
+        logger.warning("The launcher is gone; this rank ends as for SIGTERM.")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if launchers:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def zero_division(training: TrainingArguments) -> ZeroDivision | None:

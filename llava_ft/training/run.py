@@ -1,6 +1,7 @@
 """A run, from a checked request to its result; whatever can be wrong is found before the first weight is read."""
 
 import logging
+import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,13 +89,7 @@ def run_training(args: ParsedArgs) -> bool:
         with lock_output_dir(args.training):
             finished = _train(args, is_first=is_first)
     except Exception as raised:
-        error = raised
-        if isinstance(raised, torch.OutOfMemoryError):
-            error = RunError(
-                f"The GPU's memory is used up: {raised} `llava-ft plan` with the same flags shows what takes it and "
-                "what to change: gradient_checkpointing (--fit chooses it), a smaller per_device_train_batch_size with "
-                "more gradient_accumulation_steps, another ZeRO stage, or bits 4."
-            )
+        error = _explained(raised)
         if watch is not None:
             if is_communication_error(error):
                 watch.wait_for_cause(_SECONDS_TO_FIND_THE_CAUSE)
@@ -107,6 +102,23 @@ def run_training(args: ParsedArgs) -> bool:
     if finished and is_first:
         logger.info("Done. The result is in %s.", args.training.output_dir)
     return finished
+
+
+def _explained(raised: Exception) -> Exception:
+    """Return an error that says what to do for one that libraries raise, else the error itself."""
+    if isinstance(raised, torch.OutOfMemoryError):
+        return RunError(
+            f"The GPU's memory is used up: {raised} `llava-ft plan` with the same flags shows what takes it and "
+            "what to change: gradient_checkpointing (--fit chooses it), a smaller per_device_train_batch_size with "
+            "more gradient_accumulation_steps, another ZeRO stage, or bits 4."
+        )
+    if isinstance(raised, RuntimeError) and (worker := re.match(r"DataLoader worker \(pid.*", str(raised))):
+        return RunError(
+            f"A process that reads data ended ({worker[0].strip()}). If it was killed, the machine's memory was most "
+            "likely used up: use fewer dataloader_num_workers. Start the same command again to resume from the last "
+            "checkpoint."
+        )
+    return raised
 
 
 def _train(args: ParsedArgs, *, is_first: bool) -> bool:

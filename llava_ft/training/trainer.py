@@ -10,6 +10,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
@@ -30,6 +31,7 @@ from llava_ft.data.image_processor import PixelNormalizer, normalize_batch
 from llava_ft.data.sampler import EpochSampler
 from llava_ft.errors import BadSampleError, CheckpointError, RunError
 from llava_ft.training.artifacts import RunArtifacts
+from llava_ft.training.callbacks import ignore_signals
 from llava_ft.training.fragments import value_setter
 from llava_ft.training.optim import format_table, parameter_groups, parameter_table
 from llava_ft.training.optimizer_state import load_optimizer, restore_schedule, save_optimizer
@@ -99,6 +101,13 @@ class LlavaTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         return self._train_sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the loader of the training data, whose workers leave signals to the run."""
+        loader = super().get_train_dataloader()
+        base: Any = getattr(loader, "base_dataloader", loader)  # what accelerate iterates over
+        base.worker_init_fn = partial(ignore_signals, base.worker_init_fn)
+        return loader
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Keep what the model takes; note the records and what could not be read."""

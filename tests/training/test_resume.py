@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -198,14 +199,18 @@ def test_a_failed_save_leaves_earlier_checkpoints_alone(tmp_path: Path, monkeypa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_saves_and_says_how_to_resume(tmp_path: Path, number: signal.Signals):
-    argv = flags(tmp_path / "out", max_steps=100_000, save_steps=100_000)
+    """Sent to all processes of the group, data workers too, and twice, as launchers do."""
+    argv = flags(tmp_path / "out", max_steps=100_000, save_steps=100_000, dataloader_num_workers=1)
     process = start(argv)
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("step 5/"):
             break
+    for one in psutil.Process(process.pid).children(recursive=True):
+        one.send_signal(number)
+    process.send_signal(number)
     process.send_signal(number)
     _, rest = process.communicate(timeout=60)
     assert process.returncode == 1
