@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from llava_ft.checkpoint.resume import newest_complete_checkpoint
@@ -75,6 +76,41 @@ def test_the_run_ends_and_names_the_rank(tmp_path: Path, launch: Callable, stage
     assert time.monotonic() - started < SECONDS / 2
     assert newest_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
     assert list(Path("/dev/shm").glob("deepspeed*")) == []
+
+
+def test_ranks_whose_launcher_is_killed_save_and_end(tmp_path: Path):
+    argv = flags(tmp_path / "out", max_steps=100_000, save_steps=100_000, deepspeed="zero2.json")
+    command = [
+        str(BIN / "deepspeed"),
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+        str(REPOSITORY / "train.py"),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [*command, *argv], cwd=RECORDINGS, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    below: list[psutil.Process] = []
+    try:
+        end = time.monotonic() + SECONDS
+        while "step 2/" not in (tmp_path / "log").read_text() and time.monotonic() < end:
+            time.sleep(0.5)
+        below = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.wait()
+        _, alive = psutil.wait_procs(below, timeout=60)
+        assert not alive
+    finally:
+        for one in below:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    log_text = (tmp_path / "log").read_text()
+    assert "The launcher is gone" in log_text
+    assert "Stopped by SIGTERM at step" in log_text
+    assert newest_complete_checkpoint(tmp_path / "out") is not None
 
 
 def test_killed_while_resuming_nothing_is_lost(pools: Pools, tmp_path: Path):
