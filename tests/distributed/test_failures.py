@@ -109,7 +109,7 @@ def test_ranks_whose_launcher_is_killed_save_and_end(tmp_path: Path):
                 one.kill()
     log_text = (tmp_path / "log").read_text()
     assert "The launcher is gone" in log_text
-    assert "Stopped by SIGTERM at step" in log_text
+    assert "is complete; start the same command again to resume" in log_text
     assert newest_complete_checkpoint(tmp_path / "out") is not None
 
 
