@@ -59,7 +59,8 @@ def load_optimizer(
 def restore_schedule(scheduler: LRScheduler, optimizer: torch.optim.Optimizer, path: Path) -> None:
     """Restore the position in the schedule, and the rates that belong to it.
 
-    The rates are those of the schedule at hand, which may be longer than the one that the checkpoint was made with.
+    The rates are those of the run at hand: its schedule may be longer than the one that the checkpoint was made with,
+    and its learning rates others.
 
     Args:
         scheduler: The schedule of this run.
@@ -71,8 +72,10 @@ def restore_schedule(scheduler: LRScheduler, optimizer: torch.optim.Optimizer, p
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing, so the learning rates cannot be continued. Use another checkpoint.")
+    rates = list(scheduler.base_lrs)
     scheduler.load_state_dict(load_pickle(path))
     if isinstance(scheduler, LambdaLR):
+        scheduler.base_lrs = rates
         factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
         scheduler._last_lr = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
     for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):

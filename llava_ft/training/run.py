@@ -28,6 +28,7 @@ from llava_ft.errors import RunError, UserError
 from llava_ft.resolve import force_of, resolve_model
 from llava_ft.training.artifacts import RunArtifacts, lineage_of_run
 from llava_ft.training.callbacks import LogLines, Progress, SetSamplerEpoch, StopOnSignal
+from llava_ft.training.changed_settings import check_changes, note_changed_data
 from llava_ft.training.data_setup import (
     Collator,
     Rows,
@@ -179,6 +180,8 @@ def prepare_run(args: ParsedArgs) -> Run:
         run = resolve_model(args)
         check_output_dir(run, checkpoint)
         check_resumed_start(run, checkpoint)
+        if checkpoint is not None:
+            check_changes(run, checkpoint)
         request, start, tokenizer = run.args, run.start, run.tokenizer
 
         # The data. Records fail more often than fingerprints, and reading them takes no weights.
@@ -230,6 +233,8 @@ def prepare_run(args: ParsedArgs) -> Run:
             lineage=lineage_of_run(request, datasets, start=start, checkpoint=checkpoint, ignored=ignored),
             save_vision_tower=saves_tower(args, base),
         )
+        if checkpoint is not None:
+            note_changed_data(checkpoint, artifacts.lineage["data"])
         speed = SpeedMeter(flops_of_run(model, base.config, runs_tower=encodes_images))
         stop = StopOnSignal()
         trainer = _make_trainer(args, model, artifacts, datasets, rows, collator, speed, stop)

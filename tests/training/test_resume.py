@@ -12,11 +12,14 @@ import psutil
 import pytest
 import torch
 
+from llava_ft.args.flags import all_flags
 from llava_ft.checkpoint.manifest import what_is_incomplete
 from llava_ft.checkpoint.restore import restore_trained
 from llava_ft.checkpoint.resume import IntegrityCheck, newest_complete_checkpoint
 from llava_ft.errors import CheckpointError, RunError, UserError
-from tests.training.helpers import flags, prepare, start, state_of, train
+from llava_ft.training.changed_settings import FIXED, FREE
+from tests.conftest import RECORDINGS
+from tests.training.helpers import REPOSITORY, flags, prepare, start, state_of, train, write_records
 
 pytestmark = pytest.mark.usefixtures("in_recordings")
 
@@ -89,6 +92,68 @@ def flip_a_byte(path: Path) -> None:
     path.write_bytes(content)
 
 
+class TestChangedSettings:
+    """What a command says otherwise than the checkpoint's: it takes effect and is noted, or is refused."""
+
+    @pytest.fixture(scope="class")
+    def trained(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        path = tmp_path_factory.mktemp("settings") / "out"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(RECORDINGS)
+            train(path, max_steps=1, save_steps=1, lr_scheduler_type="constant")
+        return path
+
+    @pytest.fixture
+    def output(self, trained: Path, tmp_path: Path) -> Path:
+        return Path(shutil.copytree(trained, tmp_path / "out"))
+
+    def resume(self, output: Path, **changes: object):
+        return train(output, **{"max_steps": 2, "save_steps": 5, "lr_scheduler_type": "constant"} | changes)
+
+    def test_a_learning_rate_takes_effect(self, output: Path, caplog: pytest.LogCaptureFixture):
+        run = self.resume(output, learning_rate=3e-4, mm_projector_lr=7e-5, dataloader_num_workers=1)
+        assert (
+            "Changed since checkpoint-1: learning_rate 0.001 -> 0.0003, max_steps 1 -> 2, mm_projector_lr"
+            in caplog.text
+        )
+        assert "dataloader_num_workers" not in caplog.text
+        last = [entry for entry in run.trainer.state.log_history if "learning_rate" in entry][-1]
+        assert (last["learning_rate"], last["mm_projector_lr"]) == (3e-4, 7e-5)
+
+    def test_other_records_are_noted(self, output: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+        records = json.loads(Path("data/mix.json").read_text())
+        self.resume(output, data_path=write_records(tmp_path / "mix.json", records[1:]))
+        assert "mix.json (13 usable now) are another file than then" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"version": "plain"}, "version v1 -> plain"),
+            ({"optim": "adafactor"}, "optim adamw_torch -> adafactor"),
+            ({"image_aspect_ratio": "square"}, "image_aspect_ratio pad -> square"),
+            ({"lora_alpha": 3}, r"lora_alpha \d+ -> 3"),
+        ],
+    )
+    def test_what_the_learnt_belongs_to_is_refused(self, output: Path, changes: dict, message: str):
+        with pytest.raises(CheckpointError, match=rf"{message}.*start a new run from its weights, with --init_from"):
+            self.resume(output, **changes)
+
+    def test_another_configuration_of_the_base_is_refused(self, output: Path, tmp_path: Path):
+        base = Path(shutil.copytree("ckpt/base-llm", tmp_path / "base"))
+        fields = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps(fields | {"rope_theta": 500000.0}))
+        with pytest.raises(CheckpointError, match=r"rope_theta 10000.0 -> 500000.0"):
+            self.resume(output, model_name_or_path=base)
+
+    def test_every_flag_is_in_one_group_and_on_the_page(self):
+        known = set(all_flags())
+        assert known >= FIXED | FREE
+        assert not FIXED & FREE
+        page = (REPOSITORY / "docs/how-to/resume.md").read_text()
+        for names in (FIXED, FREE):
+            assert ", ".join(f"`{name}`" for name in sorted(names)) in page.replace("\n", " ")
+
+
 class TestDamage:
     """A file of a checkpoint that is not as it was written is named before anything is restored from it."""
 
@@ -151,9 +216,9 @@ def test_a_lora_run_that_lost_its_projector_is_not_resumed_silently(tmp_path: Pa
 def test_a_checkpoint_of_other_settings_is_refused_with_the_difference(tmp_path: Path):
     train(tmp_path / "out")
     for change, message in [
-        ({"lora_r": 8}, "r is 4 in it and 8 here"),
-        ({"freeze_mm_mlp_adapter": True, "mm_projector_lr": None}, "In it but not trained here: .*mm_projector"),
-        ({"lora_target_modules": "q_proj"}, "In it but not trained here: .*lora"),
+        ({"lora_r": 8}, "lora_r 4 -> 8"),
+        ({"freeze_mm_mlp_adapter": True, "mm_projector_lr": None}, "freeze_mm_mlp_adapter False -> True"),
+        ({"lora_target_modules": "q_proj"}, "lora_target_modules .* -> "),
     ]:
         with pytest.raises((CheckpointError, UserError), match=message):
             train(tmp_path / "out", **change)
