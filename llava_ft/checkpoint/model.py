@@ -176,7 +176,7 @@ def find_model(
             )
         if need == "weights" and has_tower:
             logger.info("The vision tower's weights are taken from %s, not from %s.", directory.path, tower_directory)
-    elif is_llava_config(directory.config):
+    elif is_llava_config(directory.config) and directory.config.get("use_mm_proj", True):  # not trained on text alone
         raise CheckpointError(
             f"{directory.path} is a LLaVA checkpoint that does not name its vision tower. Give it with --vision_tower."
         )

@@ -333,11 +333,15 @@ def _load_from_json(directory: Path, config: Mapping[str, Any]) -> SentencePiece
 
 
 def _load_other(directory: Path) -> PreTrainedTokenizerFast:
-    from transformers import AutoTokenizer  # brings PyTorch, which processes that only tokenise do without
+    # These bring PyTorch, which processes that only tokenise do without.
+    from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
 
+    # transformers would read our own kinds of models as configurations of no kind, and fail over `rope_scaling`.
+    is_known = _read_json(directory / "config.json").get("model_type") in CONFIG_MAPPING
+    config = None if is_known else PreTrainedConfig()
     try:
         tokenizer = cast("Any", AutoTokenizer).from_pretrained(
-            str(directory), local_files_only=True, trust_remote_code=False
+            str(directory), config=config, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # whatever the library's many loaders raise is about this directory
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -261,3 +261,14 @@ def test_other_kinds_of_sentencepiece(change, tmp_path):
         proto.normalizer_spec.remove_extra_whitespaces = True
     with pytest.raises(UserError, match="is a SentencePiece model, but not one of LLaMA's kind"):
         load_tokenizer(write(tmp_path / "t", tokenizer__model=proto.SerializeToString()))
+
+
+def test_a_llava_model_of_llama_3_kind(tmp_path, recwarn):
+    """transformers knows no `llava_llama`, whose rope_scaling it then takes for that of no model."""
+    backend = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, "<end>": 3}, [("a", "b")]))
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>").save_pretrained(tmp_path)
+    scaling = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava_llama", "rope_scaling": scaling}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer("abb").input_ids == [2, 1]
+    assert not [warning for warning in recwarn if "model of type" in str(warning.message)]

@@ -406,3 +406,12 @@ def test_zero_3_writes_whole_tensors(tmp_path: Path):
             "base_model.model.model.mm_projector.2.bias": (64,),
         }
     load_model(str(tmp_path / "out"))
+
+
+def test_a_text_only_run_is_merged_and_used(tmp_path: Path):
+    without = dict.fromkeys(("vision_tower", "pretrain_mm_mlp_adapter", "mm_projector_type", "mm_vision_select_layer"))
+    changes = without | {"image_aspect_ratio": None, "mm_projector_lr": None, "group_by_modality_length": None}
+    train(tmp_path / "out", data_path="data/text.json", max_steps=1, **changes)
+    assert main(["merge", "--model-path", str(tmp_path / "out"), "--save-model-path", str(tmp_path / "merged")]) == 0
+    added, merged = (fixed_logits(load_model(str(tmp_path / name), device="cpu")) for name in ("out", "merged"))
+    assert all(torch.equal(a, m) for a, m in zip(added, merged, strict=True))
