@@ -18,13 +18,14 @@ def write_model(
 
     Args:
         directory: Where it is written; made here.
-        language: Sizes of the language model: fields of `LlamaConfig`.
+        language: Sizes of the language model: fields of `LlamaConfig`. The vocabulary is at least the tokenizer's.
         vision: Sizes of the tower: fields of `CLIPVisionConfig`.
         dtype: Type of the weights. A GPU draws them if there is one.
     """
     import torch
 
     from llava_ft.checkpoint.save import ShardWriter, config_fields, write_json
+    from llava_ft.data.tokenizer import load_tokenizer
     from llava_ft.models.builder import build_skeleton, settle_config
     from llava_ft.models.towers import tower_fields
 
@@ -35,6 +36,7 @@ def write_model(
         "pad_token_id": 0,
         **language,
     }
+    fields["vocab_size"] = max(fields["vocab_size"], len(load_tokenizer(TINY)))
     wishes = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "image_aspect_ratio": "pad"}
     tower = tower_fields(dict(vision), "inside")
     config = settle_config(fields, "random", wishes=wishes, vision_tower="inside", vision=tower)
