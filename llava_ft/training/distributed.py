@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -91,11 +92,21 @@ def end_with_launcher() -> None:
 
     A launcher that is killed leaves its ranks behind, which would go on and meet those of the next start.
     """
-    above = [process for process in psutil.Process().parents() if process.name() not in _SHELLS]
-    launchers = [process for process in above if any(word in " ".join(process.cmdline()) for word in _LAUNCHERS)]
+
+    def is_launcher(process: psutil.Process) -> bool:
+        with suppress(psutil.Error):  # it is somebody else's
+            return process.name() not in _SHELLS and any(word in " ".join(process.cmdline()) for word in _LAUNCHERS)
+        return False
+
+    def is_there(process: psutil.Process) -> bool:
+        with suppress(psutil.NoSuchProcess):
+            return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return False
+
+    launchers = [process for process in psutil.Process().parents() if is_launcher(process)]
 
     def watch() -> None:
-        while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in launchers):
+        while all(map(is_there, launchers)):
             time.sleep(_SECONDS_BETWEEN_LOOKS_AT_LAUNCHER)
         logger.warning("The launcher is gone; this rank ends as for SIGTERM.")
         os.kill(os.getpid(), signal.SIGTERM)
