@@ -72,12 +72,12 @@ def test_another_batch_continues_with_the_records_that_follow(pools: Pools, tmp_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lora_r": 8}, "r is 4 in it and 8 here"),
+        ({"lora_r": 8}, "lora_r 4 -> 8"),
         (
             {"lora_enable": False, "lora_r": None, "lora_alpha": None, "lora_dropout": None},
             "holds an adapter .* makes a whole",
         ),
-        ({"model_name_or_path": "ckpt/llava15-tiny-imse"}, "was trained on .*base-llm"),
+        ({"model_name_or_path": "ckpt/llava15-tiny-imse"}, "mm_use_im_start_end False -> True"),
     ],
     ids=["rank", "method", "model"],
 )
