@@ -112,8 +112,8 @@ def compare(first: Path, second: Path) -> Difference:
     for _, group in groupby(zip(common, ends, strict=True), key=lambda of: of[1] // _BYTES_PER_GROUP):
         names = [tensor.name for tensor, _ in group]
         our_keys, their_keys = ({headers[name].key: name for name in names} for headers in (ours, theirs))
-        held = {our_keys[key]: value.clone() for key, value in our_files.stream(our_keys)}
-        for key, value in their_files.stream(their_keys):
+        held = {our_keys[key]: value.clone() for key, value in our_files.stream(our_keys, may_be_nan=True)}
+        for key, value in their_files.stream(their_keys, may_be_nan=True):
             name = their_keys[key]
             if (difference := _difference(ours[name], theirs[name], held.pop(name), value)) is not None:
                 found.different.append(difference)
