@@ -221,7 +221,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a tower of a billion layers": (with_tower(num_hidden_layers=10**9), "by the layers in its files it can be 3"),
     "a trillion patches": (with_tower(image_size=10**6, patch_size=1), "position_embedding.weight it can be 17"),
     "a tower with a width of a billion": (with_tower(hidden_size=10**9), "position_embedding.weight it can be 32"),
-    "a tower without patches": (with_tower(patch_size=0), "patch_size must be at least 1"),
+    "a tower without patches": (with_tower(patch_size=0), "patch_size is 0. It should be greater than 0"),
 }
 
 

@@ -52,17 +52,19 @@ class StopOnSignal(TrainerCallback):
             torch.distributed.all_reduce(wish, op=torch.distributed.ReduceOp.MAX)
             is_wished = bool(wish)
         if is_wished:
-            self.received = self.received or "a signal to another rank"
+            if self.received is None:
+                self.received, self._time = "a signal to another rank", time.monotonic()
             control.should_save = True
             control.should_training_stop = True
         return control
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        """Give the signals back."""
-        self.release()
+        """Give the signals back, but for a run that was stopped: it is to be saved whoever repeats the wish."""
+        if self.received is None:
+            self.release()
 
     def release(self) -> None:
-        """Give the signals back to whoever had them; for a run that ends in an error."""
+        """Give the signals back to whoever had them; for a run that ends in an error, or has been saved."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}

@@ -88,7 +88,7 @@ def run_training(args: ParsedArgs) -> bool:
     adopt_libraries()
     try:
         with lock_output_dir(args.training):
-            finished = _train(args, is_first=is_first)
+            stop = _train(args, is_first=is_first)
     except Exception as raised:
         error = _explained(raised)
         if watch is not None:
@@ -100,6 +100,8 @@ def run_training(args: ParsedArgs) -> bool:
             raise
         raise error from raised
     leave_ranks(watch)
+    stop.release()
+    finished = stop.received is None
     if finished and is_first:
         logger.info("Done. The result is in %s.", args.training.output_dir)
     return finished
@@ -122,7 +124,8 @@ def _explained(raised: Exception) -> Exception:
     return raised
 
 
-def _train(args: ParsedArgs, *, is_first: bool) -> bool:
+def _train(args: ParsedArgs, *, is_first: bool) -> StopOnSignal:
+    """Train and save; returns what says whether a signal stopped the run, and has the signals still if one did."""
     _ = args.attn_implementation  # settles what `auto` means, and may add a note
     for note in args.notes:
         logger.info("%s", note)
@@ -140,13 +143,12 @@ def _train(args: ParsedArgs, *, is_first: bool) -> bool:
         else:
             run.stop.ignore()  # a launcher ends the other ranks at once, and they have yet to say why
         raise
-    run.stop.release()
     if trainer.bad_samples:
         names = ", ".join(str(error) for error in trainer.bad_samples[:5])
         logger.warning("%d samples could not be read and were not trained on: %s", len(trainer.bad_samples), names)
     if run.stop.received is None:
         trainer.save_model()
-        return True
+        return run.stop
     step = trainer.state.global_step
     if is_first:
         logger.error(
@@ -154,7 +156,7 @@ def _train(args: ParsedArgs, *, is_first: bool) -> bool:
             "from it.",
             *(run.stop.received, step, trainer.state.max_steps, step, args.training.output_dir),
         )
-    return False
+    return run.stop
 
 
 def prepare_run(args: ParsedArgs) -> Run:
