@@ -378,9 +378,9 @@ def _check_whole_projector(sources: Sequence[WeightSource], extra_sources: Seque
     def projector(of: Sequence[WeightSource]) -> set[str]:
         return {name for source in of for name in source.names.values() if module_part(name) == "projector"}
 
-    given = projector(extra_sources)
-    missing = sorted(projector(sources) - given)
-    if given and missing:
+    given, of_base = projector(extra_sources), projector(sources)
+    missing = sorted(of_base - given)
+    if given and missing and given <= of_base:
         raise CheckpointError(
             f"{extra_sources[0].files.path} holds {len(given)} tensors of a projector and not {some_of(missing)}; the "
             "base's would take their place, untrained. Is the file complete?"
