@@ -243,7 +243,7 @@ def test_torch_s_fused_norms_give_the_same(monkeypatch, dtype):
     with _ReferenceOfFusedNorm():
         actual = loss_and_gradients(make(fast=True, dtype=dtype).to(dtype), joined())
     is_exact = dtype == torch.float32
-    assert actual[0] == pytest.approx(expected[0], rel=1e-6 if is_exact else 1e-3)
+    assert actual[0] == pytest.approx(expected[0], rel=1e-6 if is_exact else 2**-8)  # a bit of bfloat16
     assert largest_difference(actual[1], expected[1]) < (1e-5 if is_exact else 0.05)
 
 
