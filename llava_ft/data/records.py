@@ -405,7 +405,7 @@ class _Parser:
                 self._fail("bad-text", f"the 'text' of {where} is {kind_of(text)}, not a string.")
             self._take_placeholders(text, speaker, f"the 'text' of {where}")
             return text
-        if kind in _MEDIA_PARTS:
+        if isinstance(kind, str) and kind in _MEDIA_PARTS:
             self._fail_media(f"{where} is of type {kind!r}", "Parts are text or images")
         if kind not in ("image", "image_url"):
             told = shown(kind) if isinstance(kind, str) else kind_of(kind)

@@ -402,7 +402,7 @@ class TestFromPretrained:
         with pytest.raises(UserError, match=r"holds no preprocessor_config.json, which says how images"):
             ImageTransform.from_pretrained(tmp_path)
 
-    @pytest.mark.parametrize(("content", "match"), [("{", "cannot be read as JSON"), ("[]", "holds a list")])
+    @pytest.mark.parametrize(("content", "match"), [("{", "cannot be read as JSON"), ("[]", "holds a JSON list")])
     def test_damaged_file(self, tmp_path, content, match):
         (tmp_path / "preprocessor_config.json").write_text(content)
         with pytest.raises(UserError, match=match):

@@ -1,7 +1,7 @@
 """Records in the other forms: messages of OpenAI and Hugging Face, pairs of The Cauldron; their images and weights."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llava_ft.data.records import (
@@ -264,6 +264,7 @@ messages = st.fixed_dictionaries(
         {}, optional={"messages": st.lists(messages, max_size=3), "texts": json_values, "images": json_values}
     )
 )
+@example({"messages": [{"role": "user", "content": [{"type": []}]}]})
 def test_any_record_is_a_sample_or_a_named_error(value):
     try:
         sample, error = parse_record(value, 4), None

@@ -303,7 +303,7 @@ def test_of_two_files_with_the_same_content_one_counts(tmp_path: Path):
     torch.save(load_file(directory / "adapter_model.safetensors"), directory / "adapter_model.bin")
     found = describe(directory)
     assert number_of(found, "LoRA A") == 14
-    assert "adapter_model.safetensors is not read: adapter_model.bin is." in found.notes
+    assert "adapter_model.bin is not read: adapter_model.safetensors is." in found.notes
 
 
 def test_deepspeed_s_files_are_told(tmp_path: Path):
